@@ -1,0 +1,288 @@
+"""The settings of every stage, and how they are read: --config YAML first, then flags; unknown keys are errors."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from pipelines.errors import InputError, VerificationError
+
+
+def _flag(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field whose help text and default are written once, here."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def _check(condition: bool, expected: str, found: Any) -> None:
+    if not condition:
+        raise InputError(f"expected {expected}, found {found!r}")
+
+
+@dataclass
+class DataConfig:
+    dataset: str | None = _flag(
+        None,
+        "The data set: a Hub id, a csv, json, jsonl or parquet file, a folder of such files or with one sub-folder per "
+        "class, or package://<installed package>/<path inside it>.",
+    )
+    dataset_config: str | None = _flag(None, "The Hub data set's configuration, such as sst2 for glue.")
+    train_split: str = _flag("train", "The split to train on.")
+    validation_split: str | None = _flag(
+        None,
+        "The split every choice is made on. Left out: 'validation' if there is one, else cut from the training split.",
+    )
+    test_split: str | None = _flag(
+        None, "The split only the report reads. Left out: 'test' if it has labels, else cut from what there is."
+    )
+    text_column: str = _flag("text", "The column with the text.")
+    text_pair_column: str | None = _flag(None, "The column with the second text, for sentence pairs.")
+    image_column: str = _flag("image", "The column with the image.")
+    label_column: str = _flag("label", "The column with the class.")
+    max_length: int = _flag(128, "Texts are cut to this many tokens.")
+    max_train_samples: int | None = _flag(None, "Use at most this many training examples.")
+    max_eval_samples: int | None = _flag(None, "Use at most this many validation and this many test examples.")
+    validation_size: float = _flag(
+        0.1, "Share of the examples cut off for validation where the data set has no such split."
+    )
+    test_size: float = _flag(0.2, "Share of the examples cut off for the test where the data set has no such split.")
+    split_seed: int = _flag(
+        0, "Seed of the split and of the choice of samples; apart from --seed, so that seeds share a split."
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.max_length >= 2, "--max_length of 2 or more", self.max_length)
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"--{name} of 1 or more", value)
+        for name in ("validation_size", "test_size"):
+            _check(0 < getattr(self, name) < 0.9, f"--{name} between 0 and 0.9", getattr(self, name))
+
+
+@dataclass
+class TeacherConfig:
+    teacher_model: str = _flag(
+        "google-bert/bert-base-uncased", "The model to fine-tune, or one already fine-tuned on this task."
+    )
+    teacher_epochs: float = _flag(
+        3.0, "Epochs of fine-tuning; 0 uses the teacher as it is, which needs a head for exactly these labels."
+    )
+    teacher_learning_rate: float = _flag(3e-5, "Peak learning rate of the fine-tuning.")
+    lora_rank: int = _flag(0, "Train a LoRA adapter of this rank instead of all weights; 0 trains all.")
+
+    def __post_init__(self) -> None:
+        _check(self.teacher_epochs >= 0, "--teacher_epochs of 0 or more", self.teacher_epochs)
+        _check(self.teacher_learning_rate > 0, "a --teacher_learning_rate above 0", self.teacher_learning_rate)
+        _check(self.lora_rank >= 0, "--lora_rank of 0 or more", self.lora_rank)
+
+
+@dataclass
+class StudentConfig:
+    student_model: str | None = _flag(
+        None, "A checkpoint to start the student from. Left out: some of the teacher's own layers."
+    )
+    student_layers: str = _flag(
+        "3", "Teacher layers the student keeps: a count spreads them over the depth, a list such as 0,2,5 names them."
+    )
+
+
+@dataclass
+class DistillConfig:
+    temperature: float = _flag(2.0, "Temperature of the soft targets.")
+    soft_target_weight: float = _flag(0.9, "Weight of the soft targets in [0, 1]; the labels get the rest.")
+    hidden_state_weight: float = _flag(
+        0.0, "Weight of the hidden-state loss, added to the other two; above 0 the teacher runs in the loop."
+    )
+    hidden_state_map: str | None = _flag(
+        None,
+        "Which teacher hidden state each student hidden state is drawn to, such as 1:2,2:4,3:6; 0 is the embeddings. "
+        "Left out: spread evenly.",
+    )
+    soft_targets: str = _flag(
+        "stored",
+        "Where the teacher's logits come from: 'stored' computes them once, 'online' runs the teacher in the loop.",
+        choices=["stored", "online"],
+    )
+    label_baseline: bool = _flag(False, "Also train the same student on the labels alone and report it.")
+
+    def __post_init__(self) -> None:
+        _check(self.temperature > 0, "a --temperature above 0", self.temperature)
+        _check(0 <= self.soft_target_weight <= 1, "--soft_target_weight in [0, 1]", self.soft_target_weight)
+        _check(self.hidden_state_weight >= 0, "--hidden_state_weight of 0 or more", self.hidden_state_weight)
+        _check(self.soft_targets in ("stored", "online"), "--soft_targets stored or online", self.soft_targets)
+
+    @property
+    def needs_stored_targets(self) -> bool:
+        """Whether the teacher's logits are read from disk: hidden states need the teacher in the loop, which then gives both."""
+        return self.soft_targets == "stored" and self.soft_target_weight > 0 and self.hidden_state_weight == 0
+
+    def labels_only(self) -> DistillConfig:
+        """The same training without a teacher."""
+        return replace(self, soft_target_weight=0.0, hidden_state_weight=0.0)
+
+
+@dataclass
+class PruneConfig:
+    prune_heads: float = _flag(0.25, "Share of the attention heads to remove, over all layers together.")
+    prune_ffn: float = _flag(0.5, "Share of the feed-forward neurons to remove, over all layers together.")
+    prune_steps: int = _flag(2, "Cut in this many steps, recovering after each.")
+    prune_epochs: float = _flag(2.0, "Epochs of recovery by distillation after each step.")
+    prune_learning_rate: float | None = _flag(None, "Peak learning rate of the recovery. Left out: --learning_rate.")
+    prune_samples: int = _flag(512, "Training examples that the importance of heads and neurons is measured on.")
+
+    def __post_init__(self) -> None:
+        for name in ("prune_heads", "prune_ffn"):
+            _check(0 <= getattr(self, name) < 1, f"--{name} in [0, 1)", getattr(self, name))
+        _check(self.prune_steps >= 1, "--prune_steps of 1 or more", self.prune_steps)
+        _check(self.prune_epochs >= 0, "--prune_epochs of 0 or more", self.prune_epochs)
+        _check(self.prune_samples >= 1, "--prune_samples of 1 or more", self.prune_samples)
+
+
+@dataclass
+class QuantizeConfig:
+    quantization: str = _flag(
+        "dynamic_int8", "How the shipped model is quantized; 'none' ships fp32.", choices=["dynamic_int8", "none"]
+    )
+    target_cpu: str = _flag(
+        "any",
+        "The CPU the model will run on. Without VNNI, x86 needs weights of seven bits to be right: 'any' and 'avx2' use "
+        "them, 'avx512_vnni' and 'arm64' use all eight.",
+        choices=["any", "avx2", "avx512_vnni", "arm64"],
+    )
+    max_quality_drop: float = _flag(
+        0.01, "Largest loss of the primary metric, on the validation split, that quantization may cost."
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.quantization in ("dynamic_int8", "none"), "--quantization dynamic_int8 or none", self.quantization)
+        _check(self.max_quality_drop >= 0, "--max_quality_drop of 0 or more", self.max_quality_drop)
+
+    @property
+    def reduce_range(self) -> bool:
+        return self.target_cpu in ("any", "avx2")
+
+
+@dataclass
+class ReportConfig:
+    benchmark_rounds: int = _flag(
+        3, "Rounds of the latency measurement; every stage runs in a fresh process once a round."
+    )
+    benchmark_threads: int | None = _flag(
+        None, "Threads of each measurement. Left out: every core this process may use."
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.benchmark_rounds >= 1, "--benchmark_rounds of 1 or more", self.benchmark_rounds)
+
+
+NOT_RECORDED = ("config", "output_dir", "hub_token")  # where it was done, and a secret: never written anywhere
+
+
+@dataclass
+class RunConfig:
+    config: str | None = _flag(None, "A YAML file of flags; flags on the command line override it.")
+    # Every flag that was given a value other than its default, in the file or on the command line: enough to run again.
+    given: dict[str, Any] = field(default_factory=dict, init=False)
+
+
+def parse_config(
+    kinds: list[Any], default_config: Path | None = None, argv: list[str] | None = None, program: str | None = None
+) -> list[Any]:
+    """Read one object of each dataclass in `kinds` from `--config` (else `default_config`), then from the flags.
+
+    The YAML file is turned into flags that stand before those of the command line, so both are parsed, and refused, by the
+    same code. Raises InputError for a file that is missing or malformed, an unknown key or a bad value; a bad flag exits
+    with status 2 as argparse does.
+    """
+    from transformers import HfArgumentParser
+
+    argv = _without_bare_debug(sys.argv[1:] if argv is None else argv)
+    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config")
+    named = only_config.parse_known_args(argv)[0].config
+    path = Path(named) if named else default_config
+
+    epilog = "--debug without a value shows the traceback of an error in the input."
+    usage = "%(prog)s [--config FILE.yaml] [--flag value …]; --help lists every flag"
+    parser = HfArgumentParser(kinds, allow_abbrev=False, prog=program, usage=usage, epilog=epilog)
+    from_file = _read_yaml(path, parser) if path is not None and not {"-h", "--help"} & set(argv) else []
+    try:
+        parsed = list(parser.parse_args_into_dataclasses(from_file + argv))
+    except ValueError as error:
+        # The dataclasses check their values as they are made. A bad value in the file is bad input (status 1), a bad flag is
+        # a usage error (status 2): which of the two it is shows when the file is read alone.
+        try:
+            parser.parse_args_into_dataclasses(from_file)
+        except ValueError as in_file:
+            raise InputError(f"{in_file} (in {path})") from in_file
+        parser.error(str(error))
+    given, defaults = vars(parser.parse_args(from_file + argv)), vars(parser.parse_args([]))
+    for settings in parsed:
+        if isinstance(settings, RunConfig):
+            settings.given = {
+                flag: value for flag, value in given.items() if value != defaults[flag] and flag not in NOT_RECORDED
+            }
+    return parsed
+
+
+def _without_bare_debug(argv: list[str]) -> list[str]:
+    """Drop our --debug; one with a value, such as underflow_overflow, is transformers' own."""
+    followed = [not word.startswith("-") for word in argv[1:]] + [False]
+    return [word for word, has_value in zip(argv, followed, strict=False) if word != "--debug" or has_value]
+
+
+def _read_yaml(path: Path, parser: Any) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"expected a YAML file at {path}, found: {error}. Check the path given to --config."
+        ) from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise InputError(f"expected lines of 'flag: value' in {path}, found a {type(content).__name__}.")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    unknown = sorted(str(key) for key in content if key not in known)
+    if unknown:
+        close = {match for key in unknown for match in difflib.get_close_matches(key, known, n=2)}
+        hint = f" Did you mean {', '.join(sorted(close))}?" if close else ""
+        raise InputError(
+            f"expected only known flags as keys in {path}, found {', '.join(unknown)}.{hint} --help lists every flag."
+        )
+    flags: list[str] = []
+    for key, value in content.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        written = [json.dumps(item) if isinstance(item, (dict, bool)) else str(item) for item in values]
+        flags += [f"--{key}", *written]
+
+    def refuse(text: str) -> NoReturn:
+        raise InputError(f"expected flags that parse in {path}, found: {text}. --help lists every flag.")
+
+    original, parser.error = parser.error, refuse
+    try:
+        parser.parse_args(flags)
+    finally:
+        parser.error = original
+    return flags
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a command: errors in the input become one message and exit status 1, with a traceback only under --debug."""
+    try:
+        main()
+    except (InputError, VerificationError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)

@@ -1,0 +1,165 @@
+"""Tiny real models, a real tokenizer and a data set that can be learnt, all made here: no network, no downloads."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+
+# Models this small are slower on two threads than on one.
+torch.set_num_threads(1)
+
+WORDS = {
+    "sport": ["goal", "match", "team", "coach", "league", "striker"],
+    "tech": ["chip", "software", "code", "server", "phone", "network"],
+    "trade": ["market", "profit", "shares", "bank", "price", "economy"],
+}
+FILLER = ["the", "a", "of", "and", "in", "on", "said", "new", "today", "year", "with", "for"]
+
+
+def make_texts(examples: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Texts of 3 to 25 words whose class shows in a few of them."""
+    generator = np.random.default_rng(seed)
+    labels = list(WORDS)
+    rows = []
+    for index in range(examples):
+        label = labels[index % len(labels)]
+        words = list(generator.choice(FILLER, generator.integers(2, 16)))
+        words += list(generator.choice(WORDS[label], generator.integers(2, 6)))
+        rows.append((" ".join(generator.permutation(words)) + f" {index}", label))
+    return rows
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]], columns: tuple[str, str] = ("text", "label")) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return path
+
+
+def make_tokenizer() -> Any:
+    """A WordPiece tokenizer of 80 or so pieces: the words above, and digits to spell numbers with."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *FILLER,
+        *(word for words in WORDS.values() for word in words),
+    ]
+    pieces += [str(digit) for digit in range(10)] + [f"##{digit}" for digit in range(10)]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    return BertTokenizerFast(tokenizer_object=BertWordPieceTokenizer(vocab=vocabulary)._tokenizer)
+
+
+def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
+    """A config of 4 layers, 4 heads, 32 hidden and 64 feed-forward units, without dropout."""
+    from transformers import AutoConfig
+
+    sizes = {"vocab_size": 80, "max_position_embeddings": 64}
+    if model_type == "distilbert":
+        sizes |= {"dim": 32, "hidden_dim": 64, "n_layers": 4, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0}
+        sizes |= {"seq_classif_dropout": 0.0}
+    else:
+        sizes |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+        sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "embedding_size": 32}
+    if model_type == "electra":
+        sizes["summary_last_dropout"] = 0.0
+    labels = dict(enumerate(WORDS))
+    names = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+    return AutoConfig.for_model(model_type, **{**sizes, **names, **changes})
+
+
+def tiny_model(model_type: str = "bert", seed: int = 0, **changes: Any) -> Any:
+    """A classifier with weights large enough that every part of it shows in the logits."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(tiny_config(model_type, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def csv_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv(tmp_path_factory.mktemp("data") / "articles.csv", make_texts(240))
+
+
+@pytest.fixture(scope="session")
+def task(csv_file: Path) -> Any:
+    from pipelines.config import DataConfig
+    from pipelines.tasks import TextClassification
+
+    return TextClassification(DataConfig(dataset=str(csv_file), max_length=32, validation_size=0.2, test_size=0.2))
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A model directory without a head, as a pretrained encoder is published."""
+    from transformers import AutoModel
+
+    directory = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(0)
+    AutoModel.from_config(tiny_config("bert", initializer_range=0.1)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A model directory with a head for the labels of the csv file."""
+    directory = tmp_path_factory.mktemp("teacher")
+    tiny_model().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Any:
+    from pipelines.training import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(tmp_path / "training"), num_train_epochs=1, learning_rate=1e-3, disable_tqdm=True, use_cpu=True
+    )
+
+
+@pytest.fixture(scope="session")
+def trained_teacher(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, task: Any) -> Path:
+    """A teacher that knows the task of the csv file."""
+    from pipelines.config import TeacherConfig
+    from pipelines.training import TrainingArguments, fine_tune
+
+    directory = tmp_path_factory.mktemp("trained_teacher")
+    training = TrainingArguments(
+        output_dir=str(directory), disable_tqdm=True, use_cpu=True, per_device_train_batch_size=8,
+        eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    outcome = fine_tune(
+        str(pretrained), directory, task, TeacherConfig(teacher_epochs=8, teacher_learning_rate=3e-3), training
+    )
+    assert outcome.metrics["validation"]["accuracy"] > 0.8
+    return directory
