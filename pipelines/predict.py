@@ -1,0 +1,92 @@
+"""The same examples through a torch model or an ONNX file: logits in the order of the examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+
+def available_cores() -> int:
+    """Cores that this process may use: not those of the host, which ONNX Runtime would count."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Indices in batches of like length, the longest first, so that little of a batch is padding."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _predict(
+    answer: Callable[[dict[str, Any]], np.ndarray], features: Any, collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    batch_size: int, name: str,
+) -> np.ndarray:  # fmt: skip
+    lengths = features["length"] if "length" in features.column_names else [1] * len(features)
+    batches = batches_by_length(lengths, batch_size)
+    logits: np.ndarray | None = None
+    for indices in tqdm(batches, desc=name, leave=False, disable=len(features) < 64):
+        batch = collate([features[int(index)] for index in indices])
+        batch.pop("labels", None)
+        answers = answer(dict(batch))
+        if logits is None:
+            logits = np.empty((len(features), *answers.shape[1:]), dtype=np.float32)
+        logits[indices] = answers
+    assert logits is not None, "no examples"
+    return logits
+
+
+def predict_torch(
+    model: Any,
+    features: Any,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    batch_size: int = 32,
+    name: str = "predict",
+) -> np.ndarray:
+    """Logits (examples, labels) of a torch model over tokenized `features`, in their order; the model is left in eval mode."""
+    import torch
+
+    model.eval()
+    device = next(model.parameters()).device
+
+    def answer(batch: dict[str, Any]) -> np.ndarray:
+        with torch.inference_mode():
+            return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu().numpy()
+
+    return _predict(answer, features, collate, batch_size, name)
+
+
+def open_session(path: Path, threads: int | None = None) -> Any:
+    """An ONNX Runtime CPU session on the cores this process may use."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or available_cores()
+    # Fused graphs name operators the optimizer then finds nothing to do for; only errors are worth a line.
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def predict_onnx(
+    path: Path,
+    features: Any,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    batch_size: int = 1,
+    name: str = "predict",
+) -> np.ndarray:
+    """Logits (examples, labels) of an ONNX file over tokenized `features`, in their order.
+
+    One example at a time by default: dynamic quantization takes one scale for a whole batch, so only a batch of one gives the
+    answers that a device gives.
+    """
+    session = open_session(path)
+    names = [value.name for value in session.get_inputs()]
+
+    def answer(batch: dict[str, Any]) -> np.ndarray:
+        return session.run(["logits"], {key: np.asarray(batch[key]) for key in names})[0]
+
+    return _predict(answer, features, collate, batch_size, name)

@@ -1,0 +1,388 @@
+"""A run directory: its stages, their records, what is finished, and what must be redone.
+
+A stage is a function that writes one directory. It writes into a hidden sibling; `record.json` comes last and then the whole is
+renamed, so that a directory with a record is finished and a run killed at any moment continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pipelines
+from pipelines.errors import InputError
+from pipelines.predict import available_cores
+
+RECORD = "record.json"
+MARKER = ".pocketformers"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "peft",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+)
+
+# Settings of TrainingArguments that say how a training is run, watched or stored. A change of one of them leaves the trained
+# weights what they are, so it redoes nothing. All other fields are part of what made a stage.
+NOT_IN_RESULT = (
+    "output_dir", "logging_", "log_level", "log_on_each_node", "report_to", "run_name", "hub_", "push_to_hub", "project", "trackio_",
+    "disable_tqdm", "dataloader_", "resume_from_checkpoint", "save_", "ddp_", "per_device_eval_batch_size", "eval_accumulation_steps",
+    "eval_on_start", "local_rank", "do_", "include_", "skip_memory_metrics", "enable_jit_checkpoint", "restore_callback_states",
+)  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What a stage function tells of the directory it wrote: quality per split, parameters, and whatever else is worth recording."""
+
+    format: str
+    metrics: dict[str, Any] = field(default_factory=dict)
+    parameters: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(value: Any) -> Any:
+    """The part of a stage's argument that its result depends on, as JSON: the key under which a finished stage is found again."""
+    from transformers import TrainingArguments
+
+    if isinstance(value, TrainingArguments):
+        settings = value.to_dict()
+        return {name: settings[name] for name in sorted(settings) if not name.startswith(NOT_IN_RESULT)}
+    if hasattr(value, "describe"):
+        return value.describe()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    return value
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """The leaves in which two JSON values differ, one short phrase each."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            phrase
+            for key in sorted(old.keys() | new.keys())
+            for phrase in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    if old == new:
+        return []
+    # Hashes tell a person nothing; that the thing behind them changed does.
+    hashed = any(isinstance(value, str) and re.fullmatch("[0-9a-f]{40,64}", value) for value in (old, new))
+    return [f"{path.removesuffix('_fingerprint')} changed" + ("" if hashed else f" from {old!r} to {new!r}")]
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shipped_files(directory: Path) -> list[Path]:
+    """The files that must be shipped to use a stage: its top level without the record. Adapters and the like live in sub-folders."""
+    return sorted(path for path in directory.iterdir() if path.is_file() and path.name != RECORD)
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a finished stage directory, or None where there is none. Raises InputError for one that does not parse."""
+    path = directory / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not {"stage", "made_by", "files"} <= record.keys():
+            raise ValueError("it lacks the keys stage, made_by and files")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"expected the record of a stage in {path}, found a file that cannot be read: {error}. "
+            "Delete that stage's directory to have it made again."
+        ) from error
+    return record
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that the file is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(
+        json.dumps(value, indent=2, sort_keys=False, allow_nan=False, default=str) + "\n", encoding="utf-8"
+    )
+    temporary.replace(path)
+
+
+def fingerprint(record: dict[str, Any]) -> str:
+    """Identity of a finished stage: the content of its files."""
+    return hashlib.sha256(json.dumps(record["files"], sort_keys=True).encode()).hexdigest()
+
+
+def damaged_files(directory: Path, record: dict[str, Any]) -> list[str]:
+    """Files of a finished stage that are missing or no longer what the record says."""
+    return [
+        name
+        for name, digest in record["files"].items()
+        if not (directory / name).is_file() or hash_file(directory / name) != digest
+    ]
+
+
+def prepare_directory(directory: Path) -> None:
+    """Make `directory` ready to hold results, and refuse one that holds something else or cannot be written."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(
+            f"expected a directory for the results, found the file {directory}. Pass another --output_dir."
+        )
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / MARKER).exists():
+        raise InputError(
+            f"expected {directory} to be empty, missing, or of an earlier run; found other files there. Nothing was touched: "
+            "pass another --output_dir."
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / MARKER).touch()
+    except OSError as error:
+        raise InputError(
+            f"expected to be able to write to {directory}, found: {error}. Pass an --output_dir that you may write to."
+        ) from error
+
+
+def prepare_stage_directory(target: Path) -> None:
+    """Refuse a directory that holds something else than an earlier result of a stage, or that cannot be written."""
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and read_record(target) is None)):
+        raise InputError(
+            f"expected {target} to be empty, missing, or written by an earlier stage; found something else there. Nothing was touched: "
+            "pass another --output_dir."
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"expected to be able to write to {target.parent}, found: {error}. Pass an --output_dir that you may write to."
+        ) from error
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(
+            f"expected to be able to write to {target.parent}, found that it is read-only. Pass another --output_dir."
+        )
+
+
+def lock(path: Path) -> Any:
+    """Take the lock file at `path` for the life of this process."""
+    from filelock import FileLock, Timeout
+
+    taken = FileLock(path)
+    try:
+        taken.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"expected no other run at work in {path.parent}, found one. Wait for it to end, or pass another --output_dir."
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"expected to be able to write to {path.parent}, found: {error}. Pass another --output_dir."
+        ) from error
+    return taken
+
+
+class Run:
+    """The stages of one recipe in one directory. Every process of a distributed launch makes one; only the main one writes."""
+
+    def __init__(self, directory: str | Path, task: Any, seed: int, only_stage: str | None = None) -> None:
+        """Open `directory` as a run; with `only_stage` it is just where that one stage's directory goes, beside whatever is there."""
+        from accelerate import PartialState
+
+        self.directory = Path(directory).absolute()
+        self.task, self.seed = task, seed
+        self.state = PartialState()
+        use_available_cores()
+        quieten_libraries(self.state.is_main_process)
+        self.stages: list[str] = []  # those of this run's flags; the directory may hold others of an earlier run
+        if self.state.is_main_process:
+            if only_stage is None:
+                prepare_directory(self.directory)
+                self._lock = lock(self.directory / ".lock")
+            else:
+                prepare_stage_directory(self.directory / only_stage)
+                self._lock = lock(self.directory / f".{only_stage}.lock")
+            for leftover in self.directory.glob(f".{only_stage or '*'}.old"):
+                shutil.rmtree(leftover)
+
+    def stage(
+        self, name: str, function: Callable[..., Outcome], source: str, distributed: bool = False, **arguments: Any
+    ) -> Path:
+        """Make the directory `name` with `function(source, directory, task, **arguments)`, unless it is there and still what it would be.
+
+        `source`, and every argument that is a Path, names an earlier stage's directory in this run or a model elsewhere.
+        `distributed` stages run on every process, the others on the main one while the rest wait.
+        """
+        self.stages.append(name)
+        target = self.directory / name
+        partial = self.directory / f".{name}.partial"
+        made_by = self._made_by(name, function, source, arguments) if self.state.is_main_process else None
+        finished = self._finished(target, made_by) if made_by is not None else False
+        if self._agree(finished):
+            return target
+
+        if made_by is not None:
+            self._start(partial, made_by)
+        self.state.wait_for_everyone()
+        started = time.perf_counter()
+        if distributed or self.state.is_main_process:
+            from transformers import set_seed
+
+            set_seed(self.seed)
+            outcome = function(self._locate(source), partial, self.task, **arguments)
+        self.state.wait_for_everyone()
+        if made_by is not None:
+            self._commit(name, partial, target, made_by, outcome, time.perf_counter() - started)
+        self.state.wait_for_everyone()
+        return target
+
+    def record(self, name: str) -> dict[str, Any]:
+        record = read_record(self.directory / name)
+        if record is None:
+            raise InputError(
+                f"expected the finished stage {name!r} in {self.directory}, found none. Run that stage first."
+            )
+        return record
+
+    def _locate(self, source: str) -> str:
+        inside = self.directory / source
+        return str(inside) if (inside / RECORD).is_file() else source
+
+    def _identify(self, source: str) -> str:
+        from pipelines.sources import model_fingerprint
+
+        located = Path(self._locate(source))
+        record = read_record(located) if located.is_dir() else None
+        return fingerprint(record) if record else model_fingerprint(source)
+
+    def _made_by(
+        self, name: str, function: Callable[..., Outcome], source: str, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        settings = {
+            key: self._identify(str(value)) if isinstance(value, Path) else describe(value)
+            for key, value in arguments.items()
+        }
+        made_by = {
+            "function": f"{function.__module__}.{function.__qualname__}",
+            "version": pipelines.__version__,
+            "source": source,
+            "source_fingerprint": self._identify(source),
+            "task": self.task.describe(),
+            "seed": self.seed,
+            **settings,
+        }
+        return json.loads(json.dumps(made_by, default=str))
+
+    def _finished(self, target: Path, made_by: dict[str, Any]) -> bool:
+        record = read_record(target)
+        if record is None:
+            return False
+        reasons = differences(record["made_by"], made_by)
+        damaged = damaged_files(target, record)
+        if damaged:
+            reasons.append(f"{', '.join(damaged)} changed since it was written")
+        if reasons:
+            print(
+                f"{target.name}: redone, because {reasons[0]}"
+                + (f" (and {len(reasons) - 1} more)" if reasons[1:] else ""),
+                flush=True,
+            )
+            return False
+        print(f"{target.name}: finished already", flush=True)
+        return True
+
+    def _agree(self, finished: bool) -> bool:
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([finished])[0] if self.state.num_processes > 1 else finished
+
+    def _start(self, partial: Path, made_by: dict[str, Any]) -> None:
+        """Keep what an interrupted attempt at the very same stage left (its checkpoints), and nothing else."""
+        unfinished = partial / ".made_by.json"
+        try:
+            same = json.loads(unfinished.read_text(encoding="utf-8")) == made_by
+        except (OSError, ValueError):
+            same = False
+        if not same and partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        write_json(unfinished, made_by)
+
+    def _commit(
+        self, name: str, partial: Path, target: Path, made_by: dict[str, Any], outcome: Outcome, seconds: float
+    ) -> None:
+        (partial / ".made_by.json").unlink()
+        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        record = {
+            "stage": name,
+            "format": outcome.format,
+            "made_by": made_by,
+            "metrics": outcome.metrics,
+            "parameters": outcome.parameters,
+            "bytes": sum(path.stat().st_size for path in shipped_files(partial)),
+            "seconds": round(seconds, 3),
+            "processes": self.state.num_processes,
+            "details": outcome.details,
+            "versions": versions(),
+            "files": {str(path.relative_to(partial)): hash_file(path) for path in files},
+        }
+        write_json(partial / RECORD, record)
+        old = target.with_name(f".{name}.old")
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        print(summary_line(record), flush=True)
+
+
+def use_available_cores() -> None:
+    """Give torch this process's share of the cores: accelerate launch sets OMP_NUM_THREADS to 1 unless told otherwise."""
+    import torch
+
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, available_cores() // processes_here))
+
+
+def quieten_libraries(main_process: bool) -> None:
+    """Leave the terminal to what a person wants to know: no bar for every file that is read, and one process that talks."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not main_process:
+        datasets.disable_progress_bars()
+
+
+def versions() -> dict[str, str]:
+    found = {"pocketformers": pipelines.__version__, "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def summary_line(record: dict[str, Any]) -> str:
+    """One line that tells how a stage ended."""
+    parts = [f"{record['bytes'] / 1e6:.1f} MB"]
+    if record["parameters"]:
+        parts.insert(0, f"{record['parameters'] / 1e6:.2f} M parameters")
+    for split, metrics in record["metrics"].items():
+        parts += [f"{split} {name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)][:1]
+    return f"{record['stage']}: done in {record['seconds']:.0f} s, " + ", ".join(parts)
