@@ -1,0 +1,110 @@
+"""Where each family of models keeps its layers, attention heads and feed-forward neurons. No other file knows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pipelines.errors import InputError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths below the base model (`layers`) and below one layer (the rest), and the config's names for the sizes."""
+
+    layers: str
+    query: str
+    key: str
+    value: str
+    attention_output: str
+    ffn_input: str
+    ffn_output: str
+    layer_count: str = "num_hidden_layers"
+    head_count: str = "num_attention_heads"
+    ffn_size: str = "intermediate_size"
+
+
+_BERT = Family(
+    layers="encoder.layer",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    attention_output="attention.output.dense",
+    ffn_input="intermediate.dense",
+    ffn_output="output.dense",
+)
+_DISTILBERT = Family(
+    layers="transformer.layer",
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    attention_output="attention.out_lin",
+    ffn_input="ffn.lin1",
+    ffn_output="ffn.lin2",
+    layer_count="n_layers",
+    head_count="n_heads",
+    ffn_size="hidden_dim",
+)
+FAMILIES = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "electra": _BERT,
+    "distilbert": _DISTILBERT,
+}
+
+
+def family_of(config: Any) -> Family:
+    if config.model_type not in FAMILIES:
+        raise InputError(
+            f"expected a model of the families {', '.join(sorted(FAMILIES))}, whose layers and heads can be told apart, found "
+            f"{config.model_type!r}. Use one of them, or give the student by --student_model and leave pruning out (--prune_heads 0 "
+            "--prune_ffn 0)."
+        )
+    return FAMILIES[config.model_type]
+
+
+def layers_of(model: Any) -> Any:
+    """The list of transformer layers (a ModuleList) of a model with a head."""
+    return model.base_model.get_submodule(family_of(model.config).layers)
+
+
+def layer_count(config: Any) -> int:
+    return int(getattr(config, family_of(config).layer_count))
+
+
+def head_size(config: Any) -> int:
+    """Width of one attention head."""
+    return int(config.hidden_size // config.num_attention_heads)
+
+
+def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config changes and the renumbered weights of the model that keeps only `layers` of another, in that order."""
+    family = family_of(config)
+    pattern = re.compile(rf"^(.*?\b{re.escape(family.layers)})\.(\d+)\.(.+)$")
+    kept: dict[str, Any] = {}
+    for name, tensor in state.items():
+        match = pattern.match(name)
+        if match is None:
+            kept[name] = tensor
+        else:
+            for position, layer in enumerate(layers):
+                if int(match[2]) == layer:
+                    kept[f"{match[1]}.{position}.{match[3]}"] = tensor
+    return {family.layer_count: len(layers)}, kept
+
+
+def head_output(model: Any) -> nn.Linear:
+    """The last linear map of a classifier, whose rows are the labels."""
+    inside_base = {id(module) for module in model.base_model.modules()}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside_base]
+    if not linears or linears[-1].out_features != model.config.num_labels:
+        raise InputError(
+            f"expected {type(model).__name__} to end in a linear map to {model.config.num_labels} labels, found none. Use a model "
+            "fine-tuned with transformers' own classification head."
+        )
+    return linears[-1]

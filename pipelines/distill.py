@@ -1,0 +1,157 @@
+"""Distillation: the Trainer that learns from a teacher's answers, and the stage that trains a student with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pipelines.architectures import layer_count
+from pipelines.config import DistillConfig, StudentConfig
+from pipelines.errors import InputError
+from pipelines.losses import distillation_loss, hidden_state_loss, label_loss
+from pipelines.run import Outcome
+from pipelines.soft_targets import with_soft_targets
+from pipelines.students import parse_layers, student_from_layers
+from pipelines.training import CHECKPOINTS, Trainer, finish_model, train
+
+PROJECTIONS = "hidden_state_projections"
+
+
+class DistillationTrainer(Trainer):
+    """Learns from the labels, from the teacher's logits (a column of the data, or a teacher in the loop), and from its hidden states."""
+
+    def __init__(
+        self,
+        *,
+        distill: DistillConfig,
+        teacher: Any = None,
+        hidden_state_map: list[tuple[int, int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.distill, self.hidden_state_map = distill, hidden_state_map or []
+        # The teacher is no part of the student (it would be saved and counted) and is not wrapped: it has no gradients to share.
+        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device) if teacher is not None else None
+
+    def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Any]:
+        teacher_logits = inputs.pop("teacher_logits", None)
+        smoothing = self.args.label_smoothing_factor
+        if not model.training:  # an evaluation: the labels alone, and no hidden states to gather
+            outputs = model(**inputs)
+            return label_loss(outputs.logits, labels, smoothing), outputs
+
+        outputs = model(**inputs, output_hidden_states=bool(self.hidden_state_map))
+        teacher_outputs: Any = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_outputs = self.teacher(**inputs, output_hidden_states=bool(self.hidden_state_map))
+            teacher_logits = teacher_outputs.logits
+        loss = distillation_loss(
+            outputs.logits, labels, teacher_logits, self.distill.temperature, self.distill.soft_target_weight, smoothing
+        )
+        projections = getattr(self.accelerator.unwrap_model(model), PROJECTIONS, None)
+        for index, (student_state, teacher_state) in enumerate(self.hidden_state_map):
+            student_hidden = outputs.hidden_states[student_state]
+            if projections is not None:
+                student_hidden = projections[index](student_hidden)
+            teacher_hidden = teacher_outputs.hidden_states[teacher_state]
+            hidden_loss = hidden_state_loss(student_hidden, teacher_hidden, inputs.get("attention_mask"))
+            loss = loss + self.distill.hidden_state_weight * hidden_loss / len(self.hidden_state_map)
+        return loss, outputs
+
+
+def parse_hidden_state_map(text: str | None, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """Pairs (student hidden state, teacher hidden state); state 0 is the embeddings, state i the output of layer i - 1.
+
+    Without `text` every student state from 1 on is paired with the teacher's at the same share of the depth.
+    """
+    if text is None:
+        return [(state, state * teacher_layers // student_layers) for state in range(1, student_layers + 1)]
+    try:
+        pairs = [(int(left), int(right)) for left, right in (pair.split(":") for pair in text.split(","))]
+    except ValueError as error:
+        raise InputError(f"expected --hidden_state_map such as 1:2,2:4,3:6, found {text!r}.") from error
+    if any(not 0 <= left <= student_layers or not 0 <= right <= teacher_layers for left, right in pairs):
+        raise InputError(
+            f"expected --hidden_state_map within the student's states 0 to {student_layers} and the teacher's 0 to {teacher_layers}, "
+            f"found {text!r}."
+        )
+    return pairs
+
+
+def distil(
+    student: Any, processor: Any, task: Any, teacher_source: str, distill: DistillConfig,
+    training: transformers.TrainingArguments, soft_targets: Path | None, directory: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Train `student` in place on the training split, from labels and from the teacher in `teacher_source`; return the details.
+
+    `soft_targets` is the directory of the stored logits; without it, or for hidden states, the teacher runs in the loop.
+    """
+    features = task.features(processor)["train"]
+    with_hidden_states = distill.hidden_state_weight > 0
+    in_the_loop = with_hidden_states or (distill.soft_target_weight > 0 and soft_targets is None)
+    teacher: Any = None
+    hidden_state_map: list[tuple[int, int]] = []
+    if in_the_loop:
+        check_same_tokens(task, task.load_processor(teacher_source), processor)
+        teacher = task.load_model(teacher_source)
+    elif soft_targets is not None and distill.soft_target_weight > 0:
+        features = with_soft_targets(features, soft_targets)
+    if with_hidden_states:
+        hidden_state_map = parse_hidden_state_map(
+            distill.hidden_state_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers
+        )
+        student_width, teacher_width = student.config.hidden_size, teacher.config.hidden_size
+        if student_width != teacher_width:
+            # Part of the student while it trains, so that optimizer, checkpoints and gradient sharing see them.
+            projections = nn.ModuleList(nn.Linear(student_width, teacher_width) for _ in hidden_state_map)
+            student.add_module(PROJECTIONS, projections)
+    details = train(
+        student, task, processor, training, directory, features, DistillationTrainer,
+        distill=distill, teacher=teacher, hidden_state_map=hidden_state_map,
+    )  # fmt: skip
+    if hasattr(student, PROJECTIONS):
+        delattr(student, PROJECTIONS)
+    details["soft_targets"] = "none" if distill.soft_target_weight == 0 else "online" if in_the_loop else "stored"
+    if hidden_state_map:
+        details["hidden_state_map"] = [list(pair) for pair in hidden_state_map]
+    return details
+
+
+def check_same_tokens(task: Any, teacher_processor: Any, student_processor: Any) -> None:
+    """A teacher in the loop reads the student's inputs: the same text must be the same tokens to both."""
+    teacher = task.features(teacher_processor)["validation"][:32]
+    student = task.features(student_processor)["validation"][:32]
+    if teacher != student:
+        raise InputError(
+            "expected teacher and student to read the same tokens, found that their tokenizers differ; a teacher in the loop then reads "
+            "nonsense. Use stored soft targets (--soft_targets stored, --hidden_state_weight 0)."
+        )
+
+
+def distill_student(
+    source: str,
+    directory: Path,
+    task: Any,
+    student: StudentConfig,
+    distill: DistillConfig,
+    training: transformers.TrainingArguments,
+    soft_targets: Path | None = None,
+) -> Outcome:
+    """Build a student of the teacher in `source` and train it on the labels and the teacher's answers."""
+    details: dict[str, Any] = {}
+    if student.student_model is not None:
+        processor = task.load_processor(student.student_model)
+        model = task.load_model(student.student_model, head="new if none")
+    else:
+        processor = task.load_processor(source)
+        teacher = task.load_model(source)
+        layers = parse_layers(student.student_layers, layer_count(teacher.config))
+        model = student_from_layers(teacher, layers)
+        details["layers"] = layers
+    details |= distil(model, processor, task, source, distill, training, soft_targets, directory / CHECKPOINTS)
+    return finish_model(model, task, processor, directory, details)

@@ -1,0 +1,201 @@
+"""What a kind of task needs that another does not: how its data is loaded, prepared, batched and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipelines import data as data_module
+from pipelines.config import DataConfig
+from pipelines.errors import InputError
+from pipelines.metrics import PRIMARY_METRIC, classification_metrics
+from pipelines.sources import check_model_directory, resolve
+
+GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
+
+
+class TextClassification:
+    """One text, or a pair of texts, and one label out of several."""
+
+    name = "text-classification"
+    peft_type = "SEQ_CLS"
+    primary_metric = PRIMARY_METRIC
+    greater_is_better = True
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.data = data_module.load_classification(config)
+        self._features: dict[str, Any] = {}
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.data.label_names
+
+    def describe(self) -> dict[str, Any]:
+        """What of the data a stage's result depends on."""
+        return {"name": self.name, "data": self.data.fingerprint, "max_length": self.config.max_length}
+
+    def load_processor(self, source: str) -> Any:
+        """The tokenizer of a model."""
+        from transformers import AutoTokenizer
+
+        return _load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer")
+
+    def load_model(self, source: str, head: Literal["required", "new if none", "new if other"] = "required") -> Any:
+        """The model with a head for this task's labels.
+
+        A head for exactly these labels, in any order, is kept, and its rows are put in the data's order. Where the checkpoint has
+        none, or one for other labels, `head` says whether it gets a fresh one. Raises InputError where it may not.
+        """
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        located = resolve(source)
+        if Path(located).is_dir():
+            check_model_directory(Path(located))
+        config = _load(AutoConfig.from_pretrained, located, "a model's config.json")
+        self._check_length(config, source)
+        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+        order = label_order(config, self.label_names) if has_head else None
+        if order is None and (head == "required" or (head == "new if none" and has_head)):
+            found = f"the labels {list(config.id2label.values())}" if has_head else "no classification head"
+            raise InputError(
+                f"expected a model for the labels {self.label_names}, found {found} in {source}; teacher and student need the same "
+                "labels. Fine-tune it on this data set (a teacher: --teacher_epochs above 0), or use the data set it was fine-tuned on."
+            )
+        keep = order is not None
+        labels = dict(enumerate(self.label_names))
+        model, info = _load(
+            AutoModelForSequenceClassification.from_pretrained,
+            located,
+            "a model's weights",
+            output_loading_info=True,
+            ignore_mismatched_sizes=not keep,
+            **(
+                {}
+                if keep
+                else {
+                    "num_labels": len(labels),
+                    "id2label": labels,
+                    "label2id": {name: i for i, name in labels.items()},
+                }
+            ),
+        )
+        check_only_head_is_new(model, info, source, head_may_be_new=not keep)
+        if order is not None:
+            reorder_labels(model, order, self.label_names)
+        return model
+
+    def features(self, processor: Any) -> Any:
+        """The tokenized splits; the same tokenizer tokenizes once in a process."""
+        key = _tokenizer_key(processor)
+        if key not in self._features:
+            self._features[key] = data_module.tokenize(self.data, processor, self.config.max_length)
+        return self._features[key]
+
+    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        return data_module.collate(processor)
+
+    def metrics(self, logits: np.ndarray, references: Any) -> dict[str, Any]:
+        """Scores of logits (examples, labels) against label ids (examples)."""
+        return classification_metrics(np.argmax(logits, axis=-1), np.asarray(references), self.label_names)
+
+    def numbers(self, logits: np.ndarray, references: Any) -> dict[str, float]:
+        """The scores that are single numbers, for the Trainer's log."""
+        return {name: value for name, value in self.metrics(logits, references).items() if isinstance(value, float)}
+
+    def agreement(self, logits: np.ndarray, reference_logits: np.ndarray) -> float:
+        """Share of examples that two models answer alike."""
+        return float(np.mean(np.argmax(logits, axis=-1) == np.argmax(reference_logits, axis=-1)))
+
+    def test_texts(self) -> list[str]:
+        """The test examples as a person reads them."""
+        test = self.data.splits["test"]
+        if "text_pair" in test.column_names:
+            return [f"{text} ‖ {pair}" for text, pair in zip(test["text"], test["text_pair"], strict=True)]
+        return list(test["text"])
+
+    def export_sample(self, processor: Any) -> dict[str, Any]:
+        """Two real examples of different length as a batch, so that the export sees padding and no axis of size 1."""
+        features = self.features(processor)["train"]
+        lengths = np.asarray(features["length"])
+        batch = self.collate(processor)([features[int(np.argmin(lengths))], features[int(np.argmax(lengths))]])
+        batch.pop("labels")
+        return dict(batch)
+
+    def dynamic_axes(self, sample: dict[str, Any]) -> dict[str, dict[int, str]]:
+        """The axes of the inputs that vary from call to call."""
+        return {name: {0: "batch", 1: "sequence"} for name in sample}
+
+    def _check_length(self, config: Any, source: str) -> None:
+        limit = getattr(config, "max_position_embeddings", None)
+        # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
+        offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        if limit and self.config.max_length > limit - offset:
+            raise InputError(
+                f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {self.config.max_length}. "
+                "Pass a smaller --max_length."
+            )
+
+
+def label_order(config: Any, label_names: list[str]) -> list[int] | None:
+    """For each label of the data its row in the model's head, or None where the head is for other labels.
+
+    Labels are compared by name without case, since the same data set is spelt differently on different hubs. A head whose labels
+    have no names (LABEL_0, …) is taken to be in the data's order where their number agrees.
+    """
+    names = [str(config.id2label[index]) for index in range(len(config.id2label))]
+    if len(names) != len(label_names):
+        return None
+    if all(name.startswith(GENERIC_LABEL) for name in names):
+        return list(range(len(names)))
+    folded = [name.casefold() for name in names]
+    wanted = [name.casefold() for name in label_names]
+    return [folded.index(name) for name in wanted] if sorted(folded) == sorted(wanted) else None
+
+
+def reorder_labels(model: Any, order: list[int], label_names: list[str]) -> None:
+    """Put the head's rows in the data's order, so that a logit means the same in teacher, student and report."""
+    import torch
+
+    from pipelines.architectures import head_output
+
+    if order != list(range(len(order))):
+        head = head_output(model)
+        with torch.no_grad():
+            head.weight.copy_(head.weight[order].clone())
+            if head.bias is not None:
+                head.bias.copy_(head.bias[order].clone())
+    model.config.id2label = dict(enumerate(label_names))
+    model.config.label2id = {name: index for index, name in enumerate(label_names)}
+
+
+def check_only_head_is_new(model: Any, info: dict[str, Any], source: str, head_may_be_new: bool) -> None:
+    """Refuse weights that leave part of the encoder at random, which transformers reports only in a log line."""
+    prefix = f"{model.base_model_prefix}."
+    # The pooler belongs to the head where it is trained with it: a masked language model has none.
+    fresh = [str(name) for name in [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]]
+    encoder = [name for name in fresh if name.startswith(prefix) and ".pooler." not in name]
+    if encoder or (fresh and not head_may_be_new):
+        missing = encoder or fresh
+        raise InputError(
+            f"expected the weights of a whole {type(model).__name__} in {source}, found none for {len(missing)} of its tensors, such as "
+            f"{missing[0]}. Use a checkpoint of that architecture, or save it again with save_pretrained."
+        )
+
+
+def _load(load: Callable[..., Any], source: str, what: str, **arguments: Any) -> Any:
+    try:
+        return load(source, **arguments)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        summary = " ".join(str(error).split())[:400]
+        raise InputError(
+            f"expected {what} at {source}, found: {summary}. Check the path or the Hub id; a gated or private model needs HF_TOKEN, and "
+            "without a network only a local directory or package:// path works."
+        ) from error
+
+
+def _tokenizer_key(processor: Any) -> str:
+    return processor.backend_tokenizer.to_str() if hasattr(processor, "backend_tokenizer") else repr(processor)

@@ -1,0 +1,200 @@
+"""The student, the soft targets and the distillation trainer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import tiny_config, tiny_model
+from pipelines.config import DistillConfig, StudentConfig
+from pipelines.distill import DistillationTrainer, distil, distill_student, parse_hidden_state_map
+from pipelines.errors import InputError
+from pipelines.soft_targets import LOGITS, compute_soft_targets, with_soft_targets
+from pipelines.students import parse_layers, student_from_layers
+
+
+@pytest.fixture(scope="module")
+def soft_targets(trained_teacher, task, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("soft_targets")
+    compute_soft_targets(str(trained_teacher), directory, task)
+    return directory
+
+
+def trainer_for(student, task, tokenizer, training, **arguments):
+    training.remove_unused_columns, training.load_best_model_at_end, training.eval_strategy = False, False, "no"
+    trainer = DistillationTrainer(
+        model=student,
+        args=training,
+        data_collator=task.collate(tokenizer),
+        train_dataset=task.features(tokenizer)["train"],
+        **arguments,
+    )
+    student.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("3", [0, 2, 5]), ("2", [0, 5]), ("1", [0]), ("6", [0, 1, 2, 3, 4, 5]), ("0,2,5", [0, 2, 5])]
+)
+def test_student_layers_are_spread_or_named(text, layers):
+    assert parse_layers(text, 6) == layers
+
+
+@pytest.mark.parametrize("text", ["0", "7", "2,1", "0,6", "x", "1,1"])
+def test_student_layers_that_cannot_be(text):
+    with pytest.raises(InputError, match="student_layers"):
+        parse_layers(text, 6)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "electra"])
+def test_a_student_of_all_layers_is_the_teacher_and_one_of_some_runs_those(model_type):
+    teacher = tiny_model(model_type)
+    tokens = torch.arange(3, 23).reshape(2, 10)
+    whole = student_from_layers(teacher, [0, 1, 2, 3]).eval()
+    torch.testing.assert_close(whole(tokens).logits, teacher(tokens).logits)
+    some = student_from_layers(teacher, [0, 3]).eval()
+    assert some.config.num_hidden_layers == 2
+    from pipelines.architectures import layers_of
+
+    layers = layers_of(teacher)
+    del layers[1:3]
+    torch.testing.assert_close(some(tokens).logits, teacher(tokens).logits)
+
+
+def test_stored_and_online_soft_targets_give_the_same_loss(trained_teacher, soft_targets, task, tokenizer, training):
+    distill = DistillConfig(temperature=3.0, soft_target_weight=0.8)
+    teacher, student = task.load_model(str(trained_teacher)), tiny_model(seed=5)
+    features = task.features(tokenizer)["train"]
+    with_logits = with_soft_targets(features, soft_targets)
+    collate = task.collate(tokenizer)
+    trainer = trainer_for(student, task, tokenizer, training, distill=distill)
+    online = trainer_for(student, task, tokenizer, training, distill=distill, teacher=teacher)
+    for start in (0, 16, 32):
+        rows = range(start, start + 16)
+        stored_loss = trainer.compute_loss(student, collate([with_logits[i] for i in rows]))
+        online_loss = online.compute_loss(student, collate([features[i] for i in rows]))
+        assert stored_loss.item() == pytest.approx(online_loss.item(), rel=1e-5)
+        assert stored_loss.item() > 0
+
+
+def test_soft_targets_are_the_teachers_logits_in_the_order_of_the_data(trained_teacher, soft_targets, task, tokenizer):
+    teacher = task.load_model(str(trained_teacher))
+    stored = np.load(soft_targets / LOGITS)
+    features = task.features(tokenizer)["train"]
+    assert stored.shape == (len(features), 3)
+    assert stored.dtype == np.float32
+    for index in (0, 7, len(features) - 1):
+        with torch.no_grad():
+            alone = teacher(torch.tensor([features[index]["input_ids"]])).logits
+        np.testing.assert_allclose(stored[index], alone[0].numpy(), atol=1e-4)
+
+
+def test_the_loss_is_the_weighted_sum_of_labels_soft_targets_and_hidden_states(
+    trained_teacher, task, tokenizer, training
+):
+    """Written out with NumPy from the two models' outputs."""
+    distill = DistillConfig(temperature=2.0, soft_target_weight=0.6, hidden_state_weight=0.5)
+    teacher, student = task.load_model(str(trained_teacher)), tiny_model(seed=6)
+    trainer = trainer_for(
+        student, task, tokenizer, training, distill=distill, teacher=teacher, hidden_state_map=[(1, 2), (4, 4)]
+    )
+    features = task.features(tokenizer)["train"]
+    batch = task.collate(tokenizer)([features[i] for i in range(8)])
+    found = trainer.compute_loss(student, batch).item()
+
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        from_student = student(**inputs, output_hidden_states=True)
+        from_teacher = teacher(**inputs, output_hidden_states=True)
+
+    def log_softmax(logits, temperature=1.0):
+        scaled = logits.double().numpy() / temperature
+        return scaled - np.log(np.exp(scaled).sum(axis=-1, keepdims=True))
+
+    hard = -log_softmax(from_student.logits)[np.arange(8), batch["labels"].numpy()].mean()
+    p, q = log_softmax(from_teacher.logits, 2.0), log_softmax(from_student.logits, 2.0)
+    soft = 4 * (np.exp(p) * (p - q)).sum(axis=-1).mean()
+    mask = batch["attention_mask"].numpy()
+    hidden = 0.0
+    for left, right in [(1, 2), (4, 4)]:
+        squares = ((from_student.hidden_states[left] - from_teacher.hidden_states[right]) ** 2).mean(dim=-1).numpy()
+        hidden += ((squares * mask).sum(axis=1) / mask.sum(axis=1)).mean() / 2
+    assert found == pytest.approx(0.4 * hard + 0.6 * soft + 0.5 * hidden, rel=1e-4)
+
+
+def test_a_narrower_student_learns_projections_that_are_not_saved(trained_teacher, task, tokenizer, training, tmp_path):
+    narrow = tiny_model(hidden_size=16, num_attention_heads=2)
+    distill = DistillConfig(soft_target_weight=0.5, hidden_state_weight=1.0)
+    training.num_train_epochs, training.logging_steps = 4, 4
+    details = distil(narrow, tokenizer, task, str(trained_teacher), distill, training, None, tmp_path / "checkpoints")
+    assert details["soft_targets"] == "online"
+    assert details["losses"][-1]["loss"] < details["losses"][0]["loss"]
+    assert not any("projection" in name for name in narrow.state_dict())
+
+
+def test_hidden_state_map():
+    assert parse_hidden_state_map(None, 3, 6) == [(1, 2), (2, 4), (3, 6)]
+    assert parse_hidden_state_map("0:0,2:6", 3, 6) == [(0, 0), (2, 6)]
+    for text in ("4:6", "1:7", "1", "a:b"):
+        with pytest.raises(InputError, match="hidden_state_map"):
+            parse_hidden_state_map(text, 3, 6)
+
+
+def test_a_student_checkpoint_of_its_own_learns_from_stored_logits(
+    trained_teacher, soft_targets, task, training, tmp_path, tokenizer
+):
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    checkpoint = tmp_path / "checkpoint"
+    AutoModel.from_config(tiny_config("distilbert", n_layers=2, initializer_range=0.1)).save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    training.num_train_epochs, training.learning_rate, training.per_device_train_batch_size = 8, 3e-3, 8
+    outcome = distill_student(
+        str(trained_teacher), tmp_path / "student", task, StudentConfig(student_model=str(checkpoint)), DistillConfig(),
+        training, soft_targets,
+    )  # fmt: skip
+    assert outcome.metrics["validation"]["accuracy"] > 0.7
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert student.config.model_type == "distilbert"
+    assert list(student.config.id2label.values()) == task.label_names
+
+
+def test_a_student_with_other_labels_is_refused(trained_teacher, soft_targets, task, training, tmp_path, tokenizer):
+    other = tmp_path / "other"
+    tiny_model(id2label={0: "yes", 1: "no"}, label2id={"yes": 0, "no": 1}).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    with pytest.raises(InputError, match=r"sport.*yes.*same labels"):
+        distill_student(
+            str(trained_teacher), tmp_path / "student", task, StudentConfig(student_model=str(other)), DistillConfig(),
+            training, soft_targets,
+        )  # fmt: skip
+
+
+def test_a_teacher_that_guesses_is_refused(task, tmp_path, tokenizer):
+    constant = tiny_model()
+    with torch.no_grad():
+        constant.classifier.weight.zero_()
+    constant.save_pretrained(tmp_path / "constant")
+    tokenizer.save_pretrained(tmp_path / "constant")
+    with pytest.raises(InputError, match="no better than guessing"):
+        compute_soft_targets(str(tmp_path / "constant"), tmp_path, task)
+
+
+def test_a_teacher_with_its_labels_in_another_order_is_put_in_the_datas_order(
+    trained_teacher, task, tmp_path, tokenizer
+):
+    straight = task.load_model(str(trained_teacher))
+    order = [2, 0, 1]
+    turned = task.load_model(str(trained_teacher))
+    with torch.no_grad():
+        turned.classifier.weight.copy_(straight.classifier.weight[order])
+        turned.classifier.bias.copy_(straight.classifier.bias[order])
+    names = [task.label_names[index].upper() for index in order]
+    turned.config.id2label = dict(enumerate(names))
+    turned.config.label2id = {name: index for index, name in enumerate(names)}
+    turned.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tokens = torch.arange(3, 23).reshape(2, 10)
+    loaded = task.load_model(str(tmp_path)).eval()
+    torch.testing.assert_close(loaded(tokens).logits, straight.eval()(tokens).logits)
