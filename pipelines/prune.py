@@ -1,0 +1,248 @@
+"""Structured pruning: which heads and neurons matter least, their physical removal, and the stage that cuts and recovers.
+
+A stock config cannot express a model whose layers differ in heads or neurons. On disk a pruned model therefore keeps stock shapes with
+zeros, which any `from_pretrained` opens; `load_model` removes the zeros physically, to train, time or export it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pipelines.architectures import FAMILIES, family_of, head_size, layers_of
+from pipelines.config import DistillConfig, PruneConfig
+from pipelines.distill import distil
+from pipelines.losses import distillation_loss
+from pipelines.run import Outcome
+from pipelines.soft_targets import with_soft_targets
+from pipelines.training import (
+    CHECKPOINTS,
+    arguments_for,
+    count_parameters,
+    is_main_process,
+    save,
+    validation_metrics,
+)
+
+MINIMUM_NEURONS = 8  # a layer keeps at least these, and at least one head
+
+
+def measure_importance(
+    model: Any, features: Any, collate: Any, distill: DistillConfig, batch_size: int = 16
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """First-order importance of every head and every feed-forward neuron, one array a layer.
+
+    A gate of 1 multiplies each head's (neuron's) output; the importance is the mean over examples of the size of the loss's gradient
+    by that gate, which estimates how much the loss changes when it closes (Michel et al., 2019; Molchanov et al., 2019). Gates are
+    per example, so gradients of different signs do not cancel.
+    """
+    family, size = family_of(model.config), head_size(model.config)
+    layers = list(layers_of(model))
+    head_modules = [part(layer, family.attention_output) for layer in layers]
+    neuron_modules = [part(layer, family.ffn_output) for layer in layers]
+    widths: list[tuple[Any, int]] = [(module, size) for module in head_modules] + [(module, 1) for module in neuron_modules]
+    totals = [np.zeros(module.in_features // width) for module, width in widths]
+    gates: dict[int, Tensor] = {}
+
+    def gate(index: int, width: int) -> Any:
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = inputs[0]
+            gates[index] = torch.ones(
+                hidden.shape[0], 1, hidden.shape[-1] // width, device=hidden.device, requires_grad=True
+            )
+            return (hidden * gates[index].repeat_interleave(width, dim=-1), *inputs[1:])
+
+        return multiply
+
+    hooks = [module.register_forward_pre_hook(gate(i, width)) for i, (module, width) in enumerate(widths)]
+    model.eval()
+    try:
+        for start in range(0, len(features), batch_size):
+            batch = collate([features[i] for i in range(start, min(start + batch_size, len(features)))])
+            labels, teacher_logits = batch.pop("labels"), batch.pop("teacher_logits", None)
+            logits = model(**batch).logits
+            loss = distillation_loss(logits, labels, teacher_logits, distill.temperature, distill.soft_target_weight)
+            gradients = torch.autograd.grad(loss, [gates[i] for i in range(len(widths))])
+            for total, gradient in zip(totals, gradients, strict=True):
+                total += gradient[:, 0].abs().sum(dim=0).double().cpu().numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    totals = [total / len(features) for total in totals]
+    return totals[: len(layers)], totals[len(layers) :]
+
+
+def choose_kept(importance: list[np.ndarray], remove: int, minimum: int) -> list[np.ndarray]:
+    """Indices to keep in each layer when the `remove` least important of all layers together go.
+
+    Layers compete with one another, so they end up uneven; none falls below `minimum`.
+    """
+    kept = [np.ones(len(layer), dtype=bool) for layer in importance]
+    ranked = sorted(
+        (value, layer, index) for layer, values in enumerate(importance) for index, value in enumerate(values)
+    )
+    for _, layer, index in ranked:
+        if remove == 0:
+            break
+        if kept[layer].sum() > minimum:
+            kept[layer][index] = False
+            remove -= 1
+    return [np.flatnonzero(layer) for layer in kept]
+
+
+def cut(model: Any, kept_heads: list[np.ndarray], kept_neurons: list[np.ndarray]) -> None:
+    """Remove, in place, every head and neuron that is not kept: fewer rows and columns in the linear maps."""
+    family, size = family_of(model.config), head_size(model.config)
+    for layer, heads, neurons in zip(layers_of(model), kept_heads, kept_neurons, strict=True):
+        columns = torch.tensor((heads[:, None] * size + np.arange(size)).reshape(-1), dtype=torch.long)
+        for path in (family.query, family.key, family.value):
+            _keep_outputs(part(layer, path), columns)
+        _keep_inputs(part(layer, family.attention_output), columns)
+        _keep_outputs(part(layer, family.ffn_input), torch.tensor(neurons, dtype=torch.long))
+        _keep_inputs(part(layer, family.ffn_output), torch.tensor(neurons, dtype=torch.long))
+
+
+def _keep_outputs(linear: nn.Linear, rows: Tensor) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach()[rows].clone())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach()[rows].clone())
+    linear.out_features = len(rows)
+
+
+def _keep_inputs(linear: nn.Linear, columns: Tensor) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())
+    linear.in_features = len(columns)
+
+
+def part(layer: Any, path: str) -> Any:
+    """The linear map at `path` below a layer."""
+    return layer.get_submodule(path)
+
+
+def with_stock_shapes(model: Any) -> Any:
+    """A copy of a cut model in the shapes of its config, zeros where something was removed: the same function."""
+    stock = type(model)(model.config)
+    state = stock.state_dict()
+    for name, tensor in model.state_dict().items():
+        # What is left comes first and zeros after it: neither heads nor neurons have an order that matters.
+        padded = torch.zeros_like(state[name])
+        padded[tuple(slice(length) for length in tensor.shape)] = tensor
+        state[name] = padded
+    stock.load_state_dict(state, strict=True)
+    return stock.eval()
+
+
+def remove_zeros(model: Any) -> Any:
+    """Remove, in place, heads and neurons that contribute nothing because their output weights are all zero."""
+    if model.config.model_type not in FAMILIES:
+        return model
+    family, size = family_of(model.config), head_size(model.config)
+    kept_heads, kept_neurons = [], []
+    for layer in layers_of(model):
+        used = (
+            part(layer, family.attention_output).weight.detach().abs().sum(dim=0).reshape(-1, size).sum(dim=1)
+        )
+        kept_heads.append(np.flatnonzero(used.numpy()))
+        kept_neurons.append(
+            np.flatnonzero(part(layer, family.ffn_output).weight.detach().abs().sum(dim=0).numpy())
+        )
+    if any(len(kept) == 0 for kept in (*kept_heads, *kept_neurons)):
+        return model  # a layer without any head or neuron has no shape of its own; zeros say the same
+    cut(model, kept_heads, kept_neurons)
+    return model
+
+
+def load_model(directory: str | Path) -> Any:
+    """The model in a stage's directory, of the class its config names, in eval mode, without the zeros of pruning."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    model_class = getattr(transformers, config.architectures[0])
+    return remove_zeros(model_class.from_pretrained(directory).eval())
+
+
+def shape_of(model: Any) -> dict[str, list[int]]:
+    """Heads and feed-forward neurons left in each layer."""
+    family, size = family_of(model.config), head_size(model.config)
+    return {
+        "heads": [part(layer, family.query).out_features // size for layer in layers_of(model)],
+        "neurons": [part(layer, family.ffn_input).out_features for layer in layers_of(model)],
+    }
+
+
+def prune_and_recover(
+    source: str,
+    directory: Path,
+    task: Any,
+    teacher: Path,
+    prune: PruneConfig,
+    distill: DistillConfig,
+    training: transformers.TrainingArguments,
+    soft_targets: Path | None = None,
+) -> Outcome:
+    """Remove the least important heads and neurons of the student in `source`, in steps, recovering by distillation after each."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    processor = task.load_processor(source)
+    model = remove_zeros(task.load_model(source))
+    before = shape_of(model)
+    details: dict[str, Any] = {"before": before, "steps": []}
+    arguments = arguments_for(training, prune.prune_learning_rate, prune.prune_epochs)
+    for step in range(1, prune.prune_steps + 1):
+        # The main process chooses and writes what is left, and every process reads that: a rank decided by the last bit of a
+        # gradient would otherwise give the processes models of different shapes. A resumed run reads it, too.
+        chosen = directory / CHECKPOINTS / f"step-{step}-cut"
+        if is_main_process() and not chosen.is_dir():
+            share = step / prune.prune_steps
+            cut_step(model, processor, task, prune, distill, soft_targets, before, share)
+            partial = chosen.with_suffix(".partial")
+            save(with_stock_shapes(model), processor, partial)
+            partial.rename(chosen)
+        state.wait_for_everyone()
+        if (directory / CHECKPOINTS / f"step-{step + 1}-cut").is_dir():
+            continue
+        model = remove_zeros(task.load_model(str(chosen)))
+        recovery: dict[str, Any] = {}
+        if prune.prune_epochs > 0:
+            recovery = distil(
+                model,
+                processor,
+                task,
+                str(teacher),
+                distill,
+                arguments,
+                soft_targets,
+                directory / CHECKPOINTS / f"step-{step}",
+            )
+        details["steps"].append({**shape_of(model), "recovery": recovery})
+    if not is_main_process():
+        return Outcome("transformers")
+    after = shape_of(model)
+    details["after"] = after
+    details["heads_removed"] = 1 - sum(after["heads"]) / sum(before["heads"])
+    details["neurons_removed"] = 1 - sum(after["neurons"]) / sum(before["neurons"])
+    metrics = validation_metrics(model, task, processor)
+    save(with_stock_shapes(model), processor, directory)
+    return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
+
+
+def cut_step(
+    model: Any, processor: Any, task: Any, prune: PruneConfig, distill: DistillConfig, soft_targets: Path | None,
+    before: dict[str, list[int]], share: float,
+) -> None:  # fmt: skip
+    """Cut `model` in place down to what `share` of the whole pruning leaves of the shapes `before`."""
+    features = task.features(processor)["train"]
+    if soft_targets is not None:
+        features = with_soft_targets(features, soft_targets)
+    chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
+    heads, neurons = measure_importance(model, features.select(np.sort(chosen)), task.collate(processor), distill)
+    left = shape_of(model)
+    remove_heads = round(prune.prune_heads * share * sum(before["heads"])) - (sum(before["heads"]) - sum(left["heads"]))
+    remove_neurons = round(prune.prune_ffn * share * sum(before["neurons"])) - (
+        sum(before["neurons"]) - sum(left["neurons"])
+    )
+    cut(model, choose_kept(heads, remove_heads, 1), choose_kept(neurons, remove_neurons, MINIMUM_NEURONS))
