@@ -1,0 +1,140 @@
+"""The ONNX file is the model: standard operators, dynamic axes, cut shapes; and a broken one is caught."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from conftest import tiny_model
+from pipelines.errors import VerificationError
+from pipelines.export import export_onnx
+from pipelines.predict import open_session, predict_onnx, predict_torch
+from pipelines.prune import cut, load_model, with_stock_shapes
+from pipelines.verify import verify_against_torch, verify_quality
+
+HEADS = [np.array([0, 3]), np.array([1]), np.array([0, 1, 2, 3]), np.array([2])]
+NEURONS = [np.arange(10), np.arange(5, 64), np.array([1, 4, 9, 63]), np.arange(64)]
+
+
+@pytest.fixture(scope="module", params=["bert", "distilbert", "roberta", "electra"])
+def exported(request, tmp_path_factory, task, tokenizer):
+    """An unevenly pruned model directory and its export."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("onnx")
+    model = tiny_model(request.param)
+    cut(model, HEADS, NEURONS)
+    with_stock_shapes(model).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    return source, target, export_onnx(str(source), target, task)
+
+
+def test_the_file_has_standard_operators_and_dynamic_axes(exported):
+    _, target, outcome = exported
+    model = onnx.load(target / "model.onnx")
+    onnx.checker.check_model(model)
+    assert {domain.domain for domain in model.opset_import} <= {"", "ai.onnx"}
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not (target / "model.onnx.data").exists()
+    for value in model.graph.input:
+        assert [axis.dim_param for axis in value.type.tensor_type.shape.dim] == ["batch", "sequence"]
+    assert [value.name for value in model.graph.output] == ["logits"]
+    assert outcome.details["verification"]["largest_difference"] < 1e-4
+
+
+def test_removal_is_physical(exported):
+    """Fewer columns in the products, not zeros: the file is as small as the cut model."""
+    source, target, outcome = exported
+    small = load_model(source)
+    model = onnx.load(target / "model.onnx")
+    stored = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+    counted = sum(parameter.numel() for parameter in small.parameters())
+    assert outcome.parameters == counted
+    assert stored == pytest.approx(counted, rel=0.05)
+
+
+def test_logits_equal_torch_at_any_batch_and_length(exported):
+    source, target, _ = exported
+    model, session = load_model(source), open_session(target / "model.onnx")
+    names = [value.name for value in session.get_inputs()]
+    generator = torch.Generator().manual_seed(0)
+    for batch, length in [(1, 2), (1, 40), (3, 7), (9, 31)]:
+        tokens = torch.randint(5, 50, (batch, length), generator=generator)
+        mask = torch.ones_like(tokens)
+        for row in range(1, batch):
+            mask[row, max(1, length - row) :] = 0
+        inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": torch.zeros_like(tokens)}
+        inputs = {name: inputs[name] for name in names}
+        with torch.no_grad():
+            expected = model(**inputs).logits.numpy()
+        found = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})[0]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_predictions_come_in_the_order_of_the_examples(exported, task):
+    source, target, _ = exported
+    processor = task.load_processor(str(source))
+    features, collate = task.features(processor)["test"], task.collate(processor)
+    one = predict_onnx(target / "model.onnx", features, collate)
+    many = predict_onnx(target / "model.onnx", features, collate, batch_size=7)
+    from_torch = predict_torch(load_model(source), features, collate, batch_size=5)
+    np.testing.assert_allclose(one, from_torch, atol=1e-4)
+    np.testing.assert_allclose(many, from_torch, atol=1e-4)
+    assert np.abs(one - np.roll(one, 1, axis=0)).max() > 1e-3
+
+
+def break_weights(model: onnx.ModelProto) -> None:
+    tensor = max(model.graph.initializer, key=lambda tensor: int(np.prod(tensor.dims)))
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values * 1.05, tensor.name))
+
+
+def ignore_the_mask(model: onnx.ModelProto) -> None:
+    """A graph that takes every token for real is right on full batches and wrong on padded ones."""
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name == "attention_mask":
+                node.input[index] = "mask_of_ones"
+    ones = onnx.helper.make_node("Shape", ["attention_mask"], ["mask_shape"])
+    value = onnx.helper.make_tensor("one", onnx.TensorProto.INT64, [1], [1])
+    filled = onnx.helper.make_node("ConstantOfShape", ["mask_shape"], ["mask_of_ones"], value=value)
+    model.graph.node.insert(0, filled)
+    model.graph.node.insert(0, ones)
+
+
+def make_nan(model: onnx.ModelProto) -> None:
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(tuple(tensor.dims), np.nan, np.float32), tensor.name))
+
+
+@pytest.mark.parametrize("damage", [break_weights, ignore_the_mask, make_nan])
+def test_a_broken_graph_raises(exported, task, tmp_path, damage):
+    source, target, _ = exported
+    processor, model = task.load_processor(str(source)), load_model(source)
+    verify_against_torch(target / "model.onnx", model, task, processor)
+    proto = onnx.load(target / "model.onnx")
+    damage(proto)
+    onnx.save(proto, tmp_path / "broken.onnx")
+    with pytest.raises(VerificationError, match="must not be used"):
+        verify_against_torch(tmp_path / "broken.onnx", model, task, processor)
+
+
+def test_a_quantized_model_that_lost_too_much_raises_and_names_the_remedies(trained_teacher, task, tmp_path):
+    target = tmp_path / "onnx"
+    target.mkdir()
+    export_onnx(str(trained_teacher), target, task)
+    processor = task.load_processor(str(trained_teacher))
+    proto = onnx.load(target / "model.onnx")
+    for tensor in proto.graph.initializer:  # one bit a weight
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
+            values = onnx.numpy_helper.to_array(tensor)
+            coarse = (np.sign(values) * np.abs(values).max()).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(coarse, tensor.name))
+    onnx.save(proto, tmp_path / "coarse.onnx")
+    with pytest.raises(VerificationError, match=r"max_quality_drop.*target_cpu.*quantization none"):
+        verify_quality(tmp_path / "coarse.onnx", target / "model.onnx", task, processor, 0.01)
+    kept = verify_quality(Path(target / "model.onnx"), target / "model.onnx", task, processor, 0.0)
+    assert kept["drop"] == 0
+    assert kept["agreement"] == 1
