@@ -1,0 +1,193 @@
+"""`python -m pipelines <stage> …`: any one stage on any one directory. It reads and writes what the recipes do.
+
+    fine-tune   a pretrained model -> a teacher             --teacher_model M --dataset D --output_dir OUT
+    distill     a teacher -> a student                      --teacher_model M --dataset D --output_dir OUT
+    prune       a student -> a smaller student              --model M --teacher_model M --dataset D --output_dir OUT
+    export      a model directory -> fp32 ONNX, verified    --model M --dataset D --output_dir OUT
+    quantize    an ONNX directory -> int8 ONNX, verified    --model M --dataset D --output_dir OUT
+    verify      an ONNX directory against its source        --model M --reference M --dataset D
+    benchmark   time directories against one another        --models M N … --dataset D
+    report      score and time a run's stages again         --output_dir RUN --dataset D
+
+`python -m pipelines <stage> --help` lists its flags.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import (
+    DataConfig,
+    DistillConfig,
+    PruneConfig,
+    QuantizeConfig,
+    ReportConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    parse_config,
+    run_main,
+)
+from pipelines.errors import InputError
+
+
+@dataclass
+class ModelConfig:
+    model: str | None = field(default=None, metadata={"help": "The model directory to work on."})
+
+    @property
+    def source(self) -> str:
+        if self.model is None:
+            raise InputError("expected a model directory, found none. Pass --model.")
+        return self.model
+
+
+@dataclass
+class ReferenceConfig:
+    reference: str | None = field(default=None, metadata={"help": "The directory the ONNX model was made from."})
+
+
+@dataclass
+class ModelsConfig:
+    models: list[str] = field(
+        default_factory=list, metadata={"help": "The stage directories to time against one another."}
+    )
+
+
+@dataclass
+class OutputConfig:
+    output_dir: str | None = field(default=None, metadata={"help": "The directory to write."})
+    seed: int = field(default=42, metadata={"help": "Random seed."})
+
+
+def stage(
+    output_dir: str | None, task: Any, seed: int, function: Callable[..., Any], source: str, **arguments: Any
+) -> None:
+    """Run one stage function into `output_dir`, with the record, the resuming and the safety of a recipe's stage."""
+    from pipelines.run import Run
+
+    if output_dir is None:
+        raise InputError("expected a directory to write, found none. Pass --output_dir.")
+    target = Path(output_dir).absolute()
+    run = Run(target.parent, task, seed, only_stage=target.name)
+    run.stage(target.name, function, source, **arguments)
+
+
+def fine_tune() -> None:
+    from pipelines.training import TrainingArguments, fine_tune
+
+    _, data, teacher, training = parse("fine-tune", DataConfig, TeacherConfig, TrainingArguments)
+    task = text_classification(data)
+    stage(
+        training.output_dir, task, training.seed, fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training
+    )  # fmt: skip
+
+
+def distill() -> None:
+    from pipelines.distill import distill_student
+    from pipelines.training import TrainingArguments
+
+    kinds = (DataConfig, TeacherConfig, StudentConfig, DistillConfig, TrainingArguments)
+    _, data, teacher, student, distill, training = parse("distill", *kinds)
+    stage(
+        training.output_dir, text_classification(data), training.seed, distill_student, teacher.teacher_model, distributed=True,
+        student=student, distill=distill, training=training,
+    )  # fmt: skip
+
+
+def prune() -> None:
+    from pipelines.prune import prune_and_recover
+    from pipelines.training import TrainingArguments
+
+    kinds = (ModelConfig, DataConfig, TeacherConfig, PruneConfig, DistillConfig, TrainingArguments)
+    _, model, data, teacher, prune, distill, training = parse("prune", *kinds)
+    stage(
+        training.output_dir, text_classification(data), training.seed, prune_and_recover, model.source, distributed=True,
+        teacher=Path(teacher.teacher_model), prune=prune, distill=distill, training=training,
+    )  # fmt: skip
+
+
+def export() -> None:
+    from pipelines.export import export_onnx
+
+    _, model, data, output = parse("export", ModelConfig, DataConfig, OutputConfig)
+    stage(output.output_dir, text_classification(data), output.seed, export_onnx, model.source)
+
+
+def quantize() -> None:
+    from pipelines.quantize_stage import quantize_onnx
+
+    _, model, data, quantize, output = parse("quantize", ModelConfig, DataConfig, QuantizeConfig, OutputConfig)
+    stage(output.output_dir, text_classification(data), output.seed, quantize_onnx, model.source, quantize=quantize)
+
+
+def verify() -> None:
+    from pipelines.verify import verify_directory
+
+    _, model, reference, data, quantize = parse("verify", ModelConfig, ReferenceConfig, DataConfig, QuantizeConfig)
+    if reference.reference is None:
+        raise InputError("expected the directory the model was made from, found none. Pass --reference.")
+    task = text_classification(data)
+    print(verify_directory(Path(model.source), Path(reference.reference), task, quantize.max_quality_drop))
+
+
+def benchmark() -> None:
+    from pipelines.report_stage import benchmark_directories
+
+    _, models, data, report = parse("benchmark", ModelsConfig, DataConfig, ReportConfig)
+    if not models.models:
+        raise InputError("expected the directories to time, found none. Pass --models with one or more.")
+    print(benchmark_directories([Path(model) for model in models.models], text_classification(data), report))
+
+
+def report() -> None:
+    from pipelines.report_stage import STAGES, report_run
+    from pipelines.run import Run, read_record
+
+    run_config, data, settings, output = parse("report", DataConfig, ReportConfig, OutputConfig)
+    if output.output_dir is None or not Path(output.output_dir).is_dir():
+        raise InputError(f"expected the directory of a run, found {output.output_dir!r}. Pass --output_dir.")
+    run = Run(output.output_dir, text_classification(data), output.seed)
+    run.stages = [name for name in STAGES if read_record(run.directory / name) is not None]
+    report_run(run, "report", settings, run_config.given)
+
+
+STAGE_COMMANDS: dict[str, Callable[[], None]] = {
+    "fine-tune": fine_tune,
+    "distill": distill,
+    "prune": prune,
+    "export": export,
+    "quantize": quantize,
+    "verify": verify,
+    "benchmark": benchmark,
+    "report": report,
+}
+
+
+def parse(name: str, *kinds: type) -> list[Any]:
+    return parse_config([RunConfig, *kinds], argv=sys.argv[2:], program=f"python -m pipelines {name}")
+
+
+def text_classification(data: DataConfig) -> Any:
+    from pipelines.tasks import TextClassification
+
+    return TextClassification(data)
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__)
+    elif name in STAGE_COMMANDS:
+        STAGE_COMMANDS[name]()
+    else:
+        print(f"error: expected one of the stages {', '.join(STAGE_COMMANDS)}, found {name!r}.", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run_main(main)
