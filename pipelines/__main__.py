@@ -119,7 +119,7 @@ def export() -> None:
 
 
 def quantize() -> None:
-    from pipelines.quantize_stage import quantize_onnx
+    from pipelines.quantize import quantize_onnx
 
     _, model, data, quantize, output = parse("quantize", ModelConfig, DataConfig, QuantizeConfig, OutputConfig)
     stage(output.output_dir, text_classification(data), output.seed, quantize_onnx, model.source, quantize=quantize)
@@ -136,7 +136,7 @@ def verify() -> None:
 
 
 def benchmark() -> None:
-    from pipelines.report_stage import benchmark_directories
+    from pipelines.results import benchmark_directories
 
     _, models, data, report = parse("benchmark", ModelsConfig, DataConfig, ReportConfig)
     if not models.models:
@@ -145,7 +145,7 @@ def benchmark() -> None:
 
 
 def report() -> None:
-    from pipelines.report_stage import STAGES, report_run
+    from pipelines.results import STAGES, report_run
     from pipelines.run import Run, read_record
 
     run_config, data, settings, output = parse("report", DataConfig, ReportConfig, OutputConfig)

@@ -44,18 +44,24 @@ class TextClassification:
 
         return _load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer")
 
+    def load_config(self, source: str) -> Any:
+        """The config of a model."""
+        from transformers import AutoConfig
+
+        return _load(AutoConfig.from_pretrained, resolve(source), "a model's config.json")
+
     def load_model(self, source: str, head: Literal["required", "new if none", "new if other"] = "required") -> Any:
         """The model with a head for this task's labels.
 
         A head for exactly these labels, in any order, is kept, and its rows are put in the data's order. Where the checkpoint has
         none, or one for other labels, `head` says whether it gets a fresh one. Raises InputError where it may not.
         """
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
 
         located = resolve(source)
         if Path(located).is_dir():
             check_model_directory(Path(located))
-        config = _load(AutoConfig.from_pretrained, located, "a model's config.json")
+        config = self.load_config(source)
         self._check_length(config, source)
         has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
         order = label_order(config, self.label_names) if has_head else None

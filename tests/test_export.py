@@ -13,7 +13,7 @@ from conftest import tiny_model
 from pipelines.errors import VerificationError
 from pipelines.export import export_onnx
 from pipelines.predict import open_session, predict_onnx, predict_torch
-from pipelines.prune import cut, load_model, with_stock_shapes
+from pipelines.surgery import cut, load_model, with_stock_shapes
 from pipelines.verify import verify_against_torch, verify_quality
 
 HEADS = [np.array([0, 3]), np.array([1]), np.array([0, 1, 2, 3]), np.array([2])]
@@ -42,6 +42,8 @@ def test_the_file_has_standard_operators_and_dynamic_axes(exported):
         assert [axis.dim_param for axis in value.type.tensor_type.shape.dim] == ["batch", "sequence"]
     assert [value.name for value in model.graph.output] == ["logits"]
     assert outcome.details["verification"]["largest_difference"] < 1e-4
+    assert outcome.details["verification"]["padded_tokens"] > 0
+    assert b"site-packages" not in (target / "model.onnx").read_bytes()
 
 
 def test_removal_is_physical(exported):
@@ -83,6 +85,18 @@ def test_predictions_come_in_the_order_of_the_examples(exported, task):
     np.testing.assert_allclose(one, from_torch, atol=1e-4)
     np.testing.assert_allclose(many, from_torch, atol=1e-4)
     assert np.abs(one - np.roll(one, 1, axis=0)).max() > 1e-3
+
+
+def test_padding_is_verified_even_where_every_text_has_the_same_length(tokenizer):
+    import datasets
+
+    from pipelines.data import collate
+    from pipelines.verify import verification_batches
+
+    examples = {"input_ids": [[5] * 16] * 9, "attention_mask": [[1] * 16] * 9, "labels": [0] * 9, "length": [16] * 9}
+    batches = list(verification_batches(datasets.Dataset.from_dict(examples), collate(tokenizer)))
+    assert {len(batch["input_ids"]) for batch in batches} >= {1, 2, 7, 8}
+    assert any((batch["attention_mask"] == 0).any() for batch in batches)
 
 
 def break_weights(model: onnx.ModelProto) -> None:

@@ -11,17 +11,9 @@ import torch
 from conftest import tiny_model
 from pipelines.architectures import family_of, layers_of
 from pipelines.config import DistillConfig, PruneConfig
-from pipelines.prune import (
-    choose_kept,
-    cut,
-    load_model,
-    measure_importance,
-    prune_and_recover,
-    remove_zeros,
-    shape_of,
-    with_stock_shapes,
-)
+from pipelines.prune import choose_kept, measure_importance, prune_and_recover
 from pipelines.soft_targets import compute_soft_targets
+from pipelines.surgery import cut, load_model, remove_zeros, shape_of, with_stock_shapes
 
 FAMILIES = ["bert", "distilbert", "roberta", "electra"]
 HEADS = [np.array([0, 3]), np.array([1]), np.array([0, 1, 2, 3]), np.array([2, 3])]
