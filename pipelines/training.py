@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ import torch
 import transformers
 from torch import Tensor
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint
 
 from pipelines.config import TeacherConfig
 from pipelines.errors import InputError
@@ -173,7 +173,7 @@ def train(
         compute_metrics=lambda prediction: task.numbers(prediction.predictions, prediction.label_ids),
         **trainer_arguments,
     )
-    resumed = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    resumed = last_whole_checkpoint(directory)
     result = trainer.train(resume_from_checkpoint=resumed)
     history = trainer.state.log_history
     return {
@@ -188,6 +188,22 @@ def train(
         "train_samples_per_second": result.metrics.get("train_samples_per_second"),
         "resumed_from_step": int(resumed.rsplit("-", 1)[1]) if resumed else None,
     }
+
+
+def last_whole_checkpoint(directory: Path) -> str | None:
+    """The latest checkpoint below `directory` that was written to its end: the Trainer writes its state last.
+
+    transformers' own get_last_checkpoint takes the latest folder, also one that a kill left half written.
+    """
+    for checkpoint in sorted(
+        directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
+    ):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(checkpoint)
+    return None
 
 
 def count_parameters(model: torch.nn.Module) -> int:

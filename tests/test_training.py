@@ -90,6 +90,10 @@ def test_a_resumed_training_ends_where_an_undisturbed_one_does(task, tokenizer, 
     interrupted = copy.deepcopy(resumed)
     with pytest.raises(Killed):
         train(interrupted, task, tokenizer, training, tmp_path / "resumed", features, KilledAfterAnEpoch)
+    # A second kill, while the next checkpoint was being written, leaves a folder that must not be resumed from.
+    half = tmp_path / "resumed" / "checkpoint-18"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
     details = train(resumed, task, tokenizer, training, tmp_path / "resumed", features)
     assert details["resumed_from_step"] == 9
     for name, parameter in undisturbed.state_dict().items():
