@@ -48,6 +48,15 @@ _DISTILBERT = Family(
     head_count="n_heads",
     ffn_size="hidden_dim",
 )
+_VIT = Family(
+    layers="layers",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    attention_output="attention.o_proj",
+    ffn_input="mlp.fc1",
+    ffn_output="mlp.fc2",
+)
 FAMILIES = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -55,6 +64,8 @@ FAMILIES = {
     "camembert": _BERT,
     "electra": _BERT,
     "distilbert": _DISTILBERT,
+    "vit": _VIT,
+    "deit": _VIT,
 }
 
 
@@ -63,7 +74,7 @@ def family_of(config: Any) -> Family:
         raise InputError(
             f"expected a model of the families {', '.join(sorted(FAMILIES))}, whose layers and heads can be told apart, found "
             f"{config.model_type!r}. Use one of them, or give the student by --student_model and leave pruning out (--prune_heads 0 "
-            "--prune_ffn 0)."
+            "--prune_ffn 0) and hidden states, too (--hidden_state_weight 0)."
         )
     return FAMILIES[config.model_type]
 

@@ -45,7 +45,9 @@ def measure_importance(
     layers = list(layers_of(model))
     head_modules = [part(layer, family.attention_output) for layer in layers]
     neuron_modules = [part(layer, family.ffn_output) for layer in layers]
-    widths: list[tuple[Any, int]] = [(module, size) for module in head_modules] + [(module, 1) for module in neuron_modules]
+    widths: list[tuple[Any, int]] = [(module, size) for module in head_modules] + [
+        (module, 1) for module in neuron_modules
+    ]
     totals = [np.zeros(module.in_features // width) for module, width in widths]
     gates: dict[int, Tensor] = {}
 
@@ -144,13 +146,9 @@ def remove_zeros(model: Any) -> Any:
     family, size = family_of(model.config), head_size(model.config)
     kept_heads, kept_neurons = [], []
     for layer in layers_of(model):
-        used = (
-            part(layer, family.attention_output).weight.detach().abs().sum(dim=0).reshape(-1, size).sum(dim=1)
-        )
+        used = part(layer, family.attention_output).weight.detach().abs().sum(dim=0).reshape(-1, size).sum(dim=1)
         kept_heads.append(np.flatnonzero(used.numpy()))
-        kept_neurons.append(
-            np.flatnonzero(part(layer, family.ffn_output).weight.detach().abs().sum(dim=0).numpy())
-        )
+        kept_neurons.append(np.flatnonzero(part(layer, family.ffn_output).weight.detach().abs().sum(dim=0).numpy()))
     if any(len(kept) == 0 for kept in (*kept_heads, *kept_neurons)):
         return model  # a layer without any head or neuron has no shape of its own; zeros say the same
     cut(model, kept_heads, kept_neurons)
@@ -171,6 +169,14 @@ def shape_of(model: Any) -> dict[str, list[int]]:
         "heads": [part(layer, family.query).out_features // size for layer in layers_of(model)],
         "neurons": [part(layer, family.ffn_input).out_features for layer in layers_of(model)],
     }
+
+
+def can_be_pruned(directory: Path) -> bool:
+    """Whether the model in `directory` has heads and neurons to remove; says so where it has none."""
+    model_type = transformers.AutoConfig.from_pretrained(directory).model_type
+    if model_type not in FAMILIES and is_main_process():
+        print(f"pruned: skipped, a {model_type} has no attention heads and feed-forward neurons to remove", flush=True)
+    return model_type in FAMILIES
 
 
 def prune_and_recover(
