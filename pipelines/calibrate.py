@@ -91,7 +91,9 @@ def quantize_static_int8(
         )
     quantized = onnx.load(target).graph
     int8 = {tensor.name for tensor in quantized.initializer if tensor.data_type == onnx.TensorProto.INT8}
-    weights = {node.output[0] for node in quantized.node if node.op_type == "DequantizeLinear" and node.input[0] in int8}
+    weights = {
+        node.output[0] for node in quantized.node if node.op_type == "DequantizeLinear" and node.input[0] in int8
+    }
     counts = Counter(node.op_type for node in quantized.node if weights & {*node.input})
     return {
         "quantized": dict(counts),

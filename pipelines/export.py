@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.predict import open_session
-from pipelines.prune import load_model
 from pipelines.run import Outcome
+from pipelines.surgery import load_model
 from pipelines.training import count_parameters
 from pipelines.verify import verify_against_torch
 
@@ -42,6 +42,7 @@ def export_graph(
     `inputs` is a sample of at least 2 along every dynamic axis (sizes 0 and 1 would be specialised), `dynamic_axes` names them.
     """
     import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from torch.export import Dim
     from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -51,6 +52,8 @@ def export_graph(
     with quiet_exporters():
         program = OnnxExporter().export(model, inputs, config=config).program
     name_axes(program.graph, dynamic_axes)
+    # The exporter notes for every node the lines of Python it came from: half a megabyte that names this machine's folders.
+    ClearMetadataAndDocStringPass()(program)
     onnx_ir.save(program, str(path))
     operators = Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in program.graph.all_nodes()

@@ -235,6 +235,7 @@ class Run:
             return target
 
         if made_by is not None:
+            print(f"{name}: started", flush=True)
             self._start(partial, made_by)
         self.state.wait_for_everyone()
         started = time.perf_counter()

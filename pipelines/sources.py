@@ -251,3 +251,18 @@ def _hub_commit(model_id: str) -> str:
         f"expected the Hub model {model_id!r} or a cached copy of it, found neither ({reason}); check the spelling "
         "and the network, set HF_TOKEN for a private or gated model, or give a local directory"
     )
+
+
+def model_license(source: str) -> str | None:
+    """The licence that the model card beside the weights, or on the Hub, names; None where none is to be had."""
+    from huggingface_hub import ModelCard
+
+    resolved = resolve(source)
+    card = Path(resolved) / "README.md" if os.path.isabs(resolved) else None
+    if card is not None and not card.is_file():
+        return None
+    try:
+        found = ModelCard.load(card or resolved, ignore_metadata_errors=True).data.license
+    except Exception:  # a card is a courtesy: whatever is wrong with it, the model can be used
+        return None
+    return found if isinstance(found, str) else None

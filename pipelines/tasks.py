@@ -201,7 +201,9 @@ class ImageClassification(Classification):
     ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """The collator for training: images augmented if asked, the same ones for a teacher in the loop, by its own processor."""
         if self.augmentation.any and not augment:
-            print("images: not augmented here, since stored soft targets are of the images as they are (--soft_targets online)")
+            print(
+                "images: not augmented here, since stored soft targets are of the images as they are (--soft_targets online)"
+            )
         return images.collate(processor, teacher_processor, self.augmentation if augment else None)
 
     def test_texts(self) -> list[str]:

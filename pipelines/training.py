@@ -20,6 +20,7 @@ from pipelines.errors import InputError
 from pipelines.losses import IGNORED, label_loss
 from pipelines.predict import predict_torch
 from pipelines.run import Outcome
+from pipelines.sources import model_license
 
 CHECKPOINTS = "checkpoints"
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -63,6 +64,14 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     report_to: str = field(default="none", metadata={"help": "Where to log to: none, tensorboard, wandb, …"})
     logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub:
+            raise InputError(
+                "expected no --push_to_hub, which this version does not have yet, found it set. Leave it out, and upload the finished "
+                "run with 'hf upload <name> <output_dir>'."
+            )
+        super().__post_init__()
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
@@ -218,7 +227,7 @@ def fine_tune(
     With `lora_rank` a LoRA adapter (Hu et al., 2021) is trained in place of all weights, kept in `adapter/`, and merged.
     """
     processor = task.load_processor(source)
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = {"license": model_license(source)}
     if teacher.teacher_epochs == 0:
         model = task.load_model(source, head="required")
     else:

@@ -18,16 +18,29 @@ BATCH_SIZES = (1, 2, 7)
 
 
 def verification_batches(features: Any, collate: Any) -> Iterator[dict[str, Any]]:
-    """Real batches of several sizes: the shortest examples, the longest, and both together, so that much is padding."""
-    order = (
-        np.argsort(features["length"], kind="stable") if "length" in features.column_names else np.arange(len(features))
-    )
+    """Real batches of several sizes: the shortest examples, the longest, and, where examples have a length, ragged ones.
+
+    In a ragged batch each example is cut to another length, since real ones may all have been cut to the same: without it no
+    padding would be seen.
+    """
+    sequences = "length" in features.column_names
+    order = np.argsort(features["length"], kind="stable") if sequences else np.arange(len(features))
     for size in BATCH_SIZES:
-        shortest, longest = order[:size], order[-size:]
-        for indices in (shortest, longest, np.concatenate([shortest, longest])):
-            batch = collate([features[int(index)] for index in indices])
-            batch.pop("labels", None)
-            yield dict(batch)
+        for indices in (order[:size], order[-size:]):
+            yield _batch([features[int(index)] for index in indices], collate)
+        if sequences:
+            examples = [features[int(index)] for index in order[-size - 1 :]]
+            yield _batch([_shortened(example, (i + 1) / len(examples)) for i, example in enumerate(examples)], collate)
+
+
+def _batch(examples: list[dict[str, Any]], collate: Any) -> dict[str, Any]:
+    return {name: value for name, value in collate(examples).items() if name != "labels"}
+
+
+def _shortened(example: dict[str, Any], share: float) -> dict[str, Any]:
+    """The first `share` of a tokenized example, of every column that has an entry for each token."""
+    length = max(2, round(share * example["length"]))
+    return {name: value[:length] if isinstance(value, list) else value for name, value in example.items()}
 
 
 def verify_against_torch(path: Path, model: Any, task: Any, processor: Any) -> dict[str, Any]:
@@ -56,7 +69,7 @@ def verify_same_graph(path: Path, original: Path, task: Any, processor: Any) -> 
 
 def verify_directory(directory: Path, reference: Path, task: Any, max_quality_drop: float) -> dict[str, Any]:
     """Verify the ONNX model in `directory` against the model directory it was exported from, or the ONNX directory it was quantized from."""
-    from pipelines.prune import load_model
+    from pipelines.surgery import load_model
 
     processor = task.load_processor(str(directory))
     if (reference / "model.onnx").is_file():
@@ -73,7 +86,7 @@ def _compare(
 ) -> dict[str, Any]:
     session = open_session(path)
     largest_difference = largest_logit = 0.0
-    shapes = []
+    shapes, padded = [], 0
     for batch in verification_batches(task.features(processor)["validation"], task.collate(processor)):
         expected, found = expected_logits(batch), _run(session, batch)
         shape = list(next(iter(batch.values())).shape)
@@ -83,6 +96,7 @@ def _compare(
                 f"with {int((~np.isfinite(found)).sum())} that are not finite. The graph is broken and must not be used; export it again."
             )
         shapes.append(shape)
+        padded += int((batch["attention_mask"] == 0).sum()) if "attention_mask" in batch else 0
         largest_difference = max(largest_difference, float(np.abs(found - expected).max()))
         largest_logit = max(largest_logit, float(np.abs(expected).max()))
     if largest_difference > TOLERANCE * max(1.0, largest_logit):
@@ -91,7 +105,12 @@ def _compare(
             f"a difference of {largest_difference:.3g}. The graph is not that model and must not be used; export it again, and report the "
             "model if it happens again."
         )
-    return {"largest_difference": largest_difference, "largest_logit": largest_logit, "batch_shapes": shapes}
+    return {
+        "largest_difference": largest_difference,
+        "largest_logit": largest_logit,
+        "batch_shapes": shapes,
+        "padded_tokens": padded,
+    }
 
 
 def verify_quality(path: Path, reference: Path, task: Any, processor: Any, max_quality_drop: float) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def main() -> None:
     from pipelines.distill import distill_student
     from pipelines.export import export_onnx
     from pipelines.prune import prune_and_recover
-    from pipelines.quantize_stage import quantize_onnx
-    from pipelines.report_stage import report_run
+    from pipelines.quantize import quantize_onnx
+    from pipelines.results import report_run
     from pipelines.run import Run
     from pipelines.soft_targets import compute_soft_targets
     from pipelines.tasks import TextClassification

@@ -75,7 +75,9 @@ def test_a_table_of_pixels_with_a_header_has_its_class_in_the_label_column(tmp_p
     path = tmp_path / "pixels.csv"
     path.write_text("\n".join(lines))
     data = load(path, label_column="digit")
-    found = {tuple(pixels(row["image"])[..., 0].reshape(-1).tolist()) for split in data.splits.values() for row in split}
+    found = {
+        tuple(pixels(row["image"])[..., 0].reshape(-1).tolist()) for split in data.splits.values() for row in split
+    }
     assert found == {tuple(row) for row in values.tolist()}
     refused(path, "'label'", "--label_column")
 
@@ -324,7 +326,9 @@ def test_a_student_of_another_kind_and_size_learns_from_stored_answers(
         assert image_task.agreement(*answers) > 0.8
 
 
-def test_a_teacher_in_the_loop_sees_what_its_own_processor_makes(image_task, image_teacher, soft_targets, tmp_path, capsys):
+def test_a_teacher_in_the_loop_sees_what_its_own_processor_makes(
+    image_task, image_teacher, soft_targets, tmp_path, capsys
+):
     """The first loss of a student for larger images is the same with stored answers and with the teacher in the loop."""
     checkpoint = tmp_path / "checkpoint"
     tiny_model("vit", image_size=16).save_pretrained(checkpoint)
@@ -340,7 +344,9 @@ def test_a_teacher_in_the_loop_sees_what_its_own_processor_makes(image_task, ima
     assert losses["stored"] == pytest.approx(losses["online"], abs=2e-4)
 
 
-def test_images_are_augmented_for_the_teacher_and_online_but_not_beside_stored_answers(image_folder, image_processor, capsys):
+def test_images_are_augmented_for_the_teacher_and_online_but_not_beside_stored_answers(
+    image_folder, image_processor, capsys
+):
     task = ImageClassification(DataConfig(dataset=str(image_folder)), AugmentConfig(random_shift=0.3))
     rows = [task.features(image_processor)["train"][0]]
     plain = task.collate(image_processor)(rows)["pixel_values"]
@@ -356,7 +362,9 @@ def test_lora_trains_an_adapter_and_a_new_head(image_task, image_teacher, tmp_pa
 
     names = {"id2label": {0: "yes", 1: "no"}, "label2id": {"yes": 0, "no": 1}}
     source = tmp_path / "source"
-    AutoModelForImageClassification.from_pretrained(image_teacher, ignore_mismatched_sizes=True, **names).save_pretrained(source)
+    AutoModelForImageClassification.from_pretrained(
+        image_teacher, ignore_mismatched_sizes=True, **names
+    ).save_pretrained(source)
     image_task.load_processor(str(image_teacher)).save_pretrained(source)
     outcome = fine_tune(
         str(source), tmp_path / "lora", image_task,

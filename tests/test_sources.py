@@ -189,3 +189,13 @@ def test_hub_fingerprint_offline_is_the_cached_commit(tmp_path: Path, monkeypatc
     assert model_fingerprint("someone/small-bert") == commit
     with pytest.raises(InputError, match="expected the Hub model 'someone/other'.*found neither.*HF_TOKEN"):
         model_fingerprint("someone/other")
+
+
+def test_the_licence_is_that_of_the_model_card(tmp_path):
+    from pipelines.sources import model_license
+
+    assert model_license(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    assert model_license(str(tmp_path)) == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\n: [\n---\n")
+    assert model_license(str(tmp_path)) is None

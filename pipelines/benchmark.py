@@ -1,0 +1,261 @@
+"""Latency, throughput and memory of stages, each timed in a fresh process, the processes in turn.
+
+Live ONNX Runtime sessions spin and slow each other, and a shared machine is faster in one minute than in the next. So
+no two models ever live in one process, and every round times every model once: noise that lasts longer than a round
+hits all of them, and ratios are taken within a round. The worker for an ONNX model imports NumPy and ONNX Runtime only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.errors import InputError
+from pipelines.predict import available_cores, open_session
+
+# A percentile of fewer calls than this says nothing, however slow the model is.
+MINIMUM_REPETITIONS = 10
+
+Feed = dict[str, np.ndarray]
+
+
+@dataclass
+class Subject:
+    """A stage to time: `single` is a feed of batch size 1, `batches` have the test split's own mix of lengths."""
+
+    name: str
+    path: Path
+    format: str
+    single: Feed
+    batches: list[Feed]
+
+
+def measure(
+    subjects: list[Subject], *, rounds: int = 3, threads: int | None = None, seconds: float = 1.0
+) -> dict[str, dict[str, Any]]:
+    """Time every subject once a round and return one result per name.
+
+    Each worker repeats the single feed for `seconds` and at least 10 times, then goes through all batches, whole passes
+    only, until another `seconds` are over. A result has `latency_ms` (p50 and p95: medians over the rounds, in
+    milliseconds per call of batch 1; with batch size and shape), `samples_per_second` (median over the rounds),
+    `peak_memory_bytes` (the largest resident set of the whole worker, Python and the runtime included), `threads` and
+    the `rounds` they come from. Raises InputError for a subject that cannot be timed as given or whose worker fails.
+    """
+    from tqdm import tqdm
+
+    _check_subjects(subjects)
+    threads = available_cores() if threads is None else threads
+    measured: dict[str, list[dict[str, float]]] = {subject.name: [] for subject in subjects}
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+        specs = [_write_spec(Path(folder) / str(i), subject, threads, seconds) for i, subject in enumerate(subjects)]
+        with tqdm(total=rounds * len(subjects), desc="benchmark", unit="run") as progress:
+            for _ in range(rounds):
+                for subject, spec in zip(subjects, specs, strict=True):
+                    progress.set_postfix_str(subject.name)
+                    measured[subject.name].append(_run_worker(subject, spec, threads))
+                    progress.update()
+    return {subject.name: _summarize(subject, measured[subject.name], threads) for subject in subjects}
+
+
+def paired_ratios(results: dict[str, dict[str, Any]], slow: str, fast: str) -> dict[str, float]:
+    """How many times faster `fast` answers than `slow`: the ratio of their p50 per round: median, least, largest."""
+    pairs = zip(results[slow]["rounds"], results[fast]["rounds"], strict=True)
+    ratios = [slow_round["p50"] / fast_round["p50"] for slow_round, fast_round in pairs]
+    return {"median": float(np.median(ratios)), "low": min(ratios), "high": max(ratios)}
+
+
+def _check_subjects(subjects: list[Subject]) -> None:
+    names = [subject.name for subject in subjects]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"expected one or more subjects with different names, found {names}. Name every stage once.")
+    for subject in subjects:
+        needed = {"onnx": "model.onnx", "transformers": "config.json"}.get(subject.format)
+        if needed is None:
+            raise InputError(
+                f"expected the format of {subject.name} to be 'transformers' or 'onnx', found {subject.format!r}. "
+                "Export the model first if it is something else."
+            )
+        if not (subject.path / needed).is_file():
+            raise InputError(
+                f"expected {needed} in {subject.path}, found none. Run the stage {subject.name} again, or give the "
+                "directory that holds its model."
+            )
+        if not subject.batches or any(len(value) != 1 for value in subject.single.values()):
+            sizes = {key: len(value) for key, value in subject.single.items()}
+            raise InputError(
+                f"expected a single feed of batch size 1 and at least one batch for {subject.name}, found batch sizes "
+                f"{sizes} and {len(subject.batches)} batches. Tokenize one example, and a sample of the test split."
+            )
+
+
+def _write_spec(folder: Path, subject: Subject, threads: int, seconds: float) -> Path:
+    """Write the feeds as .npz files and the worker's orders as JSON beside them."""
+    folder.mkdir()
+    feeds = {"single.npz": subject.single} | {f"batch_{i}.npz": feed for i, feed in enumerate(subject.batches)}
+    for name, feed in feeds.items():
+        np.savez(folder / name, allow_pickle=False, **feed)
+    spec = {
+        "format": subject.format,
+        # The worker runs in the temporary folder, where a relative path would lead nowhere.
+        "path": str(subject.path.resolve()),
+        "batches": len(subject.batches),
+        "threads": threads,
+        "seconds": seconds,
+    }
+    (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+    return folder / "spec.json"
+
+
+def _run_worker(subject: Subject, spec: Path, threads: int) -> dict[str, float]:
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": str(threads),
+    }
+    # `-m` puts the working directory first on the module path: in a folder of our own nothing can shadow a library.
+    worker = subprocess.run(
+        [sys.executable, "-m", "pipelines.benchmark", spec.name],
+        cwd=spec.parent,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if worker.returncode != 0:
+        tail = "\n".join(worker.stderr.strip().splitlines()[-15:])
+        raise InputError(
+            f"expected {subject.path} to run on feeds of its own tokenizer, found that the worker timing "
+            f"{subject.name} ended with status {worker.returncode} (-9 usually means that memory ran out):\n{tail}\n"
+            "Verify the stage, or benchmark it without the others."
+        )
+    result: dict[str, float] = json.loads((spec.parent / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def _summarize(subject: Subject, rounds: list[dict[str, float]], threads: int) -> dict[str, Any]:
+    def median(key: str) -> float:
+        return float(np.median([one[key] for one in rounds]))
+
+    shape = list(next(iter(subject.single.values())).shape)
+    return {
+        "latency_ms": {"p50": median("p50"), "p95": median("p95"), "batch_size": shape[0], "shape": shape},
+        "samples_per_second": median("samples_per_second"),
+        "peak_memory_bytes": int(max(one["peak_memory_bytes"] for one in rounds)),
+        "threads": threads,
+        "rounds": rounds,
+    }
+
+
+def _work(spec_file: Path) -> None:
+    """The worker: load one model, time it, write result.json beside the spec."""
+    spec = json.loads(spec_file.read_text(encoding="utf-8"))
+    folder = spec_file.parent
+    single = _read_feed(folder / "single.npz")
+    batches = [_read_feed(folder / f"batch_{i}.npz") for i in range(spec["batches"])]
+    load = {"onnx": _load_onnx, "transformers": _load_torch}[spec["format"]]
+    # The conversion of the feeds is not part of the model's time, so `prepare` is called before the clock starts.
+    prepare, run = load(Path(spec["path"]), spec["threads"])
+    result = time_calls(run, prepare(single), spec["seconds"])
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    result["samples_per_second"] = time_batches(run, [prepare(batch) for batch in batches], sizes, spec["seconds"])
+    result["peak_memory_bytes"] = peak_memory_bytes()
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def _read_feed(file: Path) -> Feed:
+    with np.load(file) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _load_onnx(path: Path, threads: int) -> tuple[Callable[[Feed], Any], Callable[[Any], Any]]:
+    session = open_session(path / "model.onnx", threads)
+    names = [node.name for node in session.get_inputs()]
+
+    def prepare(feed: Feed) -> Feed:
+        missing = [name for name in names if name not in feed]
+        if missing:
+            raise InputError(f"expected feeds for the inputs {names}, found none for {missing}. Add them to the feeds.")
+        # A tokenizer may give more than the graph takes, such as the token types of a model that has none.
+        return {name: feed[name] for name in names}
+
+    return prepare, lambda feed: session.run(None, feed)
+
+
+def _load_torch(path: Path, threads: int) -> tuple[Callable[[Feed], Any], Callable[[Any], Any]]:
+    import torch
+
+    from pipelines.surgery import load_model
+
+    torch.set_num_threads(threads)
+    model = load_model(path).eval()
+
+    def run(feed: dict[str, torch.Tensor]) -> Any:
+        with torch.inference_mode():
+            return model(**feed)
+
+    return lambda feed: {name: torch.from_numpy(value) for name, value in feed.items()}, run
+
+
+def time_calls(run: Callable[[Any], Any], feed: Any, seconds: float) -> dict[str, float]:
+    """Median and 95th percentile of one call in milliseconds, after a warm-up of a fifth of the time."""
+    _repeat(run, feed, seconds / 5, minimum=3)
+    times = np.array(_repeat(run, feed, seconds, MINIMUM_REPETITIONS)) * 1000
+    p50, p95 = np.percentile(times, [50, 95])
+    return {"p50": float(p50), "p95": float(p95), "repetitions": len(times)}
+
+
+def time_batches(run: Callable[[Any], Any], feeds: list[Any], sizes: list[int], seconds: float) -> float:
+    """Samples per second over whole passes of `feeds`: part of a pass would be another mix of lengths."""
+    # The largest feed makes the runtime allocate all the memory it will need.
+    run(max(feeds, key=lambda feed: sum(math.prod(value.shape) for value in feed.values())))
+    passes, start = 0, time.perf_counter()
+    while passes == 0 or time.perf_counter() - start < seconds:
+        for feed in feeds:
+            run(feed)
+        passes += 1
+    return passes * sum(sizes) / (time.perf_counter() - start)
+
+
+def _repeat(run: Callable[[Any], Any], feed: Any, seconds: float, minimum: int) -> list[float]:
+    """Seconds of each call, for at least `seconds` in all and at least `minimum` calls."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < minimum or time.perf_counter() < end:
+        start = time.perf_counter()
+        run(feed)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set this process has had, in bytes.
+
+    Linux's `ru_maxrss` survives exec, so in a fresh child it starts at the size of the parent that spawned it; the
+    kernel's VmHWM belongs to the new program alone.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]))

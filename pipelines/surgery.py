@@ -1,0 +1,92 @@
+"""Remove heads and neurons from a model in memory, write what is left in stock shapes, and load it without the zeros.
+
+A stock config cannot express a model whose layers differ in heads or neurons. On disk a pruned model therefore keeps stock shapes with
+zeros, which any `from_pretrained` opens; `load_model` removes the zeros physically, to train, time or export it. This module imports
+little, since a fresh process loads a model through it to be timed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pipelines.architectures import FAMILIES, family_of, head_size, layers_of
+
+
+def cut(model: Any, kept_heads: list[np.ndarray], kept_neurons: list[np.ndarray]) -> None:
+    """Remove, in place, every head and neuron that is not kept: fewer rows and columns in the linear maps."""
+    family, size = family_of(model.config), head_size(model.config)
+    for layer, heads, neurons in zip(layers_of(model), kept_heads, kept_neurons, strict=True):
+        columns = torch.tensor((heads[:, None] * size + np.arange(size)).reshape(-1), dtype=torch.long)
+        for path in (family.query, family.key, family.value):
+            _keep_outputs(part(layer, path), columns)
+        _keep_inputs(part(layer, family.attention_output), columns)
+        _keep_outputs(part(layer, family.ffn_input), torch.tensor(neurons, dtype=torch.long))
+        _keep_inputs(part(layer, family.ffn_output), torch.tensor(neurons, dtype=torch.long))
+
+
+def _keep_outputs(linear: nn.Linear, rows: Tensor) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach()[rows].clone())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach()[rows].clone())
+    linear.out_features = len(rows)
+
+
+def _keep_inputs(linear: nn.Linear, columns: Tensor) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())
+    linear.in_features = len(columns)
+
+
+def part(layer: Any, path: str) -> Any:
+    """The linear map at `path` below a layer."""
+    return layer.get_submodule(path)
+
+
+def with_stock_shapes(model: Any) -> Any:
+    """A copy of a cut model in the shapes of its config, zeros where something was removed: the same function."""
+    stock = type(model)(model.config)
+    state = stock.state_dict()
+    for name, tensor in model.state_dict().items():
+        # What is left comes first and zeros after it: neither heads nor neurons have an order that matters.
+        padded = torch.zeros_like(state[name])
+        padded[tuple(slice(length) for length in tensor.shape)] = tensor
+        state[name] = padded
+    stock.load_state_dict(state, strict=True)
+    return stock.eval()
+
+
+def remove_zeros(model: Any) -> Any:
+    """Remove, in place, heads and neurons that contribute nothing because their output weights are all zero."""
+    if model.config.model_type not in FAMILIES:
+        return model
+    family, size = family_of(model.config), head_size(model.config)
+    kept_heads, kept_neurons = [], []
+    for layer in layers_of(model):
+        used = part(layer, family.attention_output).weight.detach().abs().sum(dim=0).reshape(-1, size).sum(dim=1)
+        kept_heads.append(np.flatnonzero(used.numpy()))
+        kept_neurons.append(np.flatnonzero(part(layer, family.ffn_output).weight.detach().abs().sum(dim=0).numpy()))
+    if any(len(kept) == 0 for kept in (*kept_heads, *kept_neurons)):
+        return model  # a layer without any head or neuron has no shape of its own; zeros say the same
+    cut(model, kept_heads, kept_neurons)
+    return model
+
+
+def load_model(directory: str | Path) -> Any:
+    """The model in a stage's directory, of the class its config names, in eval mode, without the zeros of pruning."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    model_class = getattr(transformers, config.architectures[0])
+    return remove_zeros(model_class.from_pretrained(directory).eval())
+
+
+def shape_of(model: Any) -> dict[str, list[int]]:
+    """Heads and feed-forward neurons left in each layer."""
+    family, size = family_of(model.config), head_size(model.config)
+    return {
+        "heads": [part(layer, family.query).out_features // size for layer in layers_of(model)],
+        "neurons": [part(layer, family.ffn_input).out_features for layer in layers_of(model)],
+    }
