@@ -24,8 +24,8 @@ from pipelines.verify import verify_quality, verify_same_graph
 
 # Products with weights, and embeddings (Gather), whose tables stay bytes: only the rows that are read are dequantized.
 # Not Attention, which would become an invalid QAttention, nor Conv, whose ConvInteger is slower than the float kernel.
-CANDIDATES = ".candidates"
 _QUANTIZED_TYPES = ["MatMul", "Gather"]
+CANDIDATES = ".candidates"  # one folder for each scheme that was tried, until one is chosen
 
 
 def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeConfig) -> Outcome:
@@ -67,13 +67,14 @@ def make_candidates(
     """Write a quantized model for each scheme that the flags ask for, in a folder of its own; return what was done, by scheme."""
     from pipelines.calibrate import CALIBRATIONS, calibration_feeds, quantize_static_int8
 
-    calibrations = {"dynamic_int8": [], "static_int8": [quantize.calibration], "auto": list(CALIBRATIONS)}
+    schemes = {
+        "dynamic_int8": ["dynamic_int8"],
+        "static_int8": [quantize.calibration],
+        "auto": ["dynamic_int8", *CALIBRATIONS],
+    }
     feeds = None
     made = {}
-    for scheme in (
-        *(["dynamic_int8"] if quantize.quantization != "static_int8" else []),
-        *calibrations[quantize.quantization],
-    ):
+    for scheme in schemes[quantize.quantization]:
         name = scheme if scheme == "dynamic_int8" else f"static_int8_{scheme}"
         target = directory / CANDIDATES / name / ONNX_FILE
         target.parent.mkdir(parents=True)
