@@ -183,7 +183,8 @@ def parse(name: str, *kinds: type) -> list[Any]:
 
 
 def task_of(data: TaskConfig, augmentation: AugmentConfig | None = None) -> Any:
-    from pipelines.tasks import ImageClassification, TextClassification
+    from pipelines.images import ImageClassification
+    from pipelines.tasks import TextClassification
 
     if data.task == ImageClassification.name:
         return ImageClassification(data, augmentation)

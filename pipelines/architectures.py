@@ -111,6 +111,11 @@ def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> tupl
 
 def head_output(model: Any) -> nn.Linear:
     """The last linear map of a classifier, whose rows are the labels."""
+    if type(model).__name__.endswith("WithTeacher"):
+        raise InputError(
+            f"expected a model with one classification head, found {type(model).__name__}, which has two; its labels cannot be put in "
+            "the data's order. Fine-tune it on this data set (--teacher_epochs above 0)."
+        )
     inside_base = {id(module) for module in model.base_model.modules()}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside_base]
     if not linears or linears[-1].out_features != model.config.num_labels:

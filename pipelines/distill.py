@@ -39,9 +39,9 @@ class DistillationTrainer(Trainer):
 
     def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Any]:
         teacher_logits = inputs.pop("teacher_logits", None)
-        # Where the teacher's processor makes something else of an example, the collator adds the teacher's own inputs.
-        prefix = "teacher_"
-        own = {name.removeprefix(prefix): inputs.pop(name) for name in list(inputs) if name.startswith(prefix)}
+        # A teacher of images in the loop has its own processor, so the collator adds what that makes of the same images.
+        teacher_pixels = inputs.pop("teacher_pixel_values", None)
+        teacher_inputs = inputs if teacher_pixels is None else {"pixel_values": teacher_pixels}
         smoothing = self.args.label_smoothing_factor
         if not model.training:  # an evaluation: the labels alone, and no hidden states to gather
             outputs = model(**inputs)
@@ -51,7 +51,7 @@ class DistillationTrainer(Trainer):
         teacher_outputs: Any = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_outputs = self.teacher(**(own or inputs), output_hidden_states=bool(self.hidden_state_map))
+                teacher_outputs = self.teacher(**teacher_inputs, output_hidden_states=bool(self.hidden_state_map))
             teacher_logits = teacher_outputs.logits
         loss = distillation_loss(
             outputs.logits, labels, teacher_logits, self.distill.temperature, self.distill.soft_target_weight, smoothing

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pipelines import data as data_module
-from pipelines import images
-from pipelines.architectures import FAMILIES
-from pipelines.config import AugmentConfig, DataConfig
+from pipelines.config import DataConfig
 from pipelines.errors import InputError
 from pipelines.metrics import PRIMARY_METRIC, classification_metrics
 from pipelines.sources import check_model_directory, resolve
@@ -38,7 +35,7 @@ class Classification:
         """The config of a model."""
         from transformers import AutoConfig
 
-        return _load(AutoConfig.from_pretrained, resolve(source), "a model's config.json")
+        return load(AutoConfig.from_pretrained, resolve(source), "a model's config.json")
 
     def metrics(self, logits: np.ndarray, references: Any) -> dict[str, Any]:
         """Scores of logits (examples, labels) against label ids (examples)."""
@@ -74,7 +71,7 @@ class TextClassification(Classification):
         """The tokenizer of a model."""
         from transformers import AutoTokenizer
 
-        return _load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer")
+        return load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer")
 
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
         """The model with a head for this task's labels; see load_classifier."""
@@ -146,95 +143,6 @@ class TextClassification(Classification):
             )
 
 
-class ImageClassification(Classification):
-    """One image, and one label out of several."""
-
-    name = "image-classification"
-    # No task type of adapters fits images, so the new head, which has no use for a low rank, is named.
-    lora_settings: dict[str, Any] = {
-        "target_modules": "all-linear",
-        "exclude_modules": ["classifier"],
-        "modules_to_save": ["classifier"],
-    }
-    # Most published image models come with a head for ImageNet's thousand classes.
-    student_head: Head = "new if other"
-
-    def __init__(self, config: DataConfig, augmentation: AugmentConfig | None = None) -> None:
-        self.config = config
-        self.augmentation = AugmentConfig() if augmentation is None else augmentation
-        self.data = data_module.load_classification(config, images.IMAGES)
-        self._features = self.data.splits.rename_column("label", "labels")
-
-    def describe(self) -> dict[str, Any]:
-        """What of the data a stage's result depends on."""
-        return {"name": self.name, "data": self.data.fingerprint, "augmentation": asdict(self.augmentation)}
-
-    def load_processor(self, source: str) -> Any:
-        """The image processor of a model; the one over Pillow, so that an image becomes the same numbers on every machine."""
-        from transformers import AutoImageProcessor
-
-        return _load(AutoImageProcessor.from_pretrained, resolve(source), "an image processor", backend="pil")
-
-    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
-        """The model with a head for this task's labels; see load_classifier."""
-        from transformers import AutoModelForImageClassification
-
-        return load_classifier(
-            AutoModelForImageClassification,
-            "ForImageClassification",
-            source,
-            self.label_names,
-            head,
-            from_scratch,
-            check_config=lambda config: self._check_size(config, source),
-        )
-
-    def features(self, processor: Any) -> Any:
-        """The splits with encoded images, whatever the processor: the collator decodes them, since pixels fill any disk."""
-        return self._features
-
-    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        return images.collate(processor)
-
-    def training_collate(
-        self, processor: Any, teacher_processor: Any = None, augment: bool = False
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """The collator for training: images augmented if asked, the same ones for a teacher in the loop, by its own processor."""
-        if self.augmentation.any and not augment:
-            print(
-                "images: not augmented here, since stored soft targets are of the images as they are (--soft_targets online)"
-            )
-        return images.collate(processor, teacher_processor, self.augmentation if augment else None)
-
-    def test_texts(self) -> list[str]:
-        """The test examples by name: a file's own, or else their number in the test split."""
-        paths = (cell["path"] for cell in self.data.splits["test"]["image"])
-        return [Path(path).name if path else f"image {index}" for index, path in enumerate(paths)]
-
-    def export_sample(self, processor: Any) -> dict[str, Any]:
-        """Two real examples as a batch, so that no axis has size 1."""
-        batch = self.collate(processor)([self._features["train"][index] for index in (0, 1)])
-        return {"pixel_values": batch["pixel_values"]}
-
-    def dynamic_axes(self, sample: dict[str, Any]) -> dict[str, dict[int, str]]:
-        """The axes of the inputs that vary from call to call; a model has one image size."""
-        return {name: {0: "batch"} for name in sample}
-
-    def _check_size(self, config: Any, source: str) -> None:
-        """Raise InputError unless the model takes what its own image processor makes."""
-        row = {"image": self._features["train"][0]["image"], "labels": 0}
-        found = list(self.collate(self.load_processor(source))([row])["pixel_values"].shape[1:])
-        # Position embeddings are for one size; a convolutional network takes any, and its config says what it was trained on.
-        size = config.image_size if config.model_type in FAMILIES else found[1:]
-        sides = [size, size] if isinstance(size, int) else list(size)
-        expected = [getattr(config, "num_channels", 3), *sides]
-        if found != expected:
-            raise InputError(
-                f"expected the image processor of {source} to make images of {expected} (channels, height, width), as the model's config "
-                f"says, found {found}. Correct size and crop_size in its preprocessor_config.json; images always have 3 channels."
-            )
-
-
 def load_classifier(
     model_class: Any, suffix: str, source: str, label_names: list[str], head: Head, from_scratch: bool,
     check_config: Callable[[Any], None],
@@ -250,14 +158,14 @@ def load_classifier(
     located = resolve(source)
     if Path(located).is_dir() and not from_scratch:
         check_model_directory(Path(located))
-    config = _load(AutoConfig.from_pretrained, located, "a model's config.json")
+    config = load(AutoConfig.from_pretrained, located, "a model's config.json")
     check_config(config)
     labels = dict(enumerate(label_names))
     names = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
     if from_scratch:
-        shape = _load(AutoConfig.from_pretrained, located, "a model's config.json", num_labels=len(labels), **names)
+        shape = load(AutoConfig.from_pretrained, located, "a model's config.json", num_labels=len(labels), **names)
         shape.architectures = shape.architectures or []  # from_config cannot do without
-        return _load(lambda _: model_class.from_config(shape), located, "the shape of a model")
+        return load(lambda _: model_class.from_config(shape), located, "the shape of a model")
     has_head = any(suffix in name for name in config.architectures or [])
     order = label_order(config, label_names) if has_head else None
     if order is None and (head == "required" or (head == "new if none" and has_head)):
@@ -267,7 +175,7 @@ def load_classifier(
             "labels. Fine-tune it on this data set (a teacher: --teacher_epochs above 0), or use the data set it was fine-tuned on."
         )
     keep = order is not None
-    model, info = _load(
+    model, info = load(
         model_class.from_pretrained,
         located,
         "a model's weights",
@@ -327,9 +235,10 @@ def check_only_head_is_new(model: Any, info: dict[str, Any], source: str, head_m
         )
 
 
-def _load(load: Callable[..., Any], source: str, what: str, **arguments: Any) -> Any:
+def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -> Any:
+    """`loader(source, …)`, with one message for the many ways in which that fails."""
     try:
-        return load(source, **arguments)
+        return loader(source, **arguments)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         summary = " ".join(str(error).split())[:400]
         raise InputError(

@@ -144,6 +144,11 @@ class Trainer(transformers.Trainer):
         lengths = list(dataset["length"]) if "length" in dataset.column_names else [1] * len(dataset)
         return EpochLengthGroupedSampler(whole_batch, lengths, seed)
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if "length" in eval_dataset.column_names:
+            return super()._get_eval_sampler(eval_dataset)
+        return torch.utils.data.SequentialSampler(eval_dataset)  # images have no length to group by
+
 
 def arguments_for(
     training: transformers.TrainingArguments, learning_rate: float | None = None, epochs: float | None = None

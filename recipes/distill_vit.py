@@ -46,12 +46,12 @@ def main() -> None:
 
     from pipelines.distill import distill_student
     from pipelines.export import export_onnx
+    from pipelines.images import ImageClassification
     from pipelines.prune import can_be_pruned, prune_and_recover
     from pipelines.quantize import quantize_onnx
     from pipelines.results import report_run
     from pipelines.run import Run
     from pipelines.soft_targets import compute_soft_targets
-    from pipelines.tasks import ImageClassification
     from pipelines.training import fine_tune
 
     run = Run(training.output_dir, ImageClassification(data, augmentation), training.seed)

@@ -173,7 +173,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def image_task(image_folder: Path) -> Any:
     from pipelines.config import DataConfig
-    from pipelines.tasks import ImageClassification
+    from pipelines.images import ImageClassification
 
     return ImageClassification(DataConfig(dataset=str(image_folder), validation_size=0.2, test_size=0.2))
 

@@ -19,11 +19,10 @@ from pipelines.data import load_classification
 from pipelines.distill import distill_student
 from pipelines.errors import InputError
 from pipelines.export import export_onnx
-from pipelines.images import IMAGES, augment, collate, read_image
+from pipelines.images import IMAGES, ImageClassification, augment, collate, read_image
 from pipelines.predict import predict_onnx, predict_torch
 from pipelines.prune import can_be_pruned
 from pipelines.soft_targets import compute_soft_targets
-from pipelines.tasks import ImageClassification
 from pipelines.training import fine_tune
 
 DIGITS = "package://sklearn/datasets/data/digits.csv.gz"
@@ -375,17 +374,21 @@ def test_lora_trains_an_adapter_and_a_new_head(image_task, image_teacher, tmp_pa
     assert outcome.details["trainable_parameters"] < sum(p.numel() for p in merged.parameters()) / 2
 
 
+@pytest.fixture(scope="module")
+def exported(image_task, image_teacher, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("onnx")
+    export_onnx(str(image_teacher), directory, image_task)
+    return directory / "model.onnx"
+
+
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
-def test_static_quantization_keeps_the_answers(calibration, image_task, image_teacher, tmp_path):
+def test_static_quantization_keeps_the_answers(calibration, image_task, image_teacher, exported, tmp_path):
     import onnx
 
-    target = tmp_path / "onnx"
-    target.mkdir()
-    export_onnx(str(image_teacher), target, image_task)
     processor = image_task.load_processor(str(image_teacher))
     feeds = calibration_feeds(image_task, processor, 48)
     assert [len(feed["pixel_values"]) for feed in feeds] == [16, 16, 16]
-    details = quantize_static_int8(target / "model.onnx", tmp_path / "int8.onnx", feeds, calibration, reduce_range=True)
+    details = quantize_static_int8(exported, tmp_path / "int8.onnx", feeds, calibration, reduce_range=True)
     assert details["quantized"].get("MatMul", 0) + details["quantized"].get("Gemm", 0) == 4 * 6 + 1
     assert details["calibration_samples"] == 48
     graph = onnx.load(tmp_path / "int8.onnx").graph
