@@ -131,19 +131,33 @@ def test_a_changed_flag_redoes_what_it_affects_and_no_more(finished, capsys, mon
     assert "report: written" in out
 
 
-def test_a_killed_run_goes_on_where_it_stopped(finished):
-    """The student's directory and all after it are gone, as after a kill in the middle of the second training."""
+def test_a_killed_run_goes_on_where_it_stopped(finished, capsys, monkeypatch):
+    """SIGKILL in the middle of the student's training; the run that goes on ends as the undisturbed one did."""
     directory, argv, _ = finished
     copy = directory.with_name("killed")
     shutil.copytree(directory, copy)
-    for name in ("student", "pruned", "onnx", "quantized"):
+    for name in ("student", "student_labels_only", "pruned", "onnx", "quantized"):
         shutil.rmtree(copy / name)
-    (copy / ".student.partial").mkdir()
-    (copy / ".student.partial" / "model.safetensors").write_bytes(b"half")
-    process = launch(*argv, "--output_dir", str(copy))
-    assert process.returncode == 0, process.stderr[-2000:]
-    assert "teacher: finished already" in process.stdout
-    assert "student: done" in process.stdout
+    argv = [*argv, "--output_dir", str(copy)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        [sys.executable, *argv], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list((copy / ".student.partial").glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (copy / "student").exists()
+
+    status, out, err = run_recipe(*argv[1:], capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 0, err
+    assert "teacher: finished already" in out
+    assert "student: done" in out
+    record = json.loads((copy / "student" / "record.json").read_text())
+    assert record["details"]["resumed_from_step"] > 0
     before, after = (json.loads((run / "report.json").read_text()) for run in (directory, copy))
     for stage, again in zip(before["stages"], after["stages"], strict=True):
         assert stage["metrics"] == again["metrics"]
@@ -187,6 +201,8 @@ def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, ca
         "0",
         "--quantization",
         "none",
+        "--label_baseline",
+        "false",
     ]
     status, _, err = run_recipe(*argv, capsys=capsys, monkeypatch=monkeypatch)
     assert status == 0, err
@@ -215,7 +231,7 @@ def bad_inputs(tmp_path: Path, tokenizer) -> dict[str, tuple[list[str], str]]:
         "missing file": (["--dataset", str(tmp_path / "nowhere.csv")], "nowhere.csv"),
         "missing column": (["--text_column", "body"], "body"),
         "one class": (["--dataset", str(one_class)], "class"),
-        "empty text": (["--dataset", str(empty_text)], "empty"),
+        "empty text": (["--dataset", str(empty_text)], "60"),
         "a label the teacher does not know": (
             ["--teacher_model", str(two_labels), "--teacher_epochs", "0"],
             "yes",
