@@ -1,0 +1,78 @@
+"""The README: its commands parse, its files exist, and it names every module."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.__main__ import STAGE_COMMANDS
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """The shell commands of the README's code blocks, one list of words each."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&") if part.strip()]
+
+
+def test_the_two_commands_of_the_contract_are_there():
+    assert "pip install -e '.[demo]' -c constraints.txt && accelerate launch recipes/distill_bert.py" in README
+    assert "pip install -e '.[test]' -c constraints.txt && pytest" in README
+
+
+def test_every_flag_and_stage_of_a_command_exists(capsys, monkeypatch):
+    known: dict[str, str] = {}
+
+    def help_of(name: str, run) -> str:
+        if name not in known:
+            with pytest.raises(SystemExit):
+                run()
+            known[name] = capsys.readouterr().out
+        return known[name]
+
+    checked = 0
+    for words in commands():
+        script = next((word for word in words if word.endswith(".py")), None)
+        flags = [word for word in words if word.startswith("--") and word != "--config_file"]
+        if script is not None:
+            path = REPOSITORY / script
+            assert path.is_file(), script
+
+            def run(path: Path = path) -> None:
+                monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+                runpy.run_path(str(path), run_name="__main__")
+
+            text = help_of(script, run)
+        elif words[:3] == ["python", "-m", "pipelines"]:
+            assert words[3] in STAGE_COMMANDS
+
+            def run(stage: str = words[3]) -> None:
+                monkeypatch.setattr(sys, "argv", ["pipelines", stage, "--help"])
+                STAGE_COMMANDS[stage]()
+
+            text = help_of(words[3], run)
+        else:
+            continue
+        for flag in flags:
+            assert flag in text, (flag, words)
+        checked += 1
+    assert checked >= 10
+
+
+def test_every_file_it_names_exists_and_every_module_is_named():
+    tree = README[README.index("## The tree") :]
+    named = re.findall(r"^    (\S+)", tree, re.MULTILINE)
+    missing = [path for path in named if not (REPOSITORY / path).exists()]
+    assert not missing
+    modules = {f"pipelines/{path.name}" for path in (REPOSITORY / "pipelines").glob("*.py")}
+    assert modules - set(named) <= {"pipelines/__init__.py", "pipelines/errors.py"}
+    for path in re.findall(r"(?:recipes|accelerate_configs|docs)/[\w/]+\.\w+", README):
+        assert (REPOSITORY / path).is_file(), path
