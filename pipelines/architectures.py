@@ -48,6 +48,15 @@ _DISTILBERT = Family(
     head_count="n_heads",
     ffn_size="hidden_dim",
 )
+_VIT = Family(
+    layers="layers",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    attention_output="attention.o_proj",
+    ffn_input="mlp.fc1",
+    ffn_output="mlp.fc2",
+)
 FAMILIES = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -55,6 +64,8 @@ FAMILIES = {
     "camembert": _BERT,
     "electra": _BERT,
     "distilbert": _DISTILBERT,
+    "vit": _VIT,
+    "deit": _VIT,
 }
 
 
@@ -63,7 +74,7 @@ def family_of(config: Any) -> Family:
         raise InputError(
             f"expected a model of the families {', '.join(sorted(FAMILIES))}, whose layers and heads can be told apart, found "
             f"{config.model_type!r}. Use one of them, or give the student by --student_model and leave pruning out (--prune_heads 0 "
-            "--prune_ffn 0)."
+            "--prune_ffn 0) and hidden states, too (--hidden_state_weight 0)."
         )
     return FAMILIES[config.model_type]
 
@@ -100,6 +111,11 @@ def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> tupl
 
 def head_output(model: Any) -> nn.Linear:
     """The last linear map of a classifier, whose rows are the labels."""
+    if type(model).__name__.endswith("WithTeacher"):
+        raise InputError(
+            f"expected a model with one classification head, found {type(model).__name__}, which has two; its labels cannot be put in "
+            "the data's order. Fine-tune it on this data set (--teacher_epochs above 0)."
+        )
     inside_base = {id(module) for module in model.base_model.modules()}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside_base]
     if not linears or linears[-1].out_features != model.config.num_labels:

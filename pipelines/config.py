@@ -68,6 +68,25 @@ class DataConfig:
 
 
 @dataclass
+class AugmentConfig:
+    random_shift: float = _flag(
+        0.0,
+        "Shift every training image by up to this share of its sides at random. This and the next two serve wherever the "
+        "student's soft targets are not stored: in the teacher's fine-tuning, and with --soft_targets online.",
+    )
+    random_crop: float = _flag(0.0, "Crop up to this share of every training image's sides at random.")
+    random_flip: bool = _flag(False, "Mirror half of the training images left to right; wrong for digits and letters.")
+
+    def __post_init__(self) -> None:
+        for name in ("random_shift", "random_crop"):
+            _check(0 <= getattr(self, name) < 0.5, f"--{name} in [0, 0.5)", getattr(self, name))
+
+    @property
+    def any(self) -> bool:
+        return self.random_shift > 0 or self.random_crop > 0 or self.random_flip
+
+
+@dataclass
 class TeacherConfig:
     teacher_model: str = _flag(
         "google-bert/bert-base-uncased", "The model to fine-tune, or one already fine-tuned on this task."
@@ -76,10 +95,20 @@ class TeacherConfig:
         3.0, "Epochs of fine-tuning; 0 uses the teacher as it is, which needs a head for exactly these labels."
     )
     teacher_learning_rate: float = _flag(3e-5, "Peak learning rate of the fine-tuning.")
+    teacher_from_scratch: bool = _flag(
+        False,
+        "Start from random weights in the shape of --teacher_model, which may then be a directory without weights: a "
+        "config.json and the settings of the tokenizer or image processor.",
+    )
     lora_rank: int = _flag(0, "Train a LoRA adapter of this rank instead of all weights; 0 trains all.")
 
     def __post_init__(self) -> None:
         _check(self.teacher_epochs >= 0, "--teacher_epochs of 0 or more", self.teacher_epochs)
+        _check(
+            self.teacher_epochs > 0 or not self.teacher_from_scratch,
+            "--teacher_epochs above 0 with --teacher_from_scratch, since random weights know nothing",
+            self.teacher_epochs,
+        )
         _check(self.teacher_learning_rate > 0, "a --teacher_learning_rate above 0", self.teacher_learning_rate)
         _check(self.lora_rank >= 0, "--lora_rank of 0 or more", self.lora_rank)
 
@@ -89,9 +118,19 @@ class StudentConfig:
     student_model: str | None = _flag(
         None, "A checkpoint to start the student from. Left out: some of the teacher's own layers."
     )
+    student_from_scratch: bool = _flag(
+        False, "Start the student from random weights in the shape of --student_model, as for --teacher_from_scratch."
+    )
     student_layers: str = _flag(
         "3", "Teacher layers the student keeps: a count spreads them over the depth, a list such as 0,2,5 names them."
     )
+
+    def __post_init__(self) -> None:
+        _check(
+            self.student_model is not None or not self.student_from_scratch,
+            "--student_model, whose shape --student_from_scratch takes",
+            None,
+        )
 
 
 @dataclass
@@ -149,8 +188,19 @@ class PruneConfig:
 @dataclass
 class QuantizeConfig:
     quantization: str = _flag(
-        "dynamic_int8", "How the shipped model is quantized; 'none' ships fp32.", choices=["dynamic_int8", "none"]
+        "dynamic_int8",
+        "How the shipped model is quantized: 'dynamic_int8' measures activations as they come, 'static_int8' once, on "
+        "training examples; 'auto' makes every kind and ships the fastest of those within --max_quality_drop; 'none' "
+        "ships fp32.",
+        choices=["dynamic_int8", "static_int8", "auto", "none"],
     )
+    calibration: str = _flag(
+        "percentile",
+        "How static_int8 chooses an activation's range: 'minmax' of all that was seen, 'entropy', the range that keeps "
+        "the distribution closest, or 'percentile', all but the outermost values.",
+        choices=["minmax", "entropy", "percentile"],
+    )
+    calibration_samples: int = _flag(256, "Training examples that static_int8 measures activations on.")
     target_cpu: str = _flag(
         "any",
         "The CPU the model will run on. Without VNNI, x86 needs weights of seven bits to be right: 'any' and 'avx2' use "
@@ -162,7 +212,11 @@ class QuantizeConfig:
     )
 
     def __post_init__(self) -> None:
-        _check(self.quantization in ("dynamic_int8", "none"), "--quantization dynamic_int8 or none", self.quantization)
+        kinds = ("dynamic_int8", "static_int8", "auto", "none")
+        _check(self.quantization in kinds, f"--quantization out of {', '.join(kinds)}", self.quantization)
+        calibrations = ("minmax", "entropy", "percentile")
+        _check(self.calibration in calibrations, f"--calibration out of {', '.join(calibrations)}", self.calibration)
+        _check(self.calibration_samples >= 1, "--calibration_samples of 1 or more", self.calibration_samples)
         _check(self.max_quality_drop >= 0, "--max_quality_drop of 0 or more", self.max_quality_drop)
 
     @property
@@ -261,6 +315,9 @@ def _read_yaml(path: Path, parser: Any) -> list[str]:
     for key, value in content.items():
         if value is None:
             continue
+        # Written as ./ or ../, a path is the file's own neighbour, from wherever the command is run.
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            value = str((path.parent / value).resolve())
         values = value if isinstance(value, list) else [value]
         written = [json.dumps(item) if isinstance(item, (dict, bool)) else str(item) for item in values]
         flags += [f"--{key}", *written]

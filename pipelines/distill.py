@@ -39,6 +39,9 @@ class DistillationTrainer(Trainer):
 
     def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Any]:
         teacher_logits = inputs.pop("teacher_logits", None)
+        # A teacher of images in the loop has its own processor, so the collator adds what that makes of the same images.
+        teacher_pixels = inputs.pop("teacher_pixel_values", None)
+        teacher_inputs = inputs if teacher_pixels is None else {"pixel_values": teacher_pixels}
         smoothing = self.args.label_smoothing_factor
         if not model.training:  # an evaluation: the labels alone, and no hidden states to gather
             outputs = model(**inputs)
@@ -48,7 +51,7 @@ class DistillationTrainer(Trainer):
         teacher_outputs: Any = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_outputs = self.teacher(**inputs, output_hidden_states=bool(self.hidden_state_map))
+                teacher_outputs = self.teacher(**teacher_inputs, output_hidden_states=bool(self.hidden_state_map))
             teacher_logits = teacher_outputs.logits
         loss = distillation_loss(
             outputs.logits, labels, teacher_logits, self.distill.temperature, self.distill.soft_target_weight, smoothing
@@ -59,6 +62,11 @@ class DistillationTrainer(Trainer):
             if projections is not None:
                 student_hidden = projections[index](student_hidden)
             teacher_hidden = teacher_outputs.hidden_states[teacher_state]
+            if student_hidden.shape[:2] != teacher_hidden.shape[:2]:
+                raise InputError(
+                    f"expected hidden states of as many positions from teacher and student, found {teacher_hidden.shape[1]} and "
+                    f"{student_hidden.shape[1]}. Use --hidden_state_weight 0, or a student with the teacher's image and patch size."
+                )
             hidden_loss = hidden_state_loss(student_hidden, teacher_hidden, inputs.get("attention_mask"))
             loss = loss + self.distill.hidden_state_weight * hidden_loss / len(self.hidden_state_map)
         return loss, outputs
@@ -95,24 +103,27 @@ def distil(
     with_hidden_states = distill.hidden_state_weight > 0
     in_the_loop = with_hidden_states or (distill.soft_target_weight > 0 and soft_targets is None)
     teacher: Any = None
+    teacher_processor: Any = None
     hidden_state_map: list[tuple[int, int]] = []
     if in_the_loop:
-        check_same_tokens(task, task.load_processor(teacher_source), processor)
+        teacher_processor = task.load_processor(teacher_source)
         teacher = task.load_model(teacher_source)
     elif soft_targets is not None and distill.soft_target_weight > 0:
         features = with_soft_targets(features, soft_targets)
     if with_hidden_states:
         hidden_state_map = parse_hidden_state_map(
-            distill.hidden_state_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers
+            distill.hidden_state_map, layer_count(student.config), layer_count(teacher.config)
         )
         student_width, teacher_width = student.config.hidden_size, teacher.config.hidden_size
         if student_width != teacher_width:
             # Part of the student while it trains, so that optimizer, checkpoints and gradient sharing see them.
             projections = nn.ModuleList(nn.Linear(student_width, teacher_width) for _ in hidden_state_map)
             student.add_module(PROJECTIONS, projections)
+    # The baseline on labels alone is trained as the student is, so the choice does not depend on the weights of the losses.
+    augment = distill.soft_targets == "online"
     details = train(
         student, task, processor, training, directory, features, DistillationTrainer,
-        distill=distill, teacher=teacher, hidden_state_map=hidden_state_map,
+        train_collate=task.training_collate(processor, teacher_processor, augment), distill=distill, teacher=teacher, hidden_state_map=hidden_state_map,
     )  # fmt: skip
     if hasattr(student, PROJECTIONS):
         delattr(student, PROJECTIONS)
@@ -120,17 +131,6 @@ def distil(
     if hidden_state_map:
         details["hidden_state_map"] = [list(pair) for pair in hidden_state_map]
     return details
-
-
-def check_same_tokens(task: Any, teacher_processor: Any, student_processor: Any) -> None:
-    """A teacher in the loop reads the student's inputs: the same text must be the same tokens to both."""
-    teacher = task.features(teacher_processor)["validation"][:32]
-    student = task.features(student_processor)["validation"][:32]
-    if teacher != student:
-        raise InputError(
-            "expected teacher and student to read the same tokens, found that their tokenizers differ; a teacher in the loop then reads "
-            "nonsense. Use stored soft targets (--soft_targets stored, --hidden_state_weight 0)."
-        )
 
 
 def distill_student(
@@ -146,7 +146,7 @@ def distill_student(
     details: dict[str, Any] = {}
     if student.student_model is not None:
         processor = task.load_processor(student.student_model)
-        model = task.load_model(student.student_model, head="new if none")
+        model = task.load_model(student.student_model, task.student_head, student.student_from_scratch)
     else:
         processor = task.load_processor(source)
         teacher = task.load_model(source)

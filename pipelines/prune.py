@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipelines.architectures import family_of, head_size, layers_of
+from pipelines.architectures import FAMILIES, family_of, head_size, layers_of
 from pipelines.config import DistillConfig, PruneConfig
 from pipelines.distill import distil
 from pipelines.losses import distillation_loss
@@ -92,6 +92,14 @@ def choose_kept(importance: list[np.ndarray], remove: int, minimum: int) -> list
             kept[layer][index] = False
             remove -= 1
     return [np.flatnonzero(layer) for layer in kept]
+
+
+def can_be_pruned(directory: Path) -> bool:
+    """Whether the model in `directory` has heads and neurons to remove; says so where it has none."""
+    model_type = transformers.AutoConfig.from_pretrained(directory).model_type
+    if model_type not in FAMILIES and is_main_process():
+        print(f"pruned: skipped, a {model_type} has no attention heads and feed-forward neurons to remove", flush=True)
+    return model_type in FAMILIES
 
 
 def prune_and_recover(

@@ -23,6 +23,7 @@ from pipelines.run import Outcome
 from pipelines.sources import model_license
 
 CHECKPOINTS = "checkpoints"
+Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass
@@ -98,9 +99,18 @@ class Trainer(transformers.Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, train_collate: Collate | None = None, **kwargs: Any) -> None:
         # A loss function makes the Trainer count the labels of the whole batch and hand us the number.
         super().__init__(compute_loss_func=label_loss, **kwargs)
+        self.train_collate = train_collate
+
+    def get_train_dataloader(self) -> Any:
+        """Training examples may be collated otherwise than those of an evaluation: augmented, or with the teacher's inputs."""
+        usual, self.data_collator = self.data_collator, self.train_collate or self.data_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = usual
 
     def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Any]:
         """The loss summed over the examples of one batch, and the model's outputs."""
@@ -131,7 +141,13 @@ class Trainer(transformers.Trainer):
             return super()._get_train_sampler(train_dataset)
         whole_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochLengthGroupedSampler(whole_batch, list(dataset["length"]), seed)
+        lengths = list(dataset["length"]) if "length" in dataset.column_names else [1] * len(dataset)
+        return EpochLengthGroupedSampler(whole_batch, lengths, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if "length" in eval_dataset.column_names:
+            return super()._get_eval_sampler(eval_dataset)
+        return torch.utils.data.SequentialSampler(eval_dataset)  # images have no length to group by
 
 
 def arguments_for(
@@ -236,23 +252,23 @@ def fine_tune(
     if teacher.teacher_epochs == 0:
         model = task.load_model(source, head="required")
     else:
-        model = task.load_model(source, head="new if other")
+        model = task.load_model(source, "new if other", teacher.teacher_from_scratch)
         arguments = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
         trained = model
         if teacher.lora_rank:
             from peft import LoraConfig, get_peft_model
 
             lora = LoraConfig(
-                task_type=task.peft_type,
                 r=teacher.lora_rank,
                 lora_alpha=2 * teacher.lora_rank,
-                target_modules="all-linear",
+                **task.lora_settings,
             )
             trained = get_peft_model(model, lora)
             details["trainable_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
         details |= train(
-            trained, task, processor, arguments, directory / CHECKPOINTS, task.features(processor)["train"]
-        )
+            trained, task, processor, arguments, directory / CHECKPOINTS, task.features(processor)["train"],
+            train_collate=task.training_collate(processor, augment=True),
+        )  # fmt: skip
         if teacher.lora_rank:
             if is_main_process():
                 trained.save_pretrained(directory / "adapter")
@@ -285,6 +301,3 @@ def check_above_chance(metrics: dict[str, Any], label_names: list[str]) -> None:
             f"{sum(recalls) / len(recalls):.3f}, no better than guessing among {len(label_names)} labels. Train it longer "
             "(--teacher_epochs, --teacher_learning_rate), or check that its labels mean what the data set's do."
         )
-
-
-Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]

@@ -94,7 +94,7 @@ def test_a_token_is_not_recorded(tmp_path):
     assert run.given == {"weight_decay": 0.3}
 
 
-def test_every_recipe_config_parses():
+def test_every_config_of_the_bert_recipe_parses():
     from pipelines.config import ReportConfig
     from pipelines.training import TrainingArguments
 
@@ -102,7 +102,7 @@ def test_every_recipe_config_parses():
         RunConfig, DataConfig, TeacherConfig, StudentConfig, DistillConfig, PruneConfig, QuantizeConfig, ReportConfig,
         TrainingArguments,
     ]  # fmt: skip
-    files = sorted((REPOSITORY / "recipes" / "configs").rglob("*.yaml"))
+    files = sorted((REPOSITORY / "recipes" / "configs").glob("bert_*.yaml"))
     parsed = [parse_config(kinds, argv=["--config", str(file)]) for file in files]
     assert len(parsed) == len(files) >= 3
     for file, (_, data, teacher, *_rest) in zip(files, parsed, strict=True):
