@@ -71,7 +71,7 @@ class ClassificationData:
 
 
 @dataclass
-class _Source:
+class Source:
     """A data set as it was found: its own splits and columns."""
 
     splits: dict[str, datasets.Dataset]
@@ -80,7 +80,7 @@ class _Source:
 
 
 @dataclass
-class _Rows:
+class Rows:
     """What the checks need to know of each row of a split, in 16 bytes instead of its texts."""
 
     keys: np.ndarray  # (rows,) uint64, equal where the texts are equal after whitespace folding
@@ -101,21 +101,21 @@ def load_classification(config: DataConfig) -> ClassificationData:
 
     Raises InputError where the data cannot be read, or cannot be used as it is.
     """
-    source = _load(config)
-    roles = _choose_splits(source, config)
+    source = load_source(config)
+    roles = choose_splits(source, config, partial(_has_labels, config=config))
     given = {role: source.splits[name] for role, name in roles.items() if name is not None}
     for role, split in given.items():
         _check_columns(split, roles[role] or role, config)
     label_names = _label_names(given, config)
 
     rows = {role: _scan(split, roles[role] or role, source, config, label_names) for role, split in given.items()}
-    kept, details = _drop_duplicates(rows)
-    _cut_missing_splits(kept, rows["train"].labels, roles, config)
+    kept, details = drop_duplicates(rows)
+    cut_missing_splits(kept, rows["train"].labels, roles, config)
     origin = {role: role if role in given else "train" for role in SPLITS}
     for role in SPLITS:
         limit = config.max_train_samples if role == "train" else config.max_eval_samples
         if limit is not None and limit < len(kept[role]):
-            rest, _ = _cut(rows[origin[role]].labels[kept[role]], len(kept[role]) - limit, config.split_seed)
+            rest, _ = cut_stratified(rows[origin[role]].labels[kept[role]], len(kept[role]) - limit, config.split_seed)
             kept[role] = kept[role][rest]
         if role != "test" or role not in given:
             kept[role] = np.random.default_rng(config.split_seed).permutation(kept[role])
@@ -141,13 +141,15 @@ def load_classification(config: DataConfig) -> ClassificationData:
     }
     import datasets
 
-    return ClassificationData(datasets.DatasetDict(splits), label_names, details, _fingerprint(splits, label_names))
+    return ClassificationData(
+        datasets.DatasetDict(splits), label_names, details, content_fingerprint(splits, label_names)
+    )
 
 
 # ---- Loading
 
 
-def _load(config: DataConfig) -> _Source:
+def load_source(config: DataConfig) -> Source:
     if config.dataset is None:
         raise InputError(
             "expected a data set, found none; pass --dataset with a Hub id, a csv, json, jsonl or parquet file, a "
@@ -158,10 +160,10 @@ def _load(config: DataConfig) -> _Source:
         return _load_from_hub(resolved, config.dataset_config)
     path = Path(resolved)
     if path.is_file():
-        return _Source({"train": _load_file(path)})
+        return Source({"train": _load_file(path)})
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _load_saved(path)
-    entries = _visible(path)
+    entries = visible(path)
     tables = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in FILE_BUILDERS]
     if tables:
         return _load_folder_of_files(path, tables)
@@ -174,32 +176,32 @@ def _load(config: DataConfig) -> _Source:
     )
 
 
-def _load_from_hub(name: str, configuration: str | None) -> _Source:
+def _load_from_hub(name: str, configuration: str | None) -> Source:
     import datasets
 
     try:
-        return _Source(dict(datasets.load_dataset(name, configuration)))
+        return Source(dict(datasets.load_dataset(name, configuration)))
     except Exception as error:  # the network, the Hub and a broken data set fail in many ways, with the same remedies
         raise InputError(
             f"expected the Hub data set {name!r} (configuration {configuration!r}), found that it cannot be loaded "
-            f"({_reason(error)}); check the spelling, --dataset_config and the network, set HF_TOKEN for a private or "
+            f"({reason(error)}); check the spelling, --dataset_config and the network, set HF_TOKEN for a private or "
             "gated data set, or give a local copy (a file, a folder, or what save_to_disk wrote)"
         ) from error
 
 
-def _load_saved(path: Path) -> _Source:
+def _load_saved(path: Path) -> Source:
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
         raise InputError(
-            f"expected a data set written by save_to_disk in {path}, found one that cannot be read ({_reason(error)}); "
+            f"expected a data set written by save_to_disk in {path}, found one that cannot be read ({reason(error)}); "
             "save or copy it again"
         ) from error
     splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     # A format such as "torch" is saved with the data; everything here expects plain Python values.
-    return _Source({name: split.with_format(None) for name, split in splits.items()})
+    return Source({name: split.with_format(None) for name, split in splits.items()})
 
 
 def _load_file(path: Path) -> datasets.Dataset:
@@ -221,15 +223,15 @@ def _load_file(path: Path) -> datasets.Dataset:
     except Exception as error:  # parsers raise errors of their own kinds, and `datasets` wraps some of them
         raise InputError(
             f"expected a well-formed {path.suffix.lower()[1:]} file in UTF-8, found that {path} cannot be read "
-            f"({_reason(error)}); repair the file or save it again"
+            f"({reason(error)}); repair the file or save it again"
         ) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _load_folder_of_files(path: Path, files: list[Path]) -> _Source:
+def _load_folder_of_files(path: Path, files: list[Path]) -> Source:
     if len(files) == 1:
-        return _Source({"train": _load_file(files[0])})
+        return Source({"train": _load_file(files[0])})
     import datasets
 
     by_split: dict[str, list[Path]] = {}
@@ -242,7 +244,7 @@ def _load_folder_of_files(path: Path, files: list[Path]) -> _Source:
                 f"{file.name}; rename the files, or pass one of them as --dataset"
             )
         by_split.setdefault(split, []).append(file)
-    return _Source(
+    return Source(
         {
             split: datasets.concatenate_datasets([_load_file(file) for file in split_files])
             for split, split_files in by_split.items()
@@ -250,7 +252,7 @@ def _load_folder_of_files(path: Path, files: list[Path]) -> _Source:
     )
 
 
-def _load_class_folders(path: Path, folders: list[Path]) -> _Source:
+def _load_class_folders(path: Path, folders: list[Path]) -> Source:
     """Text files in one sub-folder per class, or in one folder per split that holds the sub-folders."""
     per_split = {SPLIT_NAMES[folder.name.lower()]: folder for folder in folders if folder.name.lower() in SPLIT_NAMES}
     if len(per_split) == len(folders):
@@ -270,17 +272,17 @@ def _load_class_folders(path: Path, folders: list[Path]) -> _Source:
             path,
             guessed[0],
         )
-    return _Source(splits, row_name_column="file", details={"read_as_cp1252": len(guessed)})
+    return Source(splits, row_name_column="file", details={"read_as_cp1252": len(guessed)})
 
 
-def _visible(folder: Path) -> list[Path]:
+def visible(folder: Path) -> list[Path]:
     """The entries of a folder by name, without hidden ones and what tools leave behind (__pycache__, __MACOSX)."""
     entries = (entry for entry in folder.iterdir() if not entry.name.startswith((".", "__")))
     return sorted(entries, key=lambda entry: entry.name)
 
 
 def _folders(path: Path) -> list[Path]:
-    return [entry for entry in _visible(path) if entry.is_dir()]
+    return [entry for entry in visible(path) if entry.is_dir()]
 
 
 def _read_class_folders(path: Path, folders: list[Path]) -> datasets.Dataset:
@@ -288,7 +290,7 @@ def _read_class_folders(path: Path, folders: list[Path]) -> datasets.Dataset:
 
     files: list[tuple[str, str, int, int]] = []
     for folder in folders:
-        texts = [entry for entry in _visible(folder) if entry.is_file()]
+        texts = [entry for entry in visible(folder) if entry.is_file()]
         if not texts:
             raise InputError(
                 f"expected one sub-folder of text files per class in {path}, found no file in {folder.name}; add its "
@@ -300,17 +302,17 @@ def _read_class_folders(path: Path, folders: list[Path]) -> datasets.Dataset:
             files.append((str(text), folder.name, status.st_size, status.st_mtime_ns))
     features = datasets.Features({name: datasets.Value("string") for name in ("text", "label", "file", "encoding")})
     try:
-        return datasets.Dataset.from_generator(_read_texts, features=features, gen_kwargs={"files": files})
+        return datasets.Dataset.from_generator(read_texts, features=features, gen_kwargs={"files": files})
     except Exception as error:
         if isinstance(cause := _cause(error), InputError):
             raise cause from None
         raise InputError(
             f"expected readable text files in the sub-folders of {path}, found that they cannot be read "
-            f"({_reason(error)}); check the files and their permissions"
+            f"({reason(error)}); check the files and their permissions"
         ) from error
 
 
-def _read_texts(files: list[tuple[str, str, int, int]]) -> Iterator[dict[str, str]]:
+def read_texts(files: list[tuple[str, str, int, int]]) -> Iterator[dict[str, str]]:
     for path, label, _, _ in files:
         content = Path(path).read_bytes()
         try:
@@ -337,7 +339,7 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     cause = _cause(error)
     return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:300]
 
@@ -345,8 +347,13 @@ def _reason(error: BaseException) -> str:
 # ---- Splits and labels
 
 
-def _choose_splits(source: _Source, config: DataConfig) -> dict[str, str | None]:
-    """Which of the data set's splits plays which role; None where one must be cut (see load_classification)."""
+def choose_splits(
+    source: Source, config: DataConfig, has_references: Callable[[datasets.Dataset], bool]
+) -> dict[str, str | None]:
+    """Which of the data set's splits plays which role; None where one must be cut (see load_classification).
+
+    `has_references` tells whether a split that no flag names can be scored: hidden test labels cannot.
+    """
     splits = source.splits
     for flag in ("validation_split", "test_split"):
         name = getattr(config, flag)
@@ -362,7 +369,7 @@ def _choose_splits(source: _Source, config: DataConfig) -> dict[str, str | None]
         )
 
     def usable(name: str, taken: set[str | None]) -> str | None:
-        return name if name in splits and name not in taken and _has_labels(splits[name], config) else None
+        return name if name in splits and name not in taken and has_references(splits[name]) else None
 
     test = config.test_split or usable("test", {train, config.validation_split})
     validation = config.validation_split or usable("validation", {train, test})
@@ -477,7 +484,7 @@ def _label_names(given: dict[str, datasets.Dataset], config: DataConfig) -> list
     return list(dict.fromkeys(names))
 
 
-def _scan(split: datasets.Dataset, name: str, source: _Source, config: DataConfig, label_names: list[str]) -> _Rows:
+def _scan(split: datasets.Dataset, name: str, source: Source, config: DataConfig, label_names: list[str]) -> Rows:
     """Read a split once: check every row, and keep a hash of its texts and its class id."""
     from datasets.utils import tqdm
 
@@ -496,8 +503,7 @@ def _scan(split: datasets.Dataset, name: str, source: _Source, config: DataConfi
             folded = [" ".join((text or "").split()) for text in row]
             if not all(folded):
                 empty.append(start + offset)
-            digest = hashlib.blake2b("\0".join(folded).encode(), digest_size=8).digest()
-            keys[start + offset] = int.from_bytes(digest, "little")
+            keys[start + offset] = text_key(folded)
         values = batch[config.label_column].to_pylist()
         labels[start : start + len(values)] = [label_ids.get(value, -1) for value in values]
         start += len(values)
@@ -513,10 +519,15 @@ def _scan(split: datasets.Dataset, name: str, source: _Source, config: DataConfi
             f"without one (empty, or -1; {_row_names(split, unlabelled.tolist(), source)}); {DROP_ROWS}, or, if -1 is "
             "a class, name it"
         )
-    return _Rows(keys, labels)
+    return Rows(keys, labels)
 
 
-def _row_names(split: datasets.Dataset, rows: list[int], source: _Source) -> str:
+def text_key(folded: list[str]) -> int:
+    """A hash of texts whose whitespace is folded, to find equal ones by."""
+    return int.from_bytes(hashlib.blake2b("\0".join(folded).encode(), digest_size=8).digest(), "little")
+
+
+def _row_names(split: datasets.Dataset, rows: list[int], source: Source) -> str:
     shown = rows[:10]
     column = source.row_name_column
     names = [str(row) if column is None else split[row][column] for row in shown]
@@ -528,7 +539,7 @@ def _text_columns(config: DataConfig) -> list[str]:
     return [config.text_column] + ([config.text_pair_column] if config.text_pair_column is not None else [])
 
 
-def _drop_duplicates(rows: dict[str, _Rows]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def drop_duplicates(rows: dict[str, Rows]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The row numbers that stay in each given split, and how many went."""
     kept: dict[str, np.ndarray] = {}
     removed: dict[str, int] = {}
@@ -561,7 +572,7 @@ def _drop_duplicates(rows: dict[str, _Rows]) -> tuple[dict[str, np.ndarray], dic
     }
 
 
-def _cut_missing_splits(
+def cut_missing_splits(
     kept: dict[str, np.ndarray], labels: np.ndarray, roles: dict[str, str | None], config: DataConfig
 ) -> None:
     """Cut the test and validation split that the data set does not have from the training rows, in place."""
@@ -579,11 +590,11 @@ def _cut_missing_splits(
             f"found {total}; add examples, or lower --test_size and --validation_size"
         )
     for role, size in sizes.items():
-        rest, cut = _cut(labels[kept["train"]], size, config.split_seed)
+        rest, cut = cut_stratified(labels[kept["train"]], size, config.split_seed)
         kept["train"], kept[role] = kept["train"][rest], kept["train"][cut]
 
 
-def _cut(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def cut_stratified(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the rest and of a seeded, stratified cut of `size` rows, both in ascending order.
 
     The rest keeps a row of every class where it has room for that; `size` is less than the number of rows.
@@ -638,7 +649,7 @@ def _select(
     return labelled.select(kept, keep_in_memory=True)
 
 
-def _fingerprint(splits: dict[str, datasets.Dataset], label_names: list[str]) -> str:
+def content_fingerprint(splits: dict[str, datasets.Dataset], label_names: list[str]) -> str:
     digest = hashlib.sha256(json.dumps(label_names).encode())
     for role, split in splits.items():
         digest.update(f"\n{role} {len(split)}\n".encode())
@@ -667,7 +678,7 @@ def tokenize(data: ClassificationData, tokenizer: Any, max_length: int) -> datas
             "length": [len(input_ids) for input_ids in tokens["input_ids"]],
         }
 
-    key = json.dumps([_TOKENS_VERSION, data.fingerprint, _tokenizer_content(tokenizer), max_length])
+    key = json.dumps([_TOKENS_VERSION, data.fingerprint, tokenizer_content(tokenizer), max_length])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "pocketformers"
     folder.mkdir(parents=True, exist_ok=True)
@@ -687,7 +698,7 @@ def tokenize(data: ClassificationData, tokenizer: Any, max_length: int) -> datas
     )
 
 
-def _tokenizer_content(tokenizer: Any) -> list[str]:
+def tokenizer_content(tokenizer: Any) -> list[str]:
     """What decides the tokens, apart from the truncation and padding that the last call left in the tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
