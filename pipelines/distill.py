@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from pipelines.architectures import layer_count
 from pipelines.config import DistillConfig, StudentConfig
 from pipelines.errors import InputError
-from pipelines.losses import distillation_loss, hidden_state_loss, label_loss
+from pipelines.language import check_same_vocabulary
+from pipelines.losses import IGNORED, distillation_loss, hidden_state_loss, label_loss, top_soft_target_loss
+from pipelines.predict import predict_torch
 from pipelines.run import Outcome
-from pipelines.soft_targets import with_soft_targets
+from pipelines.soft_targets import TOP_ANSWERS, WithTopAnswers, with_soft_targets
+from pipelines.sources import resolve
 from pipelines.students import parse_layers, student_from_layers
-from pipelines.training import CHECKPOINTS, Trainer, finish_model, train
+from pipelines.training import CHECKPOINTS, Trainer, finish_model, is_causal, train
 
 PROJECTIONS = "hidden_state_projections"
 
@@ -39,10 +42,11 @@ class DistillationTrainer(Trainer):
 
     def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Any]:
         teacher_logits = inputs.pop("teacher_logits", None)
+        top_answers = [inputs.pop(name) for name in TOP_ANSWERS] if "teacher_ids" in inputs else None
         smoothing = self.args.label_smoothing_factor
         if not model.training:  # an evaluation: the labels alone, and no hidden states to gather
             outputs = model(**inputs)
-            return label_loss(outputs.logits, labels, smoothing), outputs
+            return label_loss(*self.align(outputs.logits, labels), smoothing), outputs
 
         outputs = model(**inputs, output_hidden_states=bool(self.hidden_state_map))
         teacher_outputs: Any = None
@@ -50,16 +54,36 @@ class DistillationTrainer(Trainer):
             with torch.no_grad():
                 teacher_outputs = self.teacher(**inputs, output_hidden_states=bool(self.hidden_state_map))
             teacher_logits = teacher_outputs.logits
-        loss = distillation_loss(
-            outputs.logits, labels, teacher_logits, self.distill.temperature, self.distill.soft_target_weight, smoothing
-        )
+        logits, targets = self.align(outputs.logits, labels)
+        if top_answers is not None:
+            loss = (1 - self.distill.soft_target_weight) * label_loss(logits, targets, smoothing)
+            # What the teacher said at a token is about the next one, as the logits are.
+            ids, log_probabilities, log_rest = (answer[:, :-1] for answer in top_answers)
+            loss = loss + self.distill.soft_target_weight * top_soft_target_loss(
+                logits, ids, log_probabilities, log_rest, self.distill.temperature, targets.ne(IGNORED),
+                self.distill.divergence, self.distill.teacher_share,
+            )  # fmt: skip
+        else:
+            if self.causal and teacher_logits is not None:
+                teacher_logits, _ = self.align(teacher_logits, labels)
+            loss = distillation_loss(
+                logits, targets, teacher_logits, self.distill.temperature, self.distill.soft_target_weight, smoothing,
+                self.distill.divergence, self.distill.teacher_share,
+            )  # fmt: skip
         projections = getattr(self.accelerator.unwrap_model(model), PROJECTIONS, None)
         for index, (student_state, teacher_state) in enumerate(self.hidden_state_map):
             student_hidden = outputs.hidden_states[student_state]
             if projections is not None:
                 student_hidden = projections[index](student_hidden)
             teacher_hidden = teacher_outputs.hidden_states[teacher_state]
-            hidden_loss = hidden_state_loss(student_hidden, teacher_hidden, inputs.get("attention_mask"))
+            if self.causal:  # its loss is one per token, not one per example
+                student_hidden, teacher_hidden = (
+                    student_hidden.flatten(0, 1)[:, None],
+                    teacher_hidden.flatten(0, 1)[:, None],
+                )
+            hidden_loss = hidden_state_loss(
+                student_hidden, teacher_hidden, None if self.causal else inputs.get("attention_mask")
+            )
             loss = loss + self.distill.hidden_state_weight * hidden_loss / len(self.hidden_state_map)
         return loss, outputs
 
@@ -96,11 +120,18 @@ def distil(
     in_the_loop = with_hidden_states or (distill.soft_target_weight > 0 and soft_targets is None)
     teacher: Any = None
     hidden_state_map: list[tuple[int, int]] = []
+    if is_causal(task) and distill.soft_target_weight > 0:
+        teacher_size = transformers.AutoConfig.from_pretrained(resolve(teacher_source)).vocab_size
+        teacher_processor = task.load_processor(teacher_source)
+        check_same_vocabulary(teacher_processor, processor, teacher_size, student.config.vocab_size)
     if in_the_loop:
-        check_same_tokens(task, task.load_processor(teacher_source), processor)
         teacher = task.load_model(teacher_source)
+        if is_causal(task):
+            check_knows_language(teacher, task, processor)
+        else:
+            check_same_tokens(task, task.load_processor(teacher_source), processor)
     elif soft_targets is not None and distill.soft_target_weight > 0:
-        features = with_soft_targets(features, soft_targets)
+        features = (WithTopAnswers if is_causal(task) else with_soft_targets)(features, soft_targets)
     if with_hidden_states:
         hidden_state_map = parse_hidden_state_map(
             distill.hidden_state_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers
@@ -130,6 +161,19 @@ def check_same_tokens(task: Any, teacher_processor: Any, student_processor: Any)
         raise InputError(
             "expected teacher and student to read the same tokens, found that their tokenizers differ; a teacher in the loop then reads "
             "nonsense. Use stored soft targets (--soft_targets stored, --hidden_state_weight 0)."
+        )
+
+
+def check_knows_language(teacher: Any, task: Any, processor: Any) -> None:
+    """Refuse a teacher that does no better than guessing all tokens alike: its answers teach nothing."""
+    features = task.features(processor)["validation"]
+    few = features.select(range(min(8, len(features))))
+    answers = predict_torch(teacher, few, task.collate(processor), answers=task.answers)
+    perplexity = task.metrics(answers, few["labels"])["perplexity"]
+    if perplexity >= teacher.config.vocab_size:
+        raise InputError(
+            f"expected a teacher that knows the language, found a perplexity of {perplexity:,.0f} on validation text, no better than "
+            f"guessing among its {teacher.config.vocab_size:,} tokens. Train it longer (--teacher_epochs, --teacher_learning_rate)."
         )
 
 

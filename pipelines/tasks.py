@@ -42,13 +42,13 @@ class TextClassification:
         """The tokenizer of a model."""
         from transformers import AutoTokenizer
 
-        return _load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer")
+        return load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer")
 
     def load_config(self, source: str) -> Any:
         """The config of a model."""
         from transformers import AutoConfig
 
-        return _load(AutoConfig.from_pretrained, resolve(source), "a model's config.json")
+        return load(AutoConfig.from_pretrained, resolve(source), "a model's config.json")
 
     def load_model(self, source: str, head: Literal["required", "new if none", "new if other"] = "required") -> Any:
         """The model with a head for this task's labels.
@@ -73,7 +73,7 @@ class TextClassification:
             )
         keep = order is not None
         labels = dict(enumerate(self.label_names))
-        model, info = _load(
+        model, info = load(
             AutoModelForSequenceClassification.from_pretrained,
             located,
             "a model's weights",
@@ -111,6 +111,11 @@ class TextClassification:
     def numbers(self, logits: np.ndarray, references: Any) -> dict[str, float]:
         """The scores that are single numbers, for the Trainer's log."""
         return {name: value for name, value in self.metrics(logits, references).items() if isinstance(value, float)}
+
+    def score(self, predict: Callable[..., np.ndarray], processor: Any, split: str) -> dict[str, Any]:
+        """The scores on a split of `predict(features, collate)`, a torch model or an ONNX file."""
+        features = self.features(processor)[split]
+        return self.metrics(predict(features, self.collate(processor)), features["labels"])
 
     def agreement(self, logits: np.ndarray, reference_logits: np.ndarray) -> float:
         """Share of examples that two models answer alike."""
@@ -192,9 +197,10 @@ def check_only_head_is_new(model: Any, info: dict[str, Any], source: str, head_m
         )
 
 
-def _load(load: Callable[..., Any], source: str, what: str, **arguments: Any) -> Any:
+def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -> Any:
+    """`loader(source, …)`, with one message for the many ways in which that fails."""
     try:
-        return load(source, **arguments)
+        return loader(source, **arguments)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         summary = " ".join(str(error).split())[:400]
         raise InputError(
