@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import (
+    AugmentConfig,
     DataConfig,
     DistillConfig,
     PruneConfig,
@@ -59,6 +60,14 @@ class ModelsConfig:
 
 
 @dataclass
+class TaskConfig(DataConfig):
+    task: str = field(
+        default="text-classification",
+        metadata={"help": "What the model does.", "choices": ["text-classification", "image-classification"]},
+    )
+
+
+@dataclass
 class OutputConfig:
     output_dir: str | None = field(default=None, metadata={"help": "The directory to write."})
     seed: int = field(default=42, metadata={"help": "Random seed."})
@@ -80,8 +89,9 @@ def stage(
 def fine_tune() -> None:
     from pipelines.training import TrainingArguments, fine_tune
 
-    _, data, teacher, training = parse("fine-tune", DataConfig, TeacherConfig, TrainingArguments)
-    task = text_classification(data)
+    kinds = (TaskConfig, AugmentConfig, TeacherConfig, TrainingArguments)
+    _, data, augmentation, teacher, training = parse("fine-tune", *kinds)
+    task = task_of(data, augmentation)
     stage(
         training.output_dir, task, training.seed, fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training
     )  # fmt: skip
@@ -91,10 +101,10 @@ def distill() -> None:
     from pipelines.distill import distill_student
     from pipelines.training import TrainingArguments
 
-    kinds = (DataConfig, TeacherConfig, StudentConfig, DistillConfig, TrainingArguments)
-    _, data, teacher, student, distill, training = parse("distill", *kinds)
+    kinds = (TaskConfig, AugmentConfig, TeacherConfig, StudentConfig, DistillConfig, TrainingArguments)
+    _, data, augmentation, teacher, student, distill, training = parse("distill", *kinds)
     stage(
-        training.output_dir, text_classification(data), training.seed, distill_student, teacher.teacher_model, distributed=True,
+        training.output_dir, task_of(data, augmentation), training.seed, distill_student, teacher.teacher_model, distributed=True,
         student=student, distill=distill, training=training,
     )  # fmt: skip
 
@@ -103,10 +113,10 @@ def prune() -> None:
     from pipelines.prune import prune_and_recover
     from pipelines.training import TrainingArguments
 
-    kinds = (ModelConfig, DataConfig, TeacherConfig, PruneConfig, DistillConfig, TrainingArguments)
+    kinds = (ModelConfig, TaskConfig, TeacherConfig, PruneConfig, DistillConfig, TrainingArguments)
     _, model, data, teacher, prune, distill, training = parse("prune", *kinds)
     stage(
-        training.output_dir, text_classification(data), training.seed, prune_and_recover, model.source, distributed=True,
+        training.output_dir, task_of(data), training.seed, prune_and_recover, model.source, distributed=True,
         teacher=Path(teacher.teacher_model), prune=prune, distill=distill, training=training,
     )  # fmt: skip
 
@@ -114,44 +124,44 @@ def prune() -> None:
 def export() -> None:
     from pipelines.export import export_onnx
 
-    _, model, data, output = parse("export", ModelConfig, DataConfig, OutputConfig)
-    stage(output.output_dir, text_classification(data), output.seed, export_onnx, model.source)
+    _, model, data, output = parse("export", ModelConfig, TaskConfig, OutputConfig)
+    stage(output.output_dir, task_of(data), output.seed, export_onnx, model.source)
 
 
 def quantize() -> None:
     from pipelines.quantize import quantize_onnx
 
-    _, model, data, quantize, output = parse("quantize", ModelConfig, DataConfig, QuantizeConfig, OutputConfig)
-    stage(output.output_dir, text_classification(data), output.seed, quantize_onnx, model.source, quantize=quantize)
+    _, model, data, quantize, output = parse("quantize", ModelConfig, TaskConfig, QuantizeConfig, OutputConfig)
+    stage(output.output_dir, task_of(data), output.seed, quantize_onnx, model.source, quantize=quantize)
 
 
 def verify() -> None:
     from pipelines.verify import verify_directory
 
-    _, model, reference, data, quantize = parse("verify", ModelConfig, ReferenceConfig, DataConfig, QuantizeConfig)
+    _, model, reference, data, quantize = parse("verify", ModelConfig, ReferenceConfig, TaskConfig, QuantizeConfig)
     if reference.reference is None:
         raise InputError("expected the directory the model was made from, found none. Pass --reference.")
-    task = text_classification(data)
+    task = task_of(data)
     print(verify_directory(Path(model.source), Path(reference.reference), task, quantize.max_quality_drop))
 
 
 def benchmark() -> None:
     from pipelines.results import benchmark_directories
 
-    _, models, data, report = parse("benchmark", ModelsConfig, DataConfig, ReportConfig)
+    _, models, data, report = parse("benchmark", ModelsConfig, TaskConfig, ReportConfig)
     if not models.models:
         raise InputError("expected the directories to time, found none. Pass --models with one or more.")
-    print(benchmark_directories([Path(model) for model in models.models], text_classification(data), report))
+    print(benchmark_directories([Path(model) for model in models.models], task_of(data), report))
 
 
 def report() -> None:
     from pipelines.results import STAGES, report_run
     from pipelines.run import Run, read_record
 
-    run_config, data, settings, output = parse("report", DataConfig, ReportConfig, OutputConfig)
+    run_config, data, settings, output = parse("report", TaskConfig, ReportConfig, OutputConfig)
     if output.output_dir is None or not Path(output.output_dir).is_dir():
         raise InputError(f"expected the directory of a run, found {output.output_dir!r}. Pass --output_dir.")
-    run = Run(output.output_dir, text_classification(data), output.seed)
+    run = Run(output.output_dir, task_of(data), output.seed)
     run.stages = [name for name in STAGES if read_record(run.directory / name) is not None]
     report_run(run, "report", settings, run_config.given)
 
@@ -172,9 +182,12 @@ def parse(name: str, *kinds: type) -> list[Any]:
     return parse_config([RunConfig, *kinds], argv=sys.argv[2:], program=f"python -m pipelines {name}")
 
 
-def text_classification(data: DataConfig) -> Any:
+def task_of(data: TaskConfig, augmentation: AugmentConfig | None = None) -> Any:
+    from pipelines.images import ImageClassification
     from pipelines.tasks import TextClassification
 
+    if data.task == ImageClassification.name:
+        return ImageClassification(data, augmentation)
     return TextClassification(data)
 
 

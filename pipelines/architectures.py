@@ -72,6 +72,15 @@ _LLAMA = Family(
     ffn_output="mlp.down_proj",
     prunable=False,
 )
+_VIT = Family(
+    layers="layers",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    attention_output="attention.o_proj",
+    ffn_input="mlp.fc1",
+    ffn_output="mlp.fc2",
+)
 FAMILIES = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -84,6 +93,8 @@ FAMILIES = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "vit": _VIT,
+    "deit": _VIT,
 }
 
 
@@ -92,7 +103,7 @@ def family_of(config: Any) -> Family:
         raise InputError(
             f"expected a model of the families {', '.join(sorted(FAMILIES))}, whose layers and heads can be told apart, found "
             f"{config.model_type!r}. Use one of them, or give the student by --student_model and leave pruning out (--prune_heads 0 "
-            "--prune_ffn 0)."
+            "--prune_ffn 0) and hidden states, too (--hidden_state_weight 0)."
         )
     return FAMILIES[config.model_type]
 
@@ -155,6 +166,11 @@ def replace_weights(linear: Any, matrix: Tensor, bias: Tensor | None) -> None:
 
 def head_output(model: Any) -> nn.Linear:
     """The last linear map of a classifier, whose rows are the labels."""
+    if type(model).__name__.endswith("WithTeacher"):
+        raise InputError(
+            f"expected a model with one classification head, found {type(model).__name__}, which has two; its labels cannot be put in "
+            "the data's order. Fine-tune it on this data set (--teacher_epochs above 0)."
+        )
     inside_base = {id(module) for module in model.base_model.modules()}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside_base]
     if not linears or linears[-1].out_features != model.config.num_labels:

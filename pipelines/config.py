@@ -82,15 +82,9 @@ class LanguageConfig:
         "Step of the window that scores held-out text; every token sees at least --max_length minus this many before it. "
         "Left out: half of --max_length.",
     )
-    new_model: str | None = _flag(
-        None,
-        "Train the teacher from scratch as a model of this kind, such as gpt2 or llama, with a byte-level BPE tokenizer of "
-        "its own. Left out: start from --teacher_model.",
+    vocabulary_size: int = _flag(
+        4096, "Tokens of the tokenizer that is trained where --teacher_from_scratch takes a shape without one."
     )
-    new_model_sizes: str | None = _flag(
-        None, 'The new model\'s config as JSON (in a YAML file: as lines), such as {"n_layer": 6, "n_embd": 256}.'
-    )
-    vocabulary_size: int = _flag(4096, "Tokens of the new model's tokenizer.")
 
     def __post_init__(self) -> None:
         _check(self.stride is None or self.stride >= 1, "--stride of 1 or more", self.stride)
@@ -103,14 +97,25 @@ class LanguageConfig:
             re.compile(self.document_start or "")
         except re.error as error:
             raise InputError(f"expected a regular expression for --document_start, found: {error}") from error
-        try:
-            _check(isinstance(self.sizes, dict), "a JSON object for --new_model_sizes", self.new_model_sizes)
-        except json.JSONDecodeError as error:
-            raise InputError(f"expected a JSON object for --new_model_sizes, found: {error}") from error
+
+
+@dataclass
+class AugmentConfig:
+    random_shift: float = _flag(
+        0.0,
+        "Shift every training image by up to this share of its sides at random. This and the next two serve wherever the "
+        "student's soft targets are not stored: in the teacher's fine-tuning, and with --soft_targets online.",
+    )
+    random_crop: float = _flag(0.0, "Crop up to this share of every training image's sides at random.")
+    random_flip: bool = _flag(False, "Mirror half of the training images left to right; wrong for digits and letters.")
+
+    def __post_init__(self) -> None:
+        for name in ("random_shift", "random_crop"):
+            _check(0 <= getattr(self, name) < 0.5, f"--{name} in [0, 0.5)", getattr(self, name))
 
     @property
-    def sizes(self) -> dict[str, Any]:
-        return json.loads(self.new_model_sizes or "{}")
+    def any(self) -> bool:
+        return self.random_shift > 0 or self.random_crop > 0 or self.random_flip
 
 
 @dataclass
@@ -122,10 +127,20 @@ class TeacherConfig:
         3.0, "Epochs of fine-tuning; 0 uses the teacher as it is, which needs a head for exactly these labels."
     )
     teacher_learning_rate: float = _flag(3e-5, "Peak learning rate of the fine-tuning.")
+    teacher_from_scratch: bool = _flag(
+        False,
+        "Start from random weights in the shape of --teacher_model, which may then be a directory without weights: a "
+        "config.json and the settings of the tokenizer or image processor.",
+    )
     lora_rank: int = _flag(0, "Train a LoRA adapter of this rank instead of all weights; 0 trains all.")
 
     def __post_init__(self) -> None:
         _check(self.teacher_epochs >= 0, "--teacher_epochs of 0 or more", self.teacher_epochs)
+        _check(
+            self.teacher_epochs > 0 or not self.teacher_from_scratch,
+            "--teacher_epochs above 0 with --teacher_from_scratch, since random weights know nothing",
+            self.teacher_epochs,
+        )
         _check(self.teacher_learning_rate > 0, "a --teacher_learning_rate above 0", self.teacher_learning_rate)
         _check(self.lora_rank >= 0, "--lora_rank of 0 or more", self.lora_rank)
 
@@ -135,9 +150,19 @@ class StudentConfig:
     student_model: str | None = _flag(
         None, "A checkpoint to start the student from. Left out: some of the teacher's own layers."
     )
+    student_from_scratch: bool = _flag(
+        False, "Start the student from random weights in the shape of --student_model, as for --teacher_from_scratch."
+    )
     student_layers: str = _flag(
         "3", "Teacher layers the student keeps: a count spreads them over the depth, a list such as 0,2,5 names them."
     )
+
+    def __post_init__(self) -> None:
+        _check(
+            self.student_model is not None or not self.student_from_scratch,
+            "--student_model, whose shape --student_from_scratch takes",
+            None,
+        )
 
 
 @dataclass
@@ -209,8 +234,19 @@ class PruneConfig:
 @dataclass
 class QuantizeConfig:
     quantization: str = _flag(
-        "dynamic_int8", "How the shipped model is quantized; 'none' ships fp32.", choices=["dynamic_int8", "none"]
+        "dynamic_int8",
+        "How the shipped model is quantized: 'dynamic_int8' measures activations as they come, 'static_int8' once, on "
+        "training examples; 'auto' makes every kind and ships the fastest of those within --max_quality_drop; 'none' "
+        "ships fp32.",
+        choices=["dynamic_int8", "static_int8", "auto", "none"],
     )
+    calibration: str = _flag(
+        "percentile",
+        "How static_int8 chooses an activation's range: 'minmax' of all that was seen, 'entropy', the range that keeps "
+        "the distribution closest, or 'percentile', all but the outermost values.",
+        choices=["minmax", "entropy", "percentile"],
+    )
+    calibration_samples: int = _flag(256, "Training examples that static_int8 measures activations on.")
     target_cpu: str = _flag(
         "any",
         "The CPU the model will run on. Without VNNI, x86 needs weights of seven bits to be right: 'any' and 'avx2' use "
@@ -222,7 +258,11 @@ class QuantizeConfig:
     )
 
     def __post_init__(self) -> None:
-        _check(self.quantization in ("dynamic_int8", "none"), "--quantization dynamic_int8 or none", self.quantization)
+        kinds = ("dynamic_int8", "static_int8", "auto", "none")
+        _check(self.quantization in kinds, f"--quantization out of {', '.join(kinds)}", self.quantization)
+        calibrations = ("minmax", "entropy", "percentile")
+        _check(self.calibration in calibrations, f"--calibration out of {', '.join(calibrations)}", self.calibration)
+        _check(self.calibration_samples >= 1, "--calibration_samples of 1 or more", self.calibration_samples)
         _check(self.max_quality_drop >= 0, "--max_quality_drop of 0 or more", self.max_quality_drop)
 
     @property
@@ -233,10 +273,10 @@ class QuantizeConfig:
 @dataclass
 class LanguageQuantizeConfig:
     quantization: str = _flag(
-        "fastest",
-        "How the shipped language model is quantized: blocks of int8 or int4 weights, or int8 products; 'fastest' tries all and ships the "
+        "auto",
+        "How the shipped language model is quantized: blocks of int8 or int4 weights, or int8 products; 'auto' tries all and ships the "
         "one that decodes fastest within --max_quality_drop, 'none' ships fp32.",
-        choices=["fastest", "dynamic_int8", "int8_blocks", "int4_blocks", "int4_blocks_int8_embeddings", "none"],
+        choices=["auto", "dynamic_int8", "int8_blocks", "int4_blocks", "int4_blocks_int8_embeddings", "none"],
     )
     block_size: int = _flag(32, "Weights that share a scale: a power of 2 from 16 on.")
     target_cpu: str = _flag(
@@ -348,6 +388,9 @@ def _read_yaml(path: Path, parser: Any) -> list[str]:
     for key, value in content.items():
         if value is None:
             continue
+        # Written as ./ or ../, a path is the file's own neighbour, from wherever the command is run.
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            value = str((path.parent / value).resolve())
         values = value if isinstance(value, list) else [value]
         written = [json.dumps(item) if isinstance(item, (dict, bool)) else str(item) for item in values]
         flags += [f"--{key}", *written]

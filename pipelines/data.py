@@ -1,4 +1,4 @@
-"""Examples for classification: load, check, de-duplicate, split, tokenize and collate them."""
+"""Examples for classification: load, check, de-duplicate and split them; tokenize and collate texts."""
 
 from __future__ import annotations
 
@@ -81,14 +81,36 @@ class Source:
 
 @dataclass
 class Rows:
-    """What the checks need to know of each row of a split, in 16 bytes instead of its texts."""
+    """What the checks need to know of each row of a split, in 16 bytes instead of its texts or images."""
 
-    keys: np.ndarray  # (rows,) uint64, equal where the texts are equal after whitespace folding
+    keys: np.ndarray  # (rows,) uint64, equal where the content is: texts after whitespace folding, images by pixel
     labels: np.ndarray  # (rows,) int64 class ids
 
 
-def load_classification(config: DataConfig) -> ClassificationData:
-    """Load, check and de-duplicate a text classification data set and give it a train, validation and test split.
+@dataclass(frozen=True)
+class Kind:
+    """What a data set of texts and one of images do differently; everything else here is the same for both."""
+
+    noun: str  # "texts"
+    usable: str  # what every row must have: "a text"
+    columns: dict[str, str]  # the flags that name columns of the source, and what these are called in the splits
+    suffixes: tuple[str, ...]  # of the files that `read_file` reads
+    read_file: Callable[[Path, DataConfig], datasets.Dataset]
+    read_files: Callable[[Path, list[tuple[Path, str]]], datasets.Dataset]  # of a folder: each file with its class
+    prepare: Callable[[datasets.Dataset, str], datasets.Dataset | None]  # None where a column has no such values
+    content: Callable[[list[tuple[Any, ...]]], list[bytes | None]]  # equal for equal rows; None for an unusable one
+    content_is_all: (
+        bool  # whether rows of equal content are the same row, so that hashes of it tell two data sets apart
+    )
+
+    def columns_of(self, config: DataConfig) -> dict[str, str]:
+        """The flags that name a column of the source, and that column."""
+        columns = {flag: getattr(config, flag) for flag in self.columns}
+        return {flag: column for flag, column in columns.items() if column is not None}
+
+
+def load_classification(config: DataConfig, kind: Kind | None = None) -> ClassificationData:
+    """Load, check and de-duplicate a classification data set (of texts) and give it a train, validation and test split.
 
     Splits. Those the flags name are used as they are, and must have labels. Unnamed, 'test' and 'validation' are used
     where they exist and have labels. A data set that then has a validation but no test split (GLUE, whose test labels
@@ -96,21 +118,22 @@ def load_classification(config: DataConfig) -> ClassificationData:
     missing is cut from the training split: seeded, stratified, every class staying represented in training. Only a
     given test split keeps its order; the others are shuffled, so that their first examples are of all classes.
 
-    Duplicates. A text is in one split only: a split that is given as test stays untouched, validation loses the texts
-    that are in test, training those that are in either. Within training and validation, the first of equal texts stays.
+    Duplicates. An example is in one split only: a split that is given as test stays untouched, validation loses what is
+    in test, training what is in either. Within training and validation, the first of equal texts (or images) stays.
 
     Raises InputError where the data cannot be read, or cannot be used as it is.
     """
-    source = load_source(config)
+    kind = TEXTS if kind is None else kind
+    source = load_source(config, kind)
     roles = choose_splits(source, config, partial(_has_labels, config=config))
     given = {role: source.splits[name] for role, name in roles.items() if name is not None}
     for role, split in given.items():
-        _check_columns(split, roles[role] or role, config)
+        given[role] = _checked_columns(split, roles[role] or role, config, kind)
     label_names = _label_names(given, config)
 
-    rows = {role: _scan(split, roles[role] or role, source, config, label_names) for role, split in given.items()}
-    kept, details = drop_duplicates(rows)
-    cut_missing_splits(kept, rows["train"].labels, roles, config)
+    rows = {role: _scan(split, roles[role] or role, source, config, kind, label_names) for role, split in given.items()}
+    kept, details = drop_duplicates(rows, kind.noun)
+    cut_missing_splits(kept, rows["train"].labels, roles, config, kind.noun)
     origin = {role: role if role in given else "train" for role in SPLITS}
     for role in SPLITS:
         limit = config.max_train_samples if role == "train" else config.max_eval_samples
@@ -123,7 +146,8 @@ def load_classification(config: DataConfig) -> ClassificationData:
     counts = {role: np.bincount(rows[origin[role]].labels[kept[role]], minlength=len(label_names)) for role in SPLITS}
     _check_classes(counts, label_names, config)
     splits = {
-        role: _select(given[name], rows[name].labels, kept[role], config, label_names) for role, name in origin.items()
+        role: _select(given[name], rows[name].labels, kept[role], config, kind, label_names)
+        for role, name in origin.items()
     }
     details = {
         "dataset": config.dataset,
@@ -141,37 +165,43 @@ def load_classification(config: DataConfig) -> ClassificationData:
     }
     import datasets
 
-    return ClassificationData(
-        datasets.DatasetDict(splits), label_names, details, content_fingerprint(splits, label_names)
-    )
+    if kind.content_is_all:
+        keys = {role: rows[name].keys[kept[role]] for role, name in origin.items()}
+        fingerprint = _fingerprint_of_keys(splits, keys, label_names)
+    else:
+        fingerprint = content_fingerprint(splits, label_names)
+    return ClassificationData(datasets.DatasetDict(splits), label_names, details, fingerprint)
 
 
 # ---- Loading
 
 
-def load_source(config: DataConfig) -> Source:
+def load_source(config: DataConfig, kind: Kind | None = None) -> Source:
+    """The data set that the flags name, of texts unless another kind is given."""
+    kind = TEXTS if kind is None else kind
+    formats = ", ".join(suffix[1:] for suffix in kind.suffixes)
     if config.dataset is None:
         raise InputError(
-            "expected a data set, found none; pass --dataset with a Hub id, a csv, json, jsonl or parquet file, a "
-            "folder of such files, or a folder with one sub-folder per class"
+            f"expected a data set, found none; pass --dataset with a Hub id, a file ({formats}), a folder "
+            "of such files, or a folder with one sub-folder per class"
         )
     resolved = resolve(config.dataset)
     if not os.path.isabs(resolved):
         return _load_from_hub(resolved, config.dataset_config)
     path = Path(resolved)
     if path.is_file():
-        return Source({"train": _load_file(path)})
+        return Source({"train": _load_file(path, config, kind)})
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _load_saved(path)
     entries = visible(path)
-    tables = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in FILE_BUILDERS]
+    tables = [entry for entry in entries if entry.is_file() and entry.name.lower().endswith(kind.suffixes)]
     if tables:
-        return _load_folder_of_files(path, tables)
+        return _load_folder_of_files(path, tables, config, kind)
     if folders := _folders(path):
-        return _load_class_folders(path, folders)
+        return _load_class_folders(path, folders, kind)
     raise InputError(
-        f"expected data in {path}: csv, tsv, json, jsonl or parquet files, one sub-folder per class, or a saved "
-        f"DatasetDict; found {', '.join(entry.name for entry in entries[:10]) or 'an empty folder'}; give another "
+        f"expected {kind.noun} in {path}: files ({formats}), one sub-folder per class, or a saved DatasetDict; "
+        f"found {', '.join(entry.name for entry in entries[:10]) or 'an empty folder'}; give another "
         "folder or convert the files"
     )
 
@@ -204,17 +234,22 @@ def _load_saved(path: Path) -> Source:
     return Source({name: split.with_format(None) for name, split in splits.items()})
 
 
-def _load_file(path: Path) -> datasets.Dataset:
+def _load_file(path: Path, config: DataConfig, kind: Kind) -> datasets.Dataset:
+    if not path.name.lower().endswith(kind.suffixes):
+        raise InputError(
+            f"expected a file of labelled {kind.noun} ({', '.join(kind.suffixes)}), found {path}; convert it, or put the "
+            f"{kind.noun} into one sub-folder per class and give the folder"
+        )
+    if path.stat().st_size == 0:
+        raise InputError(f"expected labelled {kind.noun} in {path}, found an empty file; write the data set again")
+    return kind.read_file(path, config)
+
+
+def read_table(path: Path, config: DataConfig) -> datasets.Dataset:
+    """A csv, tsv, json, jsonl or parquet file as it is."""
     import datasets
 
-    if path.suffix.lower() not in FILE_BUILDERS:
-        raise InputError(
-            f"expected a file of labelled texts ({', '.join(FILE_BUILDERS)}), found {path}; convert it, or put the "
-            "texts into one sub-folder per class and give the folder"
-        )
     builder, arguments = FILE_BUILDERS[path.suffix.lower()]
-    if path.stat().st_size == 0:
-        raise InputError(f"expected labelled texts in {path}, found an empty file; write the data set again")
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it is about to raise
     try:
@@ -229,9 +264,9 @@ def _load_file(path: Path) -> datasets.Dataset:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _load_folder_of_files(path: Path, files: list[Path]) -> Source:
+def _load_folder_of_files(path: Path, files: list[Path], config: DataConfig, kind: Kind) -> Source:
     if len(files) == 1:
-        return Source({"train": _load_file(files[0])})
+        return Source({"train": _load_file(files[0], config, kind)})
     import datasets
 
     by_split: dict[str, list[Path]] = {}
@@ -246,19 +281,24 @@ def _load_folder_of_files(path: Path, files: list[Path]) -> Source:
         by_split.setdefault(split, []).append(file)
     return Source(
         {
-            split: datasets.concatenate_datasets([_load_file(file) for file in split_files])
+            split: datasets.concatenate_datasets([_load_file(file, config, kind) for file in split_files])
             for split, split_files in by_split.items()
         }
     )
 
 
-def _load_class_folders(path: Path, folders: list[Path]) -> Source:
-    """Text files in one sub-folder per class, or in one folder per split that holds the sub-folders."""
+def _load_class_folders(path: Path, folders: list[Path], kind: Kind) -> Source:
+    """Files in one sub-folder per class, or in one folder per split that holds the sub-folders."""
     per_split = {SPLIT_NAMES[folder.name.lower()]: folder for folder in folders if folder.name.lower() in SPLIT_NAMES}
     if len(per_split) == len(folders):
-        splits = {split: _read_class_folders(folder, _folders(folder)) for split, folder in per_split.items()}
+        splits = {split: _read_class_folders(folder, _folders(folder), kind) for split, folder in per_split.items()}
     else:
-        splits = {"train": _read_class_folders(path, folders)}
+        splits = {"train": _read_class_folders(path, folders, kind)}
+    details = _count_guessed_encodings(path, splits) if kind is TEXTS else {}
+    return Source(splits, row_name_column="file", details=details)
+
+
+def _count_guessed_encodings(path: Path, splits: dict[str, datasets.Dataset]) -> dict[str, Any]:
     guessed = [
         f"{label}/{file}"
         for split in splits.values()
@@ -272,7 +312,7 @@ def _load_class_folders(path: Path, folders: list[Path]) -> Source:
             path,
             guessed[0],
         )
-    return Source(splits, row_name_column="file", details={"read_as_cp1252": len(guessed)})
+    return {"read_as_cp1252": len(guessed)}
 
 
 def visible(folder: Path) -> list[Path]:
@@ -285,24 +325,28 @@ def _folders(path: Path) -> list[Path]:
     return [entry for entry in visible(path) if entry.is_dir()]
 
 
-def _read_class_folders(path: Path, folders: list[Path]) -> datasets.Dataset:
+def _read_class_folders(path: Path, folders: list[Path], kind: Kind) -> datasets.Dataset:
+    files: list[tuple[Path, str]] = []
+    for folder in folders:
+        held = [entry for entry in visible(folder) if entry.is_file()]
+        if not held:
+            raise InputError(
+                f"expected one sub-folder of {kind.noun} per class in {path}, found no file in {folder.name}; add its "
+                f"{kind.noun} or remove it"
+            )
+        files += [(file, folder.name) for file in held]
+    return kind.read_files(path, files)
+
+
+def _read_text_files(path: Path, files: list[tuple[Path, str]]) -> datasets.Dataset:
     import datasets
 
-    files: list[tuple[str, str, int, int]] = []
-    for folder in folders:
-        texts = [entry for entry in visible(folder) if entry.is_file()]
-        if not texts:
-            raise InputError(
-                f"expected one sub-folder of text files per class in {path}, found no file in {folder.name}; add its "
-                "texts or remove it"
-            )
-        for text in texts:
-            # Size and time are part of the arguments so that the cache of `datasets` notices a changed file.
-            status = text.stat()
-            files.append((str(text), folder.name, status.st_size, status.st_mtime_ns))
     features = datasets.Features({name: datasets.Value("string") for name in ("text", "label", "file", "encoding")})
+    # Size and time are part of the arguments so that the cache of `datasets` notices a changed file.
+    statuses = [(str(file), label, file.stat()) for file, label in files]
+    arguments = {"files": [(file, label, status.st_size, status.st_mtime_ns) for file, label, status in statuses]}
     try:
-        return datasets.Dataset.from_generator(read_texts, features=features, gen_kwargs={"files": files})
+        return datasets.Dataset.from_generator(read_texts, features=features, gen_kwargs=arguments)
     except Exception as error:
         if isinstance(cause := _cause(error), InputError):
             raise cause from None
@@ -421,27 +465,28 @@ def _holds_classes(split: datasets.Dataset, config: DataConfig) -> bool:
     return _dtype(split, config.label_column).startswith(dtypes)
 
 
-def _check_columns(split: datasets.Dataset, name: str, config: DataConfig) -> None:
-    """Raise InputError unless the columns are there and hold texts and classes."""
+def _checked_columns(split: datasets.Dataset, name: str, config: DataConfig, kind: Kind) -> datasets.Dataset:
+    """The split, ready to read; raises InputError unless the columns are there and hold such values and classes."""
     if len(split) == 0:
         raise InputError(
             f"expected examples in the split {name!r}, found none; give a data set with rows in every split"
         )
-    columns = {"text_column": config.text_column, "label_column": config.label_column}
-    if config.text_pair_column is not None:
-        columns["text_pair_column"] = config.text_pair_column
+    columns = kind.columns_of(config) | {"label_column": config.label_column}
+    prepared = split
     for flag, column in columns.items():
         if column not in split.column_names:
             raise InputError(
                 f"expected a column {column!r} in the split {name!r}, found the columns "
                 f"{', '.join(split.column_names)}; name the right one with --{flag}"
             )
-        dtype = _dtype(split, column)
-        if flag != "label_column" and dtype not in ("string", "large_string"):
+        ready = prepared if flag == "label_column" else kind.prepare(prepared, column)
+        if ready is None:
             raise InputError(
-                f"expected texts in the column {column!r} of the split {name!r}, found values of type {dtype}; name a "
-                f"column of texts with --{flag} (columns: {', '.join(split.column_names)})"
+                f"expected {kind.noun} in the column {column!r} of the split {name!r}, found values of type "
+                f"{_dtype(split, column)}; name a column of {kind.noun} with --{flag} (columns: "
+                f"{', '.join(split.column_names)})"
             )
+        prepared = ready
     if len(set(columns.values())) < len(columns):
         raise InputError(
             f"expected different columns for {', '.join(columns)}, found {', '.join(columns.values())}; the split "
@@ -453,6 +498,7 @@ def _check_columns(split: datasets.Dataset, name: str, config: DataConfig) -> No
             f"found values of type {_dtype(split, config.label_column)}; name a column of classes with --label_column "
             f"(columns: {', '.join(split.column_names)})"
         )
+    return prepared
 
 
 def _label_names(given: dict[str, datasets.Dataset], config: DataConfig) -> list[str]:
@@ -484,33 +530,34 @@ def _label_names(given: dict[str, datasets.Dataset], config: DataConfig) -> list
     return list(dict.fromkeys(names))
 
 
-def _scan(split: datasets.Dataset, name: str, source: Source, config: DataConfig, label_names: list[str]) -> Rows:
-    """Read a split once: check every row, and keep a hash of its texts and its class id."""
+def _scan(
+    split: datasets.Dataset, name: str, source: Source, config: DataConfig, kind: Kind, label_names: list[str]
+) -> Rows:
+    """Read a split once: check every row, and keep a hash of its content and its class id."""
     from datasets.utils import tqdm
 
-    text_columns = _text_columns(config)
+    columns = list(kind.columns_of(config).values())
     class_ids = {label: class_id for class_id, label in enumerate(label_names)}
     values_to_names = _label_values(split, config)
     label_ids = {value: class_ids[str(label)] for value, label in values_to_names.items() if label is not None}
     keys = np.empty(len(split), np.uint64)
     labels = np.empty(len(split), np.int64)
-    empty: list[int] = []
+    unusable: list[int] = []
     start = 0
-    batches = split.select_columns([*text_columns, config.label_column]).with_format("arrow").iter(batch_size=1000)
+    batches = split.select_columns([*columns, config.label_column]).with_format("arrow").iter(batch_size=1000)
     for batch in tqdm(batches, total=math.ceil(len(split) / 1000), desc=f"Checking {name}", unit="batch"):
-        texts = [batch[column].to_pylist() for column in text_columns]
-        for offset, row in enumerate(zip(*texts, strict=True)):
-            folded = [" ".join((text or "").split()) for text in row]
-            if not all(folded):
-                empty.append(start + offset)
-            keys[start + offset] = text_key(folded)
+        rows = list(zip(*(batch[column].to_pylist() for column in columns), strict=True))
+        for offset, content in enumerate(kind.content(rows)):
+            if content is None:
+                unusable.append(start + offset)
+            keys[start + offset] = content_key(content or b"")
         values = batch[config.label_column].to_pylist()
         labels[start : start + len(values)] = [label_ids.get(value, -1) for value in values]
         start += len(values)
-    if empty:
+    if unusable:
         raise InputError(
-            f"expected a text in every row of the split {name!r}, found {len(empty)} without one "
-            f"({_row_names(split, empty, source)}); {DROP_ROWS}"
+            f"expected {kind.usable} in every row of the split {name!r}, found {len(unusable)} without one "
+            f"({_row_names(split, unusable, source)}); {DROP_ROWS}"
         )
     unlabelled = np.flatnonzero(labels == -1)
     if len(unlabelled):
@@ -522,11 +569,6 @@ def _scan(split: datasets.Dataset, name: str, source: Source, config: DataConfig
     return Rows(keys, labels)
 
 
-def text_key(folded: list[str]) -> int:
-    """A hash of texts whose whitespace is folded, to find equal ones by."""
-    return int.from_bytes(hashlib.blake2b("\0".join(folded).encode(), digest_size=8).digest(), "little")
-
-
 def _row_names(split: datasets.Dataset, rows: list[int], source: Source) -> str:
     shown = rows[:10]
     column = source.row_name_column
@@ -535,11 +577,39 @@ def _row_names(split: datasets.Dataset, rows: list[int], source: Source) -> str:
     return f"{unit} {', '.join(names)}" + (" …" if len(rows) > len(shown) else "")
 
 
-def _text_columns(config: DataConfig) -> list[str]:
-    return [config.text_column] + ([config.text_pair_column] if config.text_pair_column is not None else [])
+def _text_or_none(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
+    return split if _dtype(split, column) in ("string", "large_string") else None
 
 
-def drop_duplicates(rows: dict[str, Rows]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _text_content(rows: list[tuple[Any, ...]]) -> list[bytes | None]:
+    folded = [[" ".join((text or "").split()) for text in row] for row in rows]
+    return ["\0".join(texts).encode() if all(texts) else None for texts in folded]
+
+
+def content_key(content: bytes) -> int:
+    """A hash to find equal examples by."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def text_key(folded: list[str]) -> int:
+    """A hash of texts whose whitespace is folded, to find equal ones by."""
+    return content_key("\0".join(folded).encode())
+
+
+TEXTS = Kind(
+    noun="texts",
+    usable="a text",
+    columns={"text_column": "text", "text_pair_column": "text_pair"},
+    suffixes=tuple(FILE_BUILDERS),
+    read_file=read_table,
+    read_files=_read_text_files,
+    prepare=_text_or_none,
+    content=_text_content,
+    content_is_all=False,  # whitespace is folded
+)
+
+
+def drop_duplicates(rows: dict[str, Rows], noun: str = "texts") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The row numbers that stay in each given split, and how many went."""
     kept: dict[str, np.ndarray] = {}
     removed: dict[str, int] = {}
@@ -561,7 +631,7 @@ def drop_duplicates(rows: dict[str, Rows]) -> tuple[dict[str, np.ndarray], dict[
         removed[role] = len(rows[role].keys) - len(kept[role])
         if len(kept[role]) == 0:
             raise InputError(
-                f"expected texts in the {role} split that no other split holds, found that all {removed[role]} are "
+                f"expected {noun} in the {role} split that no other split holds, found that all {removed[role]} are "
                 "also in the validation or test split; give splits that differ, or let them be cut (leave the flags "
                 "out)"
             )
@@ -573,7 +643,11 @@ def drop_duplicates(rows: dict[str, Rows]) -> tuple[dict[str, np.ndarray], dict[
 
 
 def cut_missing_splits(
-    kept: dict[str, np.ndarray], labels: np.ndarray, roles: dict[str, str | None], config: DataConfig
+    kept: dict[str, np.ndarray],
+    labels: np.ndarray,
+    roles: dict[str, str | None],
+    config: DataConfig,
+    noun: str = "texts",
 ) -> None:
     """Cut the test and validation split that the data set does not have from the training rows, in place."""
     total = len(kept["train"])
@@ -586,7 +660,7 @@ def cut_missing_splits(
     sizes = {role: max(1, round(share * total)) for role, share in shares.items() if role not in kept}
     if sizes and total - sum(sizes.values()) < 2:
         raise InputError(
-            f"expected enough different texts in the split {roles['train']!r} to cut {' and '.join(sizes)} from it, "
+            f"expected enough different {noun} in the split {roles['train']!r} to cut {' and '.join(sizes)} from it, "
             f"found {total}; add examples, or lower --test_size and --validation_size"
         )
     for role, size in sizes.items():
@@ -635,18 +709,33 @@ def _check_classes(counts: dict[str, np.ndarray], label_names: list[str], config
 
 
 def _select(
-    split: datasets.Dataset, labels: np.ndarray, kept: np.ndarray, config: DataConfig, label_names: list[str]
+    split: datasets.Dataset,
+    labels: np.ndarray,
+    kept: np.ndarray,
+    config: DataConfig,
+    kind: Kind,
+    label_names: list[str],
 ) -> datasets.Dataset:
-    """The kept rows with the columns text, text_pair and label; only row numbers and labels take memory."""
+    """The kept rows with the columns of `kind` and label; only row numbers and labels take memory."""
     import datasets
 
-    columns = dict(zip(_text_columns(config), ("text", "text_pair"), strict=False))
-    texts = split.select_columns(list(columns))
+    columns = {column: kind.columns[flag] for flag, column in kind.columns_of(config).items()}
+    inputs = split.select_columns(list(columns))
     # Through unique names, since a source's own "text" column may be the second of the pair.
-    texts = texts.rename_columns({column: f"{column} {name}" for column, name in columns.items()})
-    texts = texts.rename_columns({f"{column} {name}": name for column, name in columns.items()})
-    labelled = texts.add_column("label", labels, feature=datasets.ClassLabel(names=label_names))
+    inputs = inputs.rename_columns({column: f"{column} {name}" for column, name in columns.items()})
+    inputs = inputs.rename_columns({f"{column} {name}": name for column, name in columns.items()})
+    labelled = inputs.add_column("label", labels, feature=datasets.ClassLabel(names=label_names))
     return labelled.select(kept, keep_in_memory=True)
+
+
+def _fingerprint_of_keys(
+    splits: dict[str, datasets.Dataset], keys: dict[str, np.ndarray], label_names: list[str]
+) -> str:
+    digest = hashlib.sha256(json.dumps(label_names).encode())
+    for role, split in splits.items():
+        digest.update(f"\n{role} {len(split)}\n".encode())
+        digest.update(keys[role].astype("<u8").tobytes() + np.asarray(split["label"][:], "<i8").tobytes())
+    return digest.hexdigest()
 
 
 def content_fingerprint(splits: dict[str, datasets.Dataset], label_names: list[str]) -> str:

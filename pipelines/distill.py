@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from pipelines.architectures import layer_count
 from pipelines.config import DistillConfig, StudentConfig
 from pipelines.errors import InputError
-from pipelines.language import check_same_vocabulary
+from pipelines.language import check_knows_language, check_same_vocabulary
 from pipelines.losses import IGNORED, distillation_loss, hidden_state_loss, label_loss, top_soft_target_loss
-from pipelines.predict import predict_torch
 from pipelines.run import Outcome
 from pipelines.soft_targets import TOP_ANSWERS, WithTopAnswers, with_soft_targets
-from pipelines.sources import resolve
 from pipelines.students import parse_layers, student_from_layers
-from pipelines.training import CHECKPOINTS, Trainer, finish_model, is_causal, train
+from pipelines.training import CHECKPOINTS, Trainer, finish_model, train
 
 PROJECTIONS = "hidden_state_projections"
 
@@ -42,6 +40,9 @@ class DistillationTrainer(Trainer):
 
     def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Any]:
         teacher_logits = inputs.pop("teacher_logits", None)
+        # A teacher of images in the loop has its own processor, so the collator adds what that makes of the same images.
+        teacher_pixels = inputs.pop("teacher_pixel_values", None)
+        teacher_inputs = inputs if teacher_pixels is None else {"pixel_values": teacher_pixels}
         top_answers = [inputs.pop(name) for name in TOP_ANSWERS] if "teacher_ids" in inputs else None
         smoothing = self.args.label_smoothing_factor
         if not model.training:  # an evaluation: the labels alone, and no hidden states to gather
@@ -52,7 +53,7 @@ class DistillationTrainer(Trainer):
         teacher_outputs: Any = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_outputs = self.teacher(**inputs, output_hidden_states=bool(self.hidden_state_map))
+                teacher_outputs = self.teacher(**teacher_inputs, output_hidden_states=bool(self.hidden_state_map))
             teacher_logits = teacher_outputs.logits
         logits, targets = self.align(outputs.logits, labels)
         if top_answers is not None:
@@ -76,6 +77,11 @@ class DistillationTrainer(Trainer):
             if projections is not None:
                 student_hidden = projections[index](student_hidden)
             teacher_hidden = teacher_outputs.hidden_states[teacher_state]
+            if student_hidden.shape[:2] != teacher_hidden.shape[:2]:
+                raise InputError(
+                    f"expected hidden states of as many positions from teacher and student, found {teacher_hidden.shape[1]} and "
+                    f"{student_hidden.shape[1]}. Use --hidden_state_weight 0, or a student with the teacher's image and patch size."
+                )
             if self.causal:  # its loss is one per token, not one per example
                 student_hidden, teacher_hidden = (
                     student_hidden.flatten(0, 1)[:, None],
@@ -119,31 +125,32 @@ def distil(
     with_hidden_states = distill.hidden_state_weight > 0
     in_the_loop = with_hidden_states or (distill.soft_target_weight > 0 and soft_targets is None)
     teacher: Any = None
+    teacher_processor: Any = None
     hidden_state_map: list[tuple[int, int]] = []
-    if is_causal(task) and distill.soft_target_weight > 0:
-        teacher_size = transformers.AutoConfig.from_pretrained(resolve(teacher_source)).vocab_size
-        teacher_processor = task.load_processor(teacher_source)
-        check_same_vocabulary(teacher_processor, processor, teacher_size, student.config.vocab_size)
+    if task.causal and (in_the_loop or distill.soft_target_weight > 0):
+        teacher_size = task.load_config(teacher_source).vocab_size
+        check_same_vocabulary(task.load_processor(teacher_source), processor, teacher_size, student.config.vocab_size)
     if in_the_loop:
+        teacher_processor = task.load_processor(teacher_source)
         teacher = task.load_model(teacher_source)
-        if is_causal(task):
+        if task.causal:
             check_knows_language(teacher, task, processor)
-        else:
-            check_same_tokens(task, task.load_processor(teacher_source), processor)
     elif soft_targets is not None and distill.soft_target_weight > 0:
-        features = (WithTopAnswers if is_causal(task) else with_soft_targets)(features, soft_targets)
+        features = (WithTopAnswers if task.causal else with_soft_targets)(features, soft_targets)
     if with_hidden_states:
         hidden_state_map = parse_hidden_state_map(
-            distill.hidden_state_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers
+            distill.hidden_state_map, layer_count(student.config), layer_count(teacher.config)
         )
         student_width, teacher_width = student.config.hidden_size, teacher.config.hidden_size
         if student_width != teacher_width:
             # Part of the student while it trains, so that optimizer, checkpoints and gradient sharing see them.
             projections = nn.ModuleList(nn.Linear(student_width, teacher_width) for _ in hidden_state_map)
             student.add_module(PROJECTIONS, projections)
+    # The baseline on labels alone is trained as the student is, so the choice does not depend on the weights of the losses.
+    augment = distill.soft_targets == "online"
     details = train(
         student, task, processor, training, directory, features, DistillationTrainer,
-        distill=distill, teacher=teacher, hidden_state_map=hidden_state_map,
+        train_collate=task.training_collate(processor, teacher_processor, augment), distill=distill, teacher=teacher, hidden_state_map=hidden_state_map,
     )  # fmt: skip
     if hasattr(student, PROJECTIONS):
         delattr(student, PROJECTIONS)
@@ -151,30 +158,6 @@ def distil(
     if hidden_state_map:
         details["hidden_state_map"] = [list(pair) for pair in hidden_state_map]
     return details
-
-
-def check_same_tokens(task: Any, teacher_processor: Any, student_processor: Any) -> None:
-    """A teacher in the loop reads the student's inputs: the same text must be the same tokens to both."""
-    teacher = task.features(teacher_processor)["validation"][:32]
-    student = task.features(student_processor)["validation"][:32]
-    if teacher != student:
-        raise InputError(
-            "expected teacher and student to read the same tokens, found that their tokenizers differ; a teacher in the loop then reads "
-            "nonsense. Use stored soft targets (--soft_targets stored, --hidden_state_weight 0)."
-        )
-
-
-def check_knows_language(teacher: Any, task: Any, processor: Any) -> None:
-    """Refuse a teacher that does no better than guessing all tokens alike: its answers teach nothing."""
-    features = task.features(processor)["validation"]
-    few = features.select(range(min(8, len(features))))
-    answers = predict_torch(teacher, few, task.collate(processor), answers=task.answers)
-    perplexity = task.metrics(answers, few["labels"])["perplexity"]
-    if perplexity >= teacher.config.vocab_size:
-        raise InputError(
-            f"expected a teacher that knows the language, found a perplexity of {perplexity:,.0f} on validation text, no better than "
-            f"guessing among its {teacher.config.vocab_size:,} tokens. Train it longer (--teacher_epochs, --teacher_learning_rate)."
-        )
 
 
 def distill_student(
@@ -190,7 +173,7 @@ def distill_student(
     details: dict[str, Any] = {}
     if student.student_model is not None:
         processor = task.load_processor(student.student_model)
-        model = task.load_model(student.student_model, head="new if none")
+        model = task.load_model(student.student_model, task.student_head, student.student_from_scratch)
     else:
         processor = task.load_processor(source)
         teacher = task.load_model(source)

@@ -1,4 +1,4 @@
-"""Causal language modelling: what the task needs that classification does not, and a model made from nothing but a config."""
+"""Causal language modelling: what the task needs that classification does not."""
 
 from __future__ import annotations
 
@@ -11,131 +11,10 @@ import numpy as np
 from pipelines.config import DataConfig, LanguageConfig
 from pipelines.errors import InputError
 from pipelines.losses import IGNORED
-from pipelines.run import Outcome
+from pipelines.predict import predict_torch
 from pipelines.sources import check_model_directory, resolve
-from pipelines.tasks import check_only_head_is_new, load
+from pipelines.tasks import Head, Task, check_only_head_is_new, load
 from pipelines.text_data import load_documents, tokenize_windows, train_tokenizer, vocabulary_fingerprint
-
-
-class LanguageModeling:
-    """Text, of which every token is to be predicted from those before it."""
-
-    name = "text-generation"
-    peft_type = "CAUSAL_LM"
-    primary_metric = "perplexity"
-    greater_is_better = False
-    causal = True  # logits at one token are about the next: losses shift labels by one
-    label_names: list[str] = []
-
-    def __init__(self, config: DataConfig, language: LanguageConfig) -> None:
-        self.config, self.language = config, language
-        self.stride = language.stride or max(1, config.max_length // 2)
-        if self.stride >= config.max_length:
-            raise InputError(
-                f"expected a --stride below --max_length ({config.max_length}), found {self.stride}. Pass a smaller one."
-            )
-        self.data = load_documents(config, language)
-        self._features: dict[str, Any] = {}
-
-    def describe(self) -> dict[str, Any]:
-        """What of the data a stage's result depends on."""
-        return {
-            "name": self.name,
-            "data": self.data.fingerprint,
-            "max_length": self.config.max_length,
-            "stride": self.stride,
-        }
-
-    def load_processor(self, source: str) -> Any:
-        """The tokenizer of a model, padding on the left, where a continuation does not follow."""
-        from transformers import AutoTokenizer
-
-        tokenizer = load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer")
-        if tokenizer.eos_token is None:
-            raise InputError(
-                f"expected a tokenizer with an end token (eos_token) at {source}, found none. Set one and save it."
-            )
-        tokenizer.padding_side = "left"
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return tokenizer
-
-    def load_model(self, source: str, head: str = "required") -> Any:
-        """The causal model in `source`; a language model has one kind of head, so `head` asks for nothing."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        located = resolve(source)
-        if Path(located).is_dir():
-            check_model_directory(Path(located))
-        config = load(AutoConfig.from_pretrained, located, "a model's config.json")
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit and self.config.max_length > limit:
-            raise InputError(
-                f"expected --max_length of at most {limit}, the positions that {source} has, found {self.config.max_length}. Pass a "
-                "smaller --max_length."
-            )
-        model, info = load(
-            AutoModelForCausalLM.from_pretrained, located, "a causal language model", output_loading_info=True
-        )
-        check_only_head_is_new(model, info, source, head_may_be_new=False)
-        return model
-
-    def features(self, processor: Any) -> Any:
-        """Windows of tokens of every split; the same vocabulary tokenizes once in a process."""
-        key = vocabulary_fingerprint(processor)
-        if key not in self._features:
-            self._features[key] = tokenize_windows(self.data, processor, self.config.max_length, self.stride)
-        return self._features[key]
-
-    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        return collate_windows
-
-    def answers(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """What is kept of logits (batch, tokens, vocabulary): `token_answers`, a thousandth of their size."""
-        return token_answers(logits, labels)
-
-    def metrics(self, answers: np.ndarray, references: Any, text_bytes: int | None = None) -> dict[str, Any]:
-        """Scores of token_answers(…) (windows, tokens, 2) for the labels `references` (windows, tokens).
-
-        Perplexity is e to the mean loss of a token. Bits per byte divide the loss of the whole text by its UTF-8 bytes, so that models
-        with other vocabularies compare; they need `text_bytes`.
-        """
-        counted = np.asarray(references) != IGNORED
-        losses = answers[..., 0][counted].astype(np.float64)
-        scores: dict[str, Any] = {"perplexity": float(np.exp(losses.mean())), "loss": float(losses.mean())}
-        if text_bytes is not None:
-            scores["bits_per_byte"] = float(losses.sum() / np.log(2) / text_bytes)
-        accuracy = answers[..., 1][counted] == np.asarray(references)[counted]
-        return scores | {"next_token_accuracy": float(accuracy.mean()), "tokens": int(counted.sum())}
-
-    def numbers(self, answers: np.ndarray, references: Any) -> dict[str, float]:
-        """The scores that are single numbers, for the Trainer's log."""
-        return {name: value for name, value in self.metrics(answers, references).items() if isinstance(value, float)}
-
-    def score(self, predict: Callable[..., np.ndarray], processor: Any, split: str) -> dict[str, Any]:
-        """The scores on a split of `predict(features, collate, answers=…)`, a torch model or an ONNX file."""
-        features = self.features(processor)[split]
-        answers = predict(features, self.collate(processor), answers=self.answers)
-        return self.metrics(answers, features["labels"], self.data.text_bytes[split])
-
-    def agreement(self, answers: np.ndarray, reference_answers: np.ndarray) -> float:
-        """Share of tokens for which two models find the same one most likely."""
-        counted = answers[..., 1] >= 0
-        return float(np.mean(answers[..., 1][counted] == reference_answers[..., 1][counted]))
-
-    def test_texts(self) -> list[str]:
-        """The test documents as a person reads them."""
-        return list(self.data.splits["test"]["text"])
-
-
-def collate_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Windows of one length as a batch (batch, tokens); nothing is padded, so nothing needs a mask."""
-    import torch
-
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "length"}
-    return {
-        name: torch.as_tensor(column if column.dtype == np.float32 else column.astype(np.int64))
-        for name, column in columns.items()
-    }
 
 
 def token_answers(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -157,6 +36,171 @@ def token_answers(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return found
 
 
+def collate_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Windows of one length as a batch (batch, tokens); nothing is padded, so nothing needs a mask."""
+    import torch
+
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "length"}
+    return {
+        name: torch.as_tensor(column if column.dtype == np.float32 else column.astype(np.int64))
+        for name, column in columns.items()
+    }
+
+
+class LanguageModeling(Task):
+    """Text, of which every token is to be predicted from those before it."""
+
+    name = "text-generation"
+    lora_settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    student_head: Head = "required"
+    primary_metric = "perplexity"
+    greater_is_better = False
+    causal = True
+    answers = staticmethod(token_answers)  # a thousandth of the logits
+    label_names: list[str] = []
+
+    def __init__(self, config: DataConfig, language: LanguageConfig) -> None:
+        self.config, self.language = config, language
+        self.stride = language.stride or max(1, config.max_length // 2)
+        if self.stride >= config.max_length:
+            raise InputError(
+                f"expected a --stride below --max_length ({config.max_length}), found {self.stride}. Pass a smaller one."
+            )
+        self.data = load_documents(config, language)
+        self._features: dict[str, Any] = {}
+        self._tokenizer: Any = None
+
+    def describe(self) -> dict[str, Any]:
+        """What of the data a stage's result depends on."""
+        return {
+            "name": self.name,
+            "data": self.data.fingerprint,
+            "max_length": self.config.max_length,
+            "stride": self.stride,
+            "vocabulary_size": self.language.vocabulary_size,
+        }
+
+    def load_processor(self, source: str) -> Any:
+        """The tokenizer of a model, padding on the left, where a continuation does not follow.
+
+        For a directory that only gives a model's shape it is a byte-level BPE, trained on the training split.
+        """
+        from transformers import AutoTokenizer
+
+        located = resolve(source)
+        if gives_shape_only(Path(located)):
+            return self._new_tokenizer(source)
+        tokenizer = load(AutoTokenizer.from_pretrained, located, "a tokenizer")
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"expected a tokenizer with an end token (eos_token) at {source}, found none. Set one and save it."
+            )
+        tokenizer.padding_side = "left"
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return tokenizer
+
+    def _new_tokenizer(self, source: str) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = train_tokenizer(self.data.splits["train"]["text"], self.language.vocabulary_size)
+        positions = getattr(self.load_config(source), "max_position_embeddings", None)
+        self._tokenizer.model_max_length = int(positions or self.config.max_length)
+        return self._tokenizer
+
+    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
+        """The causal model in `source`; a language model has one kind of head, so `head` asks for nothing.
+
+        With `from_scratch` all weights are random, in the shape of `source`, for the tokens of its tokenizer.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        located = resolve(source)
+        if Path(located).is_dir() and not from_scratch:
+            check_model_directory(Path(located))
+        config = self.load_config(source)
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and self.config.max_length > limit:
+            raise InputError(
+                f"expected --max_length of at most {limit}, the positions that {source} has, found {self.config.max_length}. Pass a "
+                "smaller --max_length."
+            )
+        if from_scratch:
+            tokenizer = self.load_processor(source)
+            end = tokenizer.eos_token_id
+            tokens = {
+                "vocab_size": len(tokenizer),
+                "bos_token_id": end,
+                "eos_token_id": end,
+                "pad_token_id": tokenizer.pad_token_id,
+            }
+            shape = load(AutoConfig.from_pretrained, located, "a model's config.json", **tokens)
+            return load(
+                lambda _: AutoModelForCausalLM.from_config(shape), located, "the shape of a causal language model"
+            )
+        model, info = load(
+            AutoModelForCausalLM.from_pretrained, located, "a causal language model", output_loading_info=True
+        )
+        check_only_head_is_new(model, info, source, head_may_be_new=False)
+        return model
+
+    def features(self, processor: Any) -> Any:
+        """Windows of tokens of every split; the same vocabulary tokenizes once in a process."""
+        key = vocabulary_fingerprint(processor)
+        if key not in self._features:
+            self._features[key] = tokenize_windows(self.data, processor, self.config.max_length, self.stride)
+        return self._features[key]
+
+    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        return collate_windows
+
+    def training_collate(
+        self, processor: Any, teacher_processor: Any = None, augment: bool = False
+    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """The collator for training, where a teacher in the loop reads the student's own tokens. Texts are not augmented."""
+        return collate_windows
+
+    def metrics(self, answers: np.ndarray, references: Any, text_bytes: int | None = None) -> dict[str, Any]:
+        """Scores of token_answers(…) (windows, tokens, 2) for the labels `references` (windows, tokens).
+
+        Perplexity is e to the mean loss of a token. Bits per byte divide the loss of the whole text by its UTF-8 bytes, so that models
+        with other vocabularies compare; they need `text_bytes`.
+        """
+        counted = np.asarray(references) != IGNORED
+        losses = answers[..., 0][counted].astype(np.float64)
+        scores: dict[str, Any] = {"perplexity": float(np.exp(losses.mean())), "loss": float(losses.mean())}
+        if text_bytes is not None:
+            scores["bits_per_byte"] = float(losses.sum() / np.log(2) / text_bytes)
+        accuracy = answers[..., 1][counted] == np.asarray(references)[counted]
+        return scores | {"next_token_accuracy": float(accuracy.mean()), "tokens": int(counted.sum())}
+
+    def score(self, predict: Callable[..., np.ndarray], processor: Any, split: str) -> dict[str, Any]:
+        """The scores on a split of `predict(features, collate, answers=…)`, a torch model or an ONNX file."""
+        features = self.features(processor)[split]
+        answers = predict(features, self.collate(processor), answers=self.answers)
+        return self.metrics(answers, features["labels"], self.data.text_bytes[split])
+
+    def agreement(self, answers: np.ndarray, reference_answers: np.ndarray) -> float:
+        """Share of tokens for which two models find the same one most likely."""
+        counted = answers[..., 1] >= 0
+        return float(np.mean(answers[..., 1][counted] == reference_answers[..., 1][counted]))
+
+    def test_texts(self) -> list[str]:
+        """The test documents as a person reads them."""
+        return list(self.data.splits["test"]["text"])
+
+
+def check_knows_language(teacher: Any, task: Any, processor: Any) -> None:
+    """Refuse a teacher that does no better than guessing all tokens alike: its answers teach nothing."""
+    features = task.features(processor)["validation"]
+    few = features.select(range(min(8, len(features))))
+    answers = predict_torch(teacher, few, task.collate(processor), answers=task.answers)
+    perplexity = task.metrics(answers, few["labels"])["perplexity"]
+    if perplexity >= teacher.config.vocab_size:
+        raise InputError(
+            f"expected a teacher that knows the language, found a perplexity of {perplexity:,.0f} on validation text, no better than "
+            f"guessing among its {teacher.config.vocab_size:,} tokens. Train it longer (--teacher_epochs, --teacher_learning_rate)."
+        )
+
+
 def check_same_vocabulary(teacher_processor: Any, student_processor: Any, teacher_size: int, student_size: int) -> None:
     """Refuse a teacher whose logits are about other tokens than the student's; the sizes are those of the models."""
     ours, theirs = student_processor.get_vocab(), teacher_processor.get_vocab()
@@ -165,7 +209,7 @@ def check_same_vocabulary(teacher_processor: Any, student_processor: Any, teache
         raise InputError(
             f"expected teacher and student with the same vocabulary, found {len(theirs):,} and {len(ours):,} tokens, of which "
             f"{len(different):,} are missing in one or have another id, such as {different[0]!r}. Distillation over tokens needs one "
-            "vocabulary: take a student made from the teacher (leave --student_model out), or another teacher."
+            "vocabulary: take a student made from the teacher (leave --student_model out), or give both one tokenizer."
         )
     if teacher_size != student_size:
         raise InputError(
@@ -174,33 +218,9 @@ def check_same_vocabulary(teacher_processor: Any, student_processor: Any, teache
         )
 
 
-def new_language_model(source: None, directory: Path, task: LanguageModeling, language: LanguageConfig) -> Outcome:
-    """Write an untrained model of the kind and sizes that the flags give, and a tokenizer trained on the training split."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from pipelines.training import count_parameters
-
-    tokenizer = train_tokenizer(task.data.splits["train"]["text"], language.vocabulary_size)
-    end = tokenizer.eos_token_id
-    settings = {
-        # Positions beyond the block are never trained, so there are none unless the sizes ask for them.
-        "max_position_embeddings": task.config.max_length,
-        **language.sizes,
-        "vocab_size": len(tokenizer),
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": end,
-    }
-    try:
-        config = AutoConfig.for_model(str(language.new_model), **settings)
-        model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a wrong kind, an unknown size and sizes that do not fit fail in different ways
-        raise InputError(
-            f"expected a kind of causal language model and sizes that fit it, found {language.new_model!r} with "
-            f"{language.new_model_sizes}: {' '.join(str(error).split())[:300]}. Correct --new_model or --new_model_sizes."
-        ) from error
-    tokenizer.model_max_length = int(getattr(config, "max_position_embeddings", task.config.max_length))
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    details = {"tokenizer": "byte-level BPE, trained on the training split", "vocabulary": len(tokenizer)}
-    return Outcome("transformers", parameters=count_parameters(model), details=details)
+def gives_shape_only(path: Path) -> bool:
+    """Whether a directory has neither weights nor a tokenizer: only a config.json, which gives a model's shape."""
+    return path.is_dir() and not any(
+        file.suffix == ".safetensors" or file.name.startswith(("tokenizer", "vocab", "spiece"))
+        for file in path.iterdir()
+    )

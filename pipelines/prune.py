@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipelines.architectures import family_of, head_size, input_size, layers_of
+from pipelines.architectures import FAMILIES, family_of, head_size, input_size, layers_of
 from pipelines.config import DistillConfig, PruneConfig
 from pipelines.distill import distil
 from pipelines.errors import InputError
@@ -22,7 +22,6 @@ from pipelines.training import (
     CHECKPOINTS,
     arguments_for,
     count_parameters,
-    is_causal,
     is_main_process,
     save,
     validation_metrics,
@@ -98,6 +97,20 @@ def choose_kept(importance: list[np.ndarray], remove: int, minimum: int) -> list
     return [np.flatnonzero(layer) for layer in kept]
 
 
+def can_be_pruned(directory: Path) -> bool:
+    """Whether the model in `directory` has heads and neurons to remove; says so where it has none."""
+    model_type = transformers.AutoConfig.from_pretrained(directory).model_type
+    prunable = model_type in FAMILIES and FAMILIES[model_type].prunable
+    if not prunable and is_main_process():
+        reason = (
+            "shares them among heads"
+            if model_type in FAMILIES
+            else "has no attention heads and feed-forward neurons to remove"
+        )
+        print(f"pruned: skipped, a {model_type} {reason}", flush=True)
+    return prunable
+
+
 def prune_and_recover(
     source: str,
     directory: Path,
@@ -170,11 +183,11 @@ def cut_step(
 ) -> None:  # fmt: skip
     """Cut `model` in place down to what `share` of the whole pruning leaves of the shapes `before`."""
     features = task.features(processor)["train"]
-    if soft_targets is not None and not is_causal(task):  # the next token alone says enough of what matters
+    if soft_targets is not None and not task.causal:  # the next token alone says enough of what matters
         features = with_soft_targets(features, soft_targets)
     chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
     heads, neurons = measure_importance(
-        model, features.select(np.sort(chosen)), task.collate(processor), distill, causal=is_causal(task)
+        model, features.select(np.sort(chosen)), task.collate(processor), distill, causal=task.causal
     )
     left = shape_of(model)
     remove_heads = round(prune.prune_heads * share * sum(before["heads"])) - (sum(before["heads"]) - sum(left["heads"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,19 @@ import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
+from pipelines.benchmark import Subject, measure
 from pipelines.config import QuantizeConfig
 from pipelines.export import ONNX_FILE
 from pipelines.fuse import fuse_for_onnxruntime
+from pipelines.predict import predict_onnx
+from pipelines.results import timing_feeds
 from pipelines.run import RECORD, Outcome, read_record
 from pipelines.verify import verify_quality, verify_same_graph
 
 # Products with weights, and embeddings (Gather), whose tables stay bytes: only the rows that are read are dequantized.
 # Not Attention, which would become an invalid QAttention, nor Conv, whose ConvInteger is slower than the float kernel.
 _QUANTIZED_TYPES = ["MatMul", "Gather"]
+CANDIDATES = ".candidates"  # one folder for each scheme that was tried, until one is chosen
 
 
 def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeConfig) -> Outcome:
@@ -38,17 +43,86 @@ def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeCon
             flush=True,
         )
     fusion = verify_same_graph(fused, original, task, processor)
-    quantized = quantize_dynamic_int8(fused, directory / ONNX_FILE, quantize.reduce_range)
+    quantized = make_candidates(fused, directory, task, processor, quantize)
     fused.unlink()
+    chosen, measured = choose(quantized, directory, original, task, processor, quantize.max_quality_drop)
+    (directory / CANDIDATES / chosen / ONNX_FILE).rename(directory / ONNX_FILE)
+    shutil.rmtree(directory / CANDIDATES)
     verification = verify_quality(directory / ONNX_FILE, original, task, processor, quantize.max_quality_drop)
     metrics = {"validation": verification.pop("metrics")}
     details = {
         "fused_nodes": fused_nodes,
         "fused_equals_source": fusion,
-        "quantized": quantized,
+        "scheme": chosen,
+        "quantized": quantized[chosen],
+        "candidates": measured,
         "verification": verification,
     }
     return Outcome("onnx", metrics, (read_record(Path(source)) or {}).get("parameters"), details)
+
+
+def make_candidates(
+    fused: Path, directory: Path, task: Any, processor: Any, quantize: QuantizeConfig
+) -> dict[str, dict[str, Any]]:
+    """Write a quantized model for each scheme that the flags ask for, in a folder of its own; return what was done, by scheme."""
+    from pipelines.calibrate import CALIBRATIONS, calibration_feeds, quantize_static_int8
+
+    schemes = {
+        "dynamic_int8": ["dynamic_int8"],
+        "static_int8": [quantize.calibration],
+        "auto": ["dynamic_int8", *CALIBRATIONS],
+    }
+    feeds = None
+    made = {}
+    for scheme in schemes[quantize.quantization]:
+        name = scheme if scheme == "dynamic_int8" else f"static_int8_{scheme}"
+        target = directory / CANDIDATES / name / ONNX_FILE
+        target.parent.mkdir(parents=True)
+        if scheme == "dynamic_int8":
+            made[name] = quantize_dynamic_int8(fused, target, quantize.reduce_range)
+        else:
+            feeds = feeds or calibration_feeds(task, processor, quantize.calibration_samples)
+            made[name] = quantize_static_int8(fused, target, feeds, scheme, quantize.reduce_range)
+    return made
+
+
+def choose(
+    schemes: Iterable[str], directory: Path, original: Path, task: Any, processor: Any, max_quality_drop: float
+) -> tuple[str, dict[str, dict[str, float]]]:
+    """The fastest scheme of those that lose little enough on the validation split, and what was measured of each.
+
+    Times within a twentieth of the fastest are the same, and then the higher score wins; where all lose too much, too.
+    """
+    names = list(schemes)
+    if len(names) == 1:
+        return names[0], {}
+    features, collate = task.features(processor)["validation"], task.collate(processor)
+    sign = 1 if task.greater_is_better else -1
+
+    def score(path: Path, name: str) -> float:
+        logits = predict_onnx(path, features, collate, name=f"score {name}")
+        return float(task.metrics(logits, features["labels"])[task.primary_metric])
+
+    before = score(original, "fp32")
+    single, batches = timing_feeds(features, collate)
+    folders = {name: directory / CANDIDATES / name for name in names}
+    timings = measure(
+        [Subject(name, folder, "onnx", single, batches[:1]) for name, folder in folders.items()], seconds=0.5
+    )
+    measured = {}
+    for name, folder in folders.items():
+        after = score(folder / ONNX_FILE, name)
+        measured[name] = {
+            task.primary_metric: after,
+            "drop": (before - after) * sign,
+            "p50_ms": timings[name]["latency_ms"]["p50"],
+            "bytes": (folder / ONNX_FILE).stat().st_size,
+        }
+    allowed = [name for name in names if measured[name]["drop"] <= max_quality_drop]
+    if allowed:
+        fastest = min(measured[name]["p50_ms"] for name in allowed)
+        allowed = [name for name in allowed if measured[name]["p50_ms"] <= 1.05 * fastest]
+    return min(allowed or names, key=lambda name: measured[name]["drop"]), measured
 
 
 def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool) -> dict[str, Any]:

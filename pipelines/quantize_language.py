@@ -212,7 +212,7 @@ def quantize_language_model(source: str, directory: Path, task: Any, quantize: L
     processor = task.load_processor(source)
     origin, trials = Path(source), directory / "trials"
     fp32 = task.score(partial(predict_onnx, origin / ONNX_FILE, name="score fp32"), processor, "validation")
-    names = list(SCHEMES) if quantize.quantization == "fastest" else [quantize.quantization]
+    names = list(SCHEMES) if quantize.quantization == "auto" else [quantize.quantization]
     limit = fp32["perplexity"] * (1 + quantize.max_quality_drop)
     tried: dict[str, dict[str, Any]] = {}
     for name in names:

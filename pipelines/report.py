@@ -186,6 +186,7 @@ def build_report(
         "stages": rows,
         "name": Path(run_dir).resolve().name,
         "shipped": shipped.name,
+        "quantization": shipped.record["details"].get("scheme"),
         "label_names": label_names,
         "test_examples": len(references),
         "test_examples_per_class": {
@@ -617,12 +618,14 @@ def _usage_section(report: dict[str, Any]) -> str:
     limit = f"truncation=True, max_length={config.get('max_length', DataConfig.max_length)}"
     is_pair = bool(config.get("text_pair_column"))
     text = '{"text": "A first text.", "text_pair": "A second text."}' if is_pair else '"A text."'
+    of_images = report["task"] == "image-classification"
+    called_with = '"image.png"' if of_images else f"{text}, {limit}"
     parts = [
         "In a copy of this directory, with transformers:",
         _fence(
             "from transformers import pipeline\n\n"
             f"classify = pipeline({json.dumps(report['task'])}, model={json.dumps(opened['path'])})\n"
-            f"print(classify({text}, {limit}))",
+            f"print(classify({called_with}))",
             "python",
         ),
     ]
@@ -634,16 +637,28 @@ def _usage_section(report: dict[str, Any]) -> str:
     if shipped["format"] == "onnx":
         path = json.dumps(shipped["path"])
         texts = '["A first text."], ["A second text."]' if is_pair else '["A text."]'
+        imports, reads = (
+            "AutoConfig, AutoTokenizer",
+            f'AutoTokenizer.from_pretrained({path})({texts}, {limit}, return_tensors="np")',
+        )
+        if of_images:
+            imports = "AutoConfig, AutoImageProcessor"
+            reads = f'AutoImageProcessor.from_pretrained({path}, backend="pil")(image, return_tensors="np")'
+        image = """
+            from PIL import Image, ImageOps
+            image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+        """
         code = f"""
             import onnxruntime
-            from transformers import AutoConfig, AutoTokenizer
+            from transformers import {imports}
 
             session = onnxruntime.InferenceSession({json.dumps(shipped["path"] + "/model.onnx")})
-            inputs = AutoTokenizer.from_pretrained({path})({texts}, {limit}, return_tensors="np")
+            inputs = {reads}
             logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
             print(AutoConfig.from_pretrained({path}).id2label[int(logits[0].argmax())])
         """
-        parts += ["The shipped model, with ONNX Runtime and no torch:", _fence(textwrap.dedent(code).strip(), "python")]
+        lines = (textwrap.dedent(image).strip() + "\n" if of_images else "") + textwrap.dedent(code).strip()
+        parts += ["The shipped model, with ONNX Runtime and no torch:", _fence(lines, "python")]
     return "\n\n".join(parts)
 
 
@@ -654,7 +669,7 @@ def _is_int8(report: dict[str, Any]) -> bool:
 def _limitations_section(report: dict[str, Any]) -> str:
     points = [
         f"The scores are those of one run with one seed on {report['test_examples']} test examples of the same source "
-        "as the training data. Expect less on other texts; an interval of zero width means that no difference was "
+        "as the training data. Expect less on others; an interval of zero width means that no difference was "
         "seen, not that there is none.",
         "The model always answers with one of its labels, also where none fits. Its probabilities were not calibrated, "
         "and compression changes them.",
@@ -662,7 +677,7 @@ def _limitations_section(report: dict[str, Any]) -> str:
         "them worse for rare classes (see the recall per class).",
         "Times and memory are of the machine above; another CPU can rank the stages differently. Measure there.",
     ]
-    if _is_int8(report):
+    if _is_int8(report) and not (report["quantization"] or "").startswith("static"):
         points.append(
             "Dynamic quantization takes one scale for a whole batch of activations, so an answer that is a close call "
             "can depend on what else is in its batch, and it can differ between CPUs."

@@ -219,17 +219,11 @@ class Run:
                 shutil.rmtree(leftover)
 
     def stage(
-        self,
-        name: str,
-        function: Callable[..., Outcome],
-        source: str | None,
-        distributed: bool = False,
-        **arguments: Any,
+        self, name: str, function: Callable[..., Outcome], source: str, distributed: bool = False, **arguments: Any
     ) -> Path:
         """Make the directory `name` with `function(source, directory, task, **arguments)`, unless it is there and still what it would be.
 
-        `source`, and every argument that is a Path, names an earlier stage's directory in this run or a model elsewhere; a stage
-        without source is made from the data alone.
+        `source`, and every argument that is a Path, names an earlier stage's directory in this run or a model elsewhere.
         `distributed` stages run on every process, the others on the main one while the rest wait.
         """
         self.stages.append(name)
@@ -249,7 +243,7 @@ class Run:
             from transformers import set_seed
 
             set_seed(self.seed)
-            outcome = function(None if source is None else self._locate(source), partial, self.task, **arguments)
+            outcome = function(self._locate(source), partial, self.task, **arguments)
         self.state.wait_for_everyone()
         if made_by is not None:
             self._commit(name, partial, target, made_by, outcome, time.perf_counter() - started)
@@ -276,7 +270,7 @@ class Run:
         return fingerprint(record) if record else model_fingerprint(source)
 
     def _made_by(
-        self, name: str, function: Callable[..., Outcome], source: str | None, arguments: dict[str, Any]
+        self, name: str, function: Callable[..., Outcome], source: str, arguments: dict[str, Any]
     ) -> dict[str, Any]:
         settings = {
             key: self._identify(str(value)) if isinstance(value, Path) else describe(value)
@@ -286,7 +280,7 @@ class Run:
             "function": f"{function.__module__}.{function.__qualname__}",
             "version": pipelines.__version__,
             "source": source,
-            "source_fingerprint": None if source is None else self._identify(source),
+            "source_fingerprint": self._identify(source),
             "task": self.task.describe(),
             "seed": self.seed,
             **settings,

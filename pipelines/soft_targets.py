@@ -110,7 +110,7 @@ class WithTopAnswers(torch.utils.data.Dataset):
     """Training windows and the stored answers to them, which stay on disk until they are read."""
 
     def __init__(self, features: Any, directory: Path) -> None:
-        self.features = features
+        self.features, self.column_names = features, features.column_names
         self.answers = {name: np.load(directory / file, mmap_mode="r") for name, file in TOP_ANSWERS.items()}
         assert all(len(array) == len(features) for array in self.answers.values()), "the record keys them by the data"
 

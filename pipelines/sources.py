@@ -13,7 +13,19 @@ from pipelines.errors import InputError
 PACKAGE_SCHEME = "package://"
 
 # A name that ends like this is meant as a file, so a missing one is a mistake and not a Hub id.
-FILE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", ".zip", ".safetensors", ".onnx"}
+FILE_SUFFIXES = {
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".arrow",
+    ".txt",
+    ".zip",
+    ".gz",
+    ".safetensors",
+    ".onnx",
+}
 
 # What a model directory may hold besides pickles: config, weights, tokenizer and processor files, ONNX graphs.
 MODEL_FILE_SUFFIXES = {".json", ".jinja", ".safetensors", ".txt", ".model", ".bpe", ".tiktoken", ".onnx", ".data"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,27 +13,83 @@ from pipelines import data as data_module
 from pipelines.config import DataConfig
 from pipelines.errors import InputError
 from pipelines.metrics import PRIMARY_METRIC, classification_metrics
+from pipelines.predict import Answers
 from pipelines.sources import check_model_directory, resolve
 
+# What becomes of a checkpoint's head: it must be for exactly the task's labels, or a fresh one is made where the checkpoint has
+# none, or also where it has one for other labels.
+Head = Literal["required", "new if none", "new if other"]
 GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
 
 
-class TextClassification:
+class Task(ABC):
+    """What is the same for every kind of task."""
+
+    name: str
+    primary_metric: str
+    greater_is_better = True
+    causal = False  # whether logits at one token are about the next, so that losses shift labels by one
+    answers: Answers = None  # what is kept of a batch's logits, where all of them would fill the memory
+
+    def load_config(self, source: str) -> Any:
+        """The config of a model."""
+        from transformers import AutoConfig
+
+        return load(AutoConfig.from_pretrained, resolve(source), "a model's config.json")
+
+    @abstractmethod
+    def features(self, processor: Any) -> Any:
+        """The splits as a model of this processor reads them."""
+
+    @abstractmethod
+    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """What makes a batch of rows of the features."""
+
+    @abstractmethod
+    def metrics(self, answers: np.ndarray, references: Any) -> dict[str, Any]:
+        """Scores of a model's answers against the references."""
+
+    def numbers(self, answers: np.ndarray, references: Any) -> dict[str, float]:
+        """The scores that are single numbers, for the Trainer's log."""
+        return {name: value for name, value in self.metrics(answers, references).items() if isinstance(value, float)}
+
+    def score(self, predict: Callable[..., np.ndarray], processor: Any, split: str) -> dict[str, Any]:
+        """The scores on a split of `predict(features, collate, answers=…)`, a torch model or an ONNX file."""
+        features = self.features(processor)[split]
+        return self.metrics(predict(features, self.collate(processor), answers=self.answers), features["labels"])
+
+
+class Classification(Task):
+    """One label out of several, whatever the example is: how answers are scored."""
+
+    primary_metric = PRIMARY_METRIC
+    data: data_module.ClassificationData
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.data.label_names
+
+    def metrics(self, logits: np.ndarray, references: Any) -> dict[str, Any]:
+        """Scores of logits (examples, labels) against label ids (examples)."""
+        return classification_metrics(np.argmax(logits, axis=-1), np.asarray(references), self.label_names)
+
+    def agreement(self, logits: np.ndarray, reference_logits: np.ndarray) -> float:
+        """Share of examples that two models answer alike."""
+        return float(np.mean(np.argmax(logits, axis=-1) == np.argmax(reference_logits, axis=-1)))
+
+
+class TextClassification(Classification):
     """One text, or a pair of texts, and one label out of several."""
 
     name = "text-classification"
-    peft_type = "SEQ_CLS"
-    primary_metric = PRIMARY_METRIC
-    greater_is_better = True
+    # The adapter's task type trains a new head along with it.
+    lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
+    student_head: Head = "new if none"
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self.data = data_module.load_classification(config)
         self._features: dict[str, Any] = {}
-
-    @property
-    def label_names(self) -> list[str]:
-        return self.data.label_names
 
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
@@ -44,55 +101,19 @@ class TextClassification:
 
         return load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer")
 
-    def load_config(self, source: str) -> Any:
-        """The config of a model."""
-        from transformers import AutoConfig
-
-        return load(AutoConfig.from_pretrained, resolve(source), "a model's config.json")
-
-    def load_model(self, source: str, head: Literal["required", "new if none", "new if other"] = "required") -> Any:
-        """The model with a head for this task's labels.
-
-        A head for exactly these labels, in any order, is kept, and its rows are put in the data's order. Where the checkpoint has
-        none, or one for other labels, `head` says whether it gets a fresh one. Raises InputError where it may not.
-        """
+    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
+        """The model with a head for this task's labels; see load_classifier."""
         from transformers import AutoModelForSequenceClassification
 
-        located = resolve(source)
-        if Path(located).is_dir():
-            check_model_directory(Path(located))
-        config = self.load_config(source)
-        self._check_length(config, source)
-        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-        order = label_order(config, self.label_names) if has_head else None
-        if order is None and (head == "required" or (head == "new if none" and has_head)):
-            found = f"the labels {list(config.id2label.values())}" if has_head else "no classification head"
-            raise InputError(
-                f"expected a model for the labels {self.label_names}, found {found} in {source}; teacher and student need the same "
-                "labels. Fine-tune it on this data set (a teacher: --teacher_epochs above 0), or use the data set it was fine-tuned on."
-            )
-        keep = order is not None
-        labels = dict(enumerate(self.label_names))
-        model, info = load(
-            AutoModelForSequenceClassification.from_pretrained,
-            located,
-            "a model's weights",
-            output_loading_info=True,
-            ignore_mismatched_sizes=not keep,
-            **(
-                {}
-                if keep
-                else {
-                    "num_labels": len(labels),
-                    "id2label": labels,
-                    "label2id": {name: i for i, name in labels.items()},
-                }
-            ),
+        return load_classifier(
+            AutoModelForSequenceClassification,
+            "ForSequenceClassification",
+            source,
+            self.label_names,
+            head,
+            from_scratch,
+            check_config=lambda config: self._check_length(config, source),
         )
-        check_only_head_is_new(model, info, source, head_may_be_new=not keep)
-        if order is not None:
-            reorder_labels(model, order, self.label_names)
-        return model
 
     def features(self, processor: Any) -> Any:
         """The tokenized splits; the same tokenizer tokenizes once in a process."""
@@ -104,22 +125,21 @@ class TextClassification:
     def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         return data_module.collate(processor)
 
-    def metrics(self, logits: np.ndarray, references: Any) -> dict[str, Any]:
-        """Scores of logits (examples, labels) against label ids (examples)."""
-        return classification_metrics(np.argmax(logits, axis=-1), np.asarray(references), self.label_names)
+    def training_collate(
+        self, processor: Any, teacher_processor: Any = None, augment: bool = False
+    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """The collator for training, where a teacher in the loop, if there is one, reads the student's own tokens.
 
-    def numbers(self, logits: np.ndarray, references: Any) -> dict[str, float]:
-        """The scores that are single numbers, for the Trainer's log."""
-        return {name: value for name, value in self.metrics(logits, references).items() if isinstance(value, float)}
-
-    def score(self, predict: Callable[..., np.ndarray], processor: Any, split: str) -> dict[str, Any]:
-        """The scores on a split of `predict(features, collate)`, a torch model or an ONNX file."""
-        features = self.features(processor)[split]
-        return self.metrics(predict(features, self.collate(processor)), features["labels"])
-
-    def agreement(self, logits: np.ndarray, reference_logits: np.ndarray) -> float:
-        """Share of examples that two models answer alike."""
-        return float(np.mean(np.argmax(logits, axis=-1) == np.argmax(reference_logits, axis=-1)))
+        Raises InputError where the teacher's tokenizer would have made others of the same text. Texts are not augmented.
+        """
+        if teacher_processor is not None:
+            teacher = self.features(teacher_processor)["validation"][:32]
+            if teacher != self.features(processor)["validation"][:32]:
+                raise InputError(
+                    "expected teacher and student to read the same tokens, found that their tokenizers differ; a teacher in the loop "
+                    "then reads nonsense. Use stored soft targets (--soft_targets stored, --hidden_state_weight 0)."
+                )
+        return self.collate(processor)
 
     def test_texts(self) -> list[str]:
         """The test examples as a person reads them."""
@@ -149,6 +169,52 @@ class TextClassification:
                 f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {self.config.max_length}. "
                 "Pass a smaller --max_length."
             )
+
+
+def load_classifier(
+    model_class: Any, suffix: str, source: str, label_names: list[str], head: Head, from_scratch: bool,
+    check_config: Callable[[Any], None],
+) -> Any:  # fmt: skip
+    """The model in `source`, by an Auto class, with a head for `label_names` in their order.
+
+    A head for exactly these labels, in any order, is kept, and its rows are put in the data's order. Where the checkpoint has
+    none, or one for other labels, `head` says whether it gets a fresh one; raises InputError where it may not. `suffix` ends, or
+    is part of, the names of classes with such a head. With `from_scratch` all weights are random and `source` need have none.
+    """
+    from transformers import AutoConfig
+
+    located = resolve(source)
+    if Path(located).is_dir() and not from_scratch:
+        check_model_directory(Path(located))
+    config = load(AutoConfig.from_pretrained, located, "a model's config.json")
+    check_config(config)
+    labels = dict(enumerate(label_names))
+    names = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
+    if from_scratch:
+        shape = load(AutoConfig.from_pretrained, located, "a model's config.json", num_labels=len(labels), **names)
+        shape.architectures = shape.architectures or []  # from_config cannot do without
+        return load(lambda _: model_class.from_config(shape), located, "the shape of a model")
+    has_head = any(suffix in name for name in config.architectures or [])
+    order = label_order(config, label_names) if has_head else None
+    if order is None and (head == "required" or (head == "new if none" and has_head)):
+        found = f"the labels {list(config.id2label.values())}" if has_head else "no classification head"
+        raise InputError(
+            f"expected a model for the labels {label_names}, found {found} in {source}; teacher and student need the same "
+            "labels. Fine-tune it on this data set (a teacher: --teacher_epochs above 0), or use the data set it was fine-tuned on."
+        )
+    keep = order is not None
+    model, info = load(
+        model_class.from_pretrained,
+        located,
+        "a model's weights",
+        output_loading_info=True,
+        ignore_mismatched_sizes=not keep,
+        **({} if keep else {"num_labels": len(labels), **names}),
+    )
+    check_only_head_is_new(model, info, source, head_may_be_new=not keep)
+    if order is not None:
+        reorder_labels(model, order, label_names)
+    return model
 
 
 def label_order(config: Any, label_names: list[str]) -> list[int] | None:

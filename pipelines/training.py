@@ -24,6 +24,7 @@ from pipelines.run import Outcome
 from pipelines.sources import model_license
 
 CHECKPOINTS = "checkpoints"
+Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass
@@ -99,11 +100,19 @@ class Trainer(transformers.Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, causal: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *, causal: bool = False, train_collate: Collate | None = None, **kwargs: Any) -> None:
         """`causal` models predict the next token: their logits meet the labels shifted by one."""
         # A loss function makes the Trainer count the labels of the whole batch and hand us the number.
         super().__init__(compute_loss_func=label_loss, **kwargs)
-        self.causal = causal
+        self.causal, self.train_collate = causal, train_collate
+
+    def get_train_dataloader(self) -> Any:
+        """Training examples may be collated otherwise than those of an evaluation: augmented, or with the teacher's inputs."""
+        usual, self.data_collator = self.data_collator, self.train_collate or self.data_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = usual
 
     def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Any]:
         """The loss summed over the examples of one batch, and the model's outputs."""
@@ -138,7 +147,13 @@ class Trainer(transformers.Trainer):
             return super()._get_train_sampler(train_dataset)
         whole_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochLengthGroupedSampler(whole_batch, list(dataset["length"]), seed)
+        lengths = list(dataset["length"]) if "length" in dataset.column_names else [1] * len(dataset)
+        return EpochLengthGroupedSampler(whole_batch, lengths, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if "length" in eval_dataset.column_names:
+            return super()._get_eval_sampler(eval_dataset)
+        return torch.utils.data.SequentialSampler(eval_dataset)  # images have no length to group by
 
 
 def arguments_for(
@@ -179,7 +194,7 @@ def train(
         processing_class=processor,
         compute_metrics=lambda prediction: task.numbers(prediction.predictions, prediction.label_ids),
         preprocess_logits_for_metrics=keep_answers(task),
-        causal=is_causal(task),
+        causal=task.causal,
         **trainer_arguments,
     )
     resumed = last_whole_checkpoint(directory)
@@ -215,18 +230,14 @@ def last_whole_checkpoint(directory: Path) -> str | None:
     return None
 
 
-def is_causal(task: Any) -> bool:
-    return bool(getattr(task, "causal", False))
-
-
 def keep_answers(task: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
     """What the Trainer keeps of a batch's logits for the metrics: all, unless the task needs less (`task.answers`)."""
-    if not hasattr(task, "answers"):
+    answers = task.answers
+    if answers is None:
         return None
 
     def keep(logits: Tensor, labels: Tensor) -> Tensor:
-        answers = task.answers(logits.float().cpu().numpy(), labels.cpu().numpy())
-        return torch.from_numpy(answers).to(logits.device)
+        return torch.from_numpy(answers(logits.float().cpu().numpy(), labels.cpu().numpy())).to(logits.device)
 
     return keep
 
@@ -259,23 +270,23 @@ def fine_tune(
     if teacher.teacher_epochs == 0:
         model = task.load_model(source, head="required")
     else:
-        model = task.load_model(source, head="new if other")
+        model = task.load_model(source, "new if other", teacher.teacher_from_scratch)
         arguments = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
         trained = model
         if teacher.lora_rank:
             from peft import LoraConfig, get_peft_model
 
             lora = LoraConfig(
-                task_type=task.peft_type,
                 r=teacher.lora_rank,
                 lora_alpha=2 * teacher.lora_rank,
-                target_modules="all-linear",
+                **task.lora_settings,
             )
             trained = get_peft_model(model, lora)
             details["trainable_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
         details |= train(
-            trained, task, processor, arguments, directory / CHECKPOINTS, task.features(processor)["train"]
-        )
+            trained, task, processor, arguments, directory / CHECKPOINTS, task.features(processor)["train"],
+            train_collate=task.training_collate(processor, augment=True),
+        )  # fmt: skip
         if teacher.lora_rank:
             if is_main_process():
                 trained.save_pretrained(directory / "adapter")
@@ -308,6 +319,3 @@ def check_above_chance(metrics: dict[str, Any], label_names: list[str]) -> None:
             f"{sum(recalls) / len(recalls):.3f}, no better than guessing among {len(label_names)} labels. Train it longer "
             "(--teacher_epochs, --teacher_learning_rate), or check that its labels mean what the data set's do."
         )
-
-
-Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]

@@ -48,8 +48,8 @@ def main() -> None:
 
     from pipelines.distill import distill_student
     from pipelines.export_language import export_language_model
-    from pipelines.language import LanguageModeling, new_language_model
-    from pipelines.prune import prune_and_recover
+    from pipelines.language import LanguageModeling
+    from pipelines.prune import can_be_pruned, prune_and_recover
     from pipelines.quantize_language import quantize_language_model
     from pipelines.report_language import report_language_run
     from pipelines.run import Run
@@ -58,12 +58,8 @@ def main() -> None:
 
     run = Run(training.output_dir, LanguageModeling(data, language), training.seed)
 
-    # No pretrained language model ships in a package, so the demo begins with an untrained one and its own tokenizer.
-    origin = teacher.teacher_model
-    if language.new_model is not None:
-        origin = "untrained"
-        run.stage(origin, new_language_model, None, language=language)
-    run.stage("teacher", fine_tune, origin, distributed=True, teacher=teacher, training=training)
+    # No pretrained language model ships in a package, so the demo's teacher starts from random weights and trains its own tokenizer.
+    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training)
 
     # The teacher answers in the loop, or once: then only its likeliest tokens are stored, and the record tells what is lost.
     soft_targets = None
@@ -82,7 +78,7 @@ def main() -> None:
 
     # Pruning removes whole heads and neurons, so the ONNX graph is smaller, not just sparser.
     small = "student"
-    if prune.prune_heads or prune.prune_ffn:
+    if (prune.prune_heads or prune.prune_ffn) and can_be_pruned(run.directory / small):
         small = "pruned"
         run.stage(
             small, prune_and_recover, "student", distributed=True, teacher=run.directory / "teacher", prune=prune,

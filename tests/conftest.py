@@ -69,12 +69,58 @@ def make_tokenizer() -> Any:
     return BertTokenizerFast(tokenizer_object=BertWordPieceTokenizer(vocab=vocabulary)._tokenizer)
 
 
+IMAGE_FAMILIES = ("vit", "deit")
+
+
+def make_image(label: str, generator: np.random.Generator, size: int = 8) -> np.ndarray:
+    """A noisy picture (size, size, 3) whose class shows in where it is bright: the left half, the upper half, or all of it."""
+    pixels = generator.integers(0, 100, (size, size, 3))
+    bright = {"sport": np.s_[:, : size // 2], "tech": np.s_[: size // 2], "trade": np.s_[:]}[label]
+    pixels[bright] += 120
+    return pixels.astype(np.uint8)
+
+
+def write_image_folder(folder: Path, examples: int = 120, seed: int = 0, size: int = 8) -> Path:
+    """Images in one sub-folder per class."""
+    from PIL import Image
+
+    generator = np.random.default_rng(seed)
+    for index in range(examples):
+        label = list(WORDS)[index % len(WORDS)]
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(make_image(label, generator, size)).save(folder / label / f"{index:03}.png")
+    return folder
+
+
+def make_image_processor(size: int = 8, mean: float = 0.5) -> Any:
+    from transformers import ViTImageProcessorPil
+
+    sides = {"height": size, "width": size}
+    return ViTImageProcessorPil(size=sides, image_mean=[mean] * 3, image_std=[0.5] * 3)
+
+
+def example_inputs(model_type: str = "bert") -> dict[str, torch.Tensor]:
+    """A batch of 3: ragged texts, or images."""
+    generator = torch.Generator().manual_seed(0)
+    if model_type in IMAGE_FAMILIES:
+        return {"pixel_values": torch.randn(3, 3, 8, 8, generator=generator)}
+    tokens = torch.randint(5, 50, (3, 12), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[1, 7:] = 0
+    mask[2, 3:] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
 def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
-    """A config of 4 layers, 4 heads, 32 hidden and 64 feed-forward units, without dropout."""
+    """A config of 4 layers, 4 heads, 32 hidden and 64 feed-forward units, without dropout; of two stages for a ResNet."""
     from transformers import AutoConfig
 
-    sizes = {"vocab_size": 80, "max_position_embeddings": 64}
-    if model_type == "distilbert":
+    sizes: dict[str, Any] = {"vocab_size": 80, "max_position_embeddings": 64}
+    if model_type in IMAGE_FAMILIES:
+        sizes = {"image_size": 8, "patch_size": 4, "num_channels": 3}
+    if model_type == "resnet":
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    elif model_type == "distilbert":
         sizes |= {"dim": 32, "hidden_dim": 64, "n_layers": 4, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0}
         sizes |= {"seq_classif_dropout": 0.0}
     else:
@@ -89,10 +135,13 @@ def tiny_config(model_type: str = "bert", **changes: Any) -> Any:
 
 def tiny_model(model_type: str = "bert", seed: int = 0, **changes: Any) -> Any:
     """A classifier with weights large enough that every part of it shows in the logits."""
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(tiny_config(model_type, **changes)).eval()
+    config = tiny_config(model_type, architectures=[], **changes)
+    of_images = model_type in (*IMAGE_FAMILIES, "resnet")
+    model_class = AutoModelForImageClassification if of_images else AutoModelForSequenceClassification
+    model = model_class.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -118,6 +167,32 @@ def task(csv_file: Path) -> Any:
     from pipelines.tasks import TextClassification
 
     return TextClassification(DataConfig(dataset=str(csv_file), max_length=32, validation_size=0.2, test_size=0.2))
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def image_task(image_folder: Path) -> Any:
+    from pipelines.config import DataConfig
+    from pipelines.images import ImageClassification
+
+    return ImageClassification(DataConfig(dataset=str(image_folder), validation_size=0.2, test_size=0.2))
+
+
+@pytest.fixture(scope="session")
+def image_processor() -> Any:
+    return make_image_processor()
+
+
+@pytest.fixture
+def task_and_processor(request: pytest.FixtureRequest, model_type: str) -> tuple[Any, Any]:
+    """The task, and a tokenizer or an image processor, for the family that a test is for."""
+    of_images = model_type in IMAGE_FAMILIES
+    names = ("image_task", "image_processor") if of_images else ("task", "tokenizer")
+    return request.getfixturevalue(names[0]), request.getfixturevalue(names[1])
 
 
 @pytest.fixture(scope="session")
@@ -205,7 +280,15 @@ def language_task(language_text: Path) -> Any:
     from pipelines.config import DataConfig, LanguageConfig
     from pipelines.language import LanguageModeling
 
-    return LanguageModeling(DataConfig(dataset=str(language_text), max_length=32), LanguageConfig())
+    return LanguageModeling(DataConfig(dataset=str(language_text), max_length=32), LanguageConfig(vocabulary_size=300))
+
+
+@pytest.fixture(scope="session")
+def language_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that only says what shape a GPT-2 has."""
+    directory = tmp_path_factory.mktemp("language_shape")
+    tiny_language_model(n_layer=4).config.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

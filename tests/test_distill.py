@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_config, tiny_language_model, tiny_model
+from conftest import example_inputs, tiny_config, tiny_language_model, tiny_model
 from pipelines.config import DistillConfig, StudentConfig
 from pipelines.distill import DistillationTrainer, distil, distill_student, parse_hidden_state_map
 from pipelines.errors import InputError
@@ -47,19 +47,18 @@ def test_student_layers_that_cannot_be(text):
         parse_layers(text, 6)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "electra"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "electra", "vit", "deit"])
 def test_a_student_of_all_layers_is_the_teacher_and_one_of_some_runs_those(model_type):
-    teacher = tiny_model(model_type)
-    tokens = torch.arange(3, 23).reshape(2, 10)
+    teacher, inputs = tiny_model(model_type), example_inputs(model_type)
     whole = student_from_layers(teacher, [0, 1, 2, 3]).eval()
-    torch.testing.assert_close(whole(tokens).logits, teacher(tokens).logits)
+    torch.testing.assert_close(whole(**inputs).logits, teacher(**inputs).logits)
     some = student_from_layers(teacher, [0, 3]).eval()
     assert some.config.num_hidden_layers == 2
     from pipelines.architectures import layers_of
 
     layers = layers_of(teacher)
     del layers[1:3]
-    torch.testing.assert_close(some(tokens).logits, teacher(tokens).logits)
+    torch.testing.assert_close(some(**inputs).logits, teacher(**inputs).logits)
 
 
 def test_stored_and_online_soft_targets_give_the_same_loss(trained_teacher, soft_targets, task, tokenizer, training):

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import IMAGE_FAMILIES, tiny_model
 from pipelines.errors import VerificationError
 from pipelines.export import export_onnx
 from pipelines.predict import open_session, predict_onnx, predict_torch
@@ -20,35 +20,40 @@ HEADS = [np.array([0, 3]), np.array([1]), np.array([0, 1, 2, 3]), np.array([2])]
 NEURONS = [np.arange(10), np.arange(5, 64), np.array([1, 4, 9, 63]), np.arange(64)]
 
 
-@pytest.fixture(scope="module", params=["bert", "distilbert"])
-def exported(request, tmp_path_factory, task, tokenizer):
+@pytest.fixture(scope="module", params=["bert", "distilbert", "vit"])
+def exported(request, tmp_path_factory):
     """An unevenly pruned model directory and its export."""
+    of_images = request.param in IMAGE_FAMILIES
+    task = request.getfixturevalue("image_task" if of_images else "task")
+    processor = request.getfixturevalue("image_processor" if of_images else "tokenizer")
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("onnx")
     model = tiny_model(request.param)
     cut(model, HEADS, NEURONS)
     with_stock_shapes(model).save_pretrained(source)
-    tokenizer.save_pretrained(source)
-    return source, target, export_onnx(str(source), target, task)
+    processor.save_pretrained(source)
+    return source, target, export_onnx(str(source), target, task), task
 
 
 def test_the_file_has_standard_operators_and_dynamic_axes(exported):
-    _, target, outcome = exported
+    _, target, outcome, task = exported
     model = onnx.load(target / "model.onnx")
     onnx.checker.check_model(model)
     assert {domain.domain for domain in model.opset_import} <= {"", "ai.onnx"}
     assert {node.domain for node in model.graph.node} == {""}
     assert not (target / "model.onnx.data").exists()
+    of_images = task.name == "image-classification"
     for value in model.graph.input:
-        assert [axis.dim_param for axis in value.type.tensor_type.shape.dim] == ["batch", "sequence"]
+        axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        assert axes == (["batch", 3, 8, 8] if of_images else ["batch", "sequence"])
     assert [value.name for value in model.graph.output] == ["logits"]
     assert outcome.details["verification"]["largest_difference"] < 1e-4
-    assert outcome.details["verification"]["padded_tokens"] > 0
+    assert (outcome.details["verification"]["padded_tokens"] > 0) != of_images
     assert b"site-packages" not in (target / "model.onnx").read_bytes()
 
 
 def test_removal_is_physical(exported):
     """Fewer columns in the products, not zeros: the file is as small as the cut model."""
-    source, target, outcome = exported
+    source, target, outcome, _ = exported
     small = load_model(source)
     model = onnx.load(target / "model.onnx")
     stored = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
@@ -58,7 +63,7 @@ def test_removal_is_physical(exported):
 
 
 def test_logits_equal_torch_at_any_batch_and_length(exported):
-    source, target, _ = exported
+    source, target, _, task = exported
     model, session = load_model(source), open_session(target / "model.onnx")
     names = [value.name for value in session.get_inputs()]
     generator = torch.Generator().manual_seed(0)
@@ -68,6 +73,7 @@ def test_logits_equal_torch_at_any_batch_and_length(exported):
         for row in range(1, batch):
             mask[row, max(1, length - row) :] = 0
         inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": torch.zeros_like(tokens)}
+        inputs["pixel_values"] = torch.randn(batch, 3, 8, 8, generator=generator)
         inputs = {name: inputs[name] for name in names}
         with torch.no_grad():
             expected = model(**inputs).logits.numpy()
@@ -75,8 +81,8 @@ def test_logits_equal_torch_at_any_batch_and_length(exported):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_predictions_come_in_the_order_of_the_examples(exported, task):
-    source, target, _ = exported
+def test_predictions_come_in_the_order_of_the_examples(exported):
+    source, target, _, task = exported
     processor = task.load_processor(str(source))
     features, collate = task.features(processor)["test"], task.collate(processor)
     one = predict_onnx(target / "model.onnx", features, collate)
@@ -124,8 +130,10 @@ def make_nan(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize("damage", [break_weights, ignore_the_mask, make_nan])
-def test_a_broken_graph_raises(exported, task, tmp_path, damage):
-    source, target, _ = exported
+def test_a_broken_graph_raises(exported, tmp_path, damage):
+    source, target, _, task = exported
+    if damage is ignore_the_mask and task.name == "image-classification":
+        pytest.skip("images have no mask")
     processor, model = task.load_processor(str(source)), load_model(source)
     verify_against_torch(target / "model.onnx", model, task, processor)
     proto = onnx.load(target / "model.onnx")

@@ -8,12 +8,12 @@ import torch
 
 from conftest import tiny_language_model
 from pipelines.config import DataConfig, DistillConfig, LanguageConfig, StudentConfig, TeacherConfig
-from pipelines.distill import DistillationTrainer, check_knows_language, distill_student
+from pipelines.distill import DistillationTrainer, distill_student
 from pipelines.errors import InputError
-from pipelines.language import LanguageModeling, new_language_model, token_answers
+from pipelines.language import LanguageModeling, check_knows_language, token_answers
 from pipelines.losses import IGNORED
 from pipelines.soft_targets import WithTopAnswers, compute_token_soft_targets
-from pipelines.text_data import token_stream
+from pipelines.text_data import token_stream, train_tokenizer
 from pipelines.training import Trainer, fine_tune, validation_metrics
 
 
@@ -131,19 +131,14 @@ def test_the_distillation_loss_over_tokens_is_the_formula(language_task, languag
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_new_model_learns_the_text_and_a_student_of_half_its_layers_learns_from_it(language_task, training, tmp_path):
-    language = LanguageConfig(
-        new_model="gpt2",
-        new_model_sizes='{"n_layer": 4, "n_embd": 32, "n_head": 4, "resid_pdrop": 0}',
-        vocabulary_size=300,
-    )
-    made = new_language_model(None, tmp_path / "untrained", language_task, language)
-    assert made.details["vocabulary"] == 300
+def test_a_shape_becomes_a_model_and_a_student_of_half_its_layers_learns_from_it(
+    language_task, language_shape, training, tmp_path
+):
     training.per_device_train_batch_size, training.num_train_epochs, training.learning_rate = 8, 1, 3e-3
     training.logging_steps, training.max_steps = 5, 30
     teacher = fine_tune(
-        str(tmp_path / "untrained"), tmp_path / "teacher", language_task,
-        TeacherConfig(teacher_epochs=1, teacher_learning_rate=5e-3), training,
+        str(language_shape), tmp_path / "teacher", language_task,
+        TeacherConfig(teacher_from_scratch=True, teacher_epochs=1, teacher_learning_rate=5e-3), training,
     )  # fmt: skip
     assert teacher.metrics["validation"]["perplexity"] < 150
     training.max_steps = 8
@@ -161,6 +156,8 @@ def test_a_new_model_learns_the_text_and_a_student_of_half_its_layers_learns_fro
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     assert model.config.n_layer == 2
     assert model.config.eos_token_id == tokenizer.eos_token_id == 0
+    assert model.config.vocab_size == len(tokenizer) == 300
+    assert tokenizer.model_max_length == 64
     model.generate(**tokenizer("team", return_tensors="pt"), max_new_tokens=4)
 
 
@@ -214,8 +211,6 @@ def test_stored_top_answers_teach_what_the_teacher_in_the_loop_teaches(
 def test_a_teacher_with_another_vocabulary_of_the_same_size_is_refused(
     language_task, language_model_dir, training, tmp_path
 ):
-    from pipelines.text_data import train_tokenizer
-
     tiny_language_model(n_layer=1).save_pretrained(tmp_path)
     train_tokenizer(["QUITE OTHER WORDS"] * 5 + ["AND MORE OF THEM TO LEARN FROM"] * 3, 300).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="same vocabulary.*--student_model"):
@@ -241,17 +236,34 @@ def test_a_teacher_that_guesses_is_refused(language_task, language_model_dir):
         check_knows_language(guessing, language_task, tokenizer)
 
 
-def test_settings_of_a_new_model_that_cannot_be(language_task, tmp_path):
-    for sizes in ('{"n_embd": 30, "n_head": 4}', '{"n_layer": "many"}'):
-        with pytest.raises(InputError, match="new_model"):
-            new_language_model(None, tmp_path, language_task, LanguageConfig(new_model="gpt2", new_model_sizes=sizes))
-    with pytest.raises(InputError, match="no-such-model"):
-        new_language_model(None, tmp_path, language_task, LanguageConfig(new_model="no-such-model"))
-    for settings in (
-        {"new_model_sizes": "[1]"},
-        {"new_model_sizes": "{"},
-        {"document_start": "("},
-        {"vocabulary_size": 100},
-    ):
+def test_a_tokenizer_is_trained_for_a_shape_alone_and_always_the_same(language_task, language_shape, tmp_path):
+    tokenizer = language_task.load_processor(str(language_shape))
+    again = train_tokenizer(language_task.data.splits["train"]["text"], 300)
+    assert tokenizer.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
+    assert language_task.describe()["vocabulary_size"] == 300
+    weights_only = tmp_path / "weights only"
+    tiny_language_model().save_pretrained(weights_only)
+    with pytest.raises(InputError, match="a tokenizer"):
+        language_task.load_processor(str(weights_only))
+
+
+def test_a_student_from_scratch_needs_the_teachers_tokenizer(
+    language_task, language_shape, language_model_dir, training, tmp_path
+):
+    training.max_steps = 2
+    student = StudentConfig(student_model=str(language_shape), student_from_scratch=True)
+    outcome = distill_student(
+        str(language_model_dir),
+        tmp_path / "student",
+        language_task,
+        student,
+        DistillConfig(soft_targets="online"),
+        training,
+    )
+    assert outcome.parameters < sum(parameter.numel() for parameter in tiny_language_model().parameters()) * 2
+
+
+def test_settings_that_cannot_be():
+    for settings in ({"document_start": "("}, {"vocabulary_size": 100}, {"stride": 0}):
         with pytest.raises(InputError):
             LanguageConfig(**settings)

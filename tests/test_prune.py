@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import example_inputs, tiny_model
 from pipelines.architectures import family_of, layers_of
 from pipelines.config import DistillConfig, PruneConfig
 from pipelines.errors import InputError
@@ -16,7 +16,7 @@ from pipelines.prune import choose_kept, measure_importance, prune_and_recover
 from pipelines.soft_targets import compute_soft_targets
 from pipelines.surgery import cut, load_model, remove_zeros, shape_of, with_stock_shapes
 
-FAMILIES = ["bert", "distilbert", "roberta", "electra"]
+FAMILIES = ["bert", "distilbert", "roberta", "electra", "vit", "deit"]
 HEADS = [np.array([0, 3]), np.array([1]), np.array([0, 1, 2, 3]), np.array([2, 3])]
 NEURONS = [np.arange(10), np.arange(5, 64), np.array([1, 4, 9, 63]), np.arange(64)]
 
@@ -34,54 +34,49 @@ def zeroed(model, kept_heads, kept_neurons):
     return model
 
 
-def inputs():
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, 50, (3, 12), generator=generator)
-    mask = torch.ones_like(tokens)
-    mask[1, 7:] = 0
-    mask[2, 3:] = 0
-    return {"input_ids": tokens, "attention_mask": mask}
-
-
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_cut_model_equals_the_silenced_one(model_type):
-    model = tiny_model(model_type)
-    expected = zeroed(model, HEADS, NEURONS)(**inputs()).logits
-    before = model(**inputs()).logits
+    model, inputs = tiny_model(model_type), example_inputs(model_type)
+    expected = zeroed(model, HEADS, NEURONS)(**inputs).logits
+    before = model(**inputs).logits
     cut(model, HEADS, NEURONS)
     assert shape_of(model) == {"heads": [2, 1, 4, 2], "neurons": [10, 59, 4, 64]}
-    torch.testing.assert_close(model(**inputs()).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
     assert (before - expected).abs().max() > 1e-2  # the parts removed did matter
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_pruned_model_opens_with_stock_classes_and_loads_without_its_zeros(model_type, tmp_path):
-    from transformers import AutoModelForSequenceClassification
-
-    model = tiny_model(model_type)
+    model, inputs = tiny_model(model_type), example_inputs(model_type)
     cut(model, HEADS, NEURONS)
     with_stock_shapes(model).save_pretrained(tmp_path)
-    stock, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    stock, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    expected = model(**inputs()).logits
-    torch.testing.assert_close(stock.eval()(**inputs()).logits, expected, atol=1e-5, rtol=1e-5)
+    expected = model(**inputs).logits
+    torch.testing.assert_close(stock.eval()(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
     small = load_model(tmp_path)
     assert shape_of(small) == shape_of(model)
-    torch.testing.assert_close(small(**inputs()).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(small(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_dense_model_has_nothing_to_remove():
     model = tiny_model()
-    expected = model(**inputs()).logits
+    expected = model(**example_inputs()).logits
     assert shape_of(remove_zeros(model)) == {"heads": [4] * 4, "neurons": [64] * 4}
-    torch.testing.assert_close(model(**inputs()).logits, expected)
+    torch.testing.assert_close(model(**example_inputs()).logits, expected)
 
 
-def test_importance_is_the_slope_of_the_loss_as_a_gate_closes(task, tokenizer):
+@pytest.mark.parametrize("model_type", ["bert", "vit"])
+def test_importance_is_the_slope_of_the_loss_as_a_gate_closes(model_type, task_and_processor):
     """Against finite differences: scale one head's, or neuron's, output weights by 1 - h and see the loss of each example move."""
-    model = tiny_model(seed=2).double()
+    task, processor = task_and_processor
+    model = tiny_model(model_type, seed=2).double()
     family = family_of(model.config)
-    features, collate = task.features(tokenizer)["train"].select(range(6)), task.collate(tokenizer)
+    features, own = task.features(processor)["train"].select(range(6)), task.collate(processor)
+
+    def collate(rows):
+        return {name: value.double() if value.is_floating_point() else value for name, value in own(rows).items()}
+
     distill = DistillConfig(soft_target_weight=0.0)
     heads, neurons = measure_importance(model, features, collate, distill, batch_size=4)
     assert [len(layer) for layer in heads] == [4] * 4

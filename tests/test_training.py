@@ -29,9 +29,10 @@ def trained_weights(model, task, tokenizer, training, batch_size, accumulation, 
     return details, torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "electra"])
-def test_accumulating_gradients_changes_nothing(model_type, task, tokenizer, training):
-    """Batch 8 x 1 equals batch 2 x 4 on ragged texts; plain SGD, so that a wrong scale shows in the weights."""
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "electra", "vit", "deit"])
+def test_accumulating_gradients_changes_nothing(model_type, task_and_processor, training):
+    """Batch 8 x 1 equals batch 2 x 4 on ragged texts, and on images; plain SGD, so that a wrong scale shows in the weights."""
+    task, tokenizer = task_and_processor
     model = tiny_model(model_type)
     training.optim, training.learning_rate, training.max_grad_norm = "sgd", 1e-3, 1e9
     whole, whole_weights = trained_weights(model, task, tokenizer, training, 8, 1)

@@ -1,0 +1,96 @@
+"""Distil an image classifier into a small student and ship it as verified int8 ONNX.
+
+    accelerate launch recipes/distill_vit.py                                    # offline demo, minutes on a CPU
+    accelerate launch recipes/distill_vit.py --config recipes/configs/vit_beans.yaml
+
+1. train a teacher   2. ask it for soft targets   3. train a student on them   4. prune it, and let it recover
+5. export to ONNX    6. quantize                  7. verify, measure, report
+"""
+
+from pathlib import Path
+
+from pipelines.config import (
+    AugmentConfig,
+    DataConfig,
+    DistillConfig,
+    PruneConfig,
+    QuantizeConfig,
+    ReportConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    parse_config,
+    run_main,
+)
+
+DEMO = Path(__file__).parent / "configs" / "vit_digits.yaml"
+
+
+def main() -> None:
+    kinds = [
+        RunConfig,
+        DataConfig,
+        AugmentConfig,
+        TeacherConfig,
+        StudentConfig,
+        DistillConfig,
+        PruneConfig,
+        QuantizeConfig,
+        ReportConfig,
+    ]
+    from pipelines.training import TrainingArguments
+
+    command, data, augmentation, teacher, student, distill, prune, quantize, report, training = parse_config(
+        [*kinds, TrainingArguments], DEMO
+    )
+
+    from pipelines.distill import distill_student
+    from pipelines.export import export_onnx
+    from pipelines.images import ImageClassification
+    from pipelines.prune import can_be_pruned, prune_and_recover
+    from pipelines.quantize import quantize_onnx
+    from pipelines.results import report_run
+    from pipelines.run import Run
+    from pipelines.soft_targets import compute_soft_targets
+    from pipelines.training import fine_tune
+
+    run = Run(training.output_dir, ImageClassification(data, augmentation), training.seed)
+
+    # The demo's teacher starts from random weights (--teacher_from_scratch), most others from a pretrained checkpoint.
+    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training)
+
+    # Stored answers make teacher and student independent: each sees an image as its own processor makes it, at its own size.
+    # They are of the images as they are; a student of augmented images needs the teacher in the loop (--soft_targets online).
+    soft_targets = None
+    if distill.needs_stored_targets:
+        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True)
+
+    # The student starts from the teacher's own layers, or is of another kind altogether (--student_model).
+    learning = {"student": student, "training": training, "distributed": True}
+    run.stage("student", distill_student, "teacher", distill=distill, soft_targets=soft_targets, **learning)
+
+    # The baseline that might win: the same student, the same steps, no teacher.
+    if distill.label_baseline:
+        run.stage("student_labels_only", distill_student, "teacher", distill=distill.labels_only(), **learning)
+
+    # Pruning removes whole heads and neurons, so the ONNX graph is smaller, not just sparser. Convolutions have neither.
+    small = "student"
+    if (prune.prune_heads or prune.prune_ffn) and can_be_pruned(run.directory / small):
+        small = "pruned"
+        run.stage(
+            small, prune_and_recover, "student", distributed=True, teacher=run.directory / "teacher", prune=prune,
+            distill=distill, training=training, soft_targets=soft_targets,
+        )  # fmt: skip
+
+    # The teacher in ONNX is the fair baseline: what a user gets without any of this.
+    run.stage("teacher_onnx", export_onnx, "teacher")
+    run.stage("onnx", export_onnx, small)
+    if quantize.quantization != "none":
+        run.stage("quantized", quantize_onnx, "onnx", quantize=quantize)
+
+    # Only here is the test split read.
+    report_run(run, "distill_vit", report, command.given)
+
+
+if __name__ == "__main__":
+    run_main(main)
