@@ -31,7 +31,7 @@ class Decoding:
 
 def measure_decoding(
     subjects: list[Decoding], *, prompt_tokens: int = 16, new_tokens: int = 64, rounds: int = 3, threads: int | None = None,
-    seconds: float = 2.0,
+    seconds: float = 1.0,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Let every subject continue one prompt greedily, batch 1, for `seconds`, once a round; return one result per name.
 
@@ -48,13 +48,6 @@ def measure_decoding(
             }  # fmt: skip
             measured[subject.name].append(_run_worker(subject.name, spec))
     return {name: _summarize(results, prompt_tokens, threads) for name, results in measured.items()}
-
-
-def paired_speed(results: dict[str, dict[str, Any]], slow: str, fast: str) -> dict[str, float]:
-    """How many times more tokens a second `fast` writes than `slow`: the ratios within each round."""
-    pairs = zip(results[slow]["rounds"], results[fast]["rounds"], strict=True)
-    ratios = [fast_round["tokens_per_second"] / slow_round["tokens_per_second"] for slow_round, fast_round in pairs]
-    return {"median": float(np.median(ratios)), "low": min(ratios), "high": max(ratios)}
 
 
 def memory_bandwidth(megabytes: int = 256, repetitions: int = 5) -> float:
@@ -99,6 +92,7 @@ def _summarize(rounds: list[dict[str, float]], prompt_tokens: int, threads: int)
         "first_token_ms": median("first_token_ms"),
         "latency_ms": {"p50": median("p50"), "p95": median("p95"), "batch_size": 1, "shape": [1, prompt_tokens]},
         "tokens_per_second": median("tokens_per_second"),
+        "samples_per_second": median("tokens_per_second"),  # a sample is a token, as in `latency_ms`
         "peak_memory_bytes": int(max(one["peak_memory_bytes"] for one in rounds)),
         "threads": threads,
         "rounds": rounds,

@@ -360,6 +360,23 @@ def parse_config(
     return parsed
 
 
+def peek(flag: str, argv: list[str]) -> Any:
+    """The value of one flag in `argv`, or in its --config file, for a command whose other flags depend on it; None where it is not given.
+
+    What is wrong with either is left to parse_config to say.
+    """
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    only.add_argument(f"--{flag}")
+    only.add_argument("--config")
+    try:
+        given = only.parse_known_args(argv)[0]
+        content = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")) if given.config else {}
+    except (argparse.ArgumentError, OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    in_file = content.get(flag) if isinstance(content, dict) else None
+    return getattr(given, flag) or in_file
+
+
 def _without_bare_debug(argv: list[str]) -> list[str]:
     """Drop our --debug; one with a value, such as underflow_overflow, is transformers' own."""
     followed = [not word.startswith("-") for word in argv[1:]] + [False]

@@ -21,8 +21,10 @@ from pipelines.benchmark_language import Decoding, measure_decoding
 from pipelines.config import LanguageQuantizeConfig
 from pipelines.errors import VerificationError
 from pipelines.export import ONNX_FILE
+from pipelines.export_language import verify_generation, verify_logits
 from pipelines.predict import predict_onnx
 from pipelines.run import RECORD, Outcome, read_record
+from pipelines.surgery import load_model
 
 DOMAIN = "com.microsoft"
 # int8 products inside MatMulNBits: activations are quantized in blocks as they come.
@@ -226,11 +228,7 @@ def quantize_language_model(source: str, directory: Path, task: Any, quantize: L
     kept = [name for name in names if tried[name]["kept"]]
     if not kept:
         found = ", ".join(f"{tried[name]['metrics']['perplexity']:.3f} ({name})" for name in names)
-        raise VerificationError(
-            f"expected quantization to raise the validation perplexity of {fp32['perplexity']:.3f} by at most "
-            f"{quantize.max_quality_drop:.1%}, found {found}. Allow more with --max_quality_drop, take smaller blocks with --block_size, "
-            "or ship fp32 with --quantization none."
-        )
+        raise lost_too_much(fp32["perplexity"], quantize.max_quality_drop, found)
     decoding = (
         measure_decoding([Decoding(name, trials / name, "onnx") for name in kept], rounds=3) if len(kept) > 1 else {}
     )
@@ -243,6 +241,34 @@ def quantize_language_model(source: str, directory: Path, task: Any, quantize: L
     details = {"scheme": chosen, "block_size": quantize.block_size, "fp32": fp32["perplexity"], "tried": tried}
     parameters = (read_record(origin) or {}).get("parameters")
     return Outcome("onnx", {"validation": tried[chosen]["metrics"]}, parameters, details)
+
+
+def lost_too_much(fp32: float, allowed: float, found: str) -> VerificationError:
+    return VerificationError(
+        f"expected quantization to raise the validation perplexity of {fp32:.3f} by at most {allowed:.1%}, found {found}. Allow more with "
+        "--max_quality_drop, take smaller blocks with --block_size, or ship fp32 with --quantization none."
+    )
+
+
+def verify_language_directory(directory: Path, reference: Path, task: Any, max_quality_drop: float) -> dict[str, Any]:
+    """Verify the ONNX model in `directory` against the model directory it was exported from, or the ONNX directory it was quantized from.
+
+    Raises VerificationError where it computes or generates something else, or where its perplexity is too high.
+    """
+    processor = task.load_processor(str(directory))
+    if not (reference / ONNX_FILE).is_file():
+        model = load_model(reference)
+        return {
+            "logits": verify_logits(directory / ONNX_FILE, model, task, processor),
+            "generation": verify_generation(directory, model, task, processor),
+        }
+    before, after = (
+        task.score(partial(predict_onnx, folder / ONNX_FILE, name=f"score {folder.name}"), processor, "validation")
+        for folder in (reference, directory)
+    )
+    if not after["perplexity"] <= before["perplexity"] * (1 + max_quality_drop):
+        raise lost_too_much(before["perplexity"], max_quality_drop, f"{after['perplexity']:.3f}")
+    return {"fp32": before["perplexity"], "metrics": after}
 
 
 def copy_beside(source: Path, directory: Path) -> None:

@@ -1,123 +1,200 @@
-"""The report of a language model's run: text of the test split scored, generation timed, and what is left compared."""
+"""What the report of a language model has of its own: what is scored, what is compared, and how its pages say it."""
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+import textwrap
 from typing import Any
 
 import numpy as np
 
-from pipelines.benchmark_language import Decoding, measure_decoding, memory_bandwidth, paired_speed
-from pipelines.config import ReportConfig
-from pipelines.export import ONNX_FILE
-from pipelines.predict import predict_onnx, predict_torch
-from pipelines.run import Run, versions, write_json
-from pipelines.surgery import load_model
+from pipelines.errors import InputError, VerificationError
+from pipelines.losses import IGNORED
+from pipelines.markdown import CLIPPED_TEXT, clip, fence, markdown_table, number
+from pipelines.metrics import paired_bootstrap, perplexity
 
-TEACHER = "teacher"
-# What a table compares, in the order in which it is made.
-STAGES = ("teacher", "teacher_onnx", "student_labels_only", "student", "pruned", "onnx", "quantized")
-
-
-def report_language_run(run: Run, recipe: str, settings: ReportConfig, given: dict[str, Any]) -> None:
-    """Write report.json and report.md into the run's directory, on the main process; print the table. Reads the test split."""
-    if run.state.is_main_process:
-        report = build_report(run, recipe, settings, given)
-        write_json(run.directory / "report.json", report)
-        text = format_table(report)
-        (run.directory / "report.md").write_text(f"# {recipe}\n\n{text}\n", encoding="utf-8")
-        print(text, flush=True)
-    run.state.wait_for_everyone()
+TASK = "text-generation"
+DIGITS = 2  # decimals of a perplexity
+LISTED_WINDOWS = 50
+LIMITATIONS = (
+    "It writes what is likely after a text like those it was trained on, not what is true or right.",
+    "It knows what its teacher and its data know: their errors and biases are passed on, and compression can make "
+    "them worse for what is rare. Perplexity is a mean over all tokens and hides that.",
+)
 
 
-def build_report(run: Run, recipe: str, settings: ReportConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """The scores, sizes and speeds of all stages of the run, as JSON."""
-    task = run.task
-    names = [name for name in STAGES if name in run.stages]
-    records = {name: run.record(name) for name in names}
-    answers: dict[str, np.ndarray] = {}
-    metrics: dict[str, dict[str, Any]] = {}
-    for name in names:
-        directory = run.directory / name
-        processor = task.load_processor(str(directory))
-        is_onnx = records[name]["format"] == "onnx"
-        predict: Any = (
-            partial(predict_onnx, directory / ONNX_FILE, name=f"test {name}")
-            if is_onnx
-            else partial(predict_torch, load_model(directory), name=f"test {name}")
+def compare(
+    stages: list[Any], references: np.ndarray, metrics: dict[str, dict[str, Any]], texts: list[str], end_token: int,
+    bandwidth: float, weight_bytes: dict[str, int], shipped: str, teacher: str = "teacher",
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    """What `report.assemble` takes: the comparison of every stage with the teacher, and what the report says of all.
+
+    `references` are the labels (windows, tokens), `texts` what they say, `metrics` the scores of each stage; a stage's answers are
+    token_answers (windows, tokens, 2). `bandwidth` is in bytes a second. Documents are drawn with replacement for the intervals.
+    """
+    counted = references != IGNORED
+    names = [stage.name for stage in stages]
+    if names.count(teacher) != 1 or len(set(names)) < len(names):
+        raise InputError(
+            f"expected different stages, one of them the teacher that the others are compared with, found {names}. "
+            "Run the missing stages first."
         )
-        features = task.features(processor)["test"]
-        answers[name] = predict(features, task.collate(processor), answers=task.answers)
-        metrics[name] = task.metrics(answers[name], features["labels"], task.data.text_bytes["test"])
-    speeds = measure_decoding(
-        [Decoding(name, run.directory / name, records[name]["format"]) for name in names],
-        rounds=settings.benchmark_rounds,
-        threads=settings.benchmark_threads,
-        new_tokens=min(64, task.config.max_length // 2),
-        prompt_tokens=min(16, task.config.max_length // 4),
-    )
-    bandwidth = memory_bandwidth()
-    stages = []
-    for name in names:
-        weights = sum(
-            path.stat().st_size
-            for path in (run.directory / name).glob("model*")
-            if path.suffix in (".onnx", ".safetensors")
+    for stage in stages:
+        if stage.answers.shape != (*references.shape, 2):
+            raise InputError(
+                f"expected answers to {references.shape} tokens (windows, length) from {stage.name}, found {stage.answers.shape[:2]}. "
+                "Every stage must have the teacher's vocabulary."
+            )
+        if not np.isfinite(stage.answers).all():
+            raise VerificationError(
+                f"expected finite losses from {stage.name}, found NaN or infinity in "
+                f"{int((~np.isfinite(stage.answers)).any(axis=(1, 2)).sum())} of {len(references)} test windows. Do not use this model; "
+                "export or quantize it again, in fp32 if need be."
+            )
+    document, documents = documents_of(references, end_token)
+    losses = {stage.name: stage.answers[..., 0].astype(np.float64).sum(axis=1) for stage in stages}
+    tokens = counted.sum(axis=1)
+
+    def by_document(values: np.ndarray) -> np.ndarray:
+        return np.bincount(document, weights=values)
+
+    compared = {}
+    likeliest = {stage.name: stage.answers[..., 1][counted] for stage in stages}
+    for stage in stages:
+        difference = paired_bootstrap(
+            by_document(losses[stage.name]), by_document(losses[teacher]), by_document(tokens), perplexity
         )
-        speed = speeds[name]
-        stages.append(
-            {
-                "name": name,
-                "path": name,
-                "format": records[name]["format"],
-                "metrics": metrics[name],
-                "quality_retained": metrics[TEACHER][task.primary_metric] / metrics[name][task.primary_metric],
-                "agreement": task.agreement(answers[name], answers[TEACHER]),
-                "parameters": records[name]["parameters"],
-                "bytes": records[name]["bytes"],
-                "latency_ms": speed["latency_ms"],
-                "samples_per_second": speed["tokens_per_second"],
-                "first_token_ms": speed["first_token_ms"],
-                "tokens_per_second": speed["tokens_per_second"],
-                # Every weight is read for every token, unless it fits the processor's caches.
-                "tokens_per_second_of_one_cores_bandwidth": bandwidth / weights,
-                "faster_than_teacher": paired_speed(speeds, TEACHER, name),
-                "faster_than_student": paired_speed(speeds, "student", name) if "student" in speeds else None,
-                "peak_memory_bytes": speed["peak_memory_bytes"],
-                "seconds": records[name]["seconds"],
-                "threads": speed["threads"],
-            }
-        )
+        compared[stage.name] = {
+            "metrics": metrics[stage.name],
+            "agreement": float(np.mean(likeliest[stage.name] == likeliest[teacher])),
+            "difference": difference,
+            # Every weight is read for every token; more than this only where weights stay in the processor's caches.
+            "tokens_per_second_at_memory_bandwidth": bandwidth / weight_bytes[stage.name],
+        }
+    own = {
+        "test_examples": documents,
+        "test_tokens": int(counted.sum()),
+        "broken_examples": _broken_windows(losses[teacher] / tokens, losses[shipped] / tokens, texts, shipped),
+    }
+    return compared, own
+
+
+def documents_of(references: np.ndarray, end_token: int) -> tuple[np.ndarray, int]:
+    """For each window the document that its labels begin in, counted from 0 without gaps, and how many documents there are."""
+    ends = (references == end_token).sum(axis=1)
+    _, document = np.unique(np.cumsum(ends) - ends, return_inverse=True)
+    return document, int(ends.sum())
+
+
+def _broken_windows(before: np.ndarray, after: np.ndarray, texts: list[str], shipped: str) -> dict[str, Any]:
+    """The windows whose mean loss a token rose most, by the perplexities of both models."""
+    rise = after - before
+    order = np.argsort(-rise, kind="stable")[:LISTED_WINDOWS]
     return {
-        "recipe": recipe,
-        "task": task.name,
-        "primary_metric": task.primary_metric,
-        "environment": {"packages": versions(), "seed": run.seed, "memory_bandwidth": bandwidth},
-        "stages": stages,
-        "data": {key: value for key, value in task.data.details.items() if key != "dataset"},
-        "config": {key: Path(value).name if Path(str(value)).is_absolute() else value for key, value in given.items()},
+        "stage": shipped,
+        "total": int((rise > 0).sum()),
+        "repaired_total": int((rise < 0).sum()),
+        "examples": [
+            {
+                "index": int(index),
+                "text": clip(texts[index], CLIPPED_TEXT),
+                "teacher_perplexity": float(np.exp(before[index])),
+                "shipped_perplexity": float(np.exp(after[index])),
+            }
+            for index in order
+            if rise[index] > 0
+        ],
     }
 
 
-def format_table(report: dict[str, Any]) -> str:
-    """The stages as a Markdown table."""
-    header = (
-        "stage", "perplexity", "bits per byte", "agreement", "parameters", "MB", "first token ms", "tokens/s", "x faster than teacher",
-    )  # fmt: skip
-    rows = [
-        (
-            stage["name"],
-            f"{stage['metrics']['perplexity']:.2f}",
-            f"{stage['metrics']['bits_per_byte']:.3f}",
-            f"{stage['agreement']:.3f}",
-            f"{stage['parameters'] / 1e6:.2f} M" if stage["parameters"] else "n/a",
-            f"{stage['bytes'] / 1e6:.2f}",
-            f"{stage['first_token_ms']:.1f}",
-            f"{stage['tokens_per_second']:.0f}",
-            f"{stage['faster_than_teacher']['median']:.1f}",
-        )
-        for stage in report["stages"]
+# ---- Its part of the pages
+
+
+def cells(stage: dict[str, Any]) -> dict[str, str]:
+    """The columns of the table that only a language model has."""
+    return {
+        "bits per byte": number(stage["metrics"]["bits_per_byte"], ".3f"),
+        "first token ms": number(stage["first_token_ms"], ".1f"),
+    }
+
+
+def how_scored(report: dict[str, Any]) -> str:
+    return (
+        f"*perplexity*: e to the mean loss of {report['test_tokens']:,} tokens, with a window that moves on by --stride; less is "
+        "better. *difference*: perplexity minus the teacher's, with a paired bootstrap interval over documents. *bits per byte*: "
+        "the loss of the whole text over its UTF-8 bytes. *retained*: the teacher's perplexity over this one. *agreement*: share of "
+        "tokens for which both find the same one likeliest."
+    )
+
+
+def how_timed(report: dict[str, Any], threads: str) -> str:
+    bandwidth = report["environment"]["memory_bandwidth_bytes_per_second"] / 1e9
+    bounds = ", ".join(
+        f"{stage['name']} {stage['tokens_per_second_at_memory_bandwidth']:,.0f}" for stage in report["stages"]
+    )
+    prompt = report["stages"][0]["latency_ms"]["shape"][1]
+    return (
+        f"*first token*: a prompt of {prompt} tokens read and one chosen. *p50*, *p95*: one token of a greedy continuation, prompt "
+        f"included, batch 1, {threads}; *x faster*: median of the rounds, with the least and the largest. One core reads "
+        f"{bandwidth:.1f} GB a second from memory; were every weight read from there for every token, the tokens a second would be at "
+        f"most {bounds} (weights that stay in the caches allow more)."
+    )
+
+
+def broken_section(report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
+    broken = report["broken_examples"]
+    examples = broken["examples"][:listed]
+    parts = [
+        f"Of the windows of test text, {broken['total']:,} are less likely to {shipped['name']} than to the teacher, and "
+        f"{broken['repaired_total']:,} more likely." + (" Those whose loss rose most:" if examples else "")
     ]
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    if examples:
+        header = ["window", "text", "teacher's perplexity", f"{shipped['name']}'s"]
+        rows = [
+            [
+                str(example["index"]),
+                example["text"],
+                number(example["teacher_perplexity"], ".1f"),
+                number(example["shipped_perplexity"], ".1f"),
+            ]
+            for example in examples
+        ]
+        parts.append(markdown_table(header, rows, text_columns=2))
+    return "\n\n".join(parts)
+
+
+def usage(opened: dict[str, Any], shipped: dict[str, Any], note: list[str]) -> list[str]:
+    """How to run the last model directory with transformers, and the shipped graph without torch."""
+    code = f"""
+        from transformers import pipeline
+
+        write = pipeline("text-generation", model="{opened["path"]}")
+        print(write("A text", max_new_tokens=40)[0]["generated_text"])
+    """
+    parts = ["In a copy of this directory, with transformers:", fence(textwrap.dedent(code).strip(), "python"), *note]
+    if shipped["format"] != "onnx":
+        return parts
+    code = f"""
+        import numpy
+        import onnxruntime
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file("{shipped["path"]}/tokenizer.json")
+        session = onnxruntime.InferenceSession("{shipped["path"]}/model.onnx")
+        cached = [node for node in session.get_inputs() if node.name.startswith("past_key_values.")]
+        past = {{node.name: numpy.zeros((1, node.shape[1], 0, node.shape[3]), numpy.float32) for node in cached}}
+        tokens = tokenizer.encode("A text").ids
+        new = tokens
+        for _ in range(40):
+            inputs = {{"input_ids": numpy.array([new]), "attention_mask": numpy.ones((1, len(tokens)), numpy.int64)}}
+            logits, *present = session.run(None, inputs | past)
+            past = dict(zip(past, present))
+            new = [int(logits[0, -1].argmax())]
+            tokens = tokens + new
+        print(tokenizer.decode(tokens))
+    """
+    return [
+        *parts,
+        "The shipped model, with ONNX Runtime and no torch, the likeliest token each time:",
+        fence(textwrap.dedent(code).strip(), "python"),
+        "`pipelines/edge/generate.py` of Pocketformers does the same for batches, with sampling, stop tokens and streaming.",
+    ]

@@ -51,7 +51,7 @@ def main() -> None:
     from pipelines.language import LanguageModeling
     from pipelines.prune import can_be_pruned, prune_and_recover
     from pipelines.quantize_language import quantize_language_model
-    from pipelines.report_language import report_language_run
+    from pipelines.results import report_run
     from pipelines.run import Run
     from pipelines.soft_targets import compute_token_soft_targets
     from pipelines.training import fine_tune
@@ -92,7 +92,7 @@ def main() -> None:
         run.stage("quantized", quantize_language_model, "onnx", quantize=quantize)
 
     # Only here is the test split read.
-    report_language_run(run, "distill_gpt2", report, command.given)
+    report_run(run, "distill_gpt2", report, command.given)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import torch
 from onnx import numpy_helper
 
 from conftest import tiny_language_model
-from pipelines.benchmark_language import Decoding, measure_decoding, paired_speed
+from pipelines.benchmark import paired_ratios
+from pipelines.benchmark_language import Decoding, measure_decoding
 from pipelines.config import LanguageQuantizeConfig
 from pipelines.edge.generate import LanguageModel, Sampling, choose, keep_likely, penalize
 from pipelines.errors import VerificationError
@@ -248,5 +249,5 @@ def test_decoding_is_timed_in_fresh_processes(exported):
     found = measure_decoding(subjects, prompt_tokens=4, new_tokens=8, rounds=1, threads=1, seconds=0.1)
     assert found["onnx"]["latency_ms"]["shape"] == [1, 4]
     assert found["onnx"]["peak_memory_bytes"] < found["torch"]["peak_memory_bytes"]
-    assert paired_speed(found, "torch", "onnx")["median"] > 1
+    assert paired_ratios(found, "torch", "onnx")["median"] > 1
     assert shape_of(load_model(source))["heads"] == [4, 1, 3]
