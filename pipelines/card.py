@@ -33,10 +33,8 @@ def format_model_card(report: dict[str, Any]) -> str:
     if is_language(report):
         hub_metrics = {"perplexity": "perplexity", "next_token_accuracy": "accuracy"}
     names = {stage["name"] for stage in report["stages"]}
-    possible = {"student": "distillation", "pruned": "pruning"} | (
-        {"quantized": _bits(report)} if _bits(report) else {}
-    )
-    tags = ["pocketformers", shipped["format"], *(tag for stage, tag in possible.items() if stage in names)]
+    possible = {"student": "distillation", "pruned": "pruning", "quantized": _bits(report)}
+    tags = ["pocketformers", shipped["format"], *(tag for stage, tag in possible.items() if tag and stage in names)]
     data = ModelCardData(
         license=teacher["license"],
         base_model=teacher["hub_id"],

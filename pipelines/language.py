@@ -128,7 +128,7 @@ class LanguageModeling(Task):
             end = tokenizer.eos_token_id
             tokens = {
                 "vocab_size": len(tokenizer),
-                "bos_token_id": end,
+                "bos_token_id": end if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
                 "eos_token_id": end,
                 "pad_token_id": tokenizer.pad_token_id,
             }
@@ -177,15 +177,6 @@ class LanguageModeling(Task):
         features = self.features(processor)[split]
         answers = predict(features, self.collate(processor), answers=self.answers)
         return self.metrics(answers, features["labels"], self.data.text_bytes[split])
-
-    def agreement(self, answers: np.ndarray, reference_answers: np.ndarray) -> float:
-        """Share of tokens for which two models find the same one most likely."""
-        counted = answers[..., 1] >= 0
-        return float(np.mean(answers[..., 1][counted] == reference_answers[..., 1][counted]))
-
-    def test_texts(self) -> list[str]:
-        """The test documents as a person reads them."""
-        return list(self.data.splits["test"]["text"])
 
 
 def check_knows_language(teacher: Any, task: Any, processor: Any) -> None:

@@ -122,18 +122,8 @@ def build_report(
         "broken_examples": _broken_examples(teacher, shipped_stage(stages), references, texts, label_names),
     }
     return assemble(
-        run_dir,
-        recipe,
-        task,
-        primary_metric,
-        stages,
-        compared,
-        own,
-        data_details,
-        environment,
-        config,
-        greater_is_better=True,
-    )
+        run_dir, recipe, task, primary_metric, stages, compared, own, data_details, environment, config, greater_is_better=True
+    )  # fmt: skip
 
 
 def shipped_stage(stages: list[StageResult]) -> StageResult:
@@ -146,8 +136,11 @@ def assemble(
     compared: dict[str, dict[str, Any]], own: dict[str, Any], data_details: dict[str, Any], environment: dict[str, Any],
     config: dict[str, Any], *, greater_is_better: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report of any task: `compared` has each stage's metrics, agreement, difference and what else its kind of task compares, `own`
-    what the report as a whole says of this kind of task."""
+    """The report of any task, as plain JSON.
+
+    `compared` has the metrics, the agreement, the difference and whatever else a kind of task compares of each stage; `own` has what
+    the report as a whole says of that kind of task only.
+    """
     timings = {stage.name: stage.timing for stage in stages}
     teacher, shipped = next(stage for stage in stages if stage.name == TEACHER), shipped_stage(stages)
     best = compared[TEACHER]["metrics"][primary_metric]
@@ -159,12 +152,12 @@ def assemble(
                 "name": stage.name,
                 "path": stage.path,
                 "format": stage.format,
+                **compared[stage.name],
                 "quality_retained": _divide(score, best) if greater_is_better else _divide(best, score),
                 "parameters": stage.record["parameters"],
                 "bytes": stage.record["bytes"],
                 "seconds": stage.record["seconds"],
                 **{key: value for key, value in stage.timing.items() if key != "rounds"},
-                **compared[stage.name],
                 "ratios": {
                     "smaller_than_teacher": _divide(teacher.record["bytes"], stage.record["bytes"]),
                     "faster_than_teacher": paired_ratios(timings, TEACHER, stage.name),
