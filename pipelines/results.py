@@ -124,7 +124,7 @@ def benchmark_directories(directories: list[Path], task: Any, config: ReportConf
     """Time stage directories against one another on the validation split's own length mix; the result is JSON."""
     names = [f"{index} {directory.name}" for index, directory in enumerate(directories)]
     forms = ["onnx" if (directory / ONNX_FILE).is_file() else "transformers" for directory in directories]
-    options = {"rounds": config.benchmark_rounds, "threads": config.benchmark_threads}
+    options: dict[str, Any] = {"rounds": config.benchmark_rounds, "threads": config.benchmark_threads}
     if task.causal:
         decoded = [Decoding(*subject) for subject in zip(names, directories, forms, strict=True)]
         return _compared(measure_decoding(decoded, **options), names[0])
