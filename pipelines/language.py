@@ -47,6 +47,10 @@ def collate_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+# How the names of a tokenizer's files begin.
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+
+
 class LanguageModeling(Task):
     """Text, of which every token is to be predicted from those before it."""
 
@@ -88,8 +92,15 @@ class LanguageModeling(Task):
         from transformers import AutoTokenizer
 
         located = resolve(source)
-        if gives_shape_only(Path(located)):
-            return self._new_tokenizer(source)
+        files = list(Path(located).iterdir()) if Path(located).is_dir() else None
+        # Without its files transformers makes an empty tokenizer, and says nothing.
+        if files is not None and not any(file.name.startswith(TOKENIZER_FILES) for file in files):
+            if not any(file.suffix == ".safetensors" for file in files):
+                return self._new_tokenizer(source)
+            raise InputError(
+                f"expected a tokenizer beside the model in {source}, found none. Save the one that the model was trained with there "
+                "(save_pretrained)."
+            )
         tokenizer = load(AutoTokenizer.from_pretrained, located, "a tokenizer")
         if tokenizer.eos_token is None:
             raise InputError(
@@ -207,11 +218,3 @@ def check_same_vocabulary(teacher_processor: Any, student_processor: Any, teache
             f"expected teacher and student with logits for as many tokens, found {teacher_size:,} and {student_size:,}. Call "
             f"resize_token_embeddings({teacher_size}) on the student and save it."
         )
-
-
-def gives_shape_only(path: Path) -> bool:
-    """Whether a directory has neither weights nor a tokenizer: only a config.json, which gives a model's shape."""
-    return path.is_dir() and not any(
-        file.suffix == ".safetensors" or file.name.startswith(("tokenizer", "vocab", "spiece"))
-        for file in path.iterdir()
-    )
