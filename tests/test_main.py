@@ -108,7 +108,7 @@ def test_the_chain_of_a_language_model_stage_by_stage(stage, language_shape, lan
         "--teacher_learning_rate",
         "5e-3",
     ]
-    ok("fine-tune", *teacher, *train, "--output_dir", out["teacher"])
+    ok("fine-tune", *teacher, *train, "--max_steps", "30", "--output_dir", out["teacher"])
     student = ["--teacher_model", out["teacher"], "--student_layers", "2"]
     ok("distill", *student, *train, "--output_dir", out["student"])
     prune = [
