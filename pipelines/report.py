@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import importlib.metadata
 import io
@@ -22,11 +23,13 @@ from pipelines.benchmark import paired_ratios
 from pipelines.config import DataConfig
 from pipelines.errors import InputError, VerificationError
 from pipelines.predict import available_cores
+from pipelines.run import hash_file
 
 TEACHER = "teacher"
 # Rows to compare with; what is shipped is never one of them.
 BASELINES = ("teacher_onnx", "student_labels_only")
 LISTED_EXAMPLES = 50
+REPORT_FILES = ("report.json", "report.md", "report.png", "README.md")
 CLIPPED_TEXT = 200
 PACKAGES = (
     "accelerate", "datasets", "evaluate", "huggingface_hub", "numpy", "onnx", "onnxruntime", "onnxscript", "peft",
@@ -322,12 +325,15 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
     """
     plot = io.BytesIO()
     draw_report(report).savefig(plot, format="png")
-    files = {
+    pages = {
         "report.png": plot.getvalue(),
         "report.md": format_markdown(report).encode(),
         "README.md": format_model_card(report).encode(),
-        "report.json": (json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
     }
+    sealed = report | {"files": {name: hashlib.sha256(content).hexdigest() for name, content in pages.items()}}
+    sealed |= {"sha256": content_hash(sealed)}
+    text = json.dumps(_plain(sealed), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    files = pages | {"report.json": text.encode()}
     for name, content in files.items():
         target = Path(run_dir) / name
         temporary = target.with_name(f".{name}.{os.getpid()}.partial")
@@ -336,6 +342,29 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def content_hash(report: dict[str, Any]) -> str:
+    """The sha256 of all that a report says but this very hash."""
+    content = {key: value for key, value in report.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(_plain(content), sort_keys=True).encode()).hexdigest()
+
+
+def changed_report_files(run_dir: str | Path) -> list[str]:
+    """The files of a report that are missing, or no longer what `write_report` wrote."""
+    directory = Path(run_dir)
+    try:
+        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        if content_hash(report) != report["sha256"]:
+            return ["report.json"]
+        written: dict[str, str] = report["files"]
+    except (OSError, ValueError, AttributeError, KeyError):
+        return ["report.json"]
+    return [
+        name
+        for name, digest in written.items()
+        if not (directory / name).is_file() or hash_file(directory / name) != digest
+    ]
 
 
 def format_summary(report: dict[str, Any]) -> str:
@@ -378,8 +407,11 @@ def format_markdown(report: dict[str, Any]) -> str:
     )
 
 
-def format_model_card(report: dict[str, Any]) -> str:
-    """README.md, a Hub model card: YAML front matter with the results, then what a stranger needs to know."""
+def format_model_card(report: dict[str, Any], usage: str | None = None) -> str:
+    """README.md, a Hub model card: YAML front matter with the results, then what a stranger needs to know.
+
+    `usage` tells how to use the model where it is published; left out, how to use it in this directory.
+    """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     shipped = _stage(report, report["shipped"])
@@ -390,6 +422,7 @@ def format_model_card(report: dict[str, Any]) -> str:
     tags = ["pocketformers", shipped["format"], *(tag for stage, tag in possible.items() if stage in names)]
     data = ModelCardData(
         license=teacher["license"],
+        library_name="transformers",
         base_model=teacher["hub_id"],
         datasets=[dataset["hub_id"]] if dataset["hub_id"] else None,
         metrics=list(hub_metrics.values()),
@@ -420,7 +453,7 @@ def format_model_card(report: dict[str, Any]) -> str:
             f"compressed from the teacher {_escape(str(teacher['source']))} by Pocketformers. "
             + _escape(_conclusion(report), None),
             "## How to use it",
-            _usage_section(report),
+            usage or _usage_section(report),
             "## Results",
             _markdown_table(*_table(report)),
             _how_measured(report),
@@ -595,7 +628,7 @@ def _reproduce_section(report: dict[str, Any]) -> str:
 
     seconds = ", ".join(f"{stage['name']} {stage['seconds']:.0f}" for stage in report["stages"])
     records = (
-        f"Seconds that the stages took: {_escape(seconds, None)}. Every stage's directory has a record.json with its "
+        f"Seconds that the stages took: {_escape(seconds, None)}. In the run, every stage's directory has a record.json with its "
         "source, settings, seed, versions and file hashes."
     )
     # Reported by itself, a run may have been put together stage by stage: then only the records know how.

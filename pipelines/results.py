@@ -14,12 +14,18 @@ from pipelines.benchmark import Subject, measure, paired_ratios
 from pipelines.config import ReportConfig
 from pipelines.export import ONNX_FILE
 from pipelines.predict import batches_by_length, predict_onnx, predict_torch
-from pipelines.report import StageResult, build_report, describe_environment, format_summary, write_report
+from pipelines.report import (
+    StageResult,
+    build_report,
+    changed_report_files,
+    describe_environment,
+    format_summary,
+    write_report,
+)
 from pipelines.run import fingerprint
 from pipelines.surgery import load_model
 
 STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
-REPORT_FILES = ("report.json", "report.md", "report.png", "README.md")
 THROUGHPUT_BATCH, THROUGHPUT_EXAMPLES = 16, 128
 
 
@@ -89,8 +95,7 @@ def _finished(directory: Path, made_by: dict[str, Any]) -> dict[str, Any] | None
         report: dict[str, Any] = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = all((directory / name).is_file() for name in REPORT_FILES)
-    return report if whole and report.get("made_by") == made_by else None
+    return report if report.get("made_by") == made_by and not changed_report_files(directory) else None
 
 
 def _answer(directory: Path, record: dict[str, Any], task: Any) -> tuple[np.ndarray, Subject]:
