@@ -8,6 +8,7 @@
     verify      an ONNX directory against its source        --model M --reference M --dataset D
     benchmark   time directories against one another        --models M N … --dataset D
     report      score and time a run's stages again         --output_dir RUN --dataset D
+    push        publish a verified run on the Hub           --output_dir RUN --hub_model_id NAME
 
 `python -m pipelines <stage> --help` lists its flags.
 """
@@ -81,6 +82,18 @@ TASK = (TaskConfig, AugmentConfig, LanguageConfig)
 class OutputConfig:
     output_dir: str | None = field(default=None, metadata={"help": "The directory to write."})
     seed: int = field(default=42, metadata={"help": "Random seed."})
+
+
+@dataclass
+class PushConfig:
+    output_dir: str | None = field(default=None, metadata={"help": "The directory of the finished run."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "The repository: name or organisation/name. Left out: the directory's name."}
+    )
+    hub_private_repo: bool = field(default=True, metadata={"help": "Whether only you can see it."})
+    hub_token: str | None = field(
+        default=None, metadata={"help": "A token with write access. Left out: HF_TOKEN, or that of 'hf auth login'."}
+    )
 
 
 def stage(
@@ -182,6 +195,21 @@ def report() -> None:
     report_run(run, "report", settings, run_config.given)
 
 
+def push() -> None:
+    from pipelines.hub import push
+    from pipelines.run import MARKER, lock
+
+    _, settings = parse("push", PushConfig)
+    if settings.output_dir is None or not Path(settings.output_dir).is_dir():
+        raise InputError(f"expected the directory of a run, found {settings.output_dir!r}. Pass --output_dir.")
+    directory = Path(settings.output_dir)
+    # No run changes these files between their check and their upload.
+    held = lock(directory / ".lock") if (directory / MARKER).exists() else None
+    push(directory, settings.hub_model_id, settings.hub_private_repo, settings.hub_token)
+    if held is not None:
+        held.release()
+
+
 STAGE_COMMANDS: dict[str, Callable[[], None]] = {
     "fine-tune": fine_tune,
     "distill": distill,
@@ -191,11 +219,18 @@ STAGE_COMMANDS: dict[str, Callable[[], None]] = {
     "verify": verify,
     "benchmark": benchmark,
     "report": report,
+    "push": push,
 }
 
 
 def parse(name: str, *kinds: type) -> list[Any]:
-    return parse_config([RunConfig, *kinds], argv=sys.argv[2:], program=f"python -m pipelines {name}")
+    parsed = parse_config([RunConfig, *kinds], argv=sys.argv[2:], program=f"python -m pipelines {name}")
+    if any(getattr(settings, "push_to_hub", False) for settings in parsed):
+        raise InputError(
+            f"expected no --push_to_hub for the single stage {name}, found it set. Only a whole verified run is published: "
+            "pass it to a recipe, or use 'python -m pipelines push'."
+        )
+    return parsed
 
 
 def quantize_kind() -> type:

@@ -23,8 +23,11 @@ from pipelines.pages import (
 )
 
 
-def format_model_card(report: dict[str, Any]) -> str:
-    """README.md, a Hub model card: YAML front matter with the results, then what a stranger needs to know."""
+def format_model_card(report: dict[str, Any], usage: str | None = None) -> str:
+    """README.md, a Hub model card: YAML front matter with the results, then what a stranger needs to know.
+
+    `usage` tells how to use the model where it is published; left out, how to use it in this directory.
+    """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     shipped = stage_of(report, report["shipped"])
@@ -37,6 +40,7 @@ def format_model_card(report: dict[str, Any]) -> str:
     tags = ["pocketformers", shipped["format"], *(tag for stage, tag in possible.items() if tag and stage in names)]
     data = ModelCardData(
         license=teacher["license"],
+        library_name="transformers",
         base_model=teacher["hub_id"],
         datasets=[dataset["hub_id"]] if dataset["hub_id"] else None,
         metrics=list(hub_metrics.values()),
@@ -69,7 +73,7 @@ def format_model_card(report: dict[str, Any]) -> str:
             f"A model for {kind}, compressed from the teacher {escape(str(teacher['source']))} by Pocketformers. "
             + escape(conclusion(report), None),
             "## How to use it",
-            _usage_section(report),
+            usage or _usage_section(report),
             "## Results",
             markdown_table(*table_of(report)),
             how_measured(report),

@@ -311,7 +311,8 @@ class ReportConfig:
         _check(self.benchmark_rounds >= 1, "--benchmark_rounds of 1 or more", self.benchmark_rounds)
 
 
-NOT_RECORDED = ("config", "output_dir", "hub_token")  # where it was done, and a secret: never written anywhere
+# Where it was done and published, and a secret: never written anywhere.
+NOT_RECORDED = ("config", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
 
 
 @dataclass

@@ -222,7 +222,7 @@ def reproduce_section(report: dict[str, Any]) -> str:
 
     seconds = ", ".join(f"{stage['name']} {stage['seconds']:.0f}" for stage in report["stages"])
     records = (
-        f"Seconds that the stages took: {escape(seconds, None)}. Every stage's directory has a record.json with its "
+        f"Seconds that the stages took: {escape(seconds, None)}. In the run, every stage's directory has a record.json with its "
         "source, settings, seed, versions and file hashes."
     )
     # Reported by itself, a run may have been put together stage by stage: then only the records know how.

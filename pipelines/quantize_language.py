@@ -238,7 +238,12 @@ def quantize_language_model(source: str, directory: Path, task: Any, quantize: L
     for path in (trials / chosen).iterdir():
         path.rename(directory / path.name)
     shutil.rmtree(trials)
-    details = {"scheme": chosen, "block_size": quantize.block_size, "fp32": fp32["perplexity"], "tried": tried}
+    verification = {
+        "perplexity": tried[chosen]["metrics"]["perplexity"],
+        "perplexity_of_source": fp32["perplexity"],
+        "allowed": limit,
+    }
+    details = {"scheme": chosen, "block_size": quantize.block_size, "tried": tried, "verification": verification}
     parameters = (read_record(origin) or {}).get("parameters")
     return Outcome("onnx", {"validation": tried[chosen]["metrics"]}, parameters, details)
 

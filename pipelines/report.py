@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -23,8 +24,10 @@ from pipelines.metrics import RESAMPLED_METRICS, classification_metrics, paired_
 from pipelines.pages import BASELINES, TEACHER, format_markdown
 from pipelines.plot import draw_report
 from pipelines.predict import available_cores
+from pipelines.run import hash_file
 
 LISTED_EXAMPLES = 50
+REPORT_FILES = ("report.json", "report.md", "report.png", "README.md")
 PACKAGES = (
     "accelerate", "datasets", "evaluate", "huggingface_hub", "numpy", "onnx", "onnxruntime", "onnxscript", "peft",
     "scikit-learn", "tokenizers", "torch", "transformers",
@@ -308,12 +311,15 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
     """
     plot = io.BytesIO()
     draw_report(report).savefig(plot, format="png")
-    files = {
+    pages = {
         "report.png": plot.getvalue(),
         "report.md": format_markdown(report).encode(),
         "README.md": format_model_card(report).encode(),
-        "report.json": (json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
     }
+    sealed = report | {"files": {name: hashlib.sha256(content).hexdigest() for name, content in pages.items()}}
+    sealed |= {"sha256": content_hash(sealed)}
+    text = json.dumps(_plain(sealed), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    files = pages | {"report.json": text.encode()}
     for name, content in files.items():
         target = Path(run_dir) / name
         temporary = target.with_name(f".{name}.{os.getpid()}.partial")
@@ -322,3 +328,26 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def content_hash(report: dict[str, Any]) -> str:
+    """The sha256 of all that a report says but this very hash."""
+    content = {key: value for key, value in report.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(_plain(content), sort_keys=True).encode()).hexdigest()
+
+
+def changed_report_files(run_dir: str | Path) -> list[str]:
+    """The files of a report that are missing, or no longer what `write_report` wrote."""
+    directory = Path(run_dir)
+    try:
+        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        if content_hash(report) != report["sha256"]:
+            return ["report.json"]
+        written: dict[str, str] = report["files"]
+    except (OSError, ValueError, AttributeError, KeyError):
+        return ["report.json"]
+    return [
+        name
+        for name, digest in written.items()
+        if not (directory / name).is_file() or hash_file(directory / name) != digest
+    ]

@@ -17,13 +17,20 @@ from pipelines.export import ONNX_FILE
 from pipelines.losses import IGNORED
 from pipelines.pages import TEACHER, format_summary
 from pipelines.predict import batches_by_length, predict_onnx, predict_torch
-from pipelines.report import StageResult, assemble, build_report, describe_environment, shipped_stage, write_report
+from pipelines.report import (
+    StageResult,
+    assemble,
+    build_report,
+    changed_report_files,
+    describe_environment,
+    shipped_stage,
+    write_report,
+)
 from pipelines.report_language import compare
 from pipelines.run import fingerprint
 from pipelines.surgery import load_model
 
 STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
-REPORT_FILES = ("report.json", "report.md", "report.png", "README.md")
 THROUGHPUT_BATCH, THROUGHPUT_EXAMPLES = 16, 128
 PROMPT_TOKENS, NEW_TOKENS = 16, 64  # at most; what a language model is timed on
 
@@ -147,8 +154,7 @@ def _finished(directory: Path, made_by: dict[str, Any]) -> dict[str, Any] | None
         report: dict[str, Any] = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = all((directory / name).is_file() for name in REPORT_FILES)
-    return report if whole and report.get("made_by") == made_by else None
+    return report if report.get("made_by") == made_by and not changed_report_files(directory) else None
 
 
 def _answer(directory: Path, record: dict[str, Any], task: Any, features: Any, collate: Any) -> np.ndarray:

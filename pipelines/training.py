@@ -66,14 +66,6 @@ class TrainingArguments(transformers.TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Where to log to: none, tensorboard, wandb, …"})
     logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
 
-    def __post_init__(self) -> None:
-        if self.push_to_hub:
-            raise InputError(
-                "expected no --push_to_hub, which this version does not have yet, found it set. Leave it out, and upload the finished "
-                "run with 'hf upload <name> <output_dir>'."
-            )
-        super().__post_init__()
-
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
     """Batches of like length, the same whatever the number of processes, and the same again when a run is resumed.
@@ -178,7 +170,8 @@ def train(
     """
     arguments = copy.copy(training)
     arguments.output_dir = str(directory)
-    arguments.push_to_hub = False  # a run is pushed whole, once it is verified
+    # A run is pushed whole, once it is verified; and a checkpoint holds all arguments, where no secret belongs.
+    arguments.push_to_hub, arguments.hub_token = False, None
     arguments.remove_unused_columns = False  # the collator keeps what the loss needs
     if arguments.load_best_model_at_end:
         arguments.metric_for_best_model = arguments.metric_for_best_model or task.primary_metric

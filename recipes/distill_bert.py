@@ -4,7 +4,7 @@
     accelerate launch recipes/distill_bert.py --config recipes/configs/bert_sst2.yaml
 
 1. fine-tune a teacher   2. ask it for soft targets   3. train a student on them   4. prune it, and let it recover
-5. export to ONNX        6. quantize                  7. verify, measure, report
+5. export to ONNX        6. quantize                  7. verify, measure, report   8. push (optional)
 """
 
 from pathlib import Path
@@ -44,6 +44,7 @@ def main() -> None:
 
     from pipelines.distill import distill_student
     from pipelines.export import export_onnx
+    from pipelines.hub import check_access, push_run
     from pipelines.prune import prune_and_recover
     from pipelines.quantize import quantize_onnx
     from pipelines.results import report_run
@@ -53,6 +54,9 @@ def main() -> None:
     from pipelines.training import fine_tune
 
     run = Run(training.output_dir, TextClassification(data), training.seed)
+    # A token that the Hub refuses shows now, not after hours of training.
+    if training.push_to_hub:
+        check_access(run, training)
 
     # A teacher that already knows the task is used as it is (--teacher_epochs 0).
     run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training)
@@ -87,6 +91,10 @@ def main() -> None:
 
     # Only here is the test split read.
     report_run(run, "distill_bert", report, command.given)
+
+    # Only what was verified and measured is published, and only its owner sees it unless told otherwise.
+    if training.push_to_hub:
+        push_run(run, training)
 
 
 if __name__ == "__main__":

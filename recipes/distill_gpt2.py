@@ -4,7 +4,7 @@
     accelerate launch recipes/distill_gpt2.py --config recipes/configs/gpt2_wikitext.yaml
 
 1. train or fine-tune a teacher   2. train a student on its answers   3. prune it, and let it recover
-4. export with a KV cache         5. quantize                         6. verify, measure, report
+4. export with a KV cache         5. quantize                         6. verify, measure, report   7. push (optional)
 
 For text classification see distill_bert.py.
 """
@@ -48,6 +48,7 @@ def main() -> None:
 
     from pipelines.distill import distill_student
     from pipelines.export_language import export_language_model
+    from pipelines.hub import check_access, push_run
     from pipelines.language import LanguageModeling
     from pipelines.prune import can_be_pruned, prune_and_recover
     from pipelines.quantize_language import quantize_language_model
@@ -57,6 +58,9 @@ def main() -> None:
     from pipelines.training import fine_tune
 
     run = Run(training.output_dir, LanguageModeling(data, language), training.seed)
+    # A token that the Hub refuses shows now, not after hours of training.
+    if training.push_to_hub:
+        check_access(run, training)
 
     # No pretrained language model ships in a package, so the demo's teacher starts from random weights and trains its own tokenizer.
     run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training)
@@ -93,6 +97,10 @@ def main() -> None:
 
     # Only here is the test split read.
     report_run(run, "distill_gpt2", report, command.given)
+
+    # Only what was verified and measured is published, and only its owner sees it unless told otherwise.
+    if training.push_to_hub:
+        push_run(run, training)
 
 
 if __name__ == "__main__":

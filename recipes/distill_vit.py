@@ -4,7 +4,7 @@
     accelerate launch recipes/distill_vit.py --config recipes/configs/vit_beans.yaml
 
 1. train a teacher   2. ask it for soft targets   3. train a student on them   4. prune it, and let it recover
-5. export to ONNX    6. quantize                  7. verify, measure, report
+5. export to ONNX    6. quantize                  7. verify, measure, report   8. push (optional)
 """
 
 from pathlib import Path
@@ -46,6 +46,7 @@ def main() -> None:
 
     from pipelines.distill import distill_student
     from pipelines.export import export_onnx
+    from pipelines.hub import check_access, push_run
     from pipelines.images import ImageClassification
     from pipelines.prune import can_be_pruned, prune_and_recover
     from pipelines.quantize import quantize_onnx
@@ -55,6 +56,9 @@ def main() -> None:
     from pipelines.training import fine_tune
 
     run = Run(training.output_dir, ImageClassification(data, augmentation), training.seed)
+    # A token that the Hub refuses shows now, not after hours of training.
+    if training.push_to_hub:
+        check_access(run, training)
 
     # The demo's teacher starts from random weights (--teacher_from_scratch), most others from a pretrained checkpoint.
     run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training)
@@ -90,6 +94,10 @@ def main() -> None:
 
     # Only here is the test split read.
     report_run(run, "distill_vit", report, command.given)
+
+    # Only what was verified and measured is published, and only its owner sees it unless told otherwise.
+    if training.push_to_hub:
+        push_run(run, training)
 
 
 if __name__ == "__main__":
