@@ -225,6 +225,24 @@ class QuantizeConfig:
 
 
 @dataclass
+class BundleConfig:
+    web: bool = _flag(
+        False, "Add a page that runs the model in a browser to the bundle; npm fetches its libraries, 15 MB."
+    )
+    web_assets: str | None = _flag(
+        None, "A node_modules directory that has the page's libraries, instead of npm; adds the page."
+    )
+
+    @property
+    def page(self) -> bool:
+        return self.web or self.web_assets is not None
+
+    def describe(self) -> dict[str, Any]:
+        """What a bundle depends on: wherever the libraries come from, they are the same files."""
+        return {"page": self.page}
+
+
+@dataclass
 class ReportConfig:
     benchmark_rounds: int = _flag(
         3, "Rounds of the latency measurement; every stage runs in a fresh process once a round."
@@ -237,7 +255,12 @@ class ReportConfig:
         _check(self.benchmark_rounds >= 1, "--benchmark_rounds of 1 or more", self.benchmark_rounds)
 
 
-NOT_RECORDED = ("config", "output_dir", "hub_token")  # where it was done, and a secret: never written anywhere
+NOT_RECORDED = (
+    "config",
+    "output_dir",
+    "hub_token",
+    "web_assets",
+)  # where it was done, and a secret: never written anywhere
 
 
 @dataclass
