@@ -26,6 +26,8 @@ from pipelines.config import (
     BundleConfig,
     DataConfig,
     DistillConfig,
+    LanguageConfig,
+    LanguageQuantizeConfig,
     PruneConfig,
     QuantizeConfig,
     ReportConfig,
@@ -33,6 +35,7 @@ from pipelines.config import (
     StudentConfig,
     TeacherConfig,
     parse_config,
+    peek,
     run_main,
 )
 from pipelines.errors import InputError
@@ -65,8 +68,15 @@ class ModelsConfig:
 class TaskConfig(DataConfig):
     task: str = field(
         default="text-classification",
-        metadata={"help": "What the model does.", "choices": ["text-classification", "image-classification"]},
+        metadata={
+            "help": "What the model does.",
+            "choices": ["text-classification", "image-classification", "text-generation"],
+        },
     )
+
+
+# What a task is made of: these flags come first, and go to `task_of`.
+TASK = (TaskConfig, AugmentConfig, LanguageConfig)
 
 
 @dataclass
@@ -91,11 +101,9 @@ def stage(
 def fine_tune() -> None:
     from pipelines.training import TrainingArguments, fine_tune
 
-    kinds = (TaskConfig, AugmentConfig, TeacherConfig, TrainingArguments)
-    _, data, augmentation, teacher, training = parse("fine-tune", *kinds)
-    task = task_of(data, augmentation)
+    _, *data, teacher, training = parse("fine-tune", *TASK, TeacherConfig, TrainingArguments)
     stage(
-        training.output_dir, task, training.seed, fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training
+        training.output_dir, task_of(*data), training.seed, fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training
     )  # fmt: skip
 
 
@@ -103,10 +111,10 @@ def distill() -> None:
     from pipelines.distill import distill_student
     from pipelines.training import TrainingArguments
 
-    kinds = (TaskConfig, AugmentConfig, TeacherConfig, StudentConfig, DistillConfig, TrainingArguments)
-    _, data, augmentation, teacher, student, distill, training = parse("distill", *kinds)
+    kinds = (*TASK, TeacherConfig, StudentConfig, DistillConfig, TrainingArguments)
+    _, *data, teacher, student, distill, training = parse("distill", *kinds)
     stage(
-        training.output_dir, task_of(data, augmentation), training.seed, distill_student, teacher.teacher_model, distributed=True,
+        training.output_dir, task_of(*data), training.seed, distill_student, teacher.teacher_model, distributed=True,
         student=student, distill=distill, training=training,
     )  # fmt: skip
 
@@ -115,62 +123,70 @@ def prune() -> None:
     from pipelines.prune import prune_and_recover
     from pipelines.training import TrainingArguments
 
-    kinds = (ModelConfig, TaskConfig, TeacherConfig, PruneConfig, DistillConfig, TrainingArguments)
-    _, model, data, teacher, prune, distill, training = parse("prune", *kinds)
+    kinds = (ModelConfig, *TASK, TeacherConfig, PruneConfig, DistillConfig, TrainingArguments)
+    _, model, *data, teacher, prune, distill, training = parse("prune", *kinds)
     stage(
-        training.output_dir, task_of(data), training.seed, prune_and_recover, model.source, distributed=True,
+        training.output_dir, task_of(*data), training.seed, prune_and_recover, model.source, distributed=True,
         teacher=Path(teacher.teacher_model), prune=prune, distill=distill, training=training,
     )  # fmt: skip
 
 
 def export() -> None:
     from pipelines.export import export_onnx
+    from pipelines.export_language import export_language_model
 
-    _, model, data, output = parse("export", ModelConfig, TaskConfig, OutputConfig)
-    stage(output.output_dir, task_of(data), output.seed, export_onnx, model.source)
+    _, model, *data, output = parse("export", ModelConfig, *TASK, OutputConfig)
+    task = task_of(*data)
+    function = export_language_model if task.causal else export_onnx
+    stage(output.output_dir, task, output.seed, function, model.source)
 
 
 def quantize() -> None:
     from pipelines.quantize import quantize_onnx
+    from pipelines.quantize_language import quantize_language_model
 
-    _, model, data, quantize, output = parse("quantize", ModelConfig, TaskConfig, QuantizeConfig, OutputConfig)
-    stage(output.output_dir, task_of(data), output.seed, quantize_onnx, model.source, quantize=quantize)
+    _, model, *data, quantize, output = parse("quantize", ModelConfig, *TASK, quantize_kind(), OutputConfig)
+    task = task_of(*data)
+    function = quantize_language_model if task.causal else quantize_onnx
+    stage(output.output_dir, task, output.seed, function, model.source, quantize=quantize)
 
 
 def bundle() -> None:
     from pipelines.edge.bundle import build_bundle
 
-    _, model, data, bundle, output = parse("bundle", ModelConfig, TaskConfig, BundleConfig, OutputConfig)
-    stage(output.output_dir, task_of(data), output.seed, build_bundle, model.source, bundle=bundle)
+    _, model, *data, bundle, output = parse("bundle", ModelConfig, *TASK, BundleConfig, OutputConfig)
+    stage(output.output_dir, task_of(*data), output.seed, build_bundle, model.source, bundle=bundle)
 
 
 def verify() -> None:
+    from pipelines.quantize_language import verify_language_directory
     from pipelines.verify import verify_directory
 
-    _, model, reference, data, quantize = parse("verify", ModelConfig, ReferenceConfig, TaskConfig, QuantizeConfig)
+    _, model, reference, *data, quantize = parse("verify", ModelConfig, ReferenceConfig, *TASK, quantize_kind())
     if reference.reference is None:
         raise InputError("expected the directory the model was made from, found none. Pass --reference.")
-    task = task_of(data)
-    print(verify_directory(Path(model.source), Path(reference.reference), task, quantize.max_quality_drop))
+    task = task_of(*data)
+    check = verify_language_directory if task.causal else verify_directory
+    print(check(Path(model.source), Path(reference.reference), task, quantize.max_quality_drop))
 
 
 def benchmark() -> None:
     from pipelines.results import benchmark_directories
 
-    _, models, data, report = parse("benchmark", ModelsConfig, TaskConfig, ReportConfig)
+    _, models, *data, report = parse("benchmark", ModelsConfig, *TASK, ReportConfig)
     if not models.models:
         raise InputError("expected the directories to time, found none. Pass --models with one or more.")
-    print(benchmark_directories([Path(model) for model in models.models], task_of(data), report))
+    print(benchmark_directories([Path(model) for model in models.models], task_of(*data), report))
 
 
 def report() -> None:
     from pipelines.results import STAGES, report_run
     from pipelines.run import Run, read_record
 
-    run_config, data, settings, output = parse("report", TaskConfig, ReportConfig, OutputConfig)
+    run_config, *data, settings, output = parse("report", *TASK, ReportConfig, OutputConfig)
     if output.output_dir is None or not Path(output.output_dir).is_dir():
         raise InputError(f"expected the directory of a run, found {output.output_dir!r}. Pass --output_dir.")
-    run = Run(output.output_dir, task_of(data), output.seed)
+    run = Run(output.output_dir, task_of(*data), output.seed)
     run.stages = [name for name in STAGES if read_record(run.directory / name) is not None]
     report_run(run, "report", settings, run_config.given)
 
@@ -192,9 +208,18 @@ def parse(name: str, *kinds: type) -> list[Any]:
     return parse_config([RunConfig, *kinds], argv=sys.argv[2:], program=f"python -m pipelines {name}")
 
 
-def task_of(data: TaskConfig, augmentation: AugmentConfig | None = None) -> Any:
+def quantize_kind() -> type:
+    """The flags of quantization, which are others for a language model."""
+    return LanguageQuantizeConfig if peek("task", sys.argv[2:]) == "text-generation" else QuantizeConfig
+
+
+def task_of(data: TaskConfig, augmentation: AugmentConfig, language: LanguageConfig) -> Any:
     from pipelines.images import ImageClassification
+    from pipelines.language import LanguageModeling
     from pipelines.tasks import TextClassification
+
+    if data.task == LanguageModeling.name:
+        return LanguageModeling(data, language)
 
     if data.task == ImageClassification.name:
         return ImageClassification(data, augmentation)

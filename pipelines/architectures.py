@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pipelines.errors import InputError
 
@@ -25,6 +26,8 @@ class Family:
     layer_count: str = "num_hidden_layers"
     head_count: str = "num_attention_heads"
     ffn_size: str = "intermediate_size"
+    packed: bool = False  # query, key and value are one map, side by side in its outputs
+    prunable: bool = True  # each query head has a key and a value head of its own, and one map leads into the neurons
 
 
 _BERT = Family(
@@ -48,6 +51,27 @@ _DISTILBERT = Family(
     head_count="n_heads",
     ffn_size="hidden_dim",
 )
+_GPT2 = Family(
+    layers="h",
+    query="attn.c_attn",
+    key="attn.c_attn",
+    value="attn.c_attn",
+    attention_output="attn.c_proj",
+    ffn_input="mlp.c_fc",
+    ffn_output="mlp.c_proj",
+    layer_count="n_layer",
+    packed=True,
+)
+_LLAMA = Family(
+    layers="layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    attention_output="self_attn.o_proj",
+    ffn_input="mlp.up_proj",
+    ffn_output="mlp.down_proj",
+    prunable=False,
+)
 _VIT = Family(
     layers="layers",
     query="attention.q_proj",
@@ -64,6 +88,11 @@ FAMILIES = {
     "camembert": _BERT,
     "electra": _BERT,
     "distilbert": _DISTILBERT,
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
     "vit": _VIT,
     "deit": _VIT,
 }
@@ -106,7 +135,33 @@ def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> tupl
             for position, layer in enumerate(layers):
                 if int(match[2]) == layer:
                     kept[f"{match[1]}.{position}.{match[3]}"] = tensor
-    return {family.layer_count: len(layers)}, kept
+    changes: dict[str, Any] = {family.layer_count: len(layers)}
+    if getattr(config, "layer_types", None):  # what kind of attention each layer has
+        changes["layer_types"] = [config.layer_types[layer] for layer in layers]
+    return changes, kept
+
+
+def input_size(linear: nn.Module) -> int:
+    """Inputs of a linear map, an nn.Linear or GPT-2's Conv1D."""
+    return int(weight_matrix(linear).shape[1])
+
+
+def weight_matrix(linear: Any) -> Tensor:
+    """A linear map's weight as (outputs, inputs): Conv1D, which is no convolution, keeps it transposed."""
+    weight: Tensor = linear.weight.detach()
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def replace_weights(linear: Any, matrix: Tensor, bias: Tensor | None) -> None:
+    """Give a linear map another weight (outputs, inputs) and bias (outputs), and the sizes that go with them."""
+    transposed = isinstance(linear, Conv1D)
+    linear.weight = nn.Parameter((matrix.T if transposed else matrix).contiguous().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone())
+    outputs, inputs = matrix.shape
+    names = ("nf", "nx") if transposed else ("out_features", "in_features")
+    for name, size in zip(names, (outputs, inputs), strict=True):
+        setattr(linear, name, size)
 
 
 def head_output(model: Any) -> nn.Linear:

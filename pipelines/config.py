@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -47,7 +48,9 @@ class DataConfig:
     text_pair_column: str | None = _flag(None, "The column with the second text, for sentence pairs.")
     image_column: str = _flag("image", "The column with the image.")
     label_column: str = _flag("label", "The column with the class.")
-    max_length: int = _flag(128, "Texts are cut to this many tokens.")
+    max_length: int = _flag(
+        128, "Texts are cut to this many tokens; for a language model they are joined and cut into blocks of this many."
+    )
     max_train_samples: int | None = _flag(None, "Use at most this many training examples.")
     max_eval_samples: int | None = _flag(None, "Use at most this many validation and this many test examples.")
     validation_size: float = _flag(
@@ -65,6 +68,35 @@ class DataConfig:
             _check(value is None or value >= 1, f"--{name} of 1 or more", value)
         for name in ("validation_size", "test_size"):
             _check(0 < getattr(self, name) < 0.9, f"--{name} between 0 and 0.9", getattr(self, name))
+
+
+@dataclass
+class LanguageConfig:
+    document_start: str | None = _flag(
+        None,
+        "A regular expression: rows (of a text file: lines) in which it is found begin a document, the others belong to the one "
+        "before. Left out: every row is a document, and blank lines part those of a text file.",
+    )
+    stride: int | None = _flag(
+        None,
+        "Step of the window that scores held-out text; every token sees at least --max_length minus this many before it. "
+        "Left out: half of --max_length.",
+    )
+    vocabulary_size: int = _flag(
+        4096, "Tokens of the tokenizer that is trained where --teacher_from_scratch takes a shape without one."
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.stride is None or self.stride >= 1, "--stride of 1 or more", self.stride)
+        _check(
+            self.vocabulary_size >= 257,
+            "--vocabulary_size of 257 (bytes and the end token) or more",
+            self.vocabulary_size,
+        )
+        try:
+            re.compile(self.document_start or "")
+        except re.error as error:
+            raise InputError(f"expected a regular expression for --document_start, found: {error}") from error
 
 
 @dataclass
@@ -150,12 +182,26 @@ class DistillConfig:
         "Where the teacher's logits come from: 'stored' computes them once, 'online' runs the teacher in the loop.",
         choices=["stored", "online"],
     )
+    soft_target_top_k: int = _flag(
+        32, "Tokens whose probabilities are stored for each token of text, the rest as one; for language models."
+    )
+    divergence: str = _flag(
+        "forward_kl",
+        "How far the student's answers are from the teacher's: 'forward_kl' (teacher ‖ student), 'reverse_kl' (student ‖ teacher) or "
+        "'jensen_shannon', the generalized one of Agarwal et al. (2024).",
+        choices=["forward_kl", "reverse_kl", "jensen_shannon"],
+    )
+    teacher_share: float = _flag(0.5, "Share of the teacher in the mixture of --divergence jensen_shannon, in (0, 1).")
     label_baseline: bool = _flag(False, "Also train the same student on the labels alone and report it.")
 
     def __post_init__(self) -> None:
         _check(self.temperature > 0, "a --temperature above 0", self.temperature)
         _check(0 <= self.soft_target_weight <= 1, "--soft_target_weight in [0, 1]", self.soft_target_weight)
         _check(self.hidden_state_weight >= 0, "--hidden_state_weight of 0 or more", self.hidden_state_weight)
+        _check(self.soft_target_top_k >= 1, "--soft_target_top_k of 1 or more", self.soft_target_top_k)
+        kinds = ("forward_kl", "reverse_kl", "jensen_shannon")
+        _check(self.divergence in kinds, f"--divergence out of {', '.join(kinds)}", self.divergence)
+        _check(0 < self.teacher_share < 1, "--teacher_share between 0 and 1", self.teacher_share)
         _check(self.soft_targets in ("stored", "online"), "--soft_targets stored or online", self.soft_targets)
 
     @property
@@ -243,6 +289,33 @@ class BundleConfig:
 
 
 @dataclass
+class LanguageQuantizeConfig:
+    quantization: str = _flag(
+        "auto",
+        "How the shipped language model is quantized: blocks of int8 or int4 weights, or int8 products; 'auto' tries all and ships the "
+        "one that decodes fastest within --max_quality_drop, 'none' ships fp32.",
+        choices=["auto", "dynamic_int8", "int8_blocks", "int4_blocks", "int4_blocks_int8_embeddings", "none"],
+    )
+    block_size: int = _flag(32, "Weights that share a scale: a power of 2 from 16 on.")
+    target_cpu: str = _flag(
+        "any",
+        "The CPU the model will run on. Without VNNI, x86 needs the int8 weights of products within seven bits: 'any' and 'avx2' use "
+        "them, 'avx512_vnni' and 'arm64' use all eight.",
+        choices=["any", "avx2", "avx512_vnni", "arm64"],
+    )
+    max_quality_drop: float = _flag(0.03, "Largest share by which quantization may raise the validation perplexity.")
+
+    def __post_init__(self) -> None:
+        is_power = self.block_size >= 16 and self.block_size & (self.block_size - 1) == 0
+        _check(is_power, "a power of 2 from 16 on for --block_size", self.block_size)
+        _check(self.max_quality_drop >= 0, "--max_quality_drop of 0 or more", self.max_quality_drop)
+
+    @property
+    def reduce_range(self) -> bool:
+        return self.target_cpu in ("any", "avx2")
+
+
+@dataclass
 class ReportConfig:
     benchmark_rounds: int = _flag(
         3, "Rounds of the latency measurement; every stage runs in a fresh process once a round."
@@ -308,6 +381,23 @@ def parse_config(
                 flag: value for flag, value in given.items() if value != defaults[flag] and flag not in NOT_RECORDED
             }
     return parsed
+
+
+def peek(flag: str, argv: list[str]) -> Any:
+    """The value of one flag in `argv`, or in its --config file, for a command whose other flags depend on it; None where it is not given.
+
+    What is wrong with either is left to parse_config to say.
+    """
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    only.add_argument(f"--{flag}")
+    only.add_argument("--config")
+    try:
+        given = only.parse_known_args(argv)[0]
+        content = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")) if given.config else {}
+    except (argparse.ArgumentError, OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    in_file = content.get(flag) if isinstance(content, dict) else None
+    return getattr(given, flag) or in_file
 
 
 def _without_bare_debug(argv: list[str]) -> list[str]:

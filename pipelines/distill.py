@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from pipelines.architectures import layer_count
 from pipelines.config import DistillConfig, StudentConfig
 from pipelines.errors import InputError
-from pipelines.losses import distillation_loss, hidden_state_loss, label_loss
+from pipelines.language import check_knows_language, check_same_vocabulary
+from pipelines.losses import IGNORED, distillation_loss, hidden_state_loss, label_loss, top_soft_target_loss
 from pipelines.run import Outcome
-from pipelines.soft_targets import with_soft_targets
+from pipelines.soft_targets import TOP_ANSWERS, WithTopAnswers, with_soft_targets
 from pipelines.students import parse_layers, student_from_layers
 from pipelines.training import CHECKPOINTS, Trainer, finish_model, train
 
@@ -42,10 +43,11 @@ class DistillationTrainer(Trainer):
         # A teacher of images in the loop has its own processor, so the collator adds what that makes of the same images.
         teacher_pixels = inputs.pop("teacher_pixel_values", None)
         teacher_inputs = inputs if teacher_pixels is None else {"pixel_values": teacher_pixels}
+        top_answers = [inputs.pop(name) for name in TOP_ANSWERS] if "teacher_ids" in inputs else None
         smoothing = self.args.label_smoothing_factor
         if not model.training:  # an evaluation: the labels alone, and no hidden states to gather
             outputs = model(**inputs)
-            return label_loss(outputs.logits, labels, smoothing), outputs
+            return label_loss(*self.align(outputs.logits, labels), smoothing), outputs
 
         outputs = model(**inputs, output_hidden_states=bool(self.hidden_state_map))
         teacher_outputs: Any = None
@@ -53,9 +55,22 @@ class DistillationTrainer(Trainer):
             with torch.no_grad():
                 teacher_outputs = self.teacher(**teacher_inputs, output_hidden_states=bool(self.hidden_state_map))
             teacher_logits = teacher_outputs.logits
-        loss = distillation_loss(
-            outputs.logits, labels, teacher_logits, self.distill.temperature, self.distill.soft_target_weight, smoothing
-        )
+        logits, targets = self.align(outputs.logits, labels)
+        if top_answers is not None:
+            loss = (1 - self.distill.soft_target_weight) * label_loss(logits, targets, smoothing)
+            # What the teacher said at a token is about the next one, as the logits are.
+            ids, log_probabilities, log_rest = (answer[:, :-1] for answer in top_answers)
+            loss = loss + self.distill.soft_target_weight * top_soft_target_loss(
+                logits, ids, log_probabilities, log_rest, self.distill.temperature, targets.ne(IGNORED),
+                self.distill.divergence, self.distill.teacher_share,
+            )  # fmt: skip
+        else:
+            if self.causal and teacher_logits is not None:
+                teacher_logits, _ = self.align(teacher_logits, labels)
+            loss = distillation_loss(
+                logits, targets, teacher_logits, self.distill.temperature, self.distill.soft_target_weight, smoothing,
+                self.distill.divergence, self.distill.teacher_share,
+            )  # fmt: skip
         projections = getattr(self.accelerator.unwrap_model(model), PROJECTIONS, None)
         for index, (student_state, teacher_state) in enumerate(self.hidden_state_map):
             student_hidden = outputs.hidden_states[student_state]
@@ -67,7 +82,14 @@ class DistillationTrainer(Trainer):
                     f"expected hidden states of as many positions from teacher and student, found {teacher_hidden.shape[1]} and "
                     f"{student_hidden.shape[1]}. Use --hidden_state_weight 0, or a student with the teacher's image and patch size."
                 )
-            hidden_loss = hidden_state_loss(student_hidden, teacher_hidden, inputs.get("attention_mask"))
+            if self.causal:  # its loss is one per token, not one per example
+                student_hidden, teacher_hidden = (
+                    student_hidden.flatten(0, 1)[:, None],
+                    teacher_hidden.flatten(0, 1)[:, None],
+                )
+            hidden_loss = hidden_state_loss(
+                student_hidden, teacher_hidden, None if self.causal else inputs.get("attention_mask")
+            )
             loss = loss + self.distill.hidden_state_weight * hidden_loss / len(self.hidden_state_map)
         return loss, outputs
 
@@ -105,11 +127,16 @@ def distil(
     teacher: Any = None
     teacher_processor: Any = None
     hidden_state_map: list[tuple[int, int]] = []
+    if task.causal:  # without a teacher, too: the report compares them token by token
+        teacher_size = task.load_config(teacher_source).vocab_size
+        check_same_vocabulary(task.load_processor(teacher_source), processor, teacher_size, student.config.vocab_size)
     if in_the_loop:
         teacher_processor = task.load_processor(teacher_source)
         teacher = task.load_model(teacher_source)
+        if task.causal:
+            check_knows_language(teacher, task, processor)
     elif soft_targets is not None and distill.soft_target_weight > 0:
-        features = with_soft_targets(features, soft_targets)
+        features = (WithTopAnswers if task.causal else with_soft_targets)(features, soft_targets)
     if with_hidden_states:
         hidden_state_map = parse_hidden_state_map(
             distill.hidden_state_map, layer_count(student.config), layer_count(teacher.config)

@@ -22,17 +22,23 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> l
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+# What is kept of a batch's logits, given its labels; all of them where there is none.
+Answers = Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+
+
 def _predict(
     answer: Callable[[dict[str, Any]], np.ndarray], features: Any, collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    batch_size: int, name: str,
+    batch_size: int, name: str, keep: Answers,
 ) -> np.ndarray:  # fmt: skip
     lengths = features["length"] if "length" in features.column_names else [1] * len(features)
     batches = batches_by_length(lengths, batch_size)
     logits: np.ndarray | None = None
     for indices in tqdm(batches, desc=name, leave=False, disable=len(features) < 64):
         batch = collate([features[int(index)] for index in indices])
-        batch.pop("labels", None)
+        labels = batch.pop("labels", None)
         answers = answer(dict(batch))
+        if keep is not None:
+            answers = keep(answers, np.asarray(labels))
         if logits is None:
             logits = np.empty((len(features), *answers.shape[1:]), dtype=np.float32)
         logits[indices] = answers
@@ -46,8 +52,12 @@ def predict_torch(
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     batch_size: int = 32,
     name: str = "predict",
+    answers: Answers = None,
 ) -> np.ndarray:
-    """Logits (examples, labels) of a torch model over tokenized `features`, in their order; the model is left in eval mode."""
+    """Logits (examples, labels) of a torch model over tokenized `features`, in their order; the model is left in eval mode.
+
+    `answers(logits, labels)`, where given, is applied to every batch and its result kept instead.
+    """
     import torch
 
     model.eval()
@@ -57,7 +67,7 @@ def predict_torch(
         with torch.inference_mode():
             return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu().numpy()
 
-    return _predict(answer, features, collate, batch_size, name)
+    return _predict(answer, features, collate, batch_size, name, answers)
 
 
 def open_session(path: Path, threads: int | None = None) -> Any:
@@ -71,12 +81,22 @@ def open_session(path: Path, threads: int | None = None) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def empty_cache(session: Any, batch_size: int) -> dict[str, np.ndarray]:
+    """The keys and values of no tokens at all (batch, heads, 0, head size), for each input of a graph with a KV cache."""
+    return {
+        value.name: np.zeros((batch_size, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values.")
+    }
+
+
 def predict_onnx(
     path: Path,
     features: Any,
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     batch_size: int = 1,
     name: str = "predict",
+    answers: Answers = None,
 ) -> np.ndarray:
     """Logits (examples, labels) of an ONNX file over tokenized `features`, in their order.
 
@@ -87,6 +107,9 @@ def predict_onnx(
     names = [value.name for value in session.get_inputs()]
 
     def answer(batch: dict[str, Any]) -> np.ndarray:
-        return session.run(["logits"], {key: np.asarray(batch[key]) for key in names})[0]
+        feed = {key: np.asarray(batch[key]) for key in names if key in batch}
+        if "attention_mask" in names and "attention_mask" not in feed:
+            feed["attention_mask"] = np.ones_like(feed["input_ids"])
+        return session.run(["logits"], feed | empty_cache(session, len(feed[next(iter(feed))])))[0]
 
-    return _predict(answer, features, collate, batch_size, name)
+    return _predict(answer, features, collate, batch_size, name, answers)

@@ -10,10 +10,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipelines.architectures import FAMILIES, family_of, head_size, layers_of
+from pipelines.architectures import FAMILIES, family_of, head_size, input_size, layers_of
 from pipelines.config import DistillConfig, PruneConfig
 from pipelines.distill import distil
-from pipelines.losses import distillation_loss
+from pipelines.errors import InputError
+from pipelines.losses import distillation_loss, next_token
 from pipelines.run import Outcome
 from pipelines.soft_targets import with_soft_targets
 from pipelines.surgery import cut, part, remove_zeros, shape_of, with_stock_shapes
@@ -30,7 +31,7 @@ MINIMUM_NEURONS = 8  # a layer keeps at least these, and at least one head
 
 
 def measure_importance(
-    model: Any, features: Any, collate: Any, distill: DistillConfig, batch_size: int = 16
+    model: Any, features: Any, collate: Any, distill: DistillConfig, batch_size: int = 16, causal: bool = False
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """First-order importance of every head and every feed-forward neuron, one array a layer.
 
@@ -45,7 +46,7 @@ def measure_importance(
     widths: list[tuple[Any, int]] = [(module, size) for module in head_modules] + [
         (module, 1) for module in neuron_modules
     ]
-    totals = [np.zeros(module.in_features // width) for module, width in widths]
+    totals = [np.zeros(input_size(module) // width) for module, width in widths]
     gates: dict[int, Tensor] = {}
 
     def gate(index: int, width: int) -> Any:
@@ -65,6 +66,8 @@ def measure_importance(
             batch = collate([features[i] for i in range(start, min(start + batch_size, len(features)))])
             labels, teacher_logits = batch.pop("labels"), batch.pop("teacher_logits", None)
             logits = model(**batch).logits
+            if causal:
+                logits, labels = next_token(logits, labels)
             loss = distillation_loss(logits, labels, teacher_logits, distill.temperature, distill.soft_target_weight)
             gradients = torch.autograd.grad(loss, [gates[i] for i in range(len(widths))])
             for total, gradient in zip(totals, gradients, strict=True):
@@ -97,9 +100,15 @@ def choose_kept(importance: list[np.ndarray], remove: int, minimum: int) -> list
 def can_be_pruned(directory: Path) -> bool:
     """Whether the model in `directory` has heads and neurons to remove; says so where it has none."""
     model_type = transformers.AutoConfig.from_pretrained(directory).model_type
-    if model_type not in FAMILIES and is_main_process():
-        print(f"pruned: skipped, a {model_type} has no attention heads and feed-forward neurons to remove", flush=True)
-    return model_type in FAMILIES
+    prunable = model_type in FAMILIES and FAMILIES[model_type].prunable
+    if not prunable and is_main_process():
+        reason = (
+            "shares them among heads"
+            if model_type in FAMILIES
+            else "has no attention heads and feed-forward neurons to remove"
+        )
+        print(f"pruned: skipped, a {model_type} {reason}", flush=True)
+    return prunable
 
 
 def prune_and_recover(
@@ -118,6 +127,7 @@ def prune_and_recover(
     state = PartialState()
     processor = task.load_processor(source)
     model = remove_zeros(task.load_model(source))
+    check_prunable(model)
     before = shape_of(model)
     details: dict[str, Any] = {"before": before, "steps": []}
     arguments = arguments_for(training, prune.prune_learning_rate, prune.prune_epochs)
@@ -159,16 +169,26 @@ def prune_and_recover(
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
 
 
+def check_prunable(model: Any) -> None:
+    if not family_of(model.config).prunable:
+        raise InputError(
+            f"expected a model whose attention heads can be removed one by one, found {model.config.model_type!r}, where query heads share "
+            "keys and values. Leave pruning out (--prune_heads 0 --prune_ffn 0)."
+        )
+
+
 def cut_step(
     model: Any, processor: Any, task: Any, prune: PruneConfig, distill: DistillConfig, soft_targets: Path | None,
     before: dict[str, list[int]], share: float,
 ) -> None:  # fmt: skip
     """Cut `model` in place down to what `share` of the whole pruning leaves of the shapes `before`."""
     features = task.features(processor)["train"]
-    if soft_targets is not None:
+    if soft_targets is not None and not task.causal:  # the next token alone says enough of what matters
         features = with_soft_targets(features, soft_targets)
     chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
-    heads, neurons = measure_importance(model, features.select(np.sort(chosen)), task.collate(processor), distill)
+    heads, neurons = measure_importance(
+        model, features.select(np.sort(chosen)), task.collate(processor), distill, causal=task.causal
+    )
     left = shape_of(model)
     remove_heads = round(prune.prune_heads * share * sum(before["heads"])) - (sum(before["heads"]) - sum(left["heads"]))
     remove_neurons = round(prune.prune_ffn * share * sum(before["neurons"])) - (

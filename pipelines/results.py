@@ -11,16 +11,21 @@ import numpy as np
 
 import pipelines
 from pipelines.benchmark import Subject, measure, paired_ratios
+from pipelines.benchmark_language import Decoding, measure_decoding, memory_bandwidth
 from pipelines.config import ReportConfig
 from pipelines.export import ONNX_FILE
+from pipelines.losses import IGNORED
+from pipelines.pages import TEACHER, format_summary
 from pipelines.predict import batches_by_length, predict_onnx, predict_torch
-from pipelines.report import StageResult, build_report, describe_environment, format_summary, write_report
+from pipelines.report import StageResult, assemble, build_report, describe_environment, shipped_stage, write_report
+from pipelines.report_language import compare
 from pipelines.run import fingerprint
 from pipelines.surgery import load_model
 
 STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
 REPORT_FILES = ("report.json", "report.md", "report.png", "README.md")
 THROUGHPUT_BATCH, THROUGHPUT_EXAMPLES = 16, 128
+PROMPT_TOKENS, NEW_TOKENS = 16, 64  # at most; what a language model is timed on
 
 
 def report_run(run: Any, recipe: str, config: ReportConfig, given: dict[str, Any]) -> None:
@@ -39,28 +44,8 @@ def report_run(run: Any, recipe: str, config: ReportConfig, given: dict[str, Any
     }
     report = _finished(run.directory, made_by)
     if report is None:
-        task = run.task
-        results, subjects = [], []
-        for name, record in records.items():
-            logits, subject = _answer(run.directory / name, record, task)
-            results.append(StageResult(name, name, record["format"], logits, record, {}))
-            subjects.append(subject)
-        timings = measure(subjects, rounds=config.benchmark_rounds, threads=config.benchmark_threads)
-        for result in results:
-            result.timing = timings[result.name]
-        report = build_report(
-            run.directory,
-            recipe=recipe,
-            task=task.name,
-            primary_metric=task.primary_metric,
-            label_names=task.label_names,
-            references=np.asarray(task.data.splits["test"]["label"]),
-            texts=task.test_texts(),
-            stages=results,
-            data_details=task.data.details,
-            environment=describe_environment(run.seed),
-            config=given,
-        )
+        build = _language_report if run.task.causal else _classification_report
+        report = build(run, records, recipe, config, given)
         report["made_by"] = made_by
         write_report(run.directory, report)
         print(f"report: written to {run.directory}", flush=True)
@@ -69,16 +54,89 @@ def report_run(run: Any, recipe: str, config: ReportConfig, given: dict[str, Any
     print(format_summary(report), flush=True)
 
 
+def _classification_report(
+    run: Any, records: dict[str, dict[str, Any]], recipe: str, config: ReportConfig, given: dict[str, Any]
+) -> dict[str, Any]:
+    task = run.task
+    results, subjects = [], []
+    for name, record in records.items():
+        processor = task.load_processor(str(run.directory / name))
+        features, collate = task.features(processor)["test"], task.collate(processor)
+        logits = _answer(run.directory / name, record, task, features, collate)
+        results.append(StageResult(name, name, record["format"], logits, record, {}))
+        single, batches = timing_feeds(features, collate)
+        subjects.append(Subject(name, run.directory / name, record["format"], single, batches))
+    timings = measure(subjects, rounds=config.benchmark_rounds, threads=config.benchmark_threads)
+    for result in results:
+        result.timing = timings[result.name]
+    return build_report(
+        run.directory,
+        recipe=recipe,
+        task=task.name,
+        primary_metric=task.primary_metric,
+        label_names=task.label_names,
+        references=np.asarray(task.data.splits["test"]["label"]),
+        texts=task.test_texts(),
+        stages=results,
+        data_details=task.data.details,
+        environment=describe_environment(run.seed),
+        config=given,
+    )
+
+
+def _language_report(
+    run: Any, records: dict[str, dict[str, Any]], recipe: str, config: ReportConfig, given: dict[str, Any]
+) -> dict[str, Any]:
+    task = run.task
+    processor = task.load_processor(str(run.directory / TEACHER))
+    features = task.features(processor)["test"]
+    references = np.asarray(features["labels"])
+    timings = measure_decoding(
+        [Decoding(name, run.directory / name, record["format"]) for name, record in records.items()],
+        rounds=config.benchmark_rounds,
+        threads=config.benchmark_threads,
+        new_tokens=min(NEW_TOKENS, task.config.max_length // 2),
+        prompt_tokens=min(PROMPT_TOKENS, task.config.max_length // 4),
+    )
+    results, metrics = [], {}
+    for name, record in records.items():
+        own = task.features(task.load_processor(str(run.directory / name)))["test"]
+        answers = _answer(run.directory / name, record, task, own, task.collate(processor))
+        metrics[name] = task.metrics(answers, own["labels"], task.data.text_bytes["test"])
+        results.append(StageResult(name, name, record["format"], answers, record, timings[name]))
+    bandwidth = memory_bandwidth()
+    texts = [processor.decode(labels[labels != IGNORED]) for labels in references]
+    weights = {name: _weight_bytes(run.directory / name) for name in records}
+    compared, own = compare(
+        results, references, metrics, texts, processor.eos_token_id, bandwidth, weights, shipped_stage(results).name
+    )
+    return assemble(
+        run.directory, recipe, task.name, task.primary_metric, results, compared, own, task.data.details,
+        describe_environment(run.seed) | {"memory_bandwidth_bytes_per_second": bandwidth}, given, greater_is_better=False,
+    )  # fmt: skip
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("model*") if path.suffix in (".onnx", ".safetensors"))
+
+
 def benchmark_directories(directories: list[Path], task: Any, config: ReportConfig) -> str:
     """Time stage directories against one another on the validation split's own length mix; the result is JSON."""
+    names = [f"{index} {directory.name}" for index, directory in enumerate(directories)]
+    forms = ["onnx" if (directory / ONNX_FILE).is_file() else "transformers" for directory in directories]
+    options: dict[str, Any] = {"rounds": config.benchmark_rounds, "threads": config.benchmark_threads}
+    if task.causal:
+        decoded = [Decoding(*subject) for subject in zip(names, directories, forms, strict=True)]
+        return _compared(measure_decoding(decoded, **options), names[0])
     subjects = []
-    for index, directory in enumerate(directories):
+    for name, directory, form in zip(names, directories, forms, strict=True):
         processor = task.load_processor(str(directory))
         single, batches = timing_feeds(task.features(processor)["validation"], task.collate(processor))
-        form = "onnx" if (directory / ONNX_FILE).is_file() else "transformers"
-        subjects.append(Subject(f"{index} {directory.name}", directory, form, single, batches))
-    timings = measure(subjects, rounds=config.benchmark_rounds, threads=config.benchmark_threads)
-    first = subjects[0].name
+        subjects.append(Subject(name, directory, form, single, batches))
+    return _compared(measure(subjects, **options), names[0])
+
+
+def _compared(timings: dict[str, dict[str, Any]], first: str) -> str:
     for name, timing in timings.items():
         timing[f"faster_than_{first}"] = paired_ratios(timings, first, name)
     return json.dumps(timings, indent=2)
@@ -93,17 +151,12 @@ def _finished(directory: Path, made_by: dict[str, Any]) -> dict[str, Any] | None
     return report if whole and report.get("made_by") == made_by else None
 
 
-def _answer(directory: Path, record: dict[str, Any], task: Any) -> tuple[np.ndarray, Subject]:
-    """A stage's logits on the test split, and what to time it on."""
-    processor = task.load_processor(str(directory))
-    features, collate = task.features(processor)["test"], task.collate(processor)
+def _answer(directory: Path, record: dict[str, Any], task: Any, features: Any, collate: Any) -> np.ndarray:
+    """A stage's answers to the test split."""
     name = f"test {directory.name}"
     if record["format"] == "onnx":
-        logits = predict_onnx(directory / ONNX_FILE, features, collate, name=name)
-    else:
-        logits = predict_torch(load_model(directory), features, collate, name=name)
-    single, batches = timing_feeds(features, collate)
-    return logits, Subject(directory.name, directory, record["format"], single, batches)
+        return predict_onnx(directory / ONNX_FILE, features, collate, name=name, answers=task.answers)
+    return predict_torch(load_model(directory), features, collate, name=name, answers=task.answers)
 
 
 def timing_feeds(

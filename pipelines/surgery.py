@@ -13,9 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipelines.architectures import FAMILIES, family_of, head_size, layers_of
+from pipelines.architectures import (
+    FAMILIES,
+    family_of,
+    head_size,
+    input_size,
+    layers_of,
+    replace_weights,
+    weight_matrix,
+)
 
 
 def cut(model: Any, kept_heads: list[np.ndarray], kept_neurons: list[np.ndarray]) -> None:
@@ -23,23 +31,24 @@ def cut(model: Any, kept_heads: list[np.ndarray], kept_neurons: list[np.ndarray]
     family, size = family_of(model.config), head_size(model.config)
     for layer, heads, neurons in zip(layers_of(model), kept_heads, kept_neurons, strict=True):
         columns = torch.tensor((heads[:, None] * size + np.arange(size)).reshape(-1), dtype=torch.long)
-        for path in (family.query, family.key, family.value):
-            _keep_outputs(part(layer, path), columns)
+        if family.packed:
+            attention = part(layer, family.query.rpartition(".")[0])
+            _keep_outputs(part(layer, family.query), torch.cat([columns + i * attention.split_size for i in range(3)]))
+            attention.split_size, attention.num_heads = len(columns), len(heads)
+        else:
+            for path in (family.query, family.key, family.value):
+                _keep_outputs(part(layer, path), columns)
         _keep_inputs(part(layer, family.attention_output), columns)
         _keep_outputs(part(layer, family.ffn_input), torch.tensor(neurons, dtype=torch.long))
         _keep_inputs(part(layer, family.ffn_output), torch.tensor(neurons, dtype=torch.long))
 
 
-def _keep_outputs(linear: nn.Linear, rows: Tensor) -> None:
-    linear.weight = nn.Parameter(linear.weight.detach()[rows].clone())
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.detach()[rows].clone())
-    linear.out_features = len(rows)
+def _keep_outputs(linear: Any, rows: Tensor) -> None:
+    replace_weights(linear, weight_matrix(linear)[rows], None if linear.bias is None else linear.bias.detach()[rows])
 
 
-def _keep_inputs(linear: nn.Linear, columns: Tensor) -> None:
-    linear.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())
-    linear.in_features = len(columns)
+def _keep_inputs(linear: Any, columns: Tensor) -> None:
+    replace_weights(linear, weight_matrix(linear)[:, columns], None)
 
 
 def part(layer: Any, path: str) -> Any:
@@ -54,7 +63,11 @@ def with_stock_shapes(model: Any) -> Any:
     for name, tensor in model.state_dict().items():
         # What is left comes first and zeros after it: neither heads nor neurons have an order that matters.
         padded = torch.zeros_like(state[name])
-        padded[tuple(slice(length) for length in tensor.shape)] = tensor
+        packed = family_of(model.config).packed and f".{family_of(model.config).query}." in name
+        # Query, key and value are filled up each for itself.
+        pieces = zip(padded.chunk(3, dim=-1), tensor.chunk(3, dim=-1), strict=True) if packed else [(padded, tensor)]
+        for target, left in pieces:
+            target[tuple(slice(length) for length in left.shape)] = left
         state[name] = padded
     stock.load_state_dict(state, strict=True)
     return stock.eval()
@@ -62,14 +75,14 @@ def with_stock_shapes(model: Any) -> Any:
 
 def remove_zeros(model: Any) -> Any:
     """Remove, in place, heads and neurons that contribute nothing because their output weights are all zero."""
-    if model.config.model_type not in FAMILIES:
+    if model.config.model_type not in FAMILIES or not family_of(model.config).prunable:
         return model
     family, size = family_of(model.config), head_size(model.config)
     kept_heads, kept_neurons = [], []
     for layer in layers_of(model):
-        used = part(layer, family.attention_output).weight.detach().abs().sum(dim=0).reshape(-1, size).sum(dim=1)
+        used = weight_matrix(part(layer, family.attention_output)).abs().sum(dim=0).reshape(-1, size).sum(dim=1)
         kept_heads.append(np.flatnonzero(used.numpy()))
-        kept_neurons.append(np.flatnonzero(part(layer, family.ffn_output).weight.detach().abs().sum(dim=0).numpy()))
+        kept_neurons.append(np.flatnonzero(weight_matrix(part(layer, family.ffn_output)).abs().sum(dim=0).numpy()))
     if any(len(kept) == 0 for kept in (*kept_heads, *kept_neurons)):
         return model  # a layer without any head or neuron has no shape of its own; zeros say the same
     cut(model, kept_heads, kept_neurons)
@@ -87,6 +100,6 @@ def shape_of(model: Any) -> dict[str, list[int]]:
     """Heads and feed-forward neurons left in each layer."""
     family, size = family_of(model.config), head_size(model.config)
     return {
-        "heads": [part(layer, family.query).out_features // size for layer in layers_of(model)],
-        "neurons": [part(layer, family.ffn_input).out_features for layer in layers_of(model)],
+        "heads": [input_size(part(layer, family.attention_output)) // size for layer in layers_of(model)],
+        "neurons": [input_size(part(layer, family.ffn_output)) for layer in layers_of(model)],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from pipelines import data as data_module
 from pipelines.config import DataConfig
 from pipelines.errors import InputError
 from pipelines.metrics import PRIMARY_METRIC, classification_metrics
+from pipelines.predict import Answers
 from pipelines.sources import check_model_directory, resolve
 
 # What becomes of a checkpoint's head: it must be for exactly the task's labels, or a fresh one is made where the checkpoint has
@@ -20,16 +22,14 @@ Head = Literal["required", "new if none", "new if other"]
 GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
 
 
-class Classification:
-    """One label out of several, whatever the example is: how answers are scored."""
+class Task(ABC):
+    """What is the same for every kind of task."""
 
-    primary_metric = PRIMARY_METRIC
+    name: str
+    primary_metric: str
     greater_is_better = True
-    data: data_module.ClassificationData
-
-    @property
-    def label_names(self) -> list[str]:
-        return self.data.label_names
+    causal = False  # whether logits at one token are about the next, so that losses shift labels by one
+    answers: Answers = None  # what is kept of a batch's logits, where all of them would fill the memory
 
     def load_config(self, source: str) -> Any:
         """The config of a model."""
@@ -37,13 +37,41 @@ class Classification:
 
         return load(AutoConfig.from_pretrained, resolve(source), "a model's config.json")
 
+    @abstractmethod
+    def features(self, processor: Any) -> Any:
+        """The splits as a model of this processor reads them."""
+
+    @abstractmethod
+    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """What makes a batch of rows of the features."""
+
+    @abstractmethod
+    def metrics(self, answers: np.ndarray, references: Any) -> dict[str, Any]:
+        """Scores of a model's answers against the references."""
+
+    def numbers(self, answers: np.ndarray, references: Any) -> dict[str, float]:
+        """The scores that are single numbers, for the Trainer's log."""
+        return {name: value for name, value in self.metrics(answers, references).items() if isinstance(value, float)}
+
+    def score(self, predict: Callable[..., np.ndarray], processor: Any, split: str) -> dict[str, Any]:
+        """The scores on a split of `predict(features, collate, answers=…)`, a torch model or an ONNX file."""
+        features = self.features(processor)[split]
+        return self.metrics(predict(features, self.collate(processor), answers=self.answers), features["labels"])
+
+
+class Classification(Task):
+    """One label out of several, whatever the example is: how answers are scored."""
+
+    primary_metric = PRIMARY_METRIC
+    data: data_module.ClassificationData
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.data.label_names
+
     def metrics(self, logits: np.ndarray, references: Any) -> dict[str, Any]:
         """Scores of logits (examples, labels) against label ids (examples)."""
         return classification_metrics(np.argmax(logits, axis=-1), np.asarray(references), self.label_names)
-
-    def numbers(self, logits: np.ndarray, references: Any) -> dict[str, float]:
-        """The scores that are single numbers, for the Trainer's log."""
-        return {name: value for name, value in self.metrics(logits, references).items() if isinstance(value, float)}
 
     def agreement(self, logits: np.ndarray, reference_logits: np.ndarray) -> float:
         """Share of examples that two models answer alike."""

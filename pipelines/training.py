@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pipelines.config import TeacherConfig
 from pipelines.errors import InputError
-from pipelines.losses import IGNORED, label_loss
+from pipelines.losses import IGNORED, label_loss, next_token
 from pipelines.predict import predict_torch
 from pipelines.run import Outcome
 from pipelines.sources import model_license
@@ -99,10 +100,11 @@ class Trainer(transformers.Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, train_collate: Collate | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, causal: bool = False, train_collate: Collate | None = None, **kwargs: Any) -> None:
+        """`causal` models predict the next token: their logits meet the labels shifted by one."""
         # A loss function makes the Trainer count the labels of the whole batch and hand us the number.
         super().__init__(compute_loss_func=label_loss, **kwargs)
-        self.train_collate = train_collate
+        self.causal, self.train_collate = causal, train_collate
 
     def get_train_dataloader(self) -> Any:
         """Training examples may be collated otherwise than those of an evaluation: augmented, or with the teacher's inputs."""
@@ -115,7 +117,11 @@ class Trainer(transformers.Trainer):
     def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Any]:
         """The loss summed over the examples of one batch, and the model's outputs."""
         outputs = model(**inputs)
-        return label_loss(outputs.logits, labels, self.args.label_smoothing_factor), outputs
+        return label_loss(*self.align(outputs.logits, labels), self.args.label_smoothing_factor), outputs
+
+    def align(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and the labels they are about."""
+        return next_token(logits, labels) if self.causal else (logits, labels)
 
     def compute_loss(
         self,
@@ -187,6 +193,8 @@ def train(
         eval_dataset=task.features(processor)["validation"],
         processing_class=processor,
         compute_metrics=lambda prediction: task.numbers(prediction.predictions, prediction.label_ids),
+        preprocess_logits_for_metrics=keep_answers(task),
+        causal=task.causal,
         **trainer_arguments,
     )
     resumed = last_whole_checkpoint(directory)
@@ -222,6 +230,18 @@ def last_whole_checkpoint(directory: Path) -> str | None:
     return None
 
 
+def keep_answers(task: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What the Trainer keeps of a batch's logits for the metrics: all, unless the task needs less (`task.answers`)."""
+    answers = task.answers
+    if answers is None:
+        return None
+
+    def keep(logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.from_numpy(answers(logits.float().cpu().numpy(), labels.cpu().numpy())).to(logits.device)
+
+    return keep
+
+
 def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -235,9 +255,7 @@ def save(model: Any, processor: Any, directory: Path) -> None:
 
 def validation_metrics(model: Any, task: Any, processor: Any) -> dict[str, Any]:
     """Scores on the validation split; the test split is the report's."""
-    features = task.features(processor)["validation"]
-    logits = predict_torch(model, features, task.collate(processor), name="validate")
-    return task.metrics(logits, features["labels"])
+    return task.score(partial(predict_torch, model, name="validate"), processor, "validation")
 
 
 def fine_tune(

@@ -242,3 +242,61 @@ def trained_teacher(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, 
     )
     assert outcome.metrics["validation"]["accuracy"] > 0.8
     return directory
+
+
+def tiny_language_model(model_type: str = "gpt2", seed: int = 0, **changes: Any) -> Any:
+    """A causal model of 3 layers, 4 heads and 300 tokens whose attention and positions show in the logits."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokens = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "max_position_embeddings": 64}
+    if model_type == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+        sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": True}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **{**tokens, **sizes, **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2 if "wte" in name or "embed" in name else 6)
+            elif "bias" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def language_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty documents of a few sentences."""
+    texts = [" ".join(text for text, _ in make_texts(6, seed)) + "." for seed in range(40)]
+    path = tmp_path_factory.mktemp("text") / "documents.txt"
+    path.write_text("\n\n".join(texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def language_task(language_text: Path) -> Any:
+    from pipelines.config import DataConfig, LanguageConfig
+    from pipelines.language import LanguageModeling
+
+    return LanguageModeling(DataConfig(dataset=str(language_text), max_length=32), LanguageConfig(vocabulary_size=300))
+
+
+@pytest.fixture(scope="session")
+def language_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that only says what shape a GPT-2 has."""
+    directory = tmp_path_factory.mktemp("language_shape")
+    tiny_language_model(n_layer=4).config.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def language_model_dir(tmp_path_factory: pytest.TempPathFactory, language_task: Any) -> Path:
+    """A GPT-2 with a tokenizer trained on the documents; its weights are large, but random."""
+    from pipelines.text_data import train_tokenizer
+
+    directory = tmp_path_factory.mktemp("language_model")
+    train_tokenizer(language_task.data.splits["train"]["text"], 300).save_pretrained(directory)
+    tiny_language_model().save_pretrained(directory)
+    return directory

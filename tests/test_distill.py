@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import example_inputs, tiny_config, tiny_model
+from conftest import example_inputs, tiny_config, tiny_language_model, tiny_model
 from pipelines.config import DistillConfig, StudentConfig
 from pipelines.distill import DistillationTrainer, distil, distill_student, parse_hidden_state_map
 from pipelines.errors import InputError
@@ -197,3 +197,20 @@ def test_a_teacher_with_its_labels_in_another_order_is_put_in_the_datas_order(
     tokens = torch.arange(3, 23).reshape(2, 10)
     loaded = task.load_model(str(tmp_path)).eval()
     torch.testing.assert_close(loaded(tokens).logits, straight.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_language_student_of_some_layers_runs_those_with_a_cache_of_its_own(model_type):
+    teacher = tiny_language_model(model_type)
+    student = student_from_layers(teacher, [0, 2]).eval()
+    tokens = torch.arange(3, 23).reshape(2, 10)
+    whole = student_from_layers(teacher, [0, 1, 2]).eval()
+    torch.testing.assert_close(whole(tokens).logits, teacher(tokens).logits)
+    found = student(tokens, use_cache=True)
+    assert len(found.past_key_values.layers) == 2
+    continued = student(tokens[:, -1:], past_key_values=student(tokens[:, :-1], use_cache=True).past_key_values)
+    torch.testing.assert_close(continued.logits[:, 0], found.logits[:, -1], atol=1e-5, rtol=1e-5)
+    from pipelines.architectures import layers_of
+
+    del layers_of(teacher)[1]
+    torch.testing.assert_close(found.logits, teacher(tokens, use_cache=False).logits)

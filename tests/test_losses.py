@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.losses import distillation_loss, hidden_state_loss, label_loss, soft_target_loss
+from pipelines.losses import (
+    distillation_loss,
+    hidden_state_loss,
+    label_loss,
+    soft_target_loss,
+    top_answers,
+    top_soft_target_loss,
+)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -94,3 +101,73 @@ def test_distillation_loss_weighs_both_terms(logits):
     found = distillation_loss(student, labels, teacher, temperature=2.0, soft_target_weight=0.7)
     assert found.item() == pytest.approx((0.3 * hard + 0.7 * soft).item(), rel=1e-5)
     assert distillation_loss(student, labels, None, 2.0, 0.0).item() == pytest.approx(hard.item())
+
+
+def numpy_divergence(p, q, kind, share):
+    """`p` (teacher) and `q` (student) are probabilities; written with logarithms of quotients, not of softmax."""
+    m = share * p + (1 - share) * q
+    return {
+        "forward_kl": np.sum(p * np.log(p / q), axis=-1),
+        "reverse_kl": np.sum(q * np.log(q / p), axis=-1),
+        "jensen_shannon": share * np.sum(p * np.log(p / m), axis=-1) + (1 - share) * np.sum(q * np.log(q / m), axis=-1),
+    }[kind]
+
+
+def numpy_softmax(logits):
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_divergences_over_tokens_do_not_grow_with_padding(kind, share):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 9, 50) * 3, torch.randn(3, 9, 50) * 3
+    valid = torch.rand(3, 9) > 0.4
+    found = soft_target_loss(student, teacher, 2.0, valid, kind, share)
+    p, q = numpy_softmax(teacher.double().numpy() / 2), numpy_softmax(student.double().numpy() / 2)
+    expected = 4 * numpy_divergence(p, q, kind, share)[valid.numpy()].sum()
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    student[~valid], teacher[~valid] = torch.inf, -torch.inf
+    assert soft_target_loss(student, teacher, 2.0, valid, kind, share).item() == pytest.approx(found.item())
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_top_answers_lose_no_more_than_they_say(kind):
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(4, 6, 40) * 3).requires_grad_(), torch.randn(4, 6, 40) * 3
+    valid = torch.rand(4, 6) > 0.3
+    full = soft_target_loss(student, teacher, 2.0, valid, kind)
+    (full_gradient,) = torch.autograd.grad(full, student)
+    for count in (1, 5, 20, 39):
+        ids, top, rest = top_answers(teacher, count, 2.0)
+        mass = numpy_softmax(teacher.double().numpy() / 2)
+        outside = 1 - np.take_along_axis(mass, ids.numpy(), -1).sum(-1)
+        np.testing.assert_allclose(rest.exp().numpy(), outside, rtol=1e-4)
+        loss = top_soft_target_loss(student, ids, top, rest, 2.0, valid, kind)
+        # The classes that were not kept become one in both distributions; then the formula is the same.
+        q = numpy_softmax(student.detach().double().numpy() / 2)
+        merged = [
+            np.concatenate(
+                [
+                    np.take_along_axis(x, ids.numpy(), -1),
+                    1 - np.take_along_axis(x, ids.numpy(), -1).sum(-1, keepdims=True),
+                ],
+                -1,
+            )
+            for x in (mass, q)
+        ]
+        expected = 4 * numpy_divergence(*merged, kind, 0.5)[valid.numpy()].sum()
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        assert loss.item() <= full.item() * (1 + 1e-6)
+        if kind == "forward_kl":
+            # T² times the derivative by logits / T is T times the derivative by the scaled logits.
+            (gradient,) = torch.autograd.grad(loss, student)
+            difference = (gradient - full_gradient).abs() / 2.0
+            bound = torch.from_numpy(2 * outside).where(valid, torch.zeros(()))
+            assert (difference.sum(dim=-1) <= bound + 1e-5).all()
+            assert difference.gather(-1, ids).max() < 1e-5
+    ids, top, rest = top_answers(teacher, 39, 2.0)
+    assert top_soft_target_loss(student, ids, top, rest, 2.0, valid, kind).item() == pytest.approx(
+        full.item(), rel=1e-4
+    )

@@ -81,6 +81,60 @@ def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path):
     assert not list(tmp_path.glob(".*.partial"))
 
 
+def test_the_chain_of_a_language_model_stage_by_stage(stage, language_shape, language_text, tmp_path):
+    data = [
+        "--task",
+        "text-generation",
+        "--dataset",
+        str(language_text),
+        "--max_length",
+        "32",
+        "--vocabulary_size",
+        "300",
+    ]
+    train = [*TRAIN, "--max_steps", "8"]
+    out = {name: str(tmp_path / name) for name in ("teacher", "student", "pruned", "onnx", "quantized")}
+
+    def ok(*argv: str) -> str:
+        status, output, errors = stage(*argv, *data)
+        assert status == 0, errors
+        return output
+
+    teacher = [
+        "--teacher_model",
+        str(language_shape),
+        "--teacher_from_scratch",
+        "true",
+        "--teacher_learning_rate",
+        "5e-3",
+    ]
+    ok("fine-tune", *teacher, *train, "--max_steps", "30", "--output_dir", out["teacher"])
+    student = ["--teacher_model", out["teacher"], "--student_layers", "2"]
+    ok("distill", *student, *train, "--output_dir", out["student"])
+    prune = [
+        "--model",
+        out["student"],
+        "--teacher_model",
+        out["teacher"],
+        "--prune_steps",
+        "1",
+        "--prune_samples",
+        "16",
+    ]
+    ok("prune", *prune, *train, "--output_dir", out["pruned"])
+    ok("export", "--model", out["pruned"], "--output_dir", out["onnx"])
+    blocks = ["--quantization", "int8_blocks", "--block_size", "16"]
+    ok("quantize", "--model", out["onnx"], *blocks, "--output_dir", out["quantized"])
+    assert "'prompts': 20" in ok("verify", "--model", out["onnx"], "--reference", out["pruned"])
+    assert "perplexity" in ok("verify", "--model", out["quantized"], "--reference", out["onnx"])
+    timed = ok("benchmark", "--models", out["onnx"], out["quantized"], "--benchmark_rounds", "1")
+    assert all(timing["tokens_per_second"] > 0 for timing in json.loads(timed[timed.index("{") :]).values())
+    verify = ["verify", "--model", out["onnx"], "--reference", out["teacher"]]
+    status, _, errors = stage(*verify, *data)
+    assert status == 1
+    assert "must not be used" in errors
+
+
 def test_a_stage_does_not_overwrite_what_it_did_not_write(stage, teacher, csv_file, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("mine")

@@ -11,6 +11,7 @@ import torch
 from conftest import example_inputs, tiny_model
 from pipelines.architectures import family_of, layers_of
 from pipelines.config import DistillConfig, PruneConfig
+from pipelines.errors import InputError
 from pipelines.prune import choose_kept, measure_importance, prune_and_recover
 from pipelines.soft_targets import compute_soft_targets
 from pipelines.surgery import cut, load_model, remove_zeros, shape_of, with_stock_shapes
@@ -131,3 +132,77 @@ def test_pruning_removes_the_share_asked_for_unevenly_and_recovers(trained_teach
     small = load_model(tmp_path / "pruned")
     assert shape_of(small) == after
     assert sum(p.numel() for p in small.parameters()) == outcome.parameters
+
+
+def test_gpt2_heads_and_neurons_are_removed_physically_and_come_back_as_zeros(tmp_path):
+    """Its query, key and value are one transposed map, of which each needs its own columns removed."""
+    from conftest import tiny_language_model
+
+    model = tiny_language_model()
+    zeroed = tiny_language_model()
+    heads = [np.array([0, 2]), np.array([1]), np.arange(4)]
+    neurons = [np.arange(128), np.arange(0, 128, 3), np.arange(9)]
+    with torch.no_grad():
+        for layer, kept_heads, kept_neurons in zip(zeroed.transformer.h, heads, neurons, strict=True):
+            gone = np.setdiff1d(np.arange(4), kept_heads)
+            rows = (gone[:, None] * 8 + np.arange(8)).reshape(-1)
+            layer.attn.c_proj.weight[rows] = 0
+            layer.mlp.c_proj.weight[np.setdiff1d(np.arange(128), kept_neurons)] = 0
+    tokens = torch.arange(3, 43).reshape(2, 20)
+    expected = zeroed(tokens).logits
+    assert (expected - model(tokens).logits).abs().max() > 0.1
+    cut(model, heads, neurons)
+    assert shape_of(model) == {"heads": [2, 1, 4], "neurons": [128, 43, 9]}
+    torch.testing.assert_close(model(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+
+    with_stock_shapes(model).save_pretrained(tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(stock(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+    again = load_model(tmp_path)
+    assert shape_of(again) == shape_of(model)
+    torch.testing.assert_close(again(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+    with torch.inference_mode():
+        generated = again.generate(tokens[:, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert (
+            generated.tolist()
+            == zeroed.generate(tokens[:, :5], max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()
+        )
+
+
+def test_the_heads_of_a_language_model_that_matter_least_go_first(
+    language_task, language_model_dir, training, tmp_path
+):
+    """A head whose output is halved again and again matters less and less."""
+    from pipelines.prune import measure_importance
+
+    model = language_task.load_model(str(language_model_dir))
+    with torch.no_grad():
+        for head in range(4):
+            model.transformer.h[1].attn.c_proj.weight[head * 8 : head * 8 + 8] *= 0.05**head
+    model.save_pretrained(tmp_path / "model")
+    processor = language_task.load_processor(str(language_model_dir))
+    processor.save_pretrained(tmp_path / "model")
+    features = language_task.features(processor)["train"].select(range(16))
+    distill = DistillConfig(soft_target_weight=0.0)
+    heads, neurons = measure_importance(model, features, language_task.collate(processor), distill, causal=True)
+    assert list(np.argsort(-heads[1])) == [0, 1, 2, 3]
+    assert [len(layer) for layer in neurons] == [128, 128, 128]
+    outcome = prune_and_recover(
+        str(tmp_path / "model"), tmp_path / "pruned", language_task, language_model_dir,
+        PruneConfig(prune_heads=0.25, prune_ffn=0.5, prune_steps=2, prune_epochs=0, prune_samples=16),
+        DistillConfig(soft_targets="online"), training,
+    )  # fmt: skip
+    assert sum(outcome.details["after"]["heads"]) == 9
+    assert sum(outcome.details["after"]["neurons"]) == 192
+    assert outcome.metrics["validation"]["perplexity"] > 1
+    llama = tmp_path / "llama"
+    from conftest import tiny_language_model
+
+    tiny_language_model("llama").save_pretrained(llama)
+    processor.save_pretrained(llama)
+    with pytest.raises(InputError, match="--prune_heads 0"):
+        prune_and_recover(
+            str(llama), tmp_path / "out", language_task, language_model_dir, PruneConfig(), DistillConfig(), training
+        )

@@ -17,16 +17,10 @@ from markdown_it import MarkdownIt
 from onnx import TensorProto, helper, numpy_helper
 
 from pipelines.errors import InputError, VerificationError
-from pipelines.report import (
-    StageResult,
-    build_report,
-    describe_environment,
-    draw_report,
-    format_markdown,
-    format_summary,
-    paired_bootstrap,
-    write_report,
-)
+from pipelines.metrics import paired_bootstrap
+from pipelines.pages import format_markdown, format_summary
+from pipelines.plot import draw_report
+from pipelines.report import StageResult, build_report, describe_environment, write_report
 
 LABELS = ["bad", "good"]
 # Ten test examples; the models below answer with LABELS[answer] and a confidence that grows with the margin.
@@ -190,11 +184,11 @@ def test_pieces_that_do_not_fit_are_refused() -> None:
         make_report(primary_metric="charm")
     with pytest.raises(InputError, match="as many texts as references"):
         make_report(texts=["a"])
-    stages[2].logits = stages[2].logits[:-1]
+    stages[2].answers = stages[2].answers[:-1]
     with pytest.raises(InputError, match=r"\(10, 2\).* from student, found \(9, 2\)"):
         make_report(stages)
     stages = make_stages()
-    stages[5].logits[4, 0] = np.nan
+    stages[5].answers[4, 0] = np.nan
     with pytest.raises(VerificationError, match="from quantized, found NaN or infinity for 1 of 10"):
         make_report(stages)
 
@@ -311,7 +305,7 @@ def test_names_in_the_plot_cover_nothing() -> None:
     # All but one of the models coincide, in score, size and latency.
     stages = make_stages()
     for stage in stages[:-1]:
-        stage.logits, stage.record["bytes"] = stages[0].logits, 8_000_000
+        stage.answers, stage.record["bytes"] = stages[0].answers, 8_000_000
         stage.timing = stages[0].timing
     for report in (make_report(), make_report(stages)):
         figure = draw_report(report)

@@ -1,0 +1,212 @@
+"""Continue text with an ONNX language model that has a KV cache. Needs NumPy, ONNX Runtime and tokenizers, nothing else.
+
+python generate.py DIRECTORY "A prompt" --max_new_tokens 64 --sampling_temperature 0.8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+
+@dataclass
+class Sampling:
+    """How the next token is chosen; left as it is, greedily."""
+
+    max_new_tokens: int = 64
+    sampling_temperature: float = 0.0  # 0 always takes the likeliest token
+    top_k: int = 0  # keep only this many tokens; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest tokens that have this much probability together
+    repetition_penalty: float = (
+        1.0  # divide (if negative: multiply) the logits of tokens that were there by this (Keskar et al., 2019)
+    )
+    stop_tokens: list[int] = field(default_factory=list)  # besides the model's end token
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, holds in {
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "sampling_temperature": self.sampling_temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }.items():
+            if not holds:
+                raise ValueError(f"{name} cannot be {getattr(self, name)}")
+
+
+class LanguageModel:
+    """A directory with model.onnx, tokenizer.json and config.json, ready to continue text."""
+
+    def __init__(self, directory: str | Path, threads: int | None = None) -> None:
+        directory = Path(directory)
+        options = onnxruntime.SessionOptions()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        options.intra_op_num_threads = threads or cores
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(directory / "model.onnx"), options, ["CPUExecutionProvider"])
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        end = config.get("eos_token_id")
+        self.end_tokens = [] if end is None else end if isinstance(end, list) else [end]
+        # GPT-2's own name for it is n_positions.
+        self.context: int | None = config.get("max_position_embeddings") or config.get("n_positions")
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.cache_shapes = {
+            value.name: (value.shape[1], value.shape[3])
+            for value in self.session.get_inputs()
+            if value.name.startswith("past_key_values.")
+        }
+
+    def generate(self, prompts: list[str], sampling: Sampling | None = None) -> list[str]:
+        """A continuation of each prompt."""
+        sequences = [self.encode(prompt) for prompt in prompts]
+        return [self.tokenizer.decode(tokens) for tokens in self.generate_tokens(sequences, sampling)]
+
+    def stream(self, prompt: str, sampling: Sampling | None = None) -> Iterator[str]:
+        """The continuation of one prompt in pieces, as soon as each is there; together they are what generate() gives."""
+        tokens: list[int] = []
+        shown = ""
+        for (token,) in self.steps([self.encode(prompt)], sampling):
+            if token is None:
+                continue
+            tokens.append(token)
+            text = self.tokenizer.decode(tokens)
+            # A character of several bytes may take several tokens; until the last of them it cannot be shown.
+            if len(text) > len(shown) and not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+        rest = self.tokenizer.decode(tokens)[len(shown) :]
+        if rest:
+            yield rest
+
+    def encode(self, prompt: str) -> list[int]:
+        """The prompt's tokens; an empty one begins a new document."""
+        return self.tokenizer.encode(prompt, add_special_tokens=False).ids or self.end_tokens[:1]
+
+    def generate_tokens(self, sequences: list[list[int]], sampling: Sampling | None = None) -> list[list[int]]:
+        """The new tokens of each sequence, without the end token."""
+        found: list[list[int]] = [[] for _ in sequences]
+        for step in self.steps(sequences, sampling):
+            for tokens, token in zip(found, step, strict=True):
+                if token is not None:
+                    tokens.append(token)
+        return found
+
+    def steps(self, sequences: list[list[int]], sampling: Sampling | None = None) -> Iterator[list[int | None]]:
+        """One token for each sequence at a time, None for those that have ended; ends when all have, or no position is left."""
+        sampling = sampling or Sampling()
+        longest = max(len(tokens) for tokens in sequences)
+        if min(len(tokens) for tokens in sequences) == 0:
+            raise ValueError("expected at least one token in every prompt, found none")
+        if self.context is not None and longest >= self.context:
+            raise ValueError(
+                f"expected prompts of fewer than {self.context} tokens, the positions the model has, found {longest}"
+            )
+        batch = len(sequences)
+        # Prompts are padded on the left, so that all continue at the same place; the mask hides the padding.
+        ids = np.zeros((batch, longest), np.int64)
+        mask = np.zeros((batch, longest), np.int64)
+        for row, tokens in enumerate(sequences):
+            ids[row, longest - len(tokens) :] = tokens
+            mask[row, longest - len(tokens) :] = 1
+        seen = [set(tokens) for tokens in sequences]
+        ends = {*self.end_tokens, *sampling.stop_tokens}
+        ended = [False] * batch
+        generator = np.random.default_rng(sampling.seed)
+        cache: dict[str, Any] = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, size), np.float32))
+            for name, (heads, size) in self.cache_shapes.items()
+        }
+        for _ in range(sampling.max_new_tokens):
+            feed = {
+                "input_ids": onnxruntime.OrtValue.ortvalue_from_numpy(ids),
+                "attention_mask": onnxruntime.OrtValue.ortvalue_from_numpy(mask),
+            }
+            # The cache goes from one call to the next as it is, without a copy.
+            logits, *present = self.session.run_with_ort_values(self.outputs, feed | cache)
+            cache = dict(zip(self.cache_shapes, present, strict=True))
+            last = logits.numpy()[:, -1]
+            step: list[int | None] = []
+            for row in range(batch):
+                token = None if ended[row] else choose(last[row], seen[row], sampling, generator)
+                if token in ends:
+                    token, ended[row] = None, True
+                step.append(token)
+                if token is not None:
+                    seen[row].add(token)
+            if all(ended):
+                return
+            yield step
+            if self.context is not None and mask.shape[1] + 1 > self.context:
+                return
+            ids = np.array([[0 if token is None else token] for token in step], np.int64)
+            mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
+
+
+def choose(logits: np.ndarray, seen: set[int], sampling: Sampling, generator: np.random.Generator) -> int:
+    """The next token for logits (vocabulary,): the penalty first, then temperature, top k and top p, as in transformers."""
+    if sampling.repetition_penalty != 1:
+        logits = penalize(logits, seen, sampling.repetition_penalty)
+    if sampling.sampling_temperature == 0:
+        return int(logits.argmax())
+    kept = keep_likely(logits / sampling.sampling_temperature, sampling.top_k, sampling.top_p)
+    weights = np.exp((kept - kept.max()).astype(np.float64))
+    return int(generator.choice(len(weights), p=weights / weights.sum()))
+
+
+def penalize(logits: np.ndarray, seen: set[int], penalty: float) -> np.ndarray:
+    """Logits (vocabulary,) in which tokens that were seen are less likely."""
+    logits = logits.copy()
+    tokens = np.fromiter(seen, np.int64, len(seen))
+    logits[tokens] = np.where(logits[tokens] > 0, logits[tokens] / penalty, logits[tokens] * penalty)
+    return logits
+
+
+def keep_likely(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Logits (vocabulary,) with -inf for all but the `top_k` likeliest tokens, and of these but the first that make up `top_p`."""
+    if 0 < top_k < len(logits):
+        least = np.partition(logits, -top_k)[-top_k]
+        logits = np.where(logits < least, -np.inf, logits)
+    if top_p < 1:
+        order = np.argsort(-logits, kind="stable")
+        weights = np.exp((logits[order] - logits[order[0]]).astype(np.float64))
+        before = np.cumsum(weights / weights.sum()) - weights / weights.sum()
+        kept = np.full(logits.shape, -np.inf, logits.dtype)
+        chosen = order[before < top_p]
+        kept[chosen] = logits[chosen]
+        logits = kept
+    return logits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Continue a text.")
+    parser.add_argument("directory")
+    parser.add_argument("prompt")
+    for name, default in vars(Sampling()).items():
+        if name == "stop_tokens":
+            parser.add_argument("--stop_tokens", type=int, nargs="*", default=[])
+        else:
+            parser.add_argument(f"--{name}", type=type(default), default=default)
+    arguments = vars(parser.parse_args())
+    model = LanguageModel(arguments.pop("directory"))
+    prompt = arguments.pop("prompt")
+    print(prompt, end="", flush=True)
+    for piece in model.stream(prompt, Sampling(**arguments)):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()

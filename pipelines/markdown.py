@@ -1,0 +1,72 @@
+"""Text and figures as Markdown: whatever others wrote shows as they wrote it, and nothing of it takes effect."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+CLIPPED_TEXT = 200
+
+
+def clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def escape(text: str, length: int | None = CLIPPED_TEXT) -> str:
+    """Somebody's text as one line that Markdown and HTML take literally."""
+    folded = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    clipped = folded if length is None else clip(folded, length)
+    # An underscore inside a word is literal already; escaped, it would only make the source hard to read.
+    escaped = re.sub(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", html.escape(clipped, quote=False))
+    # GitHub makes links of bare addresses.
+    return re.sub(r"(?i)\b(https?|ftp)://", r"\1&#58;//", escaped)
+
+
+def fence(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"
+
+
+def markdown_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
+    """A table whose first columns hold text and whose others hold figures."""
+    lines = [[escape(cell) for cell in line] for line in [header, *rows]]
+    lines.insert(1, ["---"] * text_columns + ["---:"] * (len(header) - text_columns))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def bullets(values: dict[str, Any], depth: int = 0) -> str:
+    """Nested settings as a nested list; long lists are cut."""
+    lines = []
+    for key, value in values.items():
+        item = f"{'  ' * depth}- {escape(str(key).replace('_', ' '))}:"
+        if isinstance(value, dict) and any(isinstance(inner, (dict, list)) for inner in value.values()):
+            lines += [item, bullets(value, depth + 1)]
+            continue
+        if isinstance(value, dict):
+            value = [f"{inner_key} {inner}" for inner_key, inner in value.items()]
+        if isinstance(value, list):
+            more = [f"and {len(value) - 20} more"] if len(value) > 20 else []
+            value = ", ".join([str(inner) for inner in value[:20]] + more) or "none"
+        lines.append(f"{item} {escape(str(value), 1000)}")
+    return "\n".join(lines)
+
+
+def number(value: float | None, specification: str) -> str:
+    return "n/a" if value is None else format(value, specification)
+
+
+def count(value: int | None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value:,}"
+
+
+def interval(difference: dict[str, float], digits: int = 3) -> str:
+    value, low, high = (f"{difference[key]:+.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def spread(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})"

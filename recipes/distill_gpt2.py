@@ -1,0 +1,99 @@
+"""Distil a causal language model into a small student and ship it as verified, quantized ONNX with a KV cache.
+
+    accelerate launch recipes/distill_gpt2.py                                   # offline demo, under twenty minutes on a CPU
+    accelerate launch recipes/distill_gpt2.py --config recipes/configs/gpt2_wikitext.yaml
+
+1. train or fine-tune a teacher   2. train a student on its answers   3. prune it, and let it recover
+4. export with a KV cache         5. quantize                         6. verify, measure, report
+
+For text classification see distill_bert.py.
+"""
+
+from pathlib import Path
+
+from pipelines.config import (
+    DataConfig,
+    DistillConfig,
+    LanguageConfig,
+    LanguageQuantizeConfig,
+    PruneConfig,
+    ReportConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    parse_config,
+    run_main,
+)
+
+DEMO = Path(__file__).parent / "configs" / "gpt2_bbc_news.yaml"
+
+
+def main() -> None:
+    kinds = [
+        RunConfig,
+        DataConfig,
+        LanguageConfig,
+        TeacherConfig,
+        StudentConfig,
+        DistillConfig,
+        PruneConfig,
+        LanguageQuantizeConfig,
+        ReportConfig,
+    ]
+    from pipelines.training import TrainingArguments
+
+    command, data, language, teacher, student, distill, prune, quantize, report, training = parse_config(
+        [*kinds, TrainingArguments], DEMO
+    )
+
+    from pipelines.distill import distill_student
+    from pipelines.export_language import export_language_model
+    from pipelines.language import LanguageModeling
+    from pipelines.prune import can_be_pruned, prune_and_recover
+    from pipelines.quantize_language import quantize_language_model
+    from pipelines.results import report_run
+    from pipelines.run import Run
+    from pipelines.soft_targets import compute_token_soft_targets
+    from pipelines.training import fine_tune
+
+    run = Run(training.output_dir, LanguageModeling(data, language), training.seed)
+
+    # No pretrained language model ships in a package, so the demo's teacher starts from random weights and trains its own tokenizer.
+    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training)
+
+    # The teacher answers in the loop, or once: then only its likeliest tokens are stored, and the record tells what is lost.
+    soft_targets = None
+    if distill.needs_stored_targets:
+        soft_targets = run.stage(
+            "soft_targets", compute_token_soft_targets, "teacher", temperature=distill.temperature, top_k=distill.soft_target_top_k
+        )  # fmt: skip
+
+    # The student starts from the teacher's own layers, so its embeddings and head come trained.
+    learning = {"student": student, "training": training, "distributed": True}
+    run.stage("student", distill_student, "teacher", distill=distill, soft_targets=soft_targets, **learning)
+
+    # The baseline that might win: the same student, the same steps, no teacher.
+    if distill.label_baseline:
+        run.stage("student_labels_only", distill_student, "teacher", distill=distill.labels_only(), **learning)
+
+    # Pruning removes whole heads and neurons, so the ONNX graph is smaller, not just sparser.
+    small = "student"
+    if (prune.prune_heads or prune.prune_ffn) and can_be_pruned(run.directory / small):
+        small = "pruned"
+        run.stage(
+            small, prune_and_recover, "student", distributed=True, teacher=run.directory / "teacher", prune=prune,
+            distill=distill, training=training, soft_targets=soft_targets,
+        )  # fmt: skip
+
+    # One graph reads the prompt and every token after it; it must write what torch writes, token for token.
+    run.stage("teacher_onnx", export_language_model, "teacher")
+    run.stage("onnx", export_language_model, small)
+    if quantize.quantization != "none":
+        run.stage("quantized", quantize_language_model, "onnx", quantize=quantize)
+
+    # Only here is the test split read.
+    report_run(run, "distill_gpt2", report, command.given)
+
+
+if __name__ == "__main__":
+    run_main(main)
