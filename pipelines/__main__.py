@@ -5,6 +5,7 @@
     prune       a student -> a smaller student              --model M --teacher_model M --dataset D --output_dir OUT
     export      a model directory -> fp32 ONNX, verified    --model M --dataset D --output_dir OUT
     quantize    an ONNX directory -> int8 ONNX, verified    --model M --dataset D --output_dir OUT
+    bundle      an ONNX directory -> what runs it, no torch --model M --dataset D --output_dir OUT
     verify      an ONNX directory against its source        --model M --reference M --dataset D
     benchmark   time directories against one another        --models M N … --dataset D
     report      score and time a run's stages again         --output_dir RUN --dataset D
@@ -23,6 +24,7 @@ from typing import Any
 
 from pipelines.config import (
     AugmentConfig,
+    BundleConfig,
     DataConfig,
     DistillConfig,
     LanguageConfig,
@@ -162,6 +164,13 @@ def quantize() -> None:
     stage(output.output_dir, task, output.seed, function, model.source, quantize=quantize)
 
 
+def bundle() -> None:
+    from pipelines.edge.bundle import build_bundle
+
+    _, model, *data, bundle, output = parse("bundle", ModelConfig, *TASK, BundleConfig, OutputConfig)
+    stage(output.output_dir, task_of(*data), output.seed, build_bundle, model.source, bundle=bundle)
+
+
 def verify() -> None:
     from pipelines.quantize_language import verify_language_directory
     from pipelines.verify import verify_directory
@@ -216,6 +225,7 @@ STAGE_COMMANDS: dict[str, Callable[[], None]] = {
     "prune": prune,
     "export": export,
     "quantize": quantize,
+    "bundle": bundle,
     "verify": verify,
     "benchmark": benchmark,
     "report": report,

@@ -270,6 +270,24 @@ class QuantizeConfig:
 
 
 @dataclass
+class BundleConfig:
+    web: bool = _flag(
+        False, "Add a page that runs the model in a browser to the bundle; npm fetches its libraries, 15 MB."
+    )
+    web_assets: str | None = _flag(
+        None, "A node_modules directory that has the page's libraries, instead of npm; adds the page."
+    )
+
+    @property
+    def page(self) -> bool:
+        return self.web or self.web_assets is not None
+
+    def describe(self) -> dict[str, Any]:
+        """What a bundle depends on: wherever the libraries come from, they are the same files."""
+        return {"page": self.page}
+
+
+@dataclass
 class LanguageQuantizeConfig:
     quantization: str = _flag(
         "auto",
@@ -312,7 +330,7 @@ class ReportConfig:
 
 
 # Where it was done and published, and a secret: never written anywhere.
-NOT_RECORDED = ("config", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
+NOT_RECORDED = ("config", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "web_assets")
 
 
 @dataclass

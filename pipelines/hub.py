@@ -265,7 +265,13 @@ def usage_section(report: dict[str, Any], repo_id: str, files: dict[str, Path]) 
     example = '"image.png"' if of_images else '"A text."'
     pair = '{"text": "A first text.", "text_pair": "A second text."}'
     function = "write" if writes else "classify"
-    in_python = f"{example}, max_new_tokens=40" if writes else example if of_images else f"{pair if is_pair else example}, truncation=True, max_length={limit}"
+    in_python = (
+        f"{example}, max_new_tokens=40"
+        if writes
+        else example
+        if of_images
+        else f"{pair if is_pair else example}, truncation=True, max_length={limit}"
+    )
     in_shell = '--pair "A first text." "A second text."' if is_pair else example
     dtype = "q8" if "onnx/model_quantized.onnx" in files else "fp32"
     browser = f"""

@@ -10,6 +10,7 @@
 from pathlib import Path
 
 from pipelines.config import (
+    BundleConfig,
     DataConfig,
     DistillConfig,
     PruneConfig,
@@ -34,15 +35,17 @@ def main() -> None:
         DistillConfig,
         PruneConfig,
         QuantizeConfig,
+        BundleConfig,
         ReportConfig,
     ]
     from pipelines.training import TrainingArguments
 
-    command, data, teacher, student, distill, prune, quantize, report, training = parse_config(
+    command, data, teacher, student, distill, prune, quantize, bundle, report, training = parse_config(
         [*kinds, TrainingArguments], DEMO
     )
 
     from pipelines.distill import distill_student
+    from pipelines.edge.bundle import build_bundle
     from pipelines.export import export_onnx
     from pipelines.hub import check_access, push_run
     from pipelines.prune import prune_and_recover
@@ -88,6 +91,9 @@ def main() -> None:
     run.stage("onnx", export_onnx, small)
     if quantize.quantization != "none":
         run.stage("quantized", quantize_onnx, "onnx", quantize=quantize)
+
+    # What a device or a browser needs, without torch: copy this directory and run infer.py in it.
+    run.stage("bundle", build_bundle, "onnx" if quantize.quantization == "none" else "quantized", bundle=bundle)
 
     # Only here is the test split read.
     report_run(run, "distill_bert", report, command.given)

@@ -1,0 +1,186 @@
+"""ONNX directory -> bundle: the model with all that answers need on a device or in a browser, and no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+import pipelines
+from pipelines.config import BundleConfig
+from pipelines.edge import infer
+from pipelines.edge.web import RUNTIME_LIBRARY, TOKENIZER_LIBRARY, add_page
+from pipelines.errors import InputError, VerificationError
+from pipelines.export import ONNX_FILE
+from pipelines.predict import predict_onnx
+from pipelines.run import Outcome, hash_file, read_record, shipped_files, write_json
+
+MANIFEST = "manifest.json"
+RUNTIME = Path(infer.__file__)
+VERIFIED_EXAMPLES = 32
+# The oldest ONNX Runtime that opens a file: 1.18 reads what the exporter writes, 1.23 has the Attention of opset 23 on the CPU.
+OLDEST_RUNTIMES = {21: "1.18.0", 23: "1.23.0"}
+# What the runtime was tried with, each on its oldest version.
+REQUIREMENTS = {"text": ["numpy>=1.26", "tokenizers>=0.20"], "image": ["numpy>=1.26", "pillow>=10"]}
+PACKAGES = {"text": ("numpy", "onnxruntime", "tokenizers"), "image": ("numpy", "onnxruntime", "pillow")}
+# Texts and image sizes (width, height) that a data set may lack and a user will not: beyond any length, without any letter, control
+# tokens spelt out; upright, lying, smaller than the model's input and odd.
+PROBE_TEXTS = ["word " * 2000, "", "[SEP] </s> <|endoftext|>", "naïve\u00a0🙂 東京\t123\u200b"]
+PROBE_SIZES = [(37, 53), (301, 200), (5, 64), (512, 512)]
+
+
+def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) -> Outcome:
+    """Copy the ONNX model in `source` and what it needs, and prove that the bundle answers as the pipeline does, to the last digit.
+
+    Raises InputError for a tokenizer that the runtime cannot run, VerificationError where inputs or logits differ.
+    """
+    for path in shipped_files(Path(source)):
+        shutil.copy2(path, directory / path.name)
+    shutil.copyfile(RUNTIME, directory / RUNTIME.name)
+    processor = task.load_processor(source)
+    labels = task.load_config(source).id2label
+    kind = "image" if task.name == "image-classification" else "text"
+    settings = image_settings(processor) if kind == "image" else text_settings(processor, task, source)
+    graph = onnx.load(directory / ONNX_FILE, load_external_data=False)
+    opset = next(domain.version for domain in graph.opset_import if domain.domain == "")
+    minimum = oldest_runtime(opset)
+    (directory / "requirements.txt").write_text("\n".join([*REQUIREMENTS[kind], f"onnxruntime>={minimum}"]) + "\n")
+    libraries = (RUNTIME_LIBRARY, TOKENIZER_LIBRARY) if kind == "text" else (RUNTIME_LIBRARY,)
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES[kind]}
+    page = add_page(directory, bundle, libraries)
+    manifest = {
+        "format": infer.FORMAT,
+        "task": task.name,
+        "model": ONNX_FILE,
+        "labels": [labels[index] for index in range(len(labels))],
+        "inputs": [value.name for value in graph.graph.input],
+        "max_length": task.config.max_length if kind == "text" else None,
+        kind: settings,
+        "opset": opset,
+        "minimum_onnxruntime": minimum,
+        "versions": {"pocketformers": pipelines.__version__, **installed, **page},
+    }
+    write_manifest(directory, manifest)
+    verification = verify_bundle(directory, task, processor)
+    details = {
+        "minimum_onnxruntime": minimum,
+        "page": page or "none: ask for it with --web true or --web_assets",
+        "verification": verification,
+    }
+    return Outcome("bundle", {}, (read_record(Path(source)) or {}).get("parameters"), details)
+
+
+def oldest_runtime(opset: int) -> str:
+    for newest_opset, version in OLDEST_RUNTIMES.items():
+        if opset <= newest_opset:
+            return version
+    return importlib.metadata.version("onnxruntime")
+
+
+def text_settings(tokenizer: Any, task: Any, source: str) -> dict[str, Any]:
+    """What of tokenization is not in tokenizer.json."""
+    if not (Path(source) / "tokenizer.json").is_file():
+        raise InputError(
+            f"expected a tokenizer.json in {source}, which the tokenizers library reads, found none: {type(tokenizer).__name__} has only "
+            "a slow tokenizer. Convert it to a fast one, or use a model that has one."
+        )
+    pair = "text_pair" in task.data.splits["validation"].column_names
+    return {"pair": pair, "truncation_side": tokenizer.truncation_side}
+
+
+def image_settings(processor: Any) -> dict[str, Any]:
+    """The steps of an image processor, in the order in which every one of transformers' takes them; None leaves a step out."""
+    size = {name: value for name, value in dict(processor.size).items() if value is not None}
+    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", None) else None
+    crop_share = getattr(processor, "crop_pct", None)
+    if crop_share is not None and "shortest_edge" in size:
+        # ConvNeXT's: up to 384 pixels a frame around the crop is resized along, from there on the whole is squeezed into a square.
+        edge = size["shortest_edge"]
+        square = {"height": edge, "width": edge}
+        size, crop = ({"shortest_edge": int(edge / crop_share)}, crop or square) if edge < 384 else (square, crop)
+    return {
+        "resize": size if processor.do_resize else None,
+        "resample": int(processor.resample),
+        "crop": {name: crop[name] for name in ("height", "width")} if crop is not None else None,
+        "rescale": processor.rescale_factor if processor.do_rescale else None,
+        "mean": list(processor.image_mean) if processor.do_normalize else None,
+        "std": list(processor.image_std) if processor.do_normalize else None,
+    }
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of the files in `directory`, with their checksums and its own."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    manifest["files"] = {
+        path.relative_to(directory).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size}
+        for path in paths
+        if path.name != MANIFEST
+    }
+    # As the runtime reads it: numbers and keys that JSON does not keep would change the checksum.
+    written = json.loads(json.dumps(manifest))
+    write_json(directory / MANIFEST, {**written, "checksum": infer.content_checksum(written)})
+
+
+# ---- Verification
+
+
+def verify_bundle(directory: Path, task: Any, processor: Any) -> dict[str, Any]:
+    """Compare the runtime's inputs and logits with the pipeline's on validation examples and probes; raises VerificationError."""
+    classifier = infer.Classifier(directory)
+    collate = task.collate(processor)
+    probes = 0
+    for name, example, expected in probe_inputs(task, processor):
+        found = classifier.prepare(example)
+        different = [key for key in found if not np.array_equal(found[key], expected[key])]
+        if different:
+            raise VerificationError(
+                f"expected the bundle's runtime to prepare {name} exactly as {type(processor).__name__} does, found that "
+                f"{', '.join(different)} differ. The runtime does not support this tokenizer or image processor; ship the ONNX directory "
+                "instead."
+            )
+        probes += 1
+    count = min(VERIFIED_EXAMPLES, len(task.data.splits["validation"]))
+    features = task.features(processor)["validation"].select(range(count))
+    expected_logits = predict_onnx(directory / ONNX_FILE, features, collate, name="verify bundle")
+    rows = task.data.splits["validation"].select(range(count))
+    found_logits = np.stack([classifier.logits(example_of(row)) for row in rows])
+    if not np.array_equal(found_logits, expected_logits):
+        raise VerificationError(
+            f"expected the bundle to answer {count} validation examples with the logits of {ONNX_FILE} to the last digit, found a "
+            f"difference of {np.abs(found_logits - expected_logits).max():.3g}. The bundle must not be used; report this model."
+        )
+    return {"examples": count, "probes": probes, "largest_difference": 0.0}
+
+
+def example_of(row: dict[str, Any]) -> infer.Example:
+    """A row of a data set as the runtime takes it."""
+    if "image" in row:
+        cell = row["image"]
+        return (BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"],)
+    return tuple(row[name] for name in ("text", "text_pair") if name in row)
+
+
+def probe_inputs(task: Any, processor: Any) -> Iterator[tuple[str, infer.Example, dict[str, Any]]]:
+    """Examples that a data set may lack: a name, the example, and the inputs that the pipeline makes of it."""
+    if task.name == "image-classification":
+        from PIL import Image
+
+        generator = np.random.default_rng(0)
+        for width, height in PROBE_SIZES:
+            file = BytesIO()
+            Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
+            batch = task.collate(processor)([{"image": {"bytes": file.getvalue(), "path": None}, "labels": 0}])
+            yield f"an image of {width} x {height} pixels", (file,), {"pixel_values": batch["pixel_values"].numpy()}
+        return
+    pair = "text_pair" in task.data.splits["validation"].column_names
+    for text in PROBE_TEXTS:
+        example = (text, "word " * 300) if pair else (text,)
+        tokens = processor(*example, truncation=True, max_length=task.config.max_length)
+        yield f"the text {text[:30]!r}", example, {name: np.array([value], np.int64) for name, value in tokens.items()}

@@ -1,0 +1,207 @@
+// Runs the model of a bundle in a browser: what infer.py does, with onnxruntime-web and @huggingface/tokenizers. The resampling is
+// Pillow's, to the bit, so that the model sees the pixels that it was trained on.
+
+// Opens the bundle at the URL `base`, whose web/ holds the libraries. Returns {manifest, prepare, session, runtime}; classify() answers with it.
+export async function openBundle(base) {
+    const read = async (name) => {
+        const response = await fetch(new URL(name, base));
+        if (!response.ok) throw new Error(`expected the bundle's ${name}, found: ${response.status} ${response.statusText}`);
+        return response;
+    };
+    const manifest = await (await read("manifest.json")).json();
+    const ort = await import("./ort.wasm.min.mjs");
+    ort.env.wasm.wasmPaths = new URL("web/", base).href;
+    // More threads need headers that a plain file server does not send.
+    ort.env.wasm.numThreads = 1;
+    ort.env.logLevel = "error";
+    const session = await ort.InferenceSession.create(await (await read(manifest.model)).arrayBuffer());
+    let prepare;
+    if (manifest.image) {
+        prepare = (image) => {
+            const {data, height, width} = imagePixels(image, manifest.image);
+            return {[manifest.inputs[0]]: new ort.Tensor("float32", data, [1, 3, height, width])};
+        };
+    } else {
+        const files = await Promise.all(["tokenizer.json", "tokenizer_config.json"].map(async (name) => (await read(name)).json()));
+        const {Tokenizer} = await import("./tokenizers.min.mjs");
+        const tokenizer = new Tokenizer(...files);
+        prepare = (texts) => {
+            const columns = textColumns(tokenizer, texts, manifest);
+            const tensor = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+            return Object.fromEntries(manifest.inputs.map((name) => [name, tensor(columns[name])]));
+        };
+    }
+    return {manifest, prepare, session, runtime: `ONNX Runtime ${ort.env.versions.web}`};
+}
+
+// The answer to one example, an array of one or two texts or an image {data, width, height}: logits and probabilities in the order
+// of the labels, and the milliseconds of preparing and running.
+export async function classify({manifest, prepare, session}, example) {
+    const start = performance.now();
+    const {logits} = await session.run(prepare(example));
+    const milliseconds = performance.now() - start;
+    return {labels: manifest.labels, logits: Array.from(logits.data), probabilities: softmax(logits.data), milliseconds};
+}
+
+export function softmax(logits) {
+    const largest = Math.max(...logits);
+    const weights = Array.from(logits, (logit) => Math.exp(logit - largest));
+    const total = weights.reduce((sum, weight) => sum + weight, 0);
+    return weights.map((weight) => weight / total);
+}
+
+// ---- Texts
+
+// Token ids, mask and types of one or two texts, cut to the model's length together with the special tokens around them.
+export function textColumns(tokenizer, texts, manifest) {
+    let [first, second = null] = texts.map((text) => tokenizer.encode_text(text));
+    const frame = finish(tokenizer, [], second && []).tokens.length;
+    const lengths = truncatedLengths(first.length, second?.length ?? 0, manifest.max_length - frame);
+    const left = manifest.text.truncation_side === "left";
+    const cut = (tokens, length) => (left ? tokens.slice(tokens.length - length) : tokens.slice(0, length));
+    const {tokens, token_type_ids: types} = finish(tokenizer, cut(first, lengths[0]), second && cut(second, lengths[1]));
+    const identify = (token) =>
+        tokenizer.added_tokens_map.get(token)?.id ?? tokenizer.token_to_id(token) ?? tokenizer.model.unk_token_id;
+    return {input_ids: tokens.map(identify), attention_mask: tokens.map(() => 1), token_type_ids: types ?? tokens.map(() => 0)};
+}
+
+function finish(tokenizer, first, second) {
+    return tokenizer.post_processor ? tokenizer.post_processor(first, second, true) : {tokens: [...first, ...(second ?? [])]};
+}
+
+// How many tokens of each text stay when `room` is left for both: the longer loses first, then both by turns.
+export function truncatedLengths(first, second, room) {
+    if (first + second <= room) return [first, second];
+    const shorter = Math.min(first, second, Math.floor(room / 2));
+    return first <= second ? [shorter, room - shorter] : [room - shorter, shorter];
+}
+
+// ---- Images
+
+// The pixels that a model sees, float32 (3, height, width), of an image {data: RGBA bytes, width, height}.
+export function imagePixels(image, settings) {
+    let {data, width, height} = withoutAlpha(image);
+    if (settings.resize) {
+        const size = resizedSize(width, height, settings.resize);
+        data = resample(data, width, height, ...size, settings.resample);
+        [width, height] = size;
+    }
+    if (settings.crop) {
+        data = centerCrop(data, width, height, settings.crop.width, settings.crop.height);
+        ({width, height} = settings.crop);
+    }
+    const {rescale, mean, std} = settings;
+    const planes = new Float32Array(3 * width * height);
+    for (let channel = 0; channel < 3; channel++) {
+        for (let index = 0; index < width * height; index++) {
+            let value = data[3 * index + channel];
+            if (rescale !== null) value = Math.fround(value * rescale);
+            // Each step in float32, as NumPy takes it.
+            if (mean) value = Math.fround(value - Math.fround(mean[channel])) / Math.fround(std[channel]);
+            planes[channel * width * height + index] = value;
+        }
+    }
+    return {data: planes, width, height};
+}
+
+function withoutAlpha({data, width, height}) {
+    const rgb = new Uint8Array(3 * width * height);
+    for (let from = 0, to = 0; to < rgb.length; from += 4) {
+        for (let channel = 0; channel < 3; channel++) rgb[to++] = data[from + channel];
+    }
+    return {data: rgb, width, height};
+}
+
+export function resizedSize(width, height, resize) {
+    const short = resize.shortest_edge;
+    if (short === undefined) return [resize.width, resize.height];
+    return width <= height ? [short, Math.trunc((short * height) / width)] : [Math.trunc((short * width) / height), short];
+}
+
+function centerCrop(data, columns, rows, width, height) {
+    // Black where the image is smaller; an uneven border is wider above and on the left.
+    const left = Math.floor((columns - width) / 2);
+    const top = Math.floor((rows - height) / 2);
+    const cropped = new Uint8Array(3 * width * height);
+    for (let y = Math.max(0, -top); y < Math.min(height, rows - top); y++) {
+        const [from, to] = [Math.max(0, -left), Math.min(width, columns - left)];
+        const line = 3 * ((y + top) * columns + left);
+        cropped.set(data.subarray(line + 3 * from, line + 3 * to), 3 * (y * width + from));
+    }
+    return cropped;
+}
+
+// Pillow's filters by its numbers: the reach in source pixels, and the weight at a distance.
+const sinc = (x) => (x === 0 ? 1 : Math.sin(x * Math.PI) / (x * Math.PI));
+const FILTERS = {
+    1: [3, (x) => (-3 <= x && x < 3 ? sinc(x) * sinc(x / 3) : 0)], // Lanczos
+    2: [1, (x) => Math.max(0, 1 - Math.abs(x))], // bilinear
+    3: [2, bicubic],
+    4: [0.5, (x) => (-0.5 < x && x <= 0.5 ? 1 : 0)], // box
+    5: [1, (x) => (Math.abs(x) >= 1 ? 0 : sinc(x) * (0.54 + 0.46 * Math.cos(x * Math.PI)))], // Hamming
+};
+
+function bicubic(distance) {
+    const [a, x] = [-0.5, Math.abs(distance)];
+    if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
+    return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
+}
+
+// RGB bytes in another size, as Pillow's Image.resize makes them: along the rows, then along the columns, each rounded to bytes.
+export function resample(data, width, height, newWidth, newHeight, filter) {
+    if (filter === 0) return nearest(data, width, height, newWidth, newHeight);
+    if (newWidth !== width) data = resampleAxis(data, newWidth, height, width, [3, 3 * width], [3, 3 * newWidth], filter);
+    if (newHeight !== height) data = resampleAxis(data, newHeight, newWidth, height, [3 * newWidth, 3], [3 * newWidth, 3], filter);
+    return data;
+}
+
+const BITS = 22; // weights are whole numbers of 2^-22, so that a sum of bytes fits in 32 bits
+
+// `source` and `target` are the steps to the next pixel along the axis and across it.
+function resampleAxis(data, newLength, lines, length, source, target, filter) {
+    const [reach, weigh] = FILTERS[filter];
+    const scale = length / newLength;
+    const stretch = Math.max(scale, 1); // a smaller image averages over more pixels
+    const result = new Uint8Array(3 * newLength * lines);
+    for (let index = 0; index < newLength; index++) {
+        const center = (index + 0.5) * scale;
+        const first = Math.max(0, Math.trunc(center - reach * stretch + 0.5));
+        const end = Math.min(length, Math.trunc(center + reach * stretch + 0.5));
+        const weights = [];
+        for (let x = first; x < end; x++) weights.push(weigh((x - center + 0.5) * (1 / stretch)));
+        const total = weights.reduce((sum, weight) => sum + weight, 0);
+        const whole = weights.map((weight) => {
+            const scaled = (total === 0 ? weight : weight / total) * 2 ** BITS;
+            return Math.trunc(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
+        });
+        for (let line = 0; line < lines; line++) {
+            for (let channel = 0; channel < 3; channel++) {
+                let sum = 2 ** (BITS - 1);
+                let from = first * source[0] + line * source[1] + channel;
+                for (const weight of whole) {
+                    sum += data[from] * weight;
+                    from += source[0];
+                }
+                result[index * target[0] + line * target[1] + channel] = Math.min(255, Math.max(0, sum >> BITS));
+            }
+        }
+    }
+    return result;
+}
+
+function nearest(data, width, height, newWidth, newHeight) {
+    // Added up step by step: rounding decides which neighbour is met halfway.
+    const positions = (length, newLength) => {
+        const found = [];
+        let position = (length / newLength) * 0.5;
+        for (let index = 0; index < newLength; index++, position += length / newLength) found.push(Math.trunc(position));
+        return found;
+    };
+    const columns = positions(width, newWidth);
+    const result = new Uint8Array(3 * newWidth * newHeight);
+    positions(height, newHeight).forEach((row, y) => columns.forEach((column, x) => {
+        const from = 3 * (row * width + column);
+        result.set(data.subarray(from, from + 3), 3 * (y * newWidth + x));
+    }));
+    return result;
+}

@@ -1,0 +1,79 @@
+"""The page of a bundle: the model in a browser, with its libraries beside it, so that nothing is fetched from elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+from pipelines.config import BundleConfig
+from pipelines.errors import InputError
+from pipelines.run import hash_file
+
+HERE = Path(__file__).parent
+# The npm packages of the page, each with the version and the licence, and the sha256 of each file that is taken from it.
+RUNTIME_LIBRARY = "onnxruntime-web"
+TOKENIZER_LIBRARY = "@huggingface/tokenizers"
+LIBRARIES = {
+    RUNTIME_LIBRARY: ("1.30.0", "MIT", {
+        "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
+        "ort-wasm-simd-threaded.mjs": "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
+        "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+    }),
+    TOKENIZER_LIBRARY: ("0.2.0", "Apache-2.0", {
+        "tokenizers.min.mjs": "258e46332101335ce8d95aed7745b19ac3b46d37f3e159a89cf894c2ea9b1d3a",
+    }),
+}  # fmt: skip
+
+
+def add_page(directory: Path, bundle: BundleConfig, libraries: tuple[str, ...]) -> dict[str, str]:
+    """Write index.html and web/ into the bundle `directory`; return the versions of the libraries, {} where no page was asked for."""
+    if not bundle.page:
+        return {}
+    web = directory / "web"
+    web.mkdir()
+    shutil.copyfile(HERE / "index.html", directory / "index.html")
+    shutil.copyfile(HERE / "model.mjs", web / "model.mjs")
+    with tempfile.TemporaryDirectory() as scratch:
+        for library in libraries:
+            package = Path(bundle.web_assets) / library if bundle.web_assets else fetch(library, Path(scratch))
+            copy_library(library, package / "dist", web)
+    lines = [
+        f"{name} {LIBRARIES[name][0]}: {LIBRARIES[name][1]}, https://www.npmjs.com/package/{name}" for name in libraries
+    ]
+    (web / "LICENSES.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {name: LIBRARIES[name][0] for name in libraries}
+
+
+def fetch(library: str, scratch: Path) -> Path:
+    """The npm package, unpacked below `scratch`; nothing of it is run."""
+    version = LIBRARIES[library][0]
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    try:
+        command = ["npm", "pack", "--silent", f"{library}@{version}"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+            archive.extractall(folder, filter="data")
+    except (OSError, subprocess.CalledProcessError) as error:
+        found = error.stderr.strip()[-300:] if isinstance(error, subprocess.CalledProcessError) else error
+        raise InputError(
+            f"expected npm to fetch {library}@{version} for the page, found: {found}. Install npm, or name a node_modules that has it "
+            "with --web_assets, or leave the page out with --web false."
+        ) from error
+    return folder / "package"
+
+
+def copy_library(library: str, source: Path, web: Path) -> None:
+    """Copy the files of a library; raises InputError for one that is missing or not that of the version that the page was tried with."""
+    version, _, files = LIBRARIES[library]
+    for name, checksum in files.items():
+        path = source / name
+        if not path.is_file() or hash_file(path) != checksum:
+            found = "another version of it" if path.is_file() else "no such file"
+            raise InputError(
+                f"expected {name} of {library} {version} at {path}, found {found}. Run npm install {library}@{version}, and name that "
+                "node_modules with --web_assets."
+            )
+        shutil.copyfile(path, web / name)

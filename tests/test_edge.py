@@ -1,0 +1,358 @@
+"""The bundle: infer.py alone, in a process that may import nothing but its four packages, answers as the pipeline does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from conftest import make_image_processor, make_texts, tiny_model
+from pipelines.config import BundleConfig, DataConfig, QuantizeConfig
+from pipelines.edge import infer
+from pipelines.edge.bundle import build_bundle, image_settings, oldest_runtime, write_manifest
+from pipelines.errors import InputError, VerificationError
+from pipelines.export import export_onnx
+from pipelines.images import read_image
+from pipelines.predict import predict_onnx
+from pipelines.quantize import quantize_onnx
+from pipelines.run import read_record
+from pipelines.tasks import TextClassification
+
+# Runs infer.py as a person would, but for an import of anything that a minimal environment does not have.
+ONLY_FOUR_PACKAGES = """
+import runpy, sys
+allowed = {"numpy", "onnxruntime", "tokenizers", "PIL", *sys.stdlib_module_names}
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in allowed and not top.startswith("__"):
+            raise ModuleNotFoundError(f"{name} is not in a minimal environment", name=name)
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+sys.path[0] = ""
+runpy.run_path(sys.argv[0], run_name="__main__")
+assert not {"torch", "transformers", "pipelines", "onnx"} & sys.modules.keys()
+"""
+
+
+def start(bundle: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", ONLY_FOUR_PACKAGES, str(bundle / "infer.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, **options)
+
+
+def answers(bundle: Path, *arguments: str, **options: Any) -> list[dict[str, Any]]:
+    done = start(bundle, *arguments, "--json", **options)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def refused(bundle: Path, *arguments: str, **options: Any) -> tuple[int, str]:
+    """The exit status, and the one line of the error."""
+    done = start(bundle, *arguments, **options)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == ""
+    return done.returncode, done.stderr.strip().splitlines()[-1]
+
+
+def make(source: Path, directory: Path, task: Any) -> Path:
+    directory.mkdir()
+    build_bundle(str(source), directory, task, BundleConfig())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_onnx(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any) -> Path:
+    directory = tmp_path_factory.mktemp("text")
+    for name in ("onnx", "quantized"):
+        (directory / name).mkdir()
+    export_onnx(str(teacher), directory / "onnx", task)
+    quantize_onnx(str(directory / "onnx"), directory / "quantized", task, QuantizeConfig(max_quality_drop=1.0))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_bundle(text_onnx: Path, task: Any) -> Path:
+    return make(text_onnx / "quantized", text_onnx / "bundle", task)
+
+
+@pytest.fixture(scope="session")
+def image_onnx(tmp_path_factory: pytest.TempPathFactory, image_task: Any) -> Path:
+    directory = tmp_path_factory.mktemp("image")
+    model = tiny_model("vit", image_size=8)
+    model.save_pretrained(directory / "model")
+    make_image_processor().save_pretrained(directory / "model")
+    (directory / "onnx").mkdir()
+    export_onnx(str(directory / "model"), directory / "onnx", image_task)
+    return directory / "onnx"
+
+
+@pytest.fixture(scope="session")
+def image_bundle(image_onnx: Path, image_task: Any) -> Path:
+    return make(image_onnx, image_onnx.parent / "bundle", image_task)
+
+
+def test_the_same_logits_to_the_last_digit_without_torch(text_bundle, task, tokenizer):
+    features = task.features(tokenizer)["test"]
+    expected = predict_onnx(text_bundle / "model.onnx", features, task.collate(tokenizer))
+    (text_bundle.parent / "lines.txt").write_text("\n".join(task.test_texts()), encoding="utf-8")
+    found = answers(text_bundle, "--file", str(text_bundle.parent / "lines.txt"))
+    assert len(found) == len(features) == 48
+    np.testing.assert_array_equal(np.array([answer["logits"] for answer in found], np.float32), expected)
+    assert [answer["label"] for answer in found] == [task.label_names[index] for index in expected.argmax(axis=1)]
+    softmax = torch.softmax(torch.from_numpy(expected), dim=1).numpy()
+    np.testing.assert_allclose([list(answer["probabilities"].values()) for answer in found], softmax, atol=1e-6)
+    assert len({answer["label"] for answer in found}) > 1
+
+
+def test_long_odd_and_empty_texts_are_tokenized_as_transformers_does(text_bundle, tokenizer):
+    prepare = infer.Classifier(text_bundle).prepare
+    texts = ["goal " * 500, "", "[SEP] goal [MASK]", "NAÏVE 東京 🙂\u200b\t\r x", "a" * 300]
+    for text in texts:
+        expected = tokenizer(text, truncation=True, max_length=32)
+        found = prepare((text,))
+        assert {name: value[0].tolist() for name, value in found.items()} == dict(expected)
+    assert found["input_ids"].shape[1] < 32 == prepare((texts[0],))["input_ids"].shape[1]
+
+
+def test_pairs(tmp_path, text_onnx):
+    texts = make_texts(120)
+    rows = [f'"{text}","{texts[(7 * i) % 120][0]}",{label}\n' for i, (text, label) in enumerate(texts)]
+    (tmp_path / "pairs.csv").write_text("text,other,label\n" + "".join(rows), encoding="utf-8")
+    data = DataConfig(dataset=str(tmp_path / "pairs.csv"), text_pair_column="other", max_length=16)
+    task = TextClassification(data)
+    bundle = make(text_onnx / "quantized", tmp_path / "bundle", task)
+    tokenizer = task.load_processor(str(bundle))
+    test = task.data.splits["test"]
+    features = task.features(tokenizer)["test"]
+    # Both halves are cut, and the second is told from the first.
+    assert max(features["length"]) == 16
+    assert any(1 in row for row in features["token_type_ids"])
+    expected = predict_onnx(bundle / "model.onnx", features, task.collate(tokenizer))
+    (tmp_path / "lines.txt").write_text(
+        "".join(f"{a}\t{b}\n" for a, b in zip(test["text"], test["text_pair"], strict=True))
+    )
+    found = answers(bundle, "--pair", "--file", str(tmp_path / "lines.txt"))
+    np.testing.assert_array_equal(np.array([answer["logits"] for answer in found], np.float32), expected)
+    by_arguments = answers(bundle, "--pair", test["text"][0], test["text_pair"][0])
+    assert by_arguments == found[:1]
+
+    assert refused(bundle, "a goal")[0] == 2
+    assert refused(bundle, "--pair", "a", "b", "c")[0] == 2
+    status = start(bundle, "--pair", "--stdin", input="a\tb\nno tab\n")
+    assert status.returncode == 1
+    assert "line 2 of standard input" in status.stderr
+    assert len(status.stdout.splitlines()) == 1
+
+
+def test_a_stream_is_answered_line_by_line(text_bundle):
+    command = [sys.executable, str(text_bundle / "infer.py"), "--stdin"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for text in ("a goal", "", "the bank"):
+            process.stdin.write(text + "\n")
+            # Blocks for ever where the answer waits for more input, or in a buffer.
+            label, probability, given = process.stdout.readline().rstrip("\n").split("\t")
+            assert label in ("sport", "tech", "trade")
+            assert 1 / 3 < float(probability) <= 1
+            assert given == text
+        process.stdin.close()
+    assert process.returncode == 0
+
+
+def test_images_to_the_last_digit(image_bundle, image_task, image_folder):
+    paths = sorted(image_folder.rglob("*.png"))
+    processor = image_task.load_processor(str(image_bundle))
+    session = onnxruntime.InferenceSession(image_bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    for answer, path in zip(answers(image_bundle, *map(str, paths[:20])), paths, strict=False):
+        pixels = processor([read_image({"path": str(path)})], return_tensors="np")["pixel_values"]
+        expected = session.run(["logits"], {"pixel_values": pixels})[0][0]
+        np.testing.assert_array_equal(np.array(answer["logits"], np.float32), expected)
+        assert answer["input"] == str(path)
+
+
+def image_files() -> list[BytesIO]:
+    """Upright, lying, tiny, odd; grey, 16-bit, with a palette, transparent, turned by its orientation tag."""
+    generator = np.random.default_rng(0)
+    images = [
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
+        for height, width in [(53, 37), (37, 53), (3, 90), (7, 7), (256, 256), (431, 299)]
+    ]
+    images += [images[0].convert(mode) for mode in ("L", "1", "P", "RGBA", "CMYK", "LA")]
+    images.append(Image.fromarray(generator.integers(0, 65536, (40, 31), np.uint16)))
+    files = []
+    for image in images:
+        files.append(BytesIO())
+        image.save(files[-1], "TIFF" if image.mode == "CMYK" else "PNG")
+    turned = images[0].getexif()
+    turned[274] = 6
+    files.append(BytesIO())
+    images[0].save(files[-1], "JPEG", exif=turned)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("processor", "settings"),
+    [
+        ("ViTImageProcessorPil", {"size": {"height": 32, "width": 24}, "image_mean": [0.485, 0.456, 0.406]}),
+        ("ViTImageProcessorPil", {"resample": 3, "do_normalize": False}),
+        ("ViTImageProcessorPil", {"do_rescale": False, "resample": 1, "size": {"height": 9, "width": 300}}),
+        ("ViTImageProcessorPil", {"do_resize": False}),
+        ("DeiTImageProcessorPil", {}),
+        ("DeiTImageProcessorPil", {"crop_size": {"height": 301, "width": 270}, "resample": 0}),
+        ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 224}}),
+        ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 77}, "crop_pct": 0.9, "resample": 4}),
+        ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 384}, "resample": 5}),
+        ("BitImageProcessorPil", {}),
+        ("MobileNetV2ImageProcessorPil", {}),
+    ],
+)
+def test_pixels_are_those_of_transformers_bit_by_bit(processor, settings):
+    import transformers
+
+    reference = getattr(transformers, processor)(**settings)
+    for number, file in enumerate(image_files()):
+        expected = reference([read_image({"bytes": file.getvalue()})], return_tensors="np")["pixel_values"][0]
+        found = infer.image_pixels(infer.read_image(file), image_settings(reference))
+        assert found.dtype == expected.dtype == np.float32 or not (reference.do_rescale or reference.do_normalize)
+        np.testing.assert_array_equal(found, expected, err_msg=f"image {number}")
+
+
+def test_a_processor_that_the_runtime_does_not_follow_is_refused(image_onnx, image_task, tmp_path):
+    source = tmp_path / "onnx"
+    shutil.copytree(image_onnx, source)
+    settings = json.loads((source / "preprocessor_config.json").read_text())
+    # EfficientNet's normalizes twice.
+    settings |= {"image_processor_type": "EfficientNetImageProcessor", "include_top": True}
+    (source / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        VerificationError, match="an image of 37 x 53 pixels exactly as EfficientNet.* pixel_values differ"
+    ):
+        make(source, tmp_path / "bundle", image_task)
+
+
+def test_a_slow_tokenizer_is_refused(text_onnx, task, tmp_path):
+    source = tmp_path / "onnx"
+    shutil.copytree(text_onnx / "onnx", source)
+    processor = task.load_processor(str(source))
+    (source / "tokenizer.json").unlink()
+    task_of_it = type(
+        "Task", (), {"load_processor": lambda *_: processor, "load_config": task.load_config, "name": task.name}
+    )
+    with pytest.raises(InputError, match="has only a slow tokenizer"):
+        make(source, tmp_path / "bundle", task_of_it())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "found"),
+    [
+        ("model.onnx", "flip", "changed or cut"),
+        ("model.onnx", "cut", "changed or cut"),
+        ("tokenizer.json", "flip", "changed or cut"),
+        ("config.json", "remove", "no such file"),
+        ("manifest.json", "remove", "no such file"),
+        ("manifest.json", "cut", "JSONDecodeError"),
+        ("manifest.json", "relabel", "it was changed"),
+        ("manifest.json", "newer", "format 1 in .*, found 2"),
+    ],
+)  # fmt: skip
+def test_damage_is_refused_by_name(text_bundle, tmp_path, name, change, found):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(text_bundle, bundle)
+    path = bundle / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    changes = {
+        "flip": lambda: content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "cut": lambda: content[:middle],
+        "relabel": lambda: content.replace(b'"sport"', b'"tennis"', 1),
+        "newer": lambda: content.replace(b'"format": 1', b'"format": 2'),
+    }
+    if change == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(changes[change]())
+        assert path.read_bytes() != content
+    status, error = refused(bundle, "a goal")
+    assert status == 1
+    assert str(path) in error
+    assert re.search(found, error)
+
+
+def test_the_page_may_be_left_on_the_computer(text_bundle, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(text_bundle, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "web").mkdir()
+    for name in ("index.html", "web/library.mjs"):
+        (bundle / name).write_text("for a browser")
+    write_manifest(bundle, manifest)
+    (bundle / "web" / "library.mjs").unlink()
+    assert answers(bundle, "a goal")
+
+
+def test_errors_are_one_line(text_bundle, image_bundle, tmp_path):
+    status, error = refused(text_bundle, "a goal", "--provider", "CUDA")
+    assert status == 1
+    assert "CPU" in error
+    assert "--provider CUDA" in error
+    assert refused(text_bundle, "--file", str(tmp_path / "none.txt"))[0] == 1
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe caf\xe9")
+    assert "UTF-8" in refused(text_bundle, "--file", str(tmp_path / "latin.txt"))[1]
+    (tmp_path / "no.png").write_text("not an image")
+    for file in ("none.png", "no.png"):
+        status, error = refused(image_bundle, str(tmp_path / file))
+        assert status == 1
+        assert file in error
+    for flags in (
+        [],
+        ["a", "--stdin"],
+        ["a", "--threads", "0"],
+        ["--pair", "a", "b"],
+        ["--nosuchflag"],
+        ["--thr", "1"],
+    ):
+        assert refused(text_bundle, *flags)[0] == 2, flags
+    assert refused(image_bundle, "--pair", "a", "b")[0] == 2
+
+
+def test_the_benchmark_and_a_provider_by_name(text_bundle, image_bundle):
+    for bundle in (text_bundle, image_bundle):
+        done = start(bundle, "--benchmark", "--json", "--threads", "1", "--provider", "cpuexecutionprovider")
+        assert done.returncode == 0, done.stderr
+        measured = json.loads(done.stdout)
+        assert measured["threads"] == 1
+        assert measured["provider"] == "CPUExecutionProvider"
+        assert 0 < measured["preparing_p50_ms"] < measured["p50_ms"] <= measured["p95_ms"]
+
+
+def test_the_record_and_the_manifest_say_what_is_there(text_bundle):
+    manifest = json.loads((text_bundle / "manifest.json").read_text())
+    there = {path.name for path in text_bundle.iterdir()} - {"manifest.json"}
+    assert manifest["files"].keys() == there >= {"model.onnx", "tokenizer.json", "infer.py", "requirements.txt"}
+    assert manifest["labels"] == ["sport", "tech", "trade"]
+    assert manifest["max_length"] == 32
+    assert manifest["inputs"] == ["input_ids", "token_type_ids", "attention_mask"]
+    assert (manifest["opset"], manifest["minimum_onnxruntime"]) == (23, "1.23.0")
+    assert "onnxruntime>=1.23.0" in (text_bundle / "requirements.txt").read_text().splitlines()
+    assert oldest_runtime(18) == "1.18.0"
+    assert read_record(text_bundle) is None  # the run writes it
+
+
+def test_an_older_onnxruntime_is_refused_with_the_version_it_takes(text_bundle):
+    with pytest.raises(infer.BundleError, match="expected onnxruntime 99.1 or newer"):
+        infer.open_session(text_bundle / "model.onnx", "99.1", 1, "CPU")
+    assert infer.version_key("1.23.0") < infer.version_key("1.23.1+cu") < infer.version_key("1.101.0.dev2")
