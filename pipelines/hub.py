@@ -229,7 +229,9 @@ def explain(error: BaseException, repo_id: str, again: str) -> str:
         chain.append(cause)
     answered = next((part for part in chain if isinstance(part, HfHubHTTPError)), None)
     status = answered.response.status_code if answered is not None else None
-    told = " ".join(str(answered.server_message or answered if answered is not None else chain[-1]).split())[:500]
+    told = " ".join(str(answered.server_message or answered if answered is not None else chain[-1]).split())[
+        :500
+    ].rstrip(".")
     host = constants.ENDPOINT
     if status == 401:
         return (

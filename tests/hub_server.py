@@ -10,6 +10,8 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,7 +42,7 @@ class HubServer(ThreadingHTTPServer):
         self.writing = threading.Lock()
         self.requests: list[tuple[str, str, Any]] = []  # method, path and the JSON that was sent, if it was
         self.uploads: list[str] = []  # the sha256 of every file that arrived
-        self.unknown: list[str] = []  # requests that this server does not know: a test's own check that it is complete
+        self.unknown: list[str] = []  # requests that this server cannot answer: a test's own check that it is complete
         self.drop_uploads = 0  # how many of the next uploads to cut off in the middle
         self.dropping = threading.Event()
         self.statuses: dict[str, int] = {}  # what to answer to every path that ends so
@@ -49,6 +51,11 @@ class HubServer(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):  # a client that was killed
+            self.unknown.append(repr(error))
 
     def repository(self, name: str) -> dict[str, Any] | None:
         path = self._path(name)
@@ -105,13 +112,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "PUT" and path.startswith("/upload/"):
             return self.upload(path.removeprefix("/upload/"))
         body = b"".join(self.body())
-        sent = json.loads(body) if body and self.headers.get("Content-Type") == "application/json" else None
+        kind = self.headers.get("Content-Type", "")  # LFS has a JSON of its own
+        sent = json.loads(body) if kind.endswith("json") and not kind.endswith("ndjson") else None
         self.server.requests.append((self.command, path, sent))
         for ending, status in self.server.statuses.items():
             if path.endswith(ending):
                 return self.refuse(status, "the server was told to fail")
         routes: dict[str, Any] = {
             r"GET /api/whoami-v2": self.whoami,
+            r"GET /api/agent-harnesses": lambda: self.refuse(404, "none", "EntryNotFound"),
             r"POST /api/repos/create": self.create,
             r"POST /api/validate-yaml": self.validate,
             r"GET /api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?": self.info,
@@ -298,7 +307,7 @@ class Handler(BaseHTTPRequestHandler):
             next(parts)
             self.server.dropping.set()
             self.close_connection = True
-            return self.connection.close()
+            return self.connection.shutdown(socket.SHUT_RDWR)
         content = b"".join(parts)
         if hashlib.sha256(content).hexdigest() != oid:
             return self.refuse(400, "the content is not of this sha256")
@@ -346,9 +355,13 @@ class Handler(BaseHTTPRequestHandler):
         content = self.server.content(file)
         if "lfs" in file:
             large = {"X-Linked-Etag": f'"{file["lfs"]}"', "X-Linked-Size": str(len(content))}
-            return self.send(b"", 302, {**headers, **large, "Location": f"{self.server.address}/cdn/{file['lfs']}"})
+            # Large files lie on another host, where the client neither asks for a file's description nor sends its token.
+            host = f"http://localhost:{self.server.server_address[1]}"
+            return self.send(b"", 302, {**headers, **large, "Location": f"{host}/cdn/{file['lfs']}"})
         return self.send(content, 200, {**headers, "ETag": f'"{git_hash(content)}"'})
 
     def download(self, oid: str) -> None:
+        if self.token:
+            self.server.unknown.append("a token that was sent to another host")
         content = (self.server.directory / "lfs" / oid).read_bytes()
         self.send(content, 200, {"ETag": f'"{oid}"'})
