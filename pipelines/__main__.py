@@ -38,6 +38,7 @@ from pipelines.config import (
     parse_config,
     peek,
     run_main,
+    training_arguments,
 )
 from pipelines.errors import InputError
 
@@ -112,20 +113,21 @@ def stage(
 
 
 def fine_tune() -> None:
-    from pipelines.training import TrainingArguments, fine_tune
+    _, *data, teacher, training = parse("fine-tune", *TASK, TeacherConfig, training_arguments)
 
-    _, *data, teacher, training = parse("fine-tune", *TASK, TeacherConfig, TrainingArguments)
+    from pipelines.training import fine_tune
+
     stage(
         training.output_dir, task_of(*data), training.seed, fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training
     )  # fmt: skip
 
 
 def distill() -> None:
-    from pipelines.distill import distill_student
-    from pipelines.training import TrainingArguments
-
-    kinds = (*TASK, TeacherConfig, StudentConfig, DistillConfig, TrainingArguments)
+    kinds = (*TASK, TeacherConfig, StudentConfig, DistillConfig, training_arguments)
     _, *data, teacher, student, distill, training = parse("distill", *kinds)
+
+    from pipelines.distill import distill_student
+
     stage(
         training.output_dir, task_of(*data), training.seed, distill_student, teacher.teacher_model, distributed=True,
         student=student, distill=distill, training=training,
@@ -133,11 +135,11 @@ def distill() -> None:
 
 
 def prune() -> None:
-    from pipelines.prune import prune_and_recover
-    from pipelines.training import TrainingArguments
-
-    kinds = (ModelConfig, *TASK, TeacherConfig, PruneConfig, DistillConfig, TrainingArguments)
+    kinds = (ModelConfig, *TASK, TeacherConfig, PruneConfig, DistillConfig, training_arguments)
     _, model, *data, teacher, prune, distill, training = parse("prune", *kinds)
+
+    from pipelines.prune import prune_and_recover
+
     stage(
         training.output_dir, task_of(*data), training.seed, prune_and_recover, model.source, distributed=True,
         teacher=Path(teacher.teacher_model), prune=prune, distill=distill, training=training,
@@ -145,37 +147,41 @@ def prune() -> None:
 
 
 def export() -> None:
+    _, model, *data, output = parse("export", ModelConfig, *TASK, OutputConfig)
+
     from pipelines.export import export_onnx
     from pipelines.export_language import export_language_model
 
-    _, model, *data, output = parse("export", ModelConfig, *TASK, OutputConfig)
     task = task_of(*data)
     function = export_language_model if task.causal else export_onnx
     stage(output.output_dir, task, output.seed, function, model.source)
 
 
 def quantize() -> None:
+    _, model, *data, quantize, output = parse("quantize", ModelConfig, *TASK, quantize_kind(), OutputConfig)
+
     from pipelines.quantize import quantize_onnx
     from pipelines.quantize_language import quantize_language_model
 
-    _, model, *data, quantize, output = parse("quantize", ModelConfig, *TASK, quantize_kind(), OutputConfig)
     task = task_of(*data)
     function = quantize_language_model if task.causal else quantize_onnx
     stage(output.output_dir, task, output.seed, function, model.source, quantize=quantize)
 
 
 def bundle() -> None:
+    _, model, *data, bundle, output = parse("bundle", ModelConfig, *TASK, BundleConfig, OutputConfig)
+
     from pipelines.edge.bundle import build_bundle
 
-    _, model, *data, bundle, output = parse("bundle", ModelConfig, *TASK, BundleConfig, OutputConfig)
     stage(output.output_dir, task_of(*data), output.seed, build_bundle, model.source, bundle=bundle)
 
 
 def verify() -> None:
+    _, model, reference, *data, quantize = parse("verify", ModelConfig, ReferenceConfig, *TASK, quantize_kind())
+
     from pipelines.quantize_language import verify_language_directory
     from pipelines.verify import verify_directory
 
-    _, model, reference, *data, quantize = parse("verify", ModelConfig, ReferenceConfig, *TASK, quantize_kind())
     if reference.reference is None:
         raise InputError("expected the directory the model was made from, found none. Pass --reference.")
     task = task_of(*data)
@@ -184,19 +190,21 @@ def verify() -> None:
 
 
 def benchmark() -> None:
+    _, models, *data, report = parse("benchmark", ModelsConfig, *TASK, ReportConfig)
+
     from pipelines.results import benchmark_directories
 
-    _, models, *data, report = parse("benchmark", ModelsConfig, *TASK, ReportConfig)
     if not models.models:
         raise InputError("expected the directories to time, found none. Pass --models with one or more.")
     print(benchmark_directories([Path(model) for model in models.models], task_of(*data), report))
 
 
 def report() -> None:
+    run_config, *data, settings, output = parse("report", *TASK, ReportConfig, OutputConfig)
+
     from pipelines.results import STAGES, report_run
     from pipelines.run import Run, read_record
 
-    run_config, *data, settings, output = parse("report", *TASK, ReportConfig, OutputConfig)
     if output.output_dir is None or not Path(output.output_dir).is_dir():
         raise InputError(f"expected the directory of a run, found {output.output_dir!r}. Pass --output_dir.")
     run = Run(output.output_dir, task_of(*data), output.seed)
@@ -205,10 +213,11 @@ def report() -> None:
 
 
 def push() -> None:
+    _, settings = parse("push", PushConfig)
+
     from pipelines.hub import push
     from pipelines.run import MARKER, lock
 
-    _, settings = parse("push", PushConfig)
     if settings.output_dir is None or not Path(settings.output_dir).is_dir():
         raise InputError(f"expected the directory of a run, found {settings.output_dir!r}. Pass --output_dir.")
     directory = Path(settings.output_dir)
@@ -233,7 +242,7 @@ STAGE_COMMANDS: dict[str, Callable[[], None]] = {
 }
 
 
-def parse(name: str, *kinds: type) -> list[Any]:
+def parse(name: str, *kinds: Any) -> list[Any]:
     parsed = parse_config([RunConfig, *kinds], argv=sys.argv[2:], program=f"python -m pipelines {name}")
     if any(getattr(settings, "push_to_hub", False) for settings in parsed):
         raise InputError(

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pipelines.errors import InputError, VerificationError
+from pipelines.help import print_help, training_flags
 
 
 def _flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -340,17 +341,22 @@ class RunConfig:
     given: dict[str, Any] = field(default_factory=dict, init=False)
 
 
+def training_arguments() -> type:
+    """The class of the training settings. Named by this function, it is imported, and torch with it, only when flags are parsed."""
+    from pipelines.training import TrainingArguments
+
+    return TrainingArguments
+
+
 def parse_config(
     kinds: list[Any], default_config: Path | None = None, argv: list[str] | None = None, program: str | None = None
 ) -> list[Any]:
-    """Read one object of each dataclass in `kinds` from `--config` (else `default_config`), then from the flags.
+    """Read one object of each dataclass in `kinds` (or training_arguments) from `--config` (else `default_config`), then from the flags.
 
     The YAML file is turned into flags that stand before those of the command line, so both are parsed, and refused, by the
     same code. Raises InputError for a file that is missing or malformed, an unknown key or a bad value; a bad flag exits
     with status 2 as argparse does.
     """
-    from transformers import HfArgumentParser
-
     argv = _without_bare_debug(sys.argv[1:] if argv is None else argv)
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")
@@ -359,8 +365,15 @@ def parse_config(
 
     epilog = "--debug without a value shows the traceback of an error in the input."
     usage = "%(prog)s [--config FILE.yaml] [--flag value …]; --help lists every flag"
-    parser = HfArgumentParser(kinds, allow_abbrev=False, prog=program, usage=usage, epilog=epilog)
-    from_file = _read_yaml(path, parser) if path is not None and not {"-h", "--help"} & set(argv) else []
+    texts: dict[str, Any] = {"allow_abbrev": False, "prog": program, "usage": usage, "epilog": epilog}
+    if {"-h", "--help"} & set(argv):
+        print_help([training_flags() if kind is training_arguments else kind for kind in kinds], **texts)
+        sys.exit(0)
+
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser([kind() if kind is training_arguments else kind for kind in kinds], **texts)
+    from_file = _read_yaml(path, parser) if path is not None else []
     try:
         parsed = list(parser.parse_args_into_dataclasses(from_file + argv))
     except ValueError as error:

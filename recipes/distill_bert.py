@@ -21,6 +21,7 @@ from pipelines.config import (
     TeacherConfig,
     parse_config,
     run_main,
+    training_arguments,
 )
 
 DEMO = Path(__file__).parent / "configs" / "bert_bbc_news.yaml"
@@ -37,12 +38,9 @@ def main() -> None:
         QuantizeConfig,
         BundleConfig,
         ReportConfig,
+        training_arguments,
     ]
-    from pipelines.training import TrainingArguments
-
-    command, data, teacher, student, distill, prune, quantize, bundle, report, training = parse_config(
-        [*kinds, TrainingArguments], DEMO
-    )
+    command, data, teacher, student, distill, prune, quantize, bundle, report, training = parse_config(kinds, DEMO)
 
     from pipelines.distill import distill_student
     from pipelines.edge.bundle import build_bundle

@@ -23,6 +23,7 @@ from pipelines.config import (
     TeacherConfig,
     parse_config,
     run_main,
+    training_arguments,
 )
 
 DEMO = Path(__file__).parent / "configs" / "gpt2_bbc_news.yaml"
@@ -39,12 +40,9 @@ def main() -> None:
         PruneConfig,
         LanguageQuantizeConfig,
         ReportConfig,
+        training_arguments,
     ]
-    from pipelines.training import TrainingArguments
-
-    command, data, language, teacher, student, distill, prune, quantize, report, training = parse_config(
-        [*kinds, TrainingArguments], DEMO
-    )
+    command, data, language, teacher, student, distill, prune, quantize, report, training = parse_config(kinds, DEMO)
 
     from pipelines.distill import distill_student
     from pipelines.export_language import export_language_model

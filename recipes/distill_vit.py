@@ -22,6 +22,7 @@ from pipelines.config import (
     TeacherConfig,
     parse_config,
     run_main,
+    training_arguments,
 )
 
 DEMO = Path(__file__).parent / "configs" / "vit_digits.yaml"
@@ -39,11 +40,10 @@ def main() -> None:
         QuantizeConfig,
         BundleConfig,
         ReportConfig,
+        training_arguments,
     ]
-    from pipelines.training import TrainingArguments
-
     command, data, augmentation, teacher, student, distill, prune, quantize, bundle, report, training = parse_config(
-        [*kinds, TrainingArguments], DEMO
+        kinds, DEMO
     )
 
     from pipelines.distill import distill_student
