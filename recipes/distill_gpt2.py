@@ -12,6 +12,7 @@ For text classification see distill_bert.py.
 from pathlib import Path
 
 from pipelines.config import (
+    BundleConfig,
     DataConfig,
     DistillConfig,
     LanguageConfig,
@@ -38,15 +39,17 @@ def main() -> None:
         DistillConfig,
         PruneConfig,
         LanguageQuantizeConfig,
+        BundleConfig,
         ReportConfig,
     ]
     from pipelines.training import TrainingArguments
 
-    command, data, language, teacher, student, distill, prune, quantize, report, training = parse_config(
+    command, data, language, teacher, student, distill, prune, quantize, bundle, report, training = parse_config(
         [*kinds, TrainingArguments], DEMO
     )
 
     from pipelines.distill import distill_student
+    from pipelines.edge.bundle import build_bundle
     from pipelines.export_language import export_language_model
     from pipelines.language import LanguageModeling
     from pipelines.prune import can_be_pruned, prune_and_recover
@@ -90,6 +93,9 @@ def main() -> None:
     run.stage("onnx", export_language_model, small)
     if quantize.quantization != "none":
         run.stage("quantized", quantize_language_model, "onnx", quantize=quantize)
+
+    # What a device or a browser needs, without torch: copy this directory and run infer.py in it.
+    run.stage("bundle", build_bundle, "onnx" if quantize.quantization == "none" else "quantized", bundle=bundle)
 
     # Only here is the test split read.
     report_run(run, "distill_gpt2", report, command.given)
