@@ -12,6 +12,7 @@ For text classification see distill_bert.py.
 from pathlib import Path
 
 from pipelines.config import (
+    BundleConfig,
     DataConfig,
     DistillConfig,
     LanguageConfig,
@@ -39,12 +40,16 @@ def main() -> None:
         DistillConfig,
         PruneConfig,
         LanguageQuantizeConfig,
+        BundleConfig,
         ReportConfig,
         training_arguments,
     ]
-    command, data, language, teacher, student, distill, prune, quantize, report, training = parse_config(kinds, DEMO)
+    command, data, language, teacher, student, distill, prune, quantize, bundle, report, training = parse_config(
+        kinds, DEMO
+    )
 
     from pipelines.distill import distill_student
+    from pipelines.edge.bundle import build_bundle
     from pipelines.export_language import export_language_model
     from pipelines.hub import check_access, push_run
     from pipelines.language import LanguageModeling
@@ -92,6 +97,9 @@ def main() -> None:
     run.stage("onnx", export_language_model, small)
     if quantize.quantization != "none":
         run.stage("quantized", quantize_language_model, "onnx", quantize=quantize)
+
+    # What a device or a browser needs, without torch: copy this directory and run infer.py in it.
+    run.stage("bundle", build_bundle, "onnx" if quantize.quantization == "none" else "quantized", bundle=bundle)
 
     # Only here is the test split read.
     report_run(run, "distill_gpt2", report, command.given)

@@ -300,3 +300,62 @@ def language_model_dir(tmp_path_factory: pytest.TempPathFactory, language_task: 
     train_tokenizer(language_task.data.splits["train"]["text"], 300).save_pretrained(directory)
     tiny_language_model().save_pretrained(directory)
     return directory
+
+
+def make_bundle(source: Path, directory: Path, task: Any) -> Path:
+    """The bundle of the ONNX directory `source`, without a page."""
+    from pipelines.config import BundleConfig
+    from pipelines.edge.bundle import build_bundle
+
+    directory.mkdir()
+    build_bundle(str(source), directory, task, BundleConfig())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_onnx(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any) -> Path:
+    """A classifier of texts, exported and quantized."""
+    from pipelines.config import QuantizeConfig
+    from pipelines.export import export_onnx
+    from pipelines.quantize import quantize_onnx
+
+    directory = tmp_path_factory.mktemp("text")
+    for name in ("onnx", "quantized"):
+        (directory / name).mkdir()
+    export_onnx(str(teacher), directory / "onnx", task)
+    quantize_onnx(str(directory / "onnx"), directory / "quantized", task, QuantizeConfig(max_quality_drop=1.0))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_bundle(text_onnx: Path, task: Any) -> Path:
+    return make_bundle(text_onnx / "quantized", text_onnx / "bundle", task)
+
+
+@pytest.fixture(scope="session")
+def image_onnx(tmp_path_factory: pytest.TempPathFactory, image_task: Any) -> Path:
+    """A classifier of images, exported."""
+    from pipelines.export import export_onnx
+
+    directory = tmp_path_factory.mktemp("image")
+    model = tiny_model("vit", image_size=8)
+    model.save_pretrained(directory / "model")
+    make_image_processor().save_pretrained(directory / "model")
+    (directory / "onnx").mkdir()
+    export_onnx(str(directory / "model"), directory / "onnx", image_task)
+    return directory / "onnx"
+
+
+@pytest.fixture(scope="session")
+def image_bundle(image_onnx: Path, image_task: Any) -> Path:
+    return make_bundle(image_onnx, image_onnx.parent / "bundle", image_task)
+
+
+@pytest.fixture(scope="session")
+def language_bundle(tmp_path_factory: pytest.TempPathFactory, language_model_dir: Path, language_task: Any) -> Path:
+    from pipelines.export_language import export_language_model
+
+    directory = tmp_path_factory.mktemp("language")
+    (directory / "onnx").mkdir()
+    export_language_model(str(language_model_dir), directory / "onnx", language_task)
+    return make_bundle(directory / "onnx", directory / "bundle", language_task)

@@ -18,22 +18,21 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import make_image_processor, make_texts, tiny_model
-from pipelines.config import BundleConfig, DataConfig, QuantizeConfig
+from conftest import make_bundle, make_texts
+from pipelines.config import DataConfig
 from pipelines.edge import infer
-from pipelines.edge.bundle import build_bundle, image_settings, oldest_runtime, write_manifest
+from pipelines.edge.bundle import image_settings, oldest_runtime, write_manifest
+from pipelines.edge.generate import Sampling
 from pipelines.errors import InputError, VerificationError
-from pipelines.export import export_onnx
 from pipelines.images import read_image
 from pipelines.predict import predict_onnx
-from pipelines.quantize import quantize_onnx
 from pipelines.run import read_record
 from pipelines.tasks import TextClassification
 
 # Runs infer.py as a person would, but for an import of anything that a minimal environment does not have.
 ONLY_FOUR_PACKAGES = """
-import runpy, sys
-allowed = {"numpy", "onnxruntime", "tokenizers", "PIL", *sys.stdlib_module_names}
+import os, runpy, sys
+allowed = {"numpy", "onnxruntime", "tokenizers", "PIL", "generate", *sys.stdlib_module_names}
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
@@ -41,7 +40,7 @@ class Refuse:
             raise ModuleNotFoundError(f"{name} is not in a minimal environment", name=name)
 sys.meta_path.insert(0, Refuse())
 sys.argv = sys.argv[1:]
-sys.path[0] = ""
+sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 assert not {"torch", "transformers", "pipelines", "onnx"} & sys.modules.keys()
 """
@@ -65,43 +64,6 @@ def refused(bundle: Path, *arguments: str, **options: Any) -> tuple[int, str]:
     assert "Traceback" not in done.stderr, done.stderr
     assert done.stdout == ""
     return done.returncode, done.stderr.strip().splitlines()[-1]
-
-
-def make(source: Path, directory: Path, task: Any) -> Path:
-    directory.mkdir()
-    build_bundle(str(source), directory, task, BundleConfig())
-    return directory
-
-
-@pytest.fixture(scope="session")
-def text_onnx(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any) -> Path:
-    directory = tmp_path_factory.mktemp("text")
-    for name in ("onnx", "quantized"):
-        (directory / name).mkdir()
-    export_onnx(str(teacher), directory / "onnx", task)
-    quantize_onnx(str(directory / "onnx"), directory / "quantized", task, QuantizeConfig(max_quality_drop=1.0))
-    return directory
-
-
-@pytest.fixture(scope="session")
-def text_bundle(text_onnx: Path, task: Any) -> Path:
-    return make(text_onnx / "quantized", text_onnx / "bundle", task)
-
-
-@pytest.fixture(scope="session")
-def image_onnx(tmp_path_factory: pytest.TempPathFactory, image_task: Any) -> Path:
-    directory = tmp_path_factory.mktemp("image")
-    model = tiny_model("vit", image_size=8)
-    model.save_pretrained(directory / "model")
-    make_image_processor().save_pretrained(directory / "model")
-    (directory / "onnx").mkdir()
-    export_onnx(str(directory / "model"), directory / "onnx", image_task)
-    return directory / "onnx"
-
-
-@pytest.fixture(scope="session")
-def image_bundle(image_onnx: Path, image_task: Any) -> Path:
-    return make(image_onnx, image_onnx.parent / "bundle", image_task)
 
 
 def test_the_same_logits_to_the_last_digit_without_torch(text_bundle, task, tokenizer):
@@ -133,7 +95,7 @@ def test_pairs(tmp_path, text_onnx):
     (tmp_path / "pairs.csv").write_text("text,other,label\n" + "".join(rows), encoding="utf-8")
     data = DataConfig(dataset=str(tmp_path / "pairs.csv"), text_pair_column="other", max_length=16)
     task = TextClassification(data)
-    bundle = make(text_onnx / "quantized", tmp_path / "bundle", task)
+    bundle = make_bundle(text_onnx / "quantized", tmp_path / "bundle", task)
     tokenizer = task.load_processor(str(bundle))
     test = task.data.splits["test"]
     features = task.features(tokenizer)["test"]
@@ -241,7 +203,7 @@ def test_a_processor_that_the_runtime_does_not_follow_is_refused(image_onnx, ima
     with pytest.raises(
         VerificationError, match="an image of 37 x 53 pixels exactly as EfficientNet.* pixel_values differ"
     ):
-        make(source, tmp_path / "bundle", image_task)
+        make_bundle(source, tmp_path / "bundle", image_task)
 
 
 def test_a_slow_tokenizer_is_refused(text_onnx, task, tmp_path):
@@ -250,10 +212,12 @@ def test_a_slow_tokenizer_is_refused(text_onnx, task, tmp_path):
     processor = task.load_processor(str(source))
     (source / "tokenizer.json").unlink()
     task_of_it = type(
-        "Task", (), {"load_processor": lambda *_: processor, "load_config": task.load_config, "name": task.name}
+        "Task",
+        (),
+        {"load_processor": lambda *_: processor, "load_config": task.load_config, "causal": False, "name": task.name},
     )
     with pytest.raises(InputError, match="has only a slow tokenizer"):
-        make(source, tmp_path / "bundle", task_of_it())
+        make_bundle(source, tmp_path / "bundle", task_of_it())
 
 
 @pytest.mark.parametrize(
@@ -339,6 +303,44 @@ def test_the_benchmark_and_a_provider_by_name(text_bundle, image_bundle):
         assert 0 < measured["preparing_p50_ms"] < measured["p50_ms"] <= measured["p95_ms"]
 
 
+def test_a_language_model_continues_as_torch_does_and_streams(language_bundle, language_model_dir):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(language_model_dir).eval()
+    words = AutoTokenizer.from_pretrained(language_model_dir)
+    prompts = ["the team said", "a new chip", "naïve 東京"]
+    continuations = []
+    for prompt in prompts:
+        ids = torch.tensor([words(prompt)["input_ids"]])
+        new = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        continuations.append(words.decode(new, skip_special_tokens=True))
+    found = answers(language_bundle, "--max_new_tokens", "12", "--stdin", input="\n".join(prompts))
+    assert [answer["continuation"] for answer in found] == continuations
+    assert [answer["input"] for answer in found] == prompts
+    shown = start(language_bundle, prompts[0], "--max_new_tokens", "12")
+    assert shown.stdout == prompts[0] + continuations[0] + "\n"
+
+    pieces = list(infer.Writer(language_bundle).stream(prompts[0], Sampling(max_new_tokens=12)))
+    assert len(pieces) > 1
+    assert "".join(pieces) == continuations[0]
+
+
+def test_sampling_flags_of_a_language_model(language_bundle, text_bundle):
+    draw = ["the team", "--max_new_tokens", "8", "--sampling_temperature", "1.5", "--top_k", "50", "--top_p", "0.95"]
+    first, again, other = (answers(language_bundle, *draw, "--seed", seed)[0] for seed in ("1", "1", "2"))
+    assert first == again != other
+    assert refused(language_bundle, "the team", "--top_p", "2")[0] == 2
+    assert refused(text_bundle, "the team", "--top_p", "0.5")[0] == 2
+    status, error = refused(language_bundle, "goal " * 200, "--json")
+    assert status == 1
+    assert "fewer than 64 tokens" in error
+    measured = json.loads(start(language_bundle, "--benchmark", "--json", "--max_new_tokens", "8").stdout)
+    assert measured["tokens_per_second"] > 0 < measured["first_token_ms"]
+    shutil.copytree(language_bundle, copy := language_bundle.parent / "copy", dirs_exist_ok=True)
+    (copy / "generate.py").unlink()
+    assert "generate.py, found no such file" in refused(copy, "the team")[1]
+
+
 def test_the_record_and_the_manifest_say_what_is_there(text_bundle):
     manifest = json.loads((text_bundle / "manifest.json").read_text())
     there = {path.name for path in text_bundle.iterdir()} - {"manifest.json"}
@@ -348,7 +350,8 @@ def test_the_record_and_the_manifest_say_what_is_there(text_bundle):
     assert manifest["inputs"] == ["input_ids", "token_type_ids", "attention_mask"]
     assert (manifest["opset"], manifest["minimum_onnxruntime"]) == (23, "1.23.0")
     assert "onnxruntime>=1.23.0" in (text_bundle / "requirements.txt").read_text().splitlines()
-    assert oldest_runtime(18) == "1.18.0"
+    assert oldest_runtime({"": 18}) == "1.18.0"
+    assert oldest_runtime({"": 18, "com.microsoft": 1}) == "1.23.0"
     assert read_record(text_bundle) is None  # the run writes it
 
 

@@ -15,20 +15,22 @@ import onnx
 
 import pipelines
 from pipelines.config import BundleConfig
-from pipelines.edge import infer
+from pipelines.edge import generate, infer
 from pipelines.edge.web import RUNTIME_LIBRARY, TOKENIZER_LIBRARY, add_page
 from pipelines.errors import InputError, VerificationError
 from pipelines.export import ONNX_FILE
-from pipelines.predict import predict_onnx
+from pipelines.export_language import prompts_for
+from pipelines.predict import open_session, predict_onnx
 from pipelines.run import Outcome, hash_file, read_record, shipped_files, write_json
 
 MANIFEST = "manifest.json"
 RUNTIME = Path(infer.__file__)
+GENERATION = Path(generate.__file__)
 VERIFIED_EXAMPLES = 32
-# The oldest ONNX Runtime that opens a file: 1.18 reads what the exporter writes, 1.23 has the Attention of opset 23 on the CPU.
-OLDEST_RUNTIMES = {21: "1.18.0", 23: "1.23.0"}
-# What the runtime was tried with, each on its oldest version.
-REQUIREMENTS = {"text": ["numpy>=1.26", "tokenizers>=0.20"], "image": ["numpy>=1.26", "pillow>=10"]}
+VERIFIED_PROMPTS = 8
+# What the runtime was tried with, each on its oldest version. Pillow 13 resizes tall images along their columns first, which rounds
+# some pixels to the next byte: older versions open the same images and see slightly others.
+REQUIREMENTS = {"text": ["numpy>=1.26", "tokenizers>=0.20"], "image": ["numpy>=1.26", "pillow>=13"]}
 PACKAGES = {"text": ("numpy", "onnxruntime", "tokenizers"), "image": ("numpy", "onnxruntime", "pillow")}
 # Texts and image sizes (width, height) that a data set may lack and a user will not: beyond any length, without any letter, control
 # tokens spelt out; upright, lying, smaller than the model's input and odd.
@@ -43,14 +45,15 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
     """
     for path in shipped_files(Path(source)):
         shutil.copy2(path, directory / path.name)
-    shutil.copyfile(RUNTIME, directory / RUNTIME.name)
+    for path in (RUNTIME, GENERATION) if task.causal else (RUNTIME,):
+        shutil.copyfile(path, directory / path.name)
     processor = task.load_processor(source)
-    labels = task.load_config(source).id2label
+    labels = {} if task.causal else task.load_config(source).id2label
     kind = "image" if task.name == "image-classification" else "text"
     settings = image_settings(processor) if kind == "image" else text_settings(processor, task, source)
     graph = onnx.load(directory / ONNX_FILE, load_external_data=False)
-    opset = next(domain.version for domain in graph.opset_import if domain.domain == "")
-    minimum = oldest_runtime(opset)
+    opsets = {domain.domain: domain.version for domain in graph.opset_import}
+    minimum = oldest_runtime(opsets)
     (directory / "requirements.txt").write_text("\n".join([*REQUIREMENTS[kind], f"onnxruntime>={minimum}"]) + "\n")
     libraries = (RUNTIME_LIBRARY, TOKENIZER_LIBRARY) if kind == "text" else (RUNTIME_LIBRARY,)
     installed = {name: importlib.metadata.version(name) for name in PACKAGES[kind]}
@@ -63,12 +66,14 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
         "inputs": [value.name for value in graph.graph.input],
         "max_length": task.config.max_length if kind == "text" else None,
         kind: settings,
-        "opset": opset,
+        "opset": opsets[""],
         "minimum_onnxruntime": minimum,
         "versions": {"pocketformers": pipelines.__version__, **installed, **page},
     }
+    if task.causal:
+        manifest["generation"] = generation_settings(directory)
     write_manifest(directory, manifest)
-    verification = verify_bundle(directory, task, processor)
+    verification = (verify_writer if task.causal else verify_classifier)(directory, task, processor)
     details = {
         "minimum_onnxruntime": minimum,
         "page": page or "none: ask for it with --web true or --web_assets",
@@ -77,11 +82,15 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
     return Outcome("bundle", {}, (read_record(Path(source)) or {}).get("parameters"), details)
 
 
-def oldest_runtime(opset: int) -> str:
-    for newest_opset, version in OLDEST_RUNTIMES.items():
-        if opset <= newest_opset:
-            return version
-    return importlib.metadata.version("onnxruntime")
+def oldest_runtime(opsets: dict[str, int]) -> str:
+    """The oldest ONNX Runtime that was tried on graphs with these operator sets.
+
+    1.18 is the first that reads the exporter's files, 1.23 the first with the Attention of opset 23, and has all operators of its
+    own domain that are used here.
+    """
+    if opsets.keys() == {""} and opsets[""] <= 21:
+        return "1.18.0"
+    return "1.23.0" if opsets[""] <= 23 else importlib.metadata.version("onnxruntime")
 
 
 def text_settings(tokenizer: Any, task: Any, source: str) -> dict[str, Any]:
@@ -93,6 +102,12 @@ def text_settings(tokenizer: Any, task: Any, source: str) -> dict[str, Any]:
         )
     pair = "text_pair" in task.data.splits["validation"].column_names
     return {"pair": pair, "truncation_side": tokenizer.truncation_side}
+
+
+def generation_settings(directory: Path) -> dict[str, Any]:
+    """What a page needs to continue texts, and infer.py reads from the graph and the config: end tokens, positions, cache."""
+    model = generate.LanguageModel(directory)
+    return {"end_tokens": model.end_tokens, "context": model.context, "cache": model.cache_shapes}
 
 
 def image_settings(processor: Any) -> dict[str, Any]:
@@ -131,7 +146,7 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
 # ---- Verification
 
 
-def verify_bundle(directory: Path, task: Any, processor: Any) -> dict[str, Any]:
+def verify_classifier(directory: Path, task: Any, processor: Any) -> dict[str, Any]:
     """Compare the runtime's inputs and logits with the pipeline's on validation examples and probes; raises VerificationError."""
     classifier = infer.Classifier(directory)
     collate = task.collate(processor)
@@ -157,6 +172,28 @@ def verify_bundle(directory: Path, task: Any, processor: Any) -> dict[str, Any]:
             f"difference of {np.abs(found_logits - expected_logits).max():.3g}. The bundle must not be used; report this model."
         )
     return {"examples": count, "probes": probes, "largest_difference": 0.0}
+
+
+def verify_writer(directory: Path, task: Any, processor: Any) -> dict[str, Any]:
+    """Compare the runtime's tokens and greedy continuations with the pipeline's on validation prompts and probes; raises VerificationError."""
+    writer = infer.Writer(directory)
+    pipeline = generate.LanguageModel(directory, session=open_session(directory / ONNX_FILE))
+    prompts = [processor.decode(tokens) for tokens in prompts_for(task, processor, VERIFIED_PROMPTS)]
+    sampling = generate.Sampling(max_new_tokens=16)
+    for text in [*prompts, *filter(None, PROBE_TEXTS)]:
+        expected = processor(text, add_special_tokens=False)["input_ids"]
+        if writer.model.encode(text) != expected:
+            raise VerificationError(
+                f"expected the bundle's runtime to make the tokens of {text[:30]!r} exactly as {type(processor).__name__} does, found "
+                "others. The runtime does not support this tokenizer; ship the ONNX directory instead."
+            )
+        room = expected[: (pipeline.context or len(expected) + 1) - 1]
+        if writer.model.generate_tokens([room], sampling) != pipeline.generate_tokens([room], sampling):
+            raise VerificationError(
+                f"expected the bundle to continue {text[:30]!r} as the pipeline does, found another continuation. The bundle must not be "
+                "used; report this model."
+            )
+    return {"prompts": len(prompts), "probes": len(PROBE_TEXTS) - 1}
 
 
 def example_of(row: dict[str, Any]) -> infer.Example:

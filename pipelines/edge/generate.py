@@ -47,13 +47,17 @@ class Sampling:
 class LanguageModel:
     """A directory with model.onnx, tokenizer.json and config.json, ready to continue text."""
 
-    def __init__(self, directory: str | Path, threads: int | None = None) -> None:
+    def __init__(self, directory: str | Path, threads: int | None = None, session: Any = None) -> None:
+        """Open `directory` on the CPU, or use a `session` that has its model open already."""
         directory = Path(directory)
-        options = onnxruntime.SessionOptions()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        options.intra_op_num_threads = threads or cores
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(directory / "model.onnx"), options, ["CPUExecutionProvider"])
+        if session is None:
+            options = onnxruntime.SessionOptions()
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            options.intra_op_num_threads = threads or cores
+            options.log_severity_level = 3
+            path = str(directory / "model.onnx")
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = session
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()

@@ -5,6 +5,7 @@
     python infer.py photo.jpg picture.png         images by their files
     python infer.py --file lines.txt --json       a text, two texts with a tab between them, or an image file on every line
     tail -f log.txt | python infer.py --stdin     every answer as soon as its line is there
+    python infer.py "Once upon" --top_p 0.9 --sampling_temperature 0.8     where the model continues texts
 
 Exit status: 0 done, 1 bad input or a damaged bundle, 2 a bad flag.
 """
@@ -273,6 +274,47 @@ class Classifier:
         }
 
 
+class Writer:
+    """The language model of a bundle, ready to continue texts."""
+
+    def __init__(
+        self, directory: str | Path, manifest: dict[str, Any] | None = None, threads: int | None = None, provider: str = "CPU"
+    ) -> None:  # fmt: skip
+        directory = Path(directory)
+        self.manifest = read_manifest(directory) if manifest is None else manifest
+        self.session = open_session(
+            directory / self.manifest["model"], self.manifest["minimum_onnxruntime"], threads, provider
+        )
+        self.model = generation().LanguageModel(directory, session=self.session)
+
+    def stream(self, prompt: str, sampling: Any = None) -> Iterator[str]:
+        """The continuation of a text in pieces, each as soon as it is there; `sampling` is generate.py's."""
+        try:
+            yield from self.model.stream(prompt, sampling)
+        except ValueError as error:  # a prompt that leaves the model no room
+            raise BundleError(f"{error}. Shorten the text.") from error
+
+
+def generation() -> Any:
+    """generate.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
+    if __package__:
+        from pipelines.edge import generate
+    else:
+        import generate  # type: ignore[no-redef]
+    return generate
+
+
+def write_continuation(writer: Writer, prompt: str, sampling: Any, as_json: bool) -> None:
+    if as_json:
+        continuation = "".join(writer.stream(prompt, sampling))
+        print(json.dumps({"input": prompt, "continuation": continuation}, ensure_ascii=False), flush=True)
+        return
+    print(prompt, end="", flush=True)
+    for piece in writer.stream(prompt, sampling):
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
 def write_answer(answer: dict[str, Any], as_json: bool) -> None:
     if as_json:
         line = json.dumps(answer, ensure_ascii=False)
@@ -296,11 +338,10 @@ def read_lines(lines: Any, columns: int, origin: str) -> Iterator[Example]:
 def benchmark(classifier: Classifier, examples: list[Example], started: float) -> dict[str, Any]:
     """Milliseconds until ready, and of one answer over two seconds: all of it, and the share of preparing the input."""
     import numpy as np
-    import onnxruntime
 
     ready = time.perf_counter() - started
     for example in examples:
-        classifier.logits(example)
+        classifier.logits(example)  # the first run allocates
     seconds: list[float] = []
     preparing: list[float] = []
     end = time.perf_counter() + 2
@@ -319,8 +360,37 @@ def benchmark(classifier: Classifier, examples: list[Example], started: float) -
         "p95_ms": round(p95, 3),
         "preparing_p50_ms": round(float(np.median(preparing)) * 1000, 3),
         "answers_per_second": round(len(seconds) / sum(seconds), 1),
-        "threads": classifier.session.get_session_options().intra_op_num_threads,
-        "provider": classifier.session.get_providers()[0],
+        **setting(classifier.session),
+    }
+
+
+def benchmark_writer(writer: Writer, prompt: str, sampling: Any, started: float) -> dict[str, Any]:
+    """Milliseconds until ready and until the first token after a prompt, and the tokens per second from there on: medians of five."""
+    import numpy as np
+
+    ready = time.perf_counter() - started
+    tokens = [writer.model.encode(prompt)]
+    first, rates = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        times = [time.perf_counter() - start for _ in writer.model.steps(tokens, sampling)]
+        first += times[:1]
+        rates += [(len(times) - 1) / (times[-1] - times[0])] if len(times) > 1 else []
+    return {
+        "ready_ms": round(ready * 1000, 1),
+        "first_token_ms": round(float(np.median(first)) * 1000, 3) if first else None,
+        "tokens_per_second": round(float(np.median(rates)), 1) if rates else None,
+        **setting(writer.session),
+    }
+
+
+def setting(session: Any) -> dict[str, Any]:
+    """What a time depends on besides the model."""
+    import onnxruntime
+
+    return {
+        "threads": session.get_session_options().intra_op_num_threads,
+        "provider": session.get_providers()[0],
         "onnxruntime": onnxruntime.__version__,
     }
 
@@ -341,6 +411,17 @@ def sample(manifest: dict[str, Any]) -> Example:
 # ---- The command
 
 
+SAMPLING: dict[str, tuple[type, str]] = {
+    "max_new_tokens": (int, "the most tokens to add (64)"),
+    "sampling_temperature": (float, "draw tokens, the likeliest less often the higher this is; 0 draws none"),
+    "top_k": (int, "draw from this many of the likeliest tokens"),
+    "top_p": (float, "draw from the likeliest tokens that have this probability together"),
+    "repetition_penalty": (float, "divide the logits of tokens that were there by this"),
+    "stop_tokens": (int, "token ids to end at, besides the model's own"),
+    "seed": (int, "seed of the draws"),
+}
+
+
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -353,12 +434,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
+    writing = parser.add_argument_group(
+        "for a model that continues texts; left as they are, it takes the likeliest token"
+    )
+    for name, (kind, what) in SAMPLING.items():
+        writing.add_argument(f"--{name}", type=kind, nargs="+" if name == "stop_tokens" else None, help=what)
     return parser, parser.parse_args(argv)
 
 
 def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, manifest: dict[str, Any]) -> int:
     """The number of texts or images that make an example; a wrong combination of flags ends the program with status 2."""
-    pair = manifest["task"] == "text-classification" and manifest["text"]["pair"]
+    pair = "text" in manifest and manifest["text"]["pair"]
     given = bool(flags.inputs) + (flags.file is not None) + flags.stdin
     if given > 1 or (given == 0 and not flags.benchmark):
         parser.error(f"expected one of inputs, --file or --stdin, found {given or 'none'} of them")
@@ -371,7 +457,19 @@ def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, mani
         parser.error(f"expected two texts for each answer, found {len(flags.inputs)}")
     if flags.threads is not None and flags.threads < 1:
         parser.error(f"expected --threads of 1 or more, found {flags.threads}")
+    if manifest["task"] != "text-generation":
+        sampling = [f"--{name}" for name in SAMPLING if getattr(flags, name) is not None]
+        if sampling:
+            parser.error(f"expected no {', '.join(sampling)}, which are for a model that continues texts")
     return 2 if pair else 1
+
+
+def read_sampling(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Any:
+    given = {name: getattr(flags, name) for name in SAMPLING if getattr(flags, name) is not None}
+    try:
+        return generation().Sampling(**given)
+    except ValueError as error:
+        return parser.error(str(error))
 
 
 def read_examples(flags: argparse.Namespace, columns: int) -> Iterator[Example]:
@@ -398,13 +496,27 @@ def main(argv: list[str] | None = None) -> None:
     columns = check_flags(parser, flags, manifest)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    if manifest["task"] == "text-generation":
+        sampling = read_sampling(parser, flags)
+        writer = Writer(directory, manifest, flags.threads, flags.provider)
+        if flags.benchmark:
+            (prompt,) = next(read_examples(flags, columns), ("",))
+            write_measured(benchmark_writer(writer, prompt, sampling, started), flags.json)
+            return
+        for (prompt,) in read_examples(flags, columns):
+            write_continuation(writer, prompt, sampling, flags.json)
+        return
     classifier = Classifier(directory, manifest, flags.threads, flags.provider)
     if flags.benchmark:
-        measured = benchmark(classifier, list(read_examples(flags, columns)) or [sample(manifest)], started)
-        print(json.dumps(measured) if flags.json else "\n".join(f"{name}\t{value}" for name, value in measured.items()))
+        examples = list(read_examples(flags, columns)) or [sample(manifest)]
+        write_measured(benchmark(classifier, examples, started), flags.json)
         return
     for example in read_examples(flags, columns):
         write_answer(classifier.answer(example), flags.json)
+
+
+def write_measured(measured: dict[str, Any], as_json: bool) -> None:
+    print(json.dumps(measured) if as_json else "\n".join(f"{name}\t{value}" for name, value in measured.items()))
 
 
 if __name__ == "__main__":

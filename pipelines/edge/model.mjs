@@ -1,7 +1,7 @@
 // Runs the model of a bundle in a browser: what infer.py does, with onnxruntime-web and @huggingface/tokenizers. The resampling is
 // Pillow's, to the bit, so that the model sees the pixels that it was trained on.
 
-// Opens the bundle at the URL `base`, whose web/ holds the libraries. Returns {manifest, prepare, session, runtime}; classify() answers with it.
+// Opens the bundle at the URL `base`, whose web/ holds the libraries. classify() and continueText() work with what this returns.
 export async function openBundle(base) {
     const read = async (name) => {
         const response = await fetch(new URL(name, base));
@@ -15,32 +15,35 @@ export async function openBundle(base) {
     ort.env.wasm.numThreads = 1;
     ort.env.logLevel = "error";
     const session = await ort.InferenceSession.create(await (await read(manifest.model)).arrayBuffer());
-    let prepare;
-    if (manifest.image) {
-        prepare = (image) => {
-            const {data, height, width} = imagePixels(image, manifest.image);
-            return {[manifest.inputs[0]]: new ort.Tensor("float32", data, [1, 3, height, width])};
-        };
-    } else {
-        const files = await Promise.all(["tokenizer.json", "tokenizer_config.json"].map(async (name) => (await read(name)).json()));
+    const bundle = {manifest, ort, session, runtime: `ONNX Runtime ${ort.env.versions.web}`};
+    if (manifest.text) {
         const {Tokenizer} = await import("./tokenizers.min.mjs");
-        const tokenizer = new Tokenizer(...files);
-        prepare = (texts) => {
-            const columns = textColumns(tokenizer, texts, manifest);
-            const tensor = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
-            return Object.fromEntries(manifest.inputs.map((name) => [name, tensor(columns[name])]));
-        };
+        const files = await Promise.all(["tokenizer.json", "tokenizer_config.json"].map(async (name) => (await read(name)).json()));
+        bundle.tokenizer = new Tokenizer(...files);
     }
-    return {manifest, prepare, session, runtime: `ONNX Runtime ${ort.env.versions.web}`};
+    return bundle;
 }
 
 // The answer to one example, an array of one or two texts or an image {data, width, height}: logits and probabilities in the order
 // of the labels, and the milliseconds of preparing and running.
-export async function classify({manifest, prepare, session}, example) {
+export async function classify(bundle, example) {
     const start = performance.now();
-    const {logits} = await session.run(prepare(example));
+    const {logits} = await bundle.session.run(prepare(bundle, example));
     const milliseconds = performance.now() - start;
-    return {labels: manifest.labels, logits: Array.from(logits.data), probabilities: softmax(logits.data), milliseconds};
+    return {labels: bundle.manifest.labels, logits: Array.from(logits.data), probabilities: softmax(logits.data), milliseconds};
+}
+
+function prepare({manifest, ort, tokenizer}, example) {
+    if (manifest.image) {
+        const {data, height, width} = imagePixels(example, manifest.image);
+        return {[manifest.inputs[0]]: new ort.Tensor("float32", data, [1, 3, height, width])};
+    }
+    const columns = textColumns(tokenizer, example, manifest);
+    return Object.fromEntries(manifest.inputs.map((name) => [name, wholeNumbers(ort, columns[name])]));
+}
+
+function wholeNumbers(ort, values) {
+    return new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
 }
 
 export function softmax(logits) {
@@ -48,6 +51,42 @@ export function softmax(logits) {
     const weights = Array.from(logits, (logit) => Math.exp(logit - largest));
     const total = weights.reduce((sum, weight) => sum + weight, 0);
     return weights.map((weight) => weight / total);
+}
+
+// ---- Language models
+
+// Yields the continuation of a text as it grows, {text, tokens, milliseconds}, until the model ends it, `limit` tokens are there, or
+// no position is left. At a temperature of 0 every token is the likeliest; above, one of the 50 likeliest is drawn.
+export async function* continueText({manifest, ort, session, tokenizer}, prompt, {limit = 100, temperature = 0, random = Math.random} = {}) {
+    const {end_tokens: ends, context, cache: shapes} = manifest.generation;
+    const start = performance.now();
+    const encoded = prompt ? tokenizer.encode(prompt, {add_special_tokens: false}).ids : ends.slice(0, 1);
+    if (encoded.length >= (context ?? Infinity)) {
+        throw new Error(`expected a text of fewer than ${context} tokens, found ${encoded.length}`);
+    }
+    let cache = Object.fromEntries(Object.entries(shapes).map(([name, [heads, size]]) =>
+        [name, new ort.Tensor("float32", new Float32Array(0), [1, heads, 0, size])]));
+    const tokens = [];
+    for (let ids = encoded, total = encoded.length; tokens.length < limit && total <= (context ?? Infinity); total++) {
+        const feeds = {input_ids: wholeNumbers(ort, ids), attention_mask: wholeNumbers(ort, Array(total).fill(1)), ...cache};
+        const outputs = await session.run(feeds);
+        const vocabulary = outputs.logits.dims[2];
+        const token = chooseToken(outputs.logits.data.subarray(outputs.logits.data.length - vocabulary), temperature, random);
+        if (ends.includes(token)) return;
+        cache = Object.fromEntries(Object.keys(shapes).map((name) => [name, outputs[name.replace("past_key_values", "present")]]));
+        tokens.push(token);
+        ids = [token];
+        const text = tokenizer.decode(tokens, {skip_special_tokens: true, clean_up_tokenization_spaces: false});
+        yield {text, tokens: tokens.length, milliseconds: performance.now() - start};
+    }
+}
+
+export function chooseToken(logits, temperature, random) {
+    if (temperature === 0) return logits.reduce((best, logit, token) => (logit > logits[best] ? token : best), 0);
+    const likely = Array.from(logits.keys()).sort((a, b) => logits[b] - logits[a]).slice(0, 50);
+    let left = random();
+    const probabilities = softmax(likely.map((token) => logits[token] / temperature));
+    return likely[probabilities.findIndex((probability) => (left -= probability) < 0)] ?? likely[0];
 }
 
 // ---- Texts
@@ -147,11 +186,21 @@ function bicubic(distance) {
     return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
 }
 
-// RGB bytes in another size, as Pillow's Image.resize makes them: along the rows, then along the columns, each rounded to bytes.
+// RGB bytes in another size, as Image.resize of Pillow 13 makes them: along one axis, then along the other, each rounded to bytes.
 export function resample(data, width, height, newWidth, newHeight, filter) {
     if (filter === 0) return nearest(data, width, height, newWidth, newHeight);
-    if (newWidth !== width) data = resampleAxis(data, newWidth, height, width, [3, 3 * width], [3, 3 * newWidth], filter);
-    if (newHeight !== height) data = resampleAxis(data, newHeight, newWidth, height, [3 * newWidth, 3], [3 * newWidth, 3], filter);
+    let [columns, rows] = [width, height];
+    const alongRows = () => {
+        if (newWidth !== columns) data = resampleAxis(data, newWidth, rows, columns, [3, 3 * columns], [3, 3 * newWidth], filter);
+        columns = newWidth;
+    };
+    const alongColumns = () => {
+        if (newHeight !== rows) data = resampleAxis(data, newHeight, columns, rows, [3 * columns, 3], [3 * columns, 3], filter);
+        rows = newHeight;
+    };
+    // Since 13 the order depends on which of them makes the image smaller.
+    const columnsFirst = height - newHeight > Math.max(0, 2 * (width - newWidth));
+    for (const pass of columnsFirst ? [alongColumns, alongRows] : [alongRows, alongColumns]) pass();
     return data;
 }
 
