@@ -303,11 +303,11 @@ def test_the_benchmark_and_a_provider_by_name(text_bundle, image_bundle):
         assert 0 < measured["preparing_p50_ms"] < measured["p50_ms"] <= measured["p95_ms"]
 
 
-def test_a_language_model_continues_as_torch_does_and_streams(language_bundle, language_model_dir):
+def test_a_language_model_continues_as_torch_does_and_streams(language_bundle):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(language_model_dir).eval()
-    words = AutoTokenizer.from_pretrained(language_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(language_bundle.parent / "model").eval()
+    words = AutoTokenizer.from_pretrained(language_bundle.parent / "model")
     prompts = ["the team said", "a new chip", "naïve 東京"]
     continuations = []
     for prompt in prompts:
@@ -321,7 +321,7 @@ def test_a_language_model_continues_as_torch_does_and_streams(language_bundle, l
     assert shown.stdout == prompts[0] + continuations[0] + "\n"
 
     pieces = list(infer.Writer(language_bundle).stream(prompts[0], Sampling(max_new_tokens=12)))
-    assert len(pieces) > 1
+    assert len(pieces) > 3
     assert "".join(pieces) == continuations[0]
 
 
