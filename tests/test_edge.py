@@ -276,6 +276,7 @@ def test_errors_are_one_line(text_bundle, image_bundle, tmp_path):
     assert refused(text_bundle, "--file", str(tmp_path / "none.txt"))[0] == 1
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe caf\xe9")
     assert "UTF-8" in refused(text_bundle, "--file", str(tmp_path / "latin.txt"))[1]
+    assert "UTF-8" in refused(text_bundle, os.fsdecode(b"caf\xe9"))[1]
     (tmp_path / "no.png").write_text("not an image")
     for file in ("none.png", "no.png"):
         status, error = refused(image_bundle, str(tmp_path / file))
