@@ -4,7 +4,7 @@
     accelerate launch recipes/distill_bert.py --config recipes/configs/bert_sst2.yaml
 
 1. fine-tune a teacher   2. ask it for soft targets   3. train a student on them   4. prune it, and let it recover
-5. export to ONNX        6. quantize                  7. verify, measure, report   8. push (optional)
+5. export to ONNX        6. quantize                  7. bundle for devices   8. measure, report, push
 """
 
 from pathlib import Path

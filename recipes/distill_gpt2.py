@@ -4,7 +4,7 @@
     accelerate launch recipes/distill_gpt2.py --config recipes/configs/gpt2_wikitext.yaml
 
 1. train or fine-tune a teacher   2. train a student on its answers   3. prune it, and let it recover
-4. export with a KV cache         5. quantize                         6. verify, measure, report   7. push (optional)
+4. export with a KV cache         5. quantize                         6. bundle, measure, report, push
 
 For text classification see distill_bert.py.
 """

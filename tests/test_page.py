@@ -191,7 +191,7 @@ def opened(browser: Any, source: Path, directory: Path, task: Any, libraries: Pa
 
 
 def shown_logits(page: Any, labels: list[str]) -> list[float]:
-    page.wait_for_selector("body[data-state=ready]")
+    page.wait_for_selector("body[data-state=ready]", timeout=120_000)
     rows = page.eval_on_selector_all("tr", "rows => rows.map((row) => [row.cells[0].textContent, row.title])")
     found = {label: float(title.removeprefix("logit ")) for label, title in rows}
     assert next(iter(found)) == max(found, key=lambda label: found[label])
@@ -234,8 +234,8 @@ def test_continuations_in_a_browser(browser, language_bundle, language_task, tmp
         page.fill("#temperature", "0")
         page.fill("#text", "the team said")
         page.click("#write")
-        page.wait_for_selector("body[data-state=ready]")
-        shown = page.inner_text("#continuation")
+        page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+        shown = page.text_content("#continuation")
         expected = "".join(infer.Writer(tmp_path / "bundle").stream("the team said", Sampling(max_new_tokens=100)))
         assert shown == "the team said" + expected
         assert "tokens" in page.inner_text("#time")

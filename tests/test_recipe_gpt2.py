@@ -104,7 +104,7 @@ def test_twenty_prompts_are_continued_as_torch_continues_them(finished, name):
 def test_a_second_run_does_nothing_and_another_vocabulary_redoes_the_teacher(finished, capsys, monkeypatch, tmp_path):
     _, argv, _ = finished
     assert run_here(*argv, monkeypatch=monkeypatch) == 0
-    assert capsys.readouterr().out.count("finished already") == len(STAGES) + 1
+    assert capsys.readouterr().out.count("finished already") == len(STAGES) + 2  # the bundle and the report, too
     record = json.loads((Path(argv[argv.index("--output_dir") + 1]) / "teacher" / "record.json").read_text())
     assert record["made_by"]["task"]["vocabulary_size"] == 300
 

@@ -102,7 +102,7 @@ def test_a_second_run_does_nothing_and_a_changed_augmentation_redoes_it(finished
     _, argv, _ = finished
     process = launch(*argv)
     assert process.returncode == 0, process.stderr[-2000:]
-    assert process.stdout.count("finished already") == len(STAGES) + 2
+    assert process.stdout.count("finished already") == len(STAGES) + 3
 
 
 def test_a_convolutional_student_goes_through_the_recipe_without_pruning(finished, shape, image_folder, tmp_path):

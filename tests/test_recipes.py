@@ -96,6 +96,16 @@ def test_every_stage_opens_with_stock_tools(finished):
         AutoTokenizer.from_pretrained(directory / name)
 
 
+def test_the_bundle_answers_alone(finished):
+    directory, _, _ = finished
+    command = [sys.executable, str(directory / "bundle" / "infer.py"), "--json", "a goal in the league"]
+    answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert answer["probabilities"].keys() == {"sport", "tech", "trade"}
+    record = json.loads((directory / "bundle" / "record.json").read_text())
+    assert record["details"]["verification"]["examples"] > 10
+    assert record["details"]["page"].startswith("none")
+
+
 def test_the_record_counts_the_fused_nodes(finished):
     directory, _, _ = finished
     details = json.loads((directory / "quantized" / "record.json").read_text())["details"]
@@ -111,7 +121,7 @@ def test_a_second_run_does_nothing_but_say_so(finished):
     assert process.returncode == 0, process.stderr[-2000:]
     assert time.perf_counter() - started < 60
     said = [line for line in process.stdout.splitlines() if line.endswith("finished already")]
-    assert len(said) == len(STAGES) + 2  # the soft targets and the report, too
+    assert len(said) == len(STAGES) + 3  # the soft targets, the bundle and the report, too
     after = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
     changed = {path.name for path in before if before[path] != after.get(path)}
     assert changed <= {".lock", ".pocketformers"}
@@ -127,7 +137,7 @@ def test_a_changed_flag_redoes_what_it_affects_and_no_more(finished, capsys, mon
     assert status == 0, err
     assert "quantized: redone, because quantize.target_cpu changed from 'any' to 'arm64'" in out
     assert [line for line in out.splitlines() if ": redone" in line] == [
-        line for line in out.splitlines() if line.startswith("quantized: redone")
+        line for line in out.splitlines() if line.startswith(("quantized: redone", "bundle: redone"))
     ]
     assert "report: written" in out
 

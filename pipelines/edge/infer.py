@@ -461,6 +461,10 @@ def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, mani
         sampling = [f"--{name}" for name in SAMPLING if getattr(flags, name) is not None]
         if sampling:
             parser.error(f"expected no {', '.join(sampling)}, which are for a model that continues texts")
+    if "text" in manifest and any("\udc80" <= character <= "\udcff" for text in flags.inputs for character in text):
+        raise BundleError(
+            "expected UTF-8 texts, found bytes that are not. Pass them with --file after converting the file."
+        )
     return 2 if pair else 1
 
 
@@ -477,7 +481,7 @@ def read_examples(flags: argparse.Namespace, columns: int) -> Iterator[Example]:
         yield from zip(*[iter(flags.inputs)] * columns, strict=True)
     elif flags.file is not None:
         try:
-            with open(flags.file, encoding="utf-8") as file:
+            with open(flags.file, encoding="utf-8-sig") as file:
                 yield from read_lines(file, columns, flags.file)
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"expected a UTF-8 text file, found {flags.file!r}: {error}.") from error
@@ -491,11 +495,12 @@ def read_examples(flags: argparse.Namespace, columns: int) -> Iterator[Example]:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser, flags = parse(argv)
-    directory = Path(__file__).resolve().parent
+    directory = Path(__file__).absolute().parent  # not resolved: a cache may hold each file elsewhere
     manifest = read_manifest(directory)
     columns = check_flags(parser, flags, manifest)
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    # A file's name need not be UTF-8; it is written as it was given.
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     if manifest["task"] == "text-generation":
         sampling = read_sampling(parser, flags)
         writer = Writer(directory, manifest, flags.threads, flags.provider)
