@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Subject:
     format: str
     single: Feed
     batches: list[Feed]
+    trust_remote_code: bool = False
 
 
 def measure(
@@ -112,6 +114,7 @@ def _write_spec(folder: Path, subject: Subject, threads: int, seconds: float) ->
         "batches": len(subject.batches),
         "threads": threads,
         "seconds": seconds,
+        "trust_remote_code": subject.trust_remote_code,
     }
     (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
     return folder / "spec.json"
@@ -165,9 +168,12 @@ def _work(spec_file: Path) -> None:
     folder = spec_file.parent
     single = _read_feed(folder / "single.npz")
     batches = [_read_feed(folder / f"batch_{i}.npz") for i in range(spec["batches"])]
-    load = {"onnx": _load_onnx, "transformers": _load_torch}[spec["format"]]
+    if spec["format"] == "onnx":
+        load = partial(_load_onnx, threads=spec["threads"])
+    else:
+        load = partial(_load_torch, threads=spec["threads"], trust_remote_code=spec["trust_remote_code"])
     # The conversion of the feeds is not part of the model's time, so `prepare` is called before the clock starts.
-    prepare, run = load(Path(spec["path"]), spec["threads"])
+    prepare, run = load(Path(spec["path"]))
     result = time_calls(run, prepare(single), spec["seconds"])
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     result["samples_per_second"] = time_batches(run, [prepare(batch) for batch in batches], sizes, spec["seconds"])
@@ -194,13 +200,15 @@ def _load_onnx(path: Path, threads: int) -> tuple[Callable[[Feed], Any], Callabl
     return prepare, lambda feed: session.run(None, feed)
 
 
-def _load_torch(path: Path, threads: int) -> tuple[Callable[[Feed], Any], Callable[[Any], Any]]:
+def _load_torch(
+    path: Path, threads: int, trust_remote_code: bool
+) -> tuple[Callable[[Feed], Any], Callable[[Any], Any]]:
     import torch
 
     from pipelines.surgery import load_model
 
     torch.set_num_threads(threads)
-    model = load_model(path).eval()
+    model = load_model(path, trust_remote_code).eval()
 
     def run(feed: dict[str, torch.Tensor]) -> Any:
         with torch.inference_mode():

@@ -27,6 +27,7 @@ class Decoding:
     name: str
     path: Path
     format: str
+    trust_remote_code: bool = False
 
 
 def measure_decoding(
@@ -45,6 +46,7 @@ def measure_decoding(
             spec = {
                 "path": str(subject.path.resolve()), "format": subject.format, "prompt_tokens": prompt_tokens,
                 "new_tokens": new_tokens, "threads": threads, "seconds": seconds,
+                "trust_remote_code": subject.trust_remote_code,
             }  # fmt: skip
             measured[subject.name].append(_run_worker(subject.name, spec))
     return {name: _summarize(results, prompt_tokens, threads) for name, results in measured.items()}
@@ -101,7 +103,11 @@ def _summarize(rounds: list[dict[str, float]], prompt_tokens: int, threads: int)
 
 def _work(spec_file: Path) -> None:
     spec = json.loads(spec_file.read_text(encoding="utf-8"))
-    write = {"onnx": _load_onnx, "transformers": _load_torch}[spec["format"]](Path(spec["path"]), spec["threads"])
+    path, threads = Path(spec["path"]), spec["threads"]
+    if spec["format"] == "onnx":
+        write = _load_onnx(path, threads)
+    else:
+        write = _load_torch(path, threads, spec["trust_remote_code"])
     prompt, new = list(range(1, spec["prompt_tokens"] + 1)), spec["new_tokens"]
 
     def times(tokens: int, minimum: int, seconds: float) -> np.ndarray:
@@ -131,13 +137,13 @@ def _load_onnx(path: Path, threads: int) -> Callable[[list[int], int], Any]:
     return lambda prompt, new: model.generate_tokens([prompt], Sampling(max_new_tokens=new))
 
 
-def _load_torch(path: Path, threads: int) -> Callable[[list[int], int], Any]:
+def _load_torch(path: Path, threads: int, trust_remote_code: bool) -> Callable[[list[int], int], Any]:
     import torch
 
     from pipelines.surgery import load_model
 
     torch.set_num_threads(threads)
-    model = load_model(path)
+    model = load_model(path, trust_remote_code)
 
     def write(prompt: list[int], new: int) -> Any:
         with torch.inference_mode():

@@ -61,6 +61,11 @@ class DataConfig:
     split_seed: int = _flag(
         0, "Seed of the split and of the choice of samples; apart from --seed, so that seeds share a split."
     )
+    trust_remote_code: bool = _flag(
+        False,
+        "Run the Python code that a model or tokenizer brings along, with all that you may do on this machine. Read it first; every "
+        "record and the report say that it was run.",
+    )
 
     def __post_init__(self) -> None:
         _check(self.max_length >= 2, "--max_length of 2 or more", self.max_length)
@@ -403,8 +408,8 @@ def peek(flag: str, argv: list[str]) -> Any:
     only.add_argument("--config")
     try:
         given = only.parse_known_args(argv)[0]
-        content = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")) if given.config else {}
-    except (argparse.ArgumentError, OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = _load_yaml(Path(given.config)) if given.config else {}
+    except (argparse.ArgumentError, OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     in_file = content.get(flag) if isinstance(content, dict) else None
     return getattr(given, flag) or in_file
@@ -416,10 +421,23 @@ def _without_bare_debug(argv: list[str]) -> list[str]:
     return [word for word, has_value in zip(argv, followed, strict=False) if word != "--debug" or has_value]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without references to other places, of which a few lines can make a value of gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"a reference (*{self.peek_event().anchor}), where only values are read")
+        return super().compose_node(parent, index)
+
+
+def _load_yaml(path: Path) -> Any:
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+
+
 def _read_yaml(path: Path, parser: Any) -> list[str]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = _load_yaml(path)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
             f"expected a YAML file at {path}, found: {error}. Check the path given to --config."
         ) from error
@@ -464,5 +482,8 @@ def run_main(main: Callable[[], None]) -> None:
         if "--debug" in sys.argv:
             raise
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            text = str(error)
+            if isinstance(error, OSError):
+                text = f"expected to be able to read and write every file of the run, found: {text}. Check its permissions and the disk."
+            print(f"error: {text}", file=sys.stderr, flush=True)
         sys.exit(1)

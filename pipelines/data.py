@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
 import json
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+
+# Characters of a table's longest field: a hundred novels. A quotation mark that is never closed makes a field of the rest of a file.
+LONGEST_FIELD = 2**24
 
 # The builder of `datasets` and its arguments for each kind of file. Only an empty cell of a table is a missing value:
 # pandas would read the words "NA", "None" and "null" as missing too, which are texts and class names like any other.
@@ -224,6 +228,8 @@ def _load_saved(path: Path) -> Source:
 
     try:
         saved = datasets.load_from_disk(str(path))
+        for split in saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]:
+            split.data.validate(full=True)
     except Exception as error:
         raise InputError(
             f"expected a data set written by save_to_disk in {path}, found one that cannot be read ({reason(error)}); "
@@ -250,11 +256,16 @@ def read_table(path: Path, config: DataConfig) -> datasets.Dataset:
     import datasets
 
     builder, arguments = FILE_BUILDERS[path.suffix.lower()]
+    if builder == "csv" and path.stat().st_size > LONGEST_FIELD:
+        check_fields(path, arguments.get("sep", ","))
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it is about to raise
     try:
         # Data files are patterns: unescaped, the brackets of "texts [1].csv" would match another file or none.
-        return datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", **arguments)
+        table = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", **arguments)
+        if builder == "parquet":
+            table.data.validate(full=True)  # nobody has looked at the bytes of its texts yet
+        return table
     except Exception as error:  # parsers raise errors of their own kinds, and `datasets` wraps some of them
         raise InputError(
             f"expected a well-formed {path.suffix.lower()[1:]} file in UTF-8, found that {path} cannot be read "
@@ -262,6 +273,29 @@ def read_table(path: Path, config: DataConfig) -> datasets.Dataset:
         ) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
+
+
+def check_fields(path: Path, separator: str) -> None:
+    """Raise InputError for a table with a field longer than LONGEST_FIELD, in little memory: the parser would read all of it first."""
+    limit, line, longest = csv.field_size_limit(LONGEST_FIELD), 0, 0
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            # A line without an end comes in pieces, each a row to the reader; what quotation marks enclose, it joins.
+            rows = csv.reader(iter(lambda: file.readline(LONGEST_FIELD), ""), delimiter=separator)
+            for row in rows:
+                longest = max(map(len, row), default=0)
+                if longest >= LONGEST_FIELD:
+                    break
+                line = rows.line_num
+    except csv.Error as error:
+        longest = LONGEST_FIELD if "field limit" in str(error) else 0  # all else is the parser's to say
+    finally:
+        csv.field_size_limit(limit)
+    if longest >= LONGEST_FIELD:
+        raise InputError(
+            f"expected fields of less than {LONGEST_FIELD:,} characters in {path}, found a longer one in the record that begins in "
+            f"line {line + 1}; close its quotation mark, or cut the text"
+        )
 
 
 def _load_folder_of_files(path: Path, files: list[Path], config: DataConfig, kind: Kind) -> Source:

@@ -15,7 +15,7 @@ from pipelines.errors import InputError
 from pipelines.language import check_knows_language, check_same_vocabulary
 from pipelines.losses import IGNORED, distillation_loss, hidden_state_loss, label_loss, top_soft_target_loss
 from pipelines.run import Outcome
-from pipelines.soft_targets import TOP_ANSWERS, WithTopAnswers, with_soft_targets
+from pipelines.soft_targets import TOP_ANSWERS, WithSoftTargets
 from pipelines.students import parse_layers, student_from_layers
 from pipelines.training import CHECKPOINTS, Trainer, finish_model, train
 
@@ -136,7 +136,7 @@ def distil(
         if task.causal:
             check_knows_language(teacher, task, processor)
     elif soft_targets is not None and distill.soft_target_weight > 0:
-        features = (WithTopAnswers if task.causal else with_soft_targets)(features, soft_targets)
+        features = WithSoftTargets(features, soft_targets)
     if with_hidden_states:
         hidden_state_map = parse_hidden_state_map(
             distill.hidden_state_map, layer_count(student.config), layer_count(teacher.config)

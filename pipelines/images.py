@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
 PIXEL_TABLES = (".csv", ".csv.gz")
+# A model sees some hundred pixels a side: an image of more than this is a mistake or an attack (200 MB once decoded).
+MOST_PIXELS = 64_000_000
 
 
 # ---- Reading
@@ -43,6 +46,7 @@ def read_image(cell: dict[str, Any]) -> Image.Image:
     source = io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
     try:
         with Image.open(source) as image:
+            check_size(image)  # before a small file is unpacked into gigabytes
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):
                 upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
@@ -52,6 +56,12 @@ def read_image(cell: dict[str, Any]) -> Image.Image:
             f"expected an image that Pillow reads at {cell.get('path') or 'a row of the data set'}, found: "
             f"{type(error).__name__}: {error}. Repair or remove it."
         ) from error
+
+
+def check_size(image: Image.Image) -> None:
+    """Raise ValueError for an opened, not yet decoded image of more than MOST_PIXELS."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
 
 
 def _content(rows: list[tuple[Any, ...]]) -> list[bytes | None]:
@@ -118,7 +128,7 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
 
     try:
         with gzip.open(path, "rt") if path.suffix.lower() == ".gz" else path.open() as file:
-            first = file.readline().split(",")
+            first = file.readline(MOST_PIXELS).split(",")
         named = not all(cell.strip().lstrip("-").replace(".", "", 1).isdigit() for cell in first)
         table = pandas.read_csv(path, header=0 if named else None)
     except (OSError, ValueError, EOFError) as error:
@@ -149,7 +159,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 IMAGES = Kind(
     noun="images",
-    usable="an image that can be read",
+    usable=f"an image that can be read, of at most {MOST_PIXELS // 10**6} million pixels,",
     columns={"image_column": "image"},
     suffixes=(*PIXEL_TABLES, ".parquet"),
     read_file=_read_file,
@@ -234,6 +244,8 @@ class ImageClassification(Classification):
     student_head: Head = "new if other"
 
     def __init__(self, config: DataConfig, augmentation: AugmentConfig | None = None) -> None:
+        # Pillow's warning of large images would come before our refusal of them.
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         self.config = config
         self.augmentation = AugmentConfig() if augmentation is None else augmentation
         self.data = load_classification(config, IMAGES)
@@ -241,13 +253,24 @@ class ImageClassification(Classification):
 
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
-        return {"name": self.name, "data": self.data.fingerprint, "augmentation": asdict(self.augmentation)}
+        return {
+            "name": self.name,
+            "data": self.data.fingerprint,
+            "augmentation": asdict(self.augmentation),
+            **self.permissions(),
+        }
 
     def load_processor(self, source: str) -> Any:
         """The image processor of a model; the one over Pillow, so that an image becomes the same numbers on every machine."""
         from transformers import AutoImageProcessor
 
-        return load(AutoImageProcessor.from_pretrained, resolve(source), "an image processor", backend="pil")
+        return load(
+            AutoImageProcessor.from_pretrained,
+            resolve(source),
+            "an image processor",
+            backend="pil",
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
         """The model with a head for this task's labels; see load_classifier."""
@@ -261,6 +284,7 @@ class ImageClassification(Classification):
             head,
             from_scratch,
             check_config=lambda config: self._check_size(config, source),
+            trust_remote_code=self.trust_remote_code,
         )
 
     def features(self, processor: Any) -> Any:

@@ -12,7 +12,7 @@ from pipelines.config import DataConfig, LanguageConfig
 from pipelines.errors import InputError
 from pipelines.losses import IGNORED
 from pipelines.predict import predict_torch
-from pipelines.sources import check_model_directory, resolve
+from pipelines.sources import check_model, resolve
 from pipelines.tasks import Head, Task, check_only_head_is_new, load
 from pipelines.text_data import load_documents, tokenize_windows, train_tokenizer, vocabulary_fingerprint
 
@@ -82,6 +82,7 @@ class LanguageModeling(Task):
             "max_length": self.config.max_length,
             "stride": self.stride,
             "vocabulary_size": self.language.vocabulary_size,
+            **self.permissions(),
         }
 
     def load_processor(self, source: str) -> Any:
@@ -101,7 +102,9 @@ class LanguageModeling(Task):
                 f"expected a tokenizer beside the model in {source}, found none. Save the one that the model was trained with there "
                 "(save_pretrained)."
             )
-        tokenizer = load(AutoTokenizer.from_pretrained, located, "a tokenizer")
+        tokenizer = load(
+            AutoTokenizer.from_pretrained, located, "a tokenizer", trust_remote_code=self.trust_remote_code
+        )
         if tokenizer.eos_token is None:
             raise InputError(
                 f"expected a tokenizer with an end token (eos_token) at {source}, found none. Set one and save it."
@@ -125,8 +128,9 @@ class LanguageModeling(Task):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         located = resolve(source)
-        if Path(located).is_dir() and not from_scratch:
-            check_model_directory(Path(located))
+        if not from_scratch:
+            check_model(located)
+        code = {"trust_remote_code": self.trust_remote_code}
         config = self.load_config(source)
         limit = getattr(config, "max_position_embeddings", None)
         if limit and self.config.max_length > limit:
@@ -143,12 +147,19 @@ class LanguageModeling(Task):
                 "eos_token_id": end,
                 "pad_token_id": tokenizer.pad_token_id,
             }
-            shape = load(AutoConfig.from_pretrained, located, "a model's config.json", **tokens)
+            shape = load(AutoConfig.from_pretrained, located, "a model's config.json", **tokens, **code)
             return load(
-                lambda _: AutoModelForCausalLM.from_config(shape), located, "the shape of a causal language model"
+                lambda _: AutoModelForCausalLM.from_config(shape, **code),
+                located,
+                "the shape of a causal language model",
             )
         model, info = load(
-            AutoModelForCausalLM.from_pretrained, located, "a causal language model", output_loading_info=True
+            AutoModelForCausalLM.from_pretrained,
+            located,
+            "a causal language model",
+            output_loading_info=True,
+            use_safetensors=True,  # a pickle runs whatever code is in it
+            **code,
         )
         check_only_head_is_new(model, info, source, head_may_be_new=False)
         return model
@@ -195,11 +206,15 @@ def check_knows_language(teacher: Any, task: Any, processor: Any) -> None:
     features = task.features(processor)["validation"]
     few = features.select(range(min(8, len(features))))
     answers = predict_torch(teacher, few, task.collate(processor), answers=task.answers)
-    perplexity = task.metrics(answers, few["labels"])["perplexity"]
-    if perplexity >= teacher.config.vocab_size:
+    check_perplexity(task.metrics(answers, few["labels"])["perplexity"], teacher.config.vocab_size)
+
+
+def check_perplexity(perplexity: float, vocabulary_size: int) -> None:
+    """Refuse the perplexity of a teacher that guesses, also one that is no number."""
+    if not perplexity < vocabulary_size:
         raise InputError(
             f"expected a teacher that knows the language, found a perplexity of {perplexity:,.0f} on validation text, no better than "
-            f"guessing among its {teacher.config.vocab_size:,} tokens. Train it longer (--teacher_epochs, --teacher_learning_rate)."
+            f"guessing among its {vocabulary_size:,} tokens. Train it longer or slower (--teacher_epochs, --teacher_learning_rate)."
         )
 
 

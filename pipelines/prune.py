@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipelines.distill import distil
 from pipelines.errors import InputError
 from pipelines.losses import distillation_loss, next_token
 from pipelines.run import Outcome
-from pipelines.soft_targets import with_soft_targets
+from pipelines.soft_targets import WithSoftTargets
 from pipelines.surgery import cut, part, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training import (
     CHECKPOINTS,
@@ -99,7 +100,7 @@ def choose_kept(importance: list[np.ndarray], remove: int, minimum: int) -> list
 
 def can_be_pruned(directory: Path) -> bool:
     """Whether the model in `directory` has heads and neurons to remove; says so where it has none."""
-    model_type = transformers.AutoConfig.from_pretrained(directory).model_type
+    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
     prunable = model_type in FAMILIES and FAMILIES[model_type].prunable
     if not prunable and is_main_process():
         reason = (
@@ -184,7 +185,7 @@ def cut_step(
     """Cut `model` in place down to what `share` of the whole pruning leaves of the shapes `before`."""
     features = task.features(processor)["train"]
     if soft_targets is not None and not task.causal:  # the next token alone says enough of what matters
-        features = with_soft_targets(features, soft_targets)
+        features = WithSoftTargets(features, soft_targets)
     chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
     heads, neurons = measure_importance(
         model, features.select(np.sort(chosen)), task.collate(processor), distill, causal=task.causal

@@ -262,7 +262,7 @@ def verify_language_directory(directory: Path, reference: Path, task: Any, max_q
     """
     processor = task.load_processor(str(directory))
     if not (reference / ONNX_FILE).is_file():
-        model = load_model(reference)
+        model = load_model(reference, task.trust_remote_code)
         return {
             "logits": verify_logits(directory / ONNX_FILE, model, task, processor),
             "generation": verify_generation(directory, model, task, processor),

@@ -27,7 +27,7 @@ from pipelines.report import (
     write_report,
 )
 from pipelines.report_language import compare
-from pipelines.run import fingerprint
+from pipelines.run import fingerprint, needing_room
 from pipelines.surgery import load_model
 
 STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
@@ -54,7 +54,8 @@ def report_run(run: Any, recipe: str, config: ReportConfig, given: dict[str, Any
         build = _language_report if run.task.causal else _classification_report
         report = build(run, records, recipe, config, given)
         report["made_by"] = made_by
-        write_report(run.directory, report)
+        with needing_room("report", run.directory):
+            write_report(run.directory, report)
         print(f"report: written to {run.directory}", flush=True)
     else:
         print("report: finished already", flush=True)
@@ -72,7 +73,8 @@ def _classification_report(
         logits = _answer(run.directory / name, record, task, features, collate)
         results.append(StageResult(name, name, record["format"], logits, record, {}))
         single, batches = timing_feeds(features, collate)
-        subjects.append(Subject(name, run.directory / name, record["format"], single, batches))
+        path = run.directory / name
+        subjects.append(Subject(name, path, record["format"], single, batches, task.trust_remote_code))
     timings = measure(subjects, rounds=config.benchmark_rounds, threads=config.benchmark_threads)
     for result in results:
         result.timing = timings[result.name]
@@ -99,7 +101,10 @@ def _language_report(
     features = task.features(processor)["test"]
     references = np.asarray(features["labels"])
     timings = measure_decoding(
-        [Decoding(name, run.directory / name, record["format"]) for name, record in records.items()],
+        [
+            Decoding(name, run.directory / name, record["format"], task.trust_remote_code)
+            for name, record in records.items()
+        ],
         rounds=config.benchmark_rounds,
         threads=config.benchmark_threads,
         new_tokens=min(NEW_TOKENS, task.config.max_length // 2),
@@ -133,13 +138,15 @@ def benchmark_directories(directories: list[Path], task: Any, config: ReportConf
     forms = ["onnx" if (directory / ONNX_FILE).is_file() else "transformers" for directory in directories]
     options: dict[str, Any] = {"rounds": config.benchmark_rounds, "threads": config.benchmark_threads}
     if task.causal:
-        decoded = [Decoding(*subject) for subject in zip(names, directories, forms, strict=True)]
+        decoded = [
+            Decoding(*subject, task.trust_remote_code) for subject in zip(names, directories, forms, strict=True)
+        ]
         return _compared(measure_decoding(decoded, **options), names[0])
     subjects = []
     for name, directory, form in zip(names, directories, forms, strict=True):
         processor = task.load_processor(str(directory))
         single, batches = timing_feeds(task.features(processor)["validation"], task.collate(processor))
-        subjects.append(Subject(name, directory, form, single, batches))
+        subjects.append(Subject(name, directory, form, single, batches, task.trust_remote_code))
     return _compared(measure(subjects, **options), names[0])
 
 
@@ -162,7 +169,8 @@ def _answer(directory: Path, record: dict[str, Any], task: Any, features: Any, c
     name = f"test {directory.name}"
     if record["format"] == "onnx":
         return predict_onnx(directory / ONNX_FILE, features, collate, name=name, answers=task.answers)
-    return predict_torch(load_model(directory), features, collate, name=name, answers=task.answers)
+    model = load_model(directory, task.trust_remote_code)
+    return predict_torch(model, features, collate, name=name, answers=task.answers)
 
 
 def timing_feeds(

@@ -6,6 +6,7 @@ renamed, so that a directory with a record is finished and a run killed at any m
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -14,7 +15,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,19 @@ PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "numpy",
+)
+
+# What a record must hold for those who read it; `parameters` may be null.
+RECORD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "stage": str, "format": str, "made_by": dict, "metrics": dict, "bytes": int, "seconds": (int, float),
+    "details": dict, "versions": dict, "files": dict,
+}  # fmt: skip
+CHECKSUM = "sha256"
+
+# How libraries that write files themselves (safetensors, torch, NumPy, Arrow) tell of a full disk, instead of an error's number.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM_TEXT = re.compile(
+    r"No space left|File too large|quota exceeded|PytorchStreamWriter|unexpected pos \d+ vs|\d+ requested and \d+ written"
 )
 
 # Settings of TrainingArguments that say how a training is run, watched or stored. A change of one of them leaves the trained
@@ -105,14 +120,67 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not {"stage", "made_by", "files"} <= record.keys():
-            raise ValueError("it lacks the keys stage, made_by and files")
-    except (ValueError, UnicodeDecodeError) as error:
+        _check_record(record)
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"expected the record of a stage in {path}, found a file that cannot be read: {error}. "
             "Delete that stage's directory to have it made again."
         ) from error
     return record
+
+
+def _check_record(record: Any) -> None:
+    """Raise ValueError for what no stage wrote: other keys, other types, or a content that its checksum is not of."""
+    if not isinstance(record, dict):
+        raise ValueError(f"it is a JSON {type(record).__name__}")
+    for key, kind in RECORD_TYPES.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"its {key!r} is missing or of another kind")
+    if not all(isinstance(digest, str) for digest in record["files"].values()):
+        raise ValueError("its 'files' are not names and hashes")
+    if record.get(CHECKSUM, checksum(record)) != checksum(record):
+        raise ValueError("it was changed after it was written, since its checksum is of another content")
+
+
+def checksum(record: dict[str, Any]) -> str:
+    """The sha256 of a record's content, without the checksum in it."""
+    content = {key: value for key, value in record.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as plain JSON, where a number that is not finite is null, and with its checksum."""
+    plain: dict[str, Any] = json.loads(json.dumps(record, default=str), parse_constant=lambda _: None)
+    return plain | {CHECKSUM: checksum(plain)}
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """What of an error, or of what caused it, says that the disk is full or a file at its limit; None where it is something else."""
+    while error is not None:
+        text = " ".join(str(error).split())
+        if getattr(error, "errno", None) in NO_ROOM or NO_ROOM_TEXT.search(text):
+            return f"{type(error).__name__}: {text:.200}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def needing_room(name: str, directory: Path) -> Iterator[None]:
+    """Turn the many errors of a full disk into one message."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = no_room(error)
+        if reason is None:
+            raise
+        free = shutil.disk_usage(directory).free
+        raise InputError(
+            f"expected room on the disk for the stage {name}, found that a file in {directory} could not be written whole ({reason}; "
+            f"{free / 1e6:,.0f} MB are free). Make room, or lift the limit of a file's size, and run the same command again: what is "
+            "finished is as it was, and this stage goes on where it stopped."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -234,20 +302,21 @@ class Run:
         if self._agree(finished):
             return target
 
-        if made_by is not None:
-            print(f"{name}: started", flush=True)
-            self._start(partial, made_by)
-        self.state.wait_for_everyone()
-        started = time.perf_counter()
-        if distributed or self.state.is_main_process:
-            from transformers import set_seed
+        with needing_room(name, self.directory):
+            if made_by is not None:
+                print(f"{name}: started", flush=True)
+                self._start(partial, made_by)
+            self.state.wait_for_everyone()
+            started = time.perf_counter()
+            if distributed or self.state.is_main_process:
+                from transformers import set_seed
 
-            set_seed(self.seed)
-            outcome = function(self._locate(source), partial, self.task, **arguments)
-        self.state.wait_for_everyone()
-        if made_by is not None:
-            self._commit(name, partial, target, made_by, outcome, time.perf_counter() - started)
-        self.state.wait_for_everyone()
+                set_seed(self.seed)
+                outcome = function(self._locate(source), partial, self.task, **arguments)
+            self.state.wait_for_everyone()
+            if made_by is not None:
+                self._commit(name, partial, target, made_by, outcome, time.perf_counter() - started)
+            self.state.wait_for_everyone()
         return target
 
     def record(self, name: str) -> dict[str, Any]:
@@ -341,6 +410,7 @@ class Run:
             "versions": versions(),
             "files": {str(path.relative_to(partial)): hash_file(path) for path in files},
         }
+        record = sealed(record)
         write_json(partial / RECORD, record)
         old = target.with_name(f".{name}.old")
         if target.exists():

@@ -28,7 +28,9 @@ FILE_SUFFIXES = {
 }
 
 # What a model directory may hold besides pickles: config, weights, tokenizer and processor files, ONNX graphs.
-MODEL_FILE_SUFFIXES = {".json", ".jinja", ".safetensors", ".txt", ".model", ".bpe", ".tiktoken", ".onnx", ".data"}
+MODEL_FILE_SUFFIXES = {
+    ".json", ".jinja", ".safetensors", ".txt", ".model", ".bpe", ".tiktoken", ".onnx", ".data", ".py",
+}  # fmt: skip
 
 # JSON files that describe how a model was made or trained, not what it computes.
 NOT_MODEL_FILES = {"record.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
@@ -92,7 +94,10 @@ def _locate_in_package(source: str) -> Path:
             f"expected a package with files in it, found the single module {spec.origin!r} for {source!r}; name a "
             "package"
         )
-    found = [path for root in roots if (path := (root / inside.lstrip("/")).resolve()).exists()]
+    try:
+        found = [path for root in roots if (path := (root / inside.lstrip("/")).resolve()).exists()]
+    except (OSError, ValueError):  # a name too long for a file, or with a NUL byte
+        found = []
     if not found:
         raise InputError(
             f"expected {inside!r} inside the installed package {package!r}, found no such file or folder in "
@@ -106,6 +111,31 @@ def _locate_in_package(source: str) -> Path:
     return found[0]
 
 
+def check_model(located: str) -> None:
+    """Raise InputError unless `located`, what resolve() made of a source, is whole safetensors weights or a Hub id that has a model.
+
+    An adapter is refused: transformers would follow it to a base model of its own choice, or to a pickle.
+    """
+    if os.path.isabs(located):
+        check_model_directory(Path(located))
+        return
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        adapter = find_adapter_config_file(located)
+    except Exception:  # whatever is wrong with the network or the name is said when the model is loaded
+        return
+    if adapter is not None:
+        _raise_adapter(located)
+
+
+def _raise_adapter(source: object) -> None:
+    raise InputError(
+        f"expected a whole model in {source}, found an adapter (adapter_config.json); load it with peft, call merge_and_unload() and "
+        "save_pretrained(folder), then give that folder"
+    )
+
+
 def check_model_directory(path: Path) -> None:
     """Raise InputError where `path` is not a model directory with a config and whole safetensors weights.
 
@@ -116,10 +146,12 @@ def check_model_directory(path: Path) -> None:
             f"expected a model directory, found {'a file' if path.exists() else 'nothing'} at {path}; give the folder "
             "that holds config.json and model.safetensors"
         )
+    if (path / "adapter_config.json").exists():
+        _raise_adapter(path)
     _read_json_object(path / "config.json", "transformers configuration", path)
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
-        _check_safetensors(single)
+        check_safetensors(single)
     elif index.is_file():
         _check_shards(index)
     else:
@@ -138,7 +170,7 @@ def _read_json_object(file: Path, meaning: str, directory: Path) -> dict[str, ob
         if isinstance(content, dict):
             return content
         found = f"a JSON {type(content).__name__}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         found = str(error)
     raise InputError(
         f"expected a {meaning} (one JSON object) in {file}, found something else ({found:.200}); copy or download the "
@@ -160,7 +192,7 @@ def _raise_no_weights(path: Path) -> None:
     )
 
 
-def _check_safetensors(file: Path) -> set[str]:
+def check_safetensors(file: Path) -> set[str]:
     """The tensor names of a safetensors file, after its header and its length were found to agree."""
     from safetensors import SafetensorError, safe_open
 
@@ -184,13 +216,19 @@ def _check_shards(index: Path) -> None:
             f"expected a 'weight_map' from tensors to files in {index}, found none; copy or download the file again"
         )
     shards = sorted(set(weight_map.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise InputError(
+            f"expected the names of files beside {index} in it, found {outside[0]!r}, which leads elsewhere; download the model again "
+            "from where you trust it"
+        )
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise InputError(
             f"expected the {len(shards)} shards named in {index}, found {len(shards) - len(missing)}: "
             f"{', '.join(missing)} missing; download these files as well"
         )
-    held: set[str] = set().union(*(_check_safetensors(index.parent / shard) for shard in shards))
+    held: set[str] = set().union(*(check_safetensors(index.parent / shard) for shard in shards))
     lost = sorted(set(weight_map) - held)
     if lost:
         raise InputError(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from pipelines.architectures import (
     FAMILIES,
@@ -24,6 +25,8 @@ from pipelines.architectures import (
     replace_weights,
     weight_matrix,
 )
+from pipelines.errors import InputError
+from pipelines.sources import check_model, resolve
 
 
 def cut(model: Any, kept_heads: list[np.ndarray], kept_neurons: list[np.ndarray]) -> None:
@@ -89,11 +92,27 @@ def remove_zeros(model: Any) -> Any:
     return model
 
 
-def load_model(directory: str | Path) -> Any:
-    """The model in a stage's directory, of the class its config names, in eval mode, without the zeros of pruning."""
-    config = transformers.AutoConfig.from_pretrained(directory)
-    model_class = getattr(transformers, config.architectures[0])
-    return remove_zeros(model_class.from_pretrained(directory).eval())
+def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
+    """The model in a stage's directory, of the class its config names, in eval mode, without the zeros of pruning.
+
+    Raises InputError where the weights are not whole safetensors, or the class is not transformers' own and not trusted.
+    """
+    located = resolve(str(directory))
+    check_model(located)
+    try:
+        config = transformers.AutoConfig.from_pretrained(located, trust_remote_code=trust_remote_code)
+        name = config.architectures[0]
+        if hasattr(transformers, name):
+            model_class = getattr(transformers, name)
+        else:
+            own = next(path for path in config.auto_map.values() if path.endswith(f".{name}"))
+            model_class = get_class_from_dynamic_module(own, located)
+    except (AttributeError, StopIteration, TypeError, ValueError) as error:
+        raise InputError(
+            f"expected a model of one of transformers' own classes in {directory}, found another ({' '.join(str(error).split()):.200}). "
+            "Where it brings code of its own that you trust, pass --trust_remote_code true."
+        ) from error
+    return remove_zeros(model_class.from_pretrained(located, use_safetensors=True).eval())
 
 
 def shape_of(model: Any) -> dict[str, list[int]]:

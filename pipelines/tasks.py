@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.errors import InputError
 from pipelines.metrics import PRIMARY_METRIC, classification_metrics
 from pipelines.predict import Answers
-from pipelines.sources import check_model_directory, resolve
+from pipelines.sources import check_model, resolve
 
 # What becomes of a checkpoint's head: it must be for exactly the task's labels, or a fresh one is made where the checkpoint has
 # none, or also where it has one for other labels.
@@ -30,12 +29,26 @@ class Task(ABC):
     greater_is_better = True
     causal = False  # whether logits at one token are about the next, so that losses shift labels by one
     answers: Answers = None  # what is kept of a batch's logits, where all of them would fill the memory
+    config: DataConfig
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return self.config.trust_remote_code
+
+    def permissions(self) -> dict[str, Any]:
+        """What of describe() says that code from elsewhere was let in."""
+        return {"trust_remote_code": True} if self.trust_remote_code else {}
 
     def load_config(self, source: str) -> Any:
         """The config of a model."""
         from transformers import AutoConfig
 
-        return load(AutoConfig.from_pretrained, resolve(source), "a model's config.json")
+        return load(
+            AutoConfig.from_pretrained,
+            resolve(source),
+            "a model's config.json",
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @abstractmethod
     def features(self, processor: Any) -> Any:
@@ -93,13 +106,20 @@ class TextClassification(Classification):
 
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
-        return {"name": self.name, "data": self.data.fingerprint, "max_length": self.config.max_length}
+        return {
+            "name": self.name,
+            "data": self.data.fingerprint,
+            "max_length": self.config.max_length,
+            **self.permissions(),
+        }
 
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model."""
         from transformers import AutoTokenizer
 
-        return load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer")
+        return load(
+            AutoTokenizer.from_pretrained, resolve(source), "a tokenizer", trust_remote_code=self.trust_remote_code
+        )
 
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
         """The model with a head for this task's labels; see load_classifier."""
@@ -113,6 +133,7 @@ class TextClassification(Classification):
             head,
             from_scratch,
             check_config=lambda config: self._check_length(config, source),
+            trust_remote_code=self.trust_remote_code,
         )
 
     def features(self, processor: Any) -> Any:
@@ -173,7 +194,7 @@ class TextClassification(Classification):
 
 def load_classifier(
     model_class: Any, suffix: str, source: str, label_names: list[str], head: Head, from_scratch: bool,
-    check_config: Callable[[Any], None],
+    check_config: Callable[[Any], None], trust_remote_code: bool = False,
 ) -> Any:  # fmt: skip
     """The model in `source`, by an Auto class, with a head for `label_names` in their order.
 
@@ -184,16 +205,19 @@ def load_classifier(
     from transformers import AutoConfig
 
     located = resolve(source)
-    if Path(located).is_dir() and not from_scratch:
-        check_model_directory(Path(located))
-    config = load(AutoConfig.from_pretrained, located, "a model's config.json")
+    if not from_scratch:
+        check_model(located)
+    code = {"trust_remote_code": trust_remote_code}
+    config = load(AutoConfig.from_pretrained, located, "a model's config.json", **code)
     check_config(config)
     labels = dict(enumerate(label_names))
     names = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
     if from_scratch:
-        shape = load(AutoConfig.from_pretrained, located, "a model's config.json", num_labels=len(labels), **names)
+        shape = load(
+            AutoConfig.from_pretrained, located, "a model's config.json", num_labels=len(labels), **names, **code
+        )
         shape.architectures = shape.architectures or []  # from_config cannot do without
-        return load(lambda _: model_class.from_config(shape), located, "the shape of a model")
+        return load(lambda _: model_class.from_config(shape, **code), located, "the shape of a model")
     has_head = any(suffix in name for name in config.architectures or [])
     order = label_order(config, label_names) if has_head else None
     if order is None and (head == "required" or (head == "new if none" and has_head)):
@@ -208,6 +232,8 @@ def load_classifier(
         located,
         "a model's weights",
         output_loading_info=True,
+        use_safetensors=True,  # a pickle runs whatever code is in it
+        **code,
         ignore_mismatched_sizes=not keep,
         **({} if keep else {"num_labels": len(labels), **names}),
     )
@@ -269,6 +295,11 @@ def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -
         return loader(source, **arguments)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         summary = " ".join(str(error).split())[:400]
+        if "trust_remote_code" in summary:
+            raise InputError(
+                f"expected {what} of transformers' own classes at {source}, found one that brings code of its own, which was not run. "
+                "Read that code; where you trust it, pass --trust_remote_code true, or take another model."
+            ) from error
         raise InputError(
             f"expected {what} at {source}, found: {summary}. Check the path or the Hub id; a gated or private model needs HF_TOKEN, and "
             "without a network only a local directory or package:// path works."

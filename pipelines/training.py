@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
+import zipfile
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,10 +21,22 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pipelines.config import TeacherConfig
 from pipelines.errors import InputError
+from pipelines.finite import (
+    HARMLESS_OVERFLOWS,
+    REMEMBERED_NORMS,
+    has_exploded,
+    in_words,
+    likely_cause,
+    name_rows,
+    shapes,
+    unfinite_inputs,
+    weights_are_finite,
+)
+from pipelines.language import check_perplexity
 from pipelines.losses import IGNORED, label_loss, next_token
 from pipelines.predict import predict_torch
 from pipelines.run import Outcome
-from pipelines.sources import model_license
+from pipelines.sources import check_safetensors, model_license
 
 CHECKPOINTS = "checkpoints"
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -97,6 +112,12 @@ class Trainer(transformers.Trainer):
         # A loss function makes the Trainer count the labels of the whole batch and hand us the number.
         super().__init__(compute_loss_func=label_loss, **kwargs)
         self.causal, self.train_collate = causal, train_collate
+        # Of the step at work: how many went before, its batches on this process and their loss; and what gradients were like.
+        self.step, self.step_epoch, self.step_learning_rate = 0, 0.0, 0.0
+        self.step_batches: list[dict[str, Any]] = []
+        self.step_loss: Tensor | float = 0.0
+        self.norms: deque[float] = deque(maxlen=REMEMBERED_NORMS)
+        self.overflows = 0
 
     def get_train_dataloader(self) -> Any:
         """Training examples may be collated otherwise than those of an evaluation: augmented, or with the teacher's inputs."""
@@ -132,6 +153,94 @@ class Trainer(transformers.Trainer):
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss / num_items_in_batch * processes
         return (loss, outputs) if return_outputs else loss
+
+    # Numbers that stop: the loss and the gradient are looked at after the backward pass and before the weights change.
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
+        batches, items = super().get_batch_samples(*arguments, **keywords)
+        self.step, self.step_epoch = self.state.global_step, float(self.state.epoch or 0)
+        self.step_batches, self.step_loss, self.step_learning_rate = batches, 0.0, self._get_learning_rate()
+        return batches, items
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
+        loss = super().training_step(*arguments, **keywords)
+        self.step_loss = self.step_loss + loss.detach()
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.check_step(None if grad_norm is None else float(grad_norm))
+        return grad_norm
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.check_weights()
+        super()._save_checkpoint(model, trial)
+
+    def check_step(self, norm: float | None) -> None:
+        """Raise InputError, on every process alike, where the step's loss or gradient is no number to go on with.
+
+        The gradient's norm is the same on all processes, and the loss is summed over them, so that none is left waiting.
+        """
+        loss = self._sum_over_processes(self.step_loss) / self.accelerator.num_processes
+        # With fp16 a gradient may overflow while its scale is sought; that step is left out.
+        overflow = norm is not None and not math.isfinite(norm) and self.accelerator.scaler is not None
+        self.overflows = self.overflows + 1 if overflow else 0
+        harmless = overflow and self.overflows <= HARMLESS_OVERFLOWS
+        if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm) and not harmless):
+            self._stop(f"a loss of {in_words(loss)} and a gradient of norm {in_words(norm)}")
+        if norm is None or harmless:
+            return
+        if has_exploded(norm, self.norms):
+            self._stop(f"a gradient of norm {in_words(norm)}, more than 1,000 times what it was")
+        self.norms.append(norm)
+
+    def check_weights(self) -> None:
+        """Raise InputError, on every process alike, where the last step left weights that are not finite."""
+        if self._sum_over_processes(0.0 if weights_are_finite(self.model_wrapped) else 1.0):
+            self._stop("weights that are not finite after the update")
+
+    def _sum_over_processes(self, value: Tensor | float) -> float:
+        summed: Any = self.accelerator.reduce(torch.as_tensor(value, dtype=torch.float32, device=self.args.device))
+        return float(summed)
+
+    def _stop(self, found: str) -> None:
+        from accelerate.utils import gather_object
+
+        rows = self._rows_of_step()
+        bad_inputs = []
+        for index, batch in enumerate(self.step_batches):
+            first = (index * self.args.world_size + self.args.process_index) * self.args.train_batch_size
+            for column, places in unfinite_inputs(batch).items():
+                named = name_rows([rows[(first + place) % len(rows)] for place in places]) if rows else "this batch"
+                bad_inputs.append(f"{column} (rows {named} of the training split)" if rows else f"{column} ({named})")
+        cause = likely_cause(
+            sorted(set(gather_object(bad_inputs))),
+            weights_are_finite(self.model_wrapped),
+            self.state.global_step == 0,
+            self.args.fp16,
+            self.step_learning_rate,
+        )
+        kept = last_whole_checkpoint(Path(str(self.args.output_dir)))
+        raise InputError(
+            f"expected numbers that a training can go on with, found {found} at step {self.step + 1} (epoch "
+            f"{self.step_epoch:.2f}), {f'on rows {name_rows(rows)} of the training split, ' if rows else ''}"
+            f"{shapes(self.step_batches)}. The likely cause is {cause}. Nothing of it was saved; "
+            + (f"the last good checkpoint is {kept}." if kept else "there was no checkpoint yet.")
+        )
+
+    def _rows_of_step(self) -> list[int]:
+        """The rows of the training split in the step at work, of all processes; none where their order is not ours."""
+        sampler = self._get_train_sampler()
+        if not isinstance(sampler, EpochLengthGroupedSampler):
+            return []
+        sampler.set_epoch(int(self.step_epoch))
+        order = list(sampler)
+        batch = self.args.train_batch_size * self.args.world_size
+        batches = len(order) // batch if self.args.dataloader_drop_last else math.ceil(len(order) / batch)
+        steps = math.ceil(batches / self.args.gradient_accumulation_steps)
+        whole = batch * self.args.gradient_accumulation_steps
+        start = self.step % steps * whole
+        return order[start : start + whole]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -192,6 +301,7 @@ def train(
     )
     resumed = last_whole_checkpoint(directory)
     result = trainer.train(resume_from_checkpoint=resumed)
+    trainer.check_weights()
     history = trainer.state.log_history
     return {
         "steps": result.global_step,
@@ -208,18 +318,37 @@ def train(
 
 
 def last_whole_checkpoint(directory: Path) -> str | None:
-    """The latest checkpoint below `directory` that was written to its end: the Trainer writes its state last.
+    """The latest checkpoint below `directory` that was written to its end and reads as written; damaged ones are named.
 
     transformers' own get_last_checkpoint takes the latest folder, also one that a kill left half written.
     """
     for checkpoint in sorted(
         directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
     ):
+        damage = checkpoint_damage(checkpoint)
+        if damage is None:
+            return str(checkpoint)
+        if is_main_process():
+            print(f"{checkpoint.name}: not used, because {damage}", flush=True)
+    return None
+
+
+def checkpoint_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint of the Trainer, None where it is whole. Reads all of it but the weights, of those the header."""
+    if not (checkpoint / "trainer_state.json").is_file():
+        return "it was not written to its end"  # the Trainer writes its state last
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(checkpoint)
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                check_safetensors(file)
+            elif file.suffix in (".pt", ".pth", ".bin"):  # torch writes zip archives, whose members have checksums
+                with zipfile.ZipFile(file) as archive:
+                    if archive.testzip() is not None:
+                        raise zipfile.BadZipFile
+        except Exception:  # what a reader says of a damaged file depends on which byte it is
+            return f"{file.name} is truncated or changed"
     return None
 
 
@@ -284,7 +413,7 @@ def fine_tune(
             if is_main_process():
                 trained.save_pretrained(directory / "adapter")
             model = trained.merge_and_unload()
-    return finish_model(model, task, processor, directory, details)
+    return finish_model(model, task, processor, directory, details, must_know_task=True)
 
 
 def is_main_process() -> bool:
@@ -293,22 +422,40 @@ def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
-def finish_model(model: Any, task: Any, processor: Any, directory: Path, details: dict[str, Any]) -> Outcome:
-    """Score a trained model on the validation split and save it, on the main process; the others have nothing left to do."""
+def finish_model(
+    model: Any, task: Any, processor: Any, directory: Path, details: dict[str, Any], must_know_task: bool = False
+) -> Outcome:
+    """Score a trained model on the validation split and save it, on the main process; the others have nothing left to do.
+
+    A model that `must_know_task`, a teacher, is refused where it does no better than guessing, its checkpoints left in place.
+    """
     if not is_main_process():
         return Outcome("transformers")
     metrics = validation_metrics(model, task, processor)
+    if must_know_task:
+        check_knows_task(model, task, metrics)
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     save(model, processor, directory)
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
 
 
+def check_knows_task(model: Any, task: Any, metrics: dict[str, Any]) -> None:
+    """Refuse a teacher that does no better than guessing, by its scores on the validation split."""
+    if task.causal:
+        check_perplexity(metrics["perplexity"], model.config.vocab_size)
+    else:
+        check_above_chance(metrics, task.label_names)
+
+
 def check_above_chance(metrics: dict[str, Any], label_names: list[str]) -> None:
-    """Refuse a teacher that does no better than guessing: soft targets of it teach nothing."""
-    recalls = list(metrics["recall_per_class"].values())
-    if sum(recalls) / len(recalls) <= 1 / len(label_names):
+    """Refuse a teacher that does no better than guessing, such as one with one answer to everything: its answers teach nothing."""
+    recalls = metrics["recall_per_class"]
+    mean = sum(recalls.values()) / len(recalls)
+    if mean <= 1 / len(label_names):
+        always = [name for name, recall in recalls.items() if recall == 1]
+        one_answer = f" (it answers {always[0]!r} to everything)" if sorted(recalls.values())[-2:] == [0, 1] else ""
         raise InputError(
-            f"expected a teacher that knows the task, found one whose mean recall on the validation split is "
-            f"{sum(recalls) / len(recalls):.3f}, no better than guessing among {len(label_names)} labels. Train it longer "
-            "(--teacher_epochs, --teacher_learning_rate), or check that its labels mean what the data set's do."
+            f"expected a teacher that knows the task, found one whose mean recall on the validation split is {mean:.3f}"
+            f"{one_answer}, no better than guessing among {len(label_names)} labels. Train it longer or slower (--teacher_epochs, "
+            "--teacher_learning_rate), or check that its labels mean what the data set's do."
         )

@@ -74,7 +74,8 @@ def verify_directory(directory: Path, reference: Path, task: Any, max_quality_dr
     processor = task.load_processor(str(directory))
     if (reference / "model.onnx").is_file():
         return verify_quality(directory / "model.onnx", reference / "model.onnx", task, processor, max_quality_drop)
-    return verify_against_torch(directory / "model.onnx", load_model(reference), task, processor)
+    model = load_model(reference, task.trust_remote_code)
+    return verify_against_torch(directory / "model.onnx", model, task, processor)
 
 
 def _run(session: Any, batch: dict[str, Any]) -> np.ndarray:

@@ -72,7 +72,8 @@ def main() -> None:
     soft_targets = None
     if distill.needs_stored_targets:
         soft_targets = run.stage(
-            "soft_targets", compute_token_soft_targets, "teacher", temperature=distill.temperature, top_k=distill.soft_target_top_k
+            "soft_targets", compute_token_soft_targets, "teacher", distributed=True, temperature=distill.temperature,
+            top_k=distill.soft_target_top_k,
         )  # fmt: skip
 
     # The student starts from the teacher's own layers, so its embeddings and head come trained.

@@ -10,7 +10,7 @@ from conftest import example_inputs, tiny_config, tiny_language_model, tiny_mode
 from pipelines.config import DistillConfig, StudentConfig
 from pipelines.distill import DistillationTrainer, distil, distill_student, parse_hidden_state_map
 from pipelines.errors import InputError
-from pipelines.soft_targets import LOGITS, compute_soft_targets, with_soft_targets
+from pipelines.soft_targets import WithSoftTargets, compute_soft_targets
 from pipelines.students import parse_layers, student_from_layers
 
 
@@ -65,7 +65,7 @@ def test_stored_and_online_soft_targets_give_the_same_loss(trained_teacher, soft
     distill = DistillConfig(temperature=3.0, soft_target_weight=0.8)
     teacher, student = task.load_model(str(trained_teacher)), tiny_model(seed=5)
     features = task.features(tokenizer)["train"]
-    with_logits = with_soft_targets(features, soft_targets)
+    with_logits = WithSoftTargets(features, soft_targets)
     collate = task.collate(tokenizer)
     trainer = trainer_for(student, task, tokenizer, training, distill=distill)
     online = trainer_for(student, task, tokenizer, training, distill=distill, teacher=teacher)
@@ -79,8 +79,9 @@ def test_stored_and_online_soft_targets_give_the_same_loss(trained_teacher, soft
 
 def test_soft_targets_are_the_teachers_logits_in_the_order_of_the_data(trained_teacher, soft_targets, task, tokenizer):
     teacher = task.load_model(str(trained_teacher))
-    stored = np.load(soft_targets / LOGITS)
     features = task.features(tokenizer)["train"]
+    with_logits = WithSoftTargets(features, soft_targets)
+    stored = np.stack([row["teacher_logits"] for row in with_logits])
     assert stored.shape == (len(features), 3)
     assert stored.dtype == np.float32
     for index in (0, 7, len(features) - 1):

@@ -12,7 +12,7 @@ from pipelines.distill import DistillationTrainer, distill_student
 from pipelines.errors import InputError
 from pipelines.language import LanguageModeling, check_knows_language, token_answers
 from pipelines.losses import IGNORED
-from pipelines.soft_targets import WithTopAnswers, compute_token_soft_targets
+from pipelines.soft_targets import WithSoftTargets, compute_token_soft_targets
 from pipelines.text_data import token_stream, train_tokenizer
 from pipelines.training import Trainer, fine_tune, validation_metrics
 
@@ -191,7 +191,7 @@ def test_stored_top_answers_teach_what_the_teacher_in_the_loop_teaches(
         details = compute_token_soft_targets(str(language_model_dir), directory, language_task, 2.0, top_k).details
         assert details["bytes_per_token"] == top_k * 6 + 4
         assert 0 < details["remaining_mass"]["mean"] < details["remaining_mass"]["largest"] < 1
-        stored = WithTopAnswers(features, directory)
+        stored = WithSoftTargets(features, directory)
         assert stored["length"] == features["length"]
         student, with_stored = trainer()
         losses[top_k] = with_stored.compute_loss(student, collate([stored[row] for row in range(4)])).item()

@@ -128,7 +128,7 @@ sys.path.insert(0, {tests!r})
 from conftest import make_tokenizer, tiny_model
 from pipelines.config import DataConfig, DistillConfig
 from pipelines.distill import DistillationTrainer
-from pipelines.soft_targets import with_soft_targets, compute_soft_targets
+from pipelines.soft_targets import WithSoftTargets, compute_soft_targets
 from pipelines.tasks import TextClassification
 from pipelines.training import TrainingArguments, is_main_process, train
 
@@ -140,14 +140,14 @@ arguments = TrainingArguments(
 task = TextClassification(DataConfig(dataset={csv!r}, max_length=32))
 tokenizer = make_tokenizer()
 directory.mkdir(exist_ok=True)
-compute_soft_targets({teacher!r}, directory, task)
+compute_soft_targets({teacher!r}, directory, task, shard_examples=20)
 arguments.distributed_state.wait_for_everyone()
 distill = DistillConfig()
 features = task.features(tokenizer)["train"]
 curves = {{}}
 curves["labels"] = train(tiny_model(seed=1), task, tokenizer, arguments, directory, features)["losses"]
 curves["stored"] = train(
-    tiny_model(seed=1), task, tokenizer, arguments, directory, with_soft_targets(features, directory), DistillationTrainer, distill=distill
+    tiny_model(seed=1), task, tokenizer, arguments, directory, WithSoftTargets(features, directory), DistillationTrainer, distill=distill
 )["losses"]
 curves["online"] = train(
     tiny_model(seed=1), task, tokenizer, arguments, directory, features, DistillationTrainer, distill=distill,
@@ -177,6 +177,11 @@ def test_two_processes_train_to_the_curve_of_one(trained_teacher, csv_file, tmp_
         finished = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=300)
         assert finished.returncode == 0, finished.stderr[-3000:]
         curves[processes] = json.loads(output.read_text())
+    shards = [sorted((tmp_path / f"out_{processes}").glob("answers-*")) for processes in (1, 2)]
+    assert len(shards[0]) == len(shards[1]) > 5
+    for one, two in zip(*shards, strict=True):
+        assert one.name == two.name
+        assert one.read_bytes() == two.read_bytes()  # batches do not depend on who answers them
     assert set(curves[1]) == {"labels", "stored", "online"}
     for kind, lines in curves[1].items():
         assert len(lines) == 8

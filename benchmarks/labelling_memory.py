@@ -1,0 +1,157 @@
+"""Memory of the teacher's pass over a data set, by the number of examples: it must stay flat.
+
+    python benchmarks/labelling_memory.py --examples 10000 100000 1000000 --output memory.json
+
+Each size runs in a fresh process: a tiny BERT of random weights answers that many tokenized examples, as the stage of the soft
+targets does. Counted is the memory that the process holds for itself (anonymous: arrays, Python's objects, weights), sampled ten times
+a second. Files that are mapped into memory, the tokens and the answers, are apart: the system takes them back when it needs the room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process in memory, its own and those of files, by Linux's count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    named = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("RssAnon", "RssFile"))}
+    return {"anonymous": int(named["RssAnon"]) * 1024, "file": int(named["RssFile"]) * 1024}
+
+
+def rows(examples: int, tokens: int) -> Iterator[dict[str, Any]]:
+    generator = np.random.default_rng(0)
+    for index in range(examples):
+        length = int(generator.integers(1, tokens + 1))
+        ids = generator.integers(5, 100, length).tolist()
+        yield {"input_ids": ids, "attention_mask": [1] * length, "labels": index % 2, "length": length}
+
+
+class Examples:
+    """What the stage asks of a task, with features made here."""
+
+    causal = False
+
+    def __init__(self, features: Any, width: int) -> None:
+        self._features, self.width = features, width
+
+    def load_model(self, source: str) -> Any:
+        import torch
+        from transformers import BertConfig, BertForSequenceClassification
+
+        torch.manual_seed(0)
+        return BertForSequenceClassification(
+            BertConfig(vocab_size=100, hidden_size=self.width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=self.width)
+        )  # fmt: skip
+
+    def features(self) -> Any:
+        return self._features
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        longest = max(row["length"] for row in rows)
+        padded = {
+            name: torch.tensor([row[name] + [0] * (longest - row["length"]) for row in rows])
+            for name in ("input_ids", "attention_mask")
+        }
+        return {**padded, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def measure(examples: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One size, in this process."""
+    import datasets
+    import torch
+
+    from pipelines.predict import predict_torch
+    from pipelines.soft_targets import WithSoftTargets, write_shards
+
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    features = datasets.Dataset.from_generator(
+        rows, gen_kwargs={"examples": examples, "tokens": arguments.tokens}, cache_dir=str(folder / "cache")
+    )
+    task = Examples(features, arguments.width)
+    teacher = task.load_model("tiny")
+    before, peak, done = memory(), {"anonymous": 0, "file": 0}, threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            for kind, size in memory().items():
+                peak[kind] = max(peak[kind], size)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    answers = folder / "answers"
+    answers.mkdir()
+    write_shards(
+        features, answers, arguments.shard_examples,
+        lambda part: {"teacher_logits": predict_torch(teacher, part, task.collate, batch_size=256)},
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    # Every answer is read once more in a random order, as training does.
+    stored = WithSoftTargets(features, answers)
+    for index in np.random.default_rng(0).permutation(examples)[: arguments.read]:
+        stored[int(index)]
+    done.set()
+    watcher.join()
+    return {
+        "examples": examples,
+        "shards": len(stored.shards),
+        "stored_bytes": sum(path.stat().st_size for path in answers.iterdir()),
+        "before_anonymous_bytes": before["anonymous"],
+        "peak_anonymous_bytes": peak["anonymous"],
+        "peak_file_bytes": peak["file"],
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="The sizes.")
+    parser.add_argument("--shard_examples", type=int, default=4096, help="Examples of a shard.")
+    parser.add_argument("--tokens", type=int, default=16, help="Tokens of the longest example.")
+    parser.add_argument("--width", type=int, default=16, help="Hidden units of the tiny teacher.")
+    parser.add_argument("--read", type=int, default=20_000, help="Answers read back in a random order, at most.")
+    parser.add_argument("--output", help="A file for the figures, as JSON.")
+    parser.add_argument("--alone", action="store_true", help="Measure the one size in this process.")
+    arguments = parser.parse_args()
+    if arguments.alone:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(arguments.examples[0], arguments, Path(folder))))
+        return
+    found = []
+    print(
+        f"{'examples':>10} {'shards':>7} {'stored MB':>10} {'own MB before':>14} {'own MB at most':>15} {'seconds':>8}"
+    )
+    for examples in arguments.examples:
+        command = [sys.executable, __file__, "--alone", "--examples", str(examples)]
+        for name in ("shard_examples", "tokens", "width", "read"):
+            command += [f"--{name}", str(getattr(arguments, name))]
+        line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        one = json.loads(line)
+        found.append(one)
+        megabytes = [one[name] / 1e6 for name in ("stored_bytes", "before_anonymous_bytes", "peak_anonymous_bytes")]
+        print(
+            f"{examples:>10,} {one['shards']:>7} {megabytes[0]:>10.1f} {megabytes[1]:>14.1f} {megabytes[2]:>15.1f} "
+            f"{one['seconds']:>8.1f}",
+            flush=True,
+        )
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

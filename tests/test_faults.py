@@ -1,0 +1,323 @@
+"""What goes wrong on a disk: each fault is named in one message, with exit status 1, and what was finished stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import tiny_model
+from pipelines.config import run_main
+from pipelines.errors import InputError
+from pipelines.run import RECORD, Outcome, Run, no_room, read_record
+from pipelines.training import Trainer, checkpoint_damage, last_whole_checkpoint, train
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class Task:
+    def describe(self) -> dict[str, str]:
+        return {}
+
+
+@pytest.fixture
+def source(tmp_path):
+    directory = tmp_path / "source"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def write_small(source: str, directory: Path, task: Task, size: int = 10) -> Outcome:
+    (directory / "model.txt").write_text("x" * size)
+    return Outcome("transformers", {"validation": {"accuracy": 0.5}})
+
+
+def finish(directory: Path, source: Path, function=write_small, **arguments) -> None:
+    run = Run(directory, Task(), seed=0)
+    try:
+        run.stage("first", function, str(source), **arguments)
+    finally:
+        run._lock.release()
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    """What a run has finished: all but the locks and what lies in hidden directories."""
+    return {
+        path: path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+    }
+
+
+# ---- A full disk
+
+FULL = """
+import resource, sys
+import numpy as np, safetensors.numpy, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from pipelines.config import run_main
+from pipelines.run import Outcome, Run
+from test_faults import Task
+
+def write_large(source, directory, task, size, how):
+    values = np.zeros(size, np.float32)
+    if how == "python":
+        (directory / "model").write_bytes(values.tobytes())
+    elif how == "numpy":
+        np.save(directory / "model.npy", values)
+    elif how == "safetensors":
+        safetensors.numpy.save_file({{"a": values}}, directory / "model.safetensors")
+    else:
+        torch.save({{"a": torch.from_numpy(values)}}, directory / "model.pt")
+    return Outcome("transformers")
+
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+    Run({directory!r}, Task(), 0).stage("first", write_large, {source!r}, size=1_000_000, how=how)
+
+statuses = []
+for how in ("python", "numpy", "safetensors", "torch"):
+    try:
+        run_main(main)
+    except SystemExit as exit_:
+        statuses.append(exit_.code)
+print(statuses)
+"""
+
+
+def test_a_full_disk_is_named_whoever_writes_and_the_earlier_result_stays(tmp_path, source):
+    """A limit on a file's size stands for the disk: both fail in the same calls, in the same ways."""
+    finish(tmp_path / "run", source, size=10)
+    before = contents(tmp_path / "run")
+    script = FULL.format(tests=str(REPOSITORY / "tests"), directory=str(tmp_path / "run"), source=str(source))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert finished.stdout.splitlines()[-1] == "[1, 1, 1, 1]", finished.stderr[-2000:]
+    messages = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 4
+    assert all("expected room on the disk for the stage first, found" in line for line in messages)
+    assert "Traceback" not in finished.stderr
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_that_is_really_full(tmp_path, source):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        finish(disk / "run", source, size=10)
+        before = contents(disk / "run")
+        with pytest.raises(InputError, match=r"room on the disk for the stage first.*No space left.*MB are free"):
+            finish(disk / "run", source, size=10**6)
+        assert contents(disk / "run") == before
+        finish(disk / "run", source, size=1000)  # with what room there is, the same run goes on
+        assert (disk / "run" / "first" / "model.txt").stat().st_size == 1000
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_only_a_full_disk_is_called_one():
+    assert no_room(OSError(28, "No space left on device"))
+    wrapped = RuntimeError("cannot save")
+    wrapped.__cause__ = OSError(122, "Disk quota exceeded")
+    assert "quota" in no_room(wrapped)
+    assert no_room(OSError(2, "No such file")) is None
+    assert no_room(ValueError("size")) is None
+
+
+# ---- A read-only directory
+
+
+@contextmanager
+def as_somebody_else() -> Iterator[None]:
+    """Root may write everywhere, so that for root permissions only show as another user."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("only_stage", [None, "model"])
+def test_a_read_only_directory_is_named_and_left_alone(only_stage):
+    directory = Path(tempfile.mkdtemp())  # pytest's own are closed to other users
+    (directory / "run").mkdir()
+    (directory / "run").chmod(0o555)
+    directory.chmod(0o755)
+    try:
+        with as_somebody_else(), pytest.raises(InputError, match=r"able to write to .*run.*--?output_dir"):
+            Run(directory / "run", Task(), 0, only_stage)
+        assert not list((directory / "run").iterdir())
+        with as_somebody_else(), pytest.raises(InputError, match="able to write to"):
+            Run(directory / "run" / "below", Task(), 0, only_stage)
+    finally:
+        (directory / "run").chmod(0o755)
+        shutil.rmtree(directory)
+
+
+def test_an_error_of_the_disk_that_nobody_foresaw_is_one_message_and_status_1(capsys):
+    def main() -> None:
+        raise PermissionError(13, "Permission denied", "/somewhere/model.safetensors")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main(main)
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: expected to be able to read and write")
+    assert "/somewhere/model.safetensors" in error
+    assert len(error.splitlines()) == 1
+
+
+# ---- A damaged checkpoint
+
+
+@pytest.fixture(scope="module")
+def interrupted(task, tokenizer, tmp_path_factory):
+    """The checkpoints of two epochs of a training that was killed in the third, and the weights that it would have ended with."""
+    from pipelines.training import TrainingArguments
+
+    class Killed(Exception):
+        pass
+
+    class KilledAfterTwoEpochs(Trainer):
+        def training_step(self, *arguments, **keywords):
+            if self.state.epoch >= 2:
+                raise Killed
+            return super().training_step(*arguments, **keywords)
+
+    directory = tmp_path_factory.mktemp("interrupted")
+    training = TrainingArguments(
+        output_dir=str(directory), num_train_epochs=3, learning_rate=1e-3, disable_tqdm=True, use_cpu=True
+    )
+    features = task.features(tokenizer)["train"]
+    undisturbed = tiny_model()
+    train(undisturbed, task, tokenizer, training, directory / "undisturbed", features)
+    with pytest.raises(Killed):
+        train(tiny_model(), task, tokenizer, training, directory / "killed", features, KilledAfterTwoEpochs)
+    return directory / "killed", training, undisturbed.state_dict()
+
+
+def halve(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = [
+    (halve, "model.safetensors"), (halve, "optimizer.pt"), (flip, "optimizer.pt"), (halve, "rng_state.pth"),
+    (halve, "trainer_state.json"), (halve, "config.json"), (Path.unlink, "trainer_state.json"),
+]  # fmt: skip
+
+
+def test_every_damage_to_a_checkpoint_is_noticed(interrupted, tmp_path, capsys):
+    killed, _, _ = interrupted
+    assert last_whole_checkpoint(killed) == str(killed / "checkpoint-18")
+    assert not capsys.readouterr().out
+    for index, (damage, name) in enumerate(DAMAGES):
+        copied = shutil.copytree(killed, tmp_path / str(index))
+        damage(copied / "checkpoint-18" / name)
+        assert last_whole_checkpoint(copied) == str(copied / "checkpoint-9")
+        assert "checkpoint-18: not used, because" in capsys.readouterr().out
+        found = checkpoint_damage(copied / "checkpoint-18")
+        assert found == (
+            "it was not written to its end" if damage is Path.unlink else f"{name} is truncated or changed"
+        )
+
+
+def test_a_training_goes_on_from_the_checkpoint_before_a_truncated_one(interrupted, task, tokenizer, tmp_path):
+    killed, training, undisturbed = interrupted
+    copied = shutil.copytree(killed, tmp_path / "copy")
+    halve(copied / "checkpoint-18" / "optimizer.pt")
+    model = tiny_model()
+    details = train(model, task, tokenizer, copy.copy(training), copied, task.features(tokenizer)["train"])
+    assert details["resumed_from_step"] == 9
+    for name, weights in model.state_dict().items():
+        np.testing.assert_array_equal(weights.numpy(), undisturbed[name].numpy(), err_msg=name)
+
+
+# ---- A record edited by hand
+
+EDITS = [
+    lambda record: record["metrics"]["validation"].update(accuracy=0.99),
+    lambda record: record["made_by"].update(seed=1),
+    lambda record: record["files"].update({"model.txt": "0" * 64}),
+    lambda record: record.update(bytes="many"),
+    lambda record: record.pop("metrics"),
+    lambda record: record.update(files=["model.txt"]),
+    lambda record: record.update(sha256="0" * 64),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_record_edited_by_hand_is_named_and_nothing_is_made_again(edit, tmp_path, source):
+    finish(tmp_path / "run", source)
+    path = tmp_path / "run" / "first" / RECORD
+    record = json.loads(path.read_text())
+    edit(record)
+    path.write_text(json.dumps(record))
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match=r"record\.json, found a file that cannot be.*Delete that stage's directory"):
+        finish(tmp_path / "run", source)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_record_is_read_however_it_is_laid_out(tmp_path, source):
+    finish(tmp_path / "run", source)
+    path = tmp_path / "run" / "first" / RECORD
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(record.items()))))
+    assert read_record(path.parent) == record
+
+
+def test_a_score_that_is_not_finite_is_null_in_the_record(tmp_path, source):
+    def diverged(source: str, directory: Path, task: Task) -> Outcome:
+        (directory / "model.txt").write_text("x")
+        return Outcome("transformers", {"validation": {"perplexity": float("inf")}})
+
+    finish(tmp_path / "run", source, diverged)
+    assert read_record(tmp_path / "run" / "first")["metrics"]["validation"]["perplexity"] is None
+
+
+# ---- Two runs in one directory
+
+
+def test_a_second_run_in_a_directory_at_work_changes_nothing(tmp_path, source):
+    finish(tmp_path / "run", source)
+    script = (
+        "import sys; from pathlib import Path; from pipelines.run import Run\n"
+        "run = Run(sys.argv[1], None, 0); print('ready', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert other.stdout.readline().strip() == "ready"
+        before = contents(tmp_path / "run")
+        with pytest.raises(InputError, match=r"no other run at work in .*run.*, found one"):
+            finish(tmp_path / "run", source, size=20)
+        assert contents(tmp_path / "run") == before
+    finally:
+        other.stdin.close()
+        other.wait()

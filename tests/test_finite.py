@@ -1,0 +1,186 @@
+"""Numbers that stop a training: at once, by name, in every process, with nothing saved after them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import tiny_language_model, tiny_model
+from pipelines.config import DistillConfig, TeacherConfig
+from pipelines.distill import DistillationTrainer
+from pipelines.errors import InputError
+from pipelines.finite import has_exploded, likely_cause, name_rows
+from pipelines.training import Trainer, check_above_chance, check_knows_task, fine_tune, train
+
+POISONED = 57  # a row of the training split
+
+
+def with_teacher_logits(features, bad_row=None):
+    logits = np.random.default_rng(0).normal(size=(len(features), 3)).astype(np.float32)
+    if bad_row is not None:
+        logits[bad_row, 1] = np.nan
+    return features.add_column("teacher_logits", list(logits))
+
+
+def steps(training, count, **changes):
+    training.max_steps, training.eval_strategy, training.load_best_model_at_end = count, "no", False
+    training.per_device_train_batch_size, training.warmup_steps, training.save_strategy = 8, 0, "no"
+    for name, value in changes.items():
+        setattr(training, name, value)
+    return training
+
+
+def test_a_bad_value_stops_at_its_step_and_names_its_row_and_the_last_good_checkpoint(
+    task, tokenizer, training, tmp_path
+):
+    features = with_teacher_logits(task.features(tokenizer)["train"], POISONED)
+    steps(training, -1, num_train_epochs=1, gradient_accumulation_steps=2, save_strategy="steps", save_steps=1)
+    with pytest.raises(InputError) as error:
+        train(tiny_model(), task, tokenizer, training, tmp_path, features, DistillationTrainer, distill=DistillConfig())
+    message = str(error.value)
+    assert "a loss of nan" in message
+    assert f"not finite in teacher_logits (rows {POISONED} of the training split)" in message
+    step = int(re.search(r"at step (\d+)", message)[1])
+    rows = re.search(r"on rows ([\d, ]+?) of the training", message)[1].split(", ")
+    assert str(POISONED) in rows
+    assert len(rows) == 16
+    assert "input_ids (8, " in message
+    saved = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert saved[-1] == step - 1 > 0
+    assert f"last good checkpoint is {tmp_path / f'checkpoint-{step - 1}'}." in message
+
+
+def test_a_learning_rate_that_breaks_the_weights_is_named_and_nothing_saved(task, tokenizer, training, tmp_path):
+    features = task.features(tokenizer)["train"]
+    steps(training, 1, learning_rate=1e39, save_strategy="steps", save_steps=1)
+    with pytest.raises(InputError, match=r"weights that are not finite.*learning rate too high \(1e\+39") as error:
+        train(tiny_model(), task, tokenizer, training, tmp_path, features)
+    assert "there was no checkpoint yet" in str(error.value)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_gradient_that_explodes_stops_before_it_is_infinite(task, tokenizer, training, tmp_path):
+    class Steep(Trainer):
+        def summed_loss(self, model, inputs, labels):
+            loss, outputs = super().summed_loss(model, inputs, labels)
+            return loss * (1e6 if self.step == 4 else 1), outputs
+
+    steps(training, 10, save_strategy="steps", save_steps=1)
+    with pytest.raises(InputError, match=r"gradient of norm .*1,000 times.* at step 5 .*checkpoint-4\."):
+        train(tiny_model(), task, tokenizer, training, tmp_path, task.features(tokenizer)["train"], Steep)
+
+
+def test_an_explosion_is_measured_against_what_the_gradients_were():
+    assert not has_exploded(1e9, [])
+    assert not has_exploded(900, [1e-6] * 5)
+    assert has_exploded(1100, [0.5, 0.9, 0.1])
+    assert not has_exploded(5e5, [1000.0, 600.0, 800.0])
+
+
+def test_weights_that_were_broken_before_are_told_from_a_learning_rate(task, tokenizer, training, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = math.inf
+    with pytest.raises(InputError, match="step 1 .*not finite before this training"):
+        train(model, task, tokenizer, steps(training, 2), tmp_path, task.features(tokenizer)["train"])
+
+
+def test_the_cause_in_half_precision_and_long_lists_of_rows():
+    assert "65,504" in likely_cause([], True, False, fp16=True, learning_rate=1e-4)
+    assert "65,504" not in likely_cause([], True, False, fp16=False, learning_rate=1e-4)
+    assert name_rows(list(range(20))).endswith("14, 15 … (20 in all)")
+
+
+def test_overflows_of_fp16_are_passed_over_while_its_scale_is_sought(task, tokenizer, training):
+    trainer = Trainer(
+        model=tiny_model(), args=steps(training, 3), train_dataset=task.features(tokenizer)["train"],
+        data_collator=task.collate(tokenizer),
+    )  # fmt: skip
+    trainer.create_optimizer_and_scheduler(10)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    for _ in range(20):
+        trainer.check_step(math.inf)
+    assert not trainer.norms
+    with pytest.raises(InputError, match="norm inf"):
+        trainer.check_step(math.inf)
+    trainer.check_step(1.0)
+    trainer.check_step(math.inf)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from conftest import make_tokenizer, tiny_model
+from test_finite import POISONED, steps, with_teacher_logits
+from pipelines.config import DataConfig, DistillConfig, run_main
+from pipelines.distill import DistillationTrainer
+from pipelines.tasks import TextClassification
+from pipelines.training import TrainingArguments, train
+
+def main():
+    training = steps(TrainingArguments(output_dir={directory!r}, use_cpu=True, disable_tqdm=True), -1, num_train_epochs=1)
+    training.per_device_train_batch_size = 4
+    task = TextClassification(DataConfig(dataset={csv!r}, max_length=32))
+    features = with_teacher_logits(task.features(make_tokenizer())["train"], POISONED)
+    train(tiny_model(), task, make_tokenizer(), training, Path({directory!r}), features, DistillationTrainer, distill=DistillConfig())
+
+run_main(main)
+"""
+
+
+def test_two_processes_stop_together_with_one_message(csv_file, tmp_path):
+    repository = Path(__file__).parents[1]
+    script = tmp_path / "script.py"
+    script.write_text(
+        SCRIPT.format(tests=str(repository / "tests"), csv=str(csv_file), directory=str(tmp_path / "out"))
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
+    launch += [str(repository / "accelerate_configs" / "multi_cpu.yaml"), str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
+    finished = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=600)
+    assert finished.returncode == 1
+    messages = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1
+    assert f"teacher_logits (rows {POISONED} of the training split)" in messages[0]
+
+
+def test_a_teacher_with_one_answer_is_named(task):
+    one = {"recall_per_class": {"sport": 0.0, "tech": 1.0, "trade": 0.0}}
+    with pytest.raises(
+        InputError, match=r"0\.333 \(it answers 'tech' to everything\), no better than guessing among 3"
+    ):
+        check_above_chance(one, ["sport", "tech", "trade"])
+    guesses = {"recall_per_class": {"sport": 0.3, "tech": 0.3, "trade": 0.3}}
+    with pytest.raises(InputError, match=r"0\.300, no better"):
+        check_above_chance(guesses, ["sport", "tech", "trade"])
+    check_above_chance({"recall_per_class": {"sport": 0.3, "tech": 0.6, "trade": 0.3}}, ["sport", "tech", "trade"])
+
+
+def test_a_teacher_that_fine_tuning_left_guessing_is_refused_with_its_checkpoints_kept(
+    pretrained, task, training, tmp_path
+):
+    settings = TeacherConfig(teacher_epochs=1, teacher_learning_rate=1e-12)
+    # Too slow to learn anything: which of the labels it then prefers is the initialisation's affair.
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match="teacher that knows the task.*--teacher_learning_rate"):
+        fine_tune(str(pretrained), tmp_path, task, settings, steps(training, 2, save_strategy="epoch"))
+    assert list((tmp_path / "checkpoints").glob("checkpoint-*"))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_language_teacher_whose_perplexity_is_no_number_is_refused(language_task):
+    model = tiny_language_model()
+    for perplexity in (math.nan, math.inf, 300.0):
+        with pytest.raises(InputError, match="knows the language"):
+            check_knows_task(model, language_task, {"perplexity": perplexity})
+    check_knows_task(model, language_task, json.loads('{"perplexity": 299}'))
