@@ -377,7 +377,8 @@ def parse_config(
 
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser([kind() if kind is training_arguments else kind for kind in kinds], **texts)
+    classes: list[Any] = [kind() if kind is training_arguments else kind for kind in kinds]
+    parser = HfArgumentParser(classes, **texts)
     from_file = _read_yaml(path, parser) if path is not None else []
     try:
         parsed = list(parser.parse_args_into_dataclasses(from_file + argv))

@@ -41,7 +41,7 @@ def _fields(source: Path) -> dict[str, tuple[str, Any, Any]]:
     fields = {}
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
-            settings = {keyword.arg: _literal(keyword.value) for keyword in node.value.keywords}
+            settings = {str(keyword.arg): _literal(keyword.value) for keyword in node.value.keywords}
             # A default that is computed, or a type that is a class of transformers' own, shows as text.
             settings["default"] = settings.get("default")
             settings.pop("default_factory", None)
