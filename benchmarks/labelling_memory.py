@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,41 +33,29 @@ def memory() -> dict[str, int]:
 
 def rows(examples: int, tokens: int) -> Iterator[dict[str, Any]]:
     generator = np.random.default_rng(0)
-    for index in range(examples):
+    for _ in range(examples):
         length = int(generator.integers(1, tokens + 1))
         ids = generator.integers(5, 100, length).tolist()
-        yield {"input_ids": ids, "attention_mask": [1] * length, "labels": index % 2, "length": length}
+        yield {"input_ids": ids, "attention_mask": [1] * length, "length": length}
 
 
-class Examples:
-    """What the stage asks of a task, with features made here."""
+def tiny_teacher(width: int) -> Any:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
 
-    causal = False
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=100, **sizes))
 
-    def __init__(self, features: Any, width: int) -> None:
-        self._features, self.width = features, width
 
-    def load_model(self, source: str) -> Any:
-        import torch
-        from transformers import BertConfig, BertForSequenceClassification
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
 
-        torch.manual_seed(0)
-        return BertForSequenceClassification(
-            BertConfig(vocab_size=100, hidden_size=self.width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=self.width)
-        )  # fmt: skip
-
-    def features(self) -> Any:
-        return self._features
-
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        import torch
-
-        longest = max(row["length"] for row in rows)
-        padded = {
-            name: torch.tensor([row[name] + [0] * (longest - row["length"]) for row in rows])
-            for name in ("input_ids", "attention_mask")
-        }
-        return {**padded, "labels": torch.tensor([row["labels"] for row in rows])}
+    longest = max(row["length"] for row in rows)
+    return {
+        name: torch.tensor([row[name] + [0] * (longest - row["length"]) for row in rows])
+        for name in ("input_ids", "attention_mask")
+    }
 
 
 def measure(examples: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -82,8 +71,7 @@ def measure(examples: int, arguments: argparse.Namespace, folder: Path) -> dict[
     features = datasets.Dataset.from_generator(
         rows, gen_kwargs={"examples": examples, "tokens": arguments.tokens}, cache_dir=str(folder / "cache")
     )
-    task = Examples(features, arguments.width)
-    teacher = task.load_model("tiny")
+    teacher = tiny_teacher(arguments.width)
     before, peak, done = memory(), {"anonymous": 0, "file": 0}, threading.Event()
 
     def watch() -> None:
@@ -98,10 +86,10 @@ def measure(examples: int, arguments: argparse.Namespace, folder: Path) -> dict[
     answers.mkdir()
     write_shards(
         features, answers, arguments.shard_examples,
-        lambda part: {"teacher_logits": predict_torch(teacher, part, task.collate, batch_size=256)},
+        lambda part: {"teacher_logits": predict_torch(teacher, part, collate, batch_size=256)},
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    # Every answer is read once more in a random order, as training does.
+    # Read back in a random order, as training does.
     stored = WithSoftTargets(features, answers)
     for index in np.random.default_rng(0).permutation(examples)[: arguments.read]:
         stored[int(index)]
@@ -140,8 +128,9 @@ def main() -> None:
         command = [sys.executable, __file__, "--alone", "--examples", str(examples)]
         for name in ("shard_examples", "tokens", "width", "read"):
             command += [f"--{name}", str(getattr(arguments, name))]
-        line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-        one = json.loads(line)
+        environment = {**os.environ, "TQDM_DISABLE": "1"}
+        worker = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        one = json.loads(worker.stdout.splitlines()[-1])
         found.append(one)
         megabytes = [one[name] / 1e6 for name in ("stored_bytes", "before_anonymous_bytes", "peak_anonymous_bytes")]
         print(

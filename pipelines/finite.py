@@ -25,8 +25,11 @@ def has_exploded(norm: float, norms: Sequence[float]) -> bool:
 
 def weights_are_finite(model: torch.nn.Module) -> bool:
     """Whether every weight, of a sharded model every one that this process holds, is a finite number."""
-    held = (getattr(parameter, "to_local", lambda parameter=parameter: parameter)() for parameter in model.parameters())
-    return all(bool(torch.isfinite(weights.detach()).all()) for weights in held)
+    for parameter in model.parameters():
+        held: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if not torch.isfinite(held.detach()).all():
+            return False
+    return True
 
 
 def unfinite_inputs(batch: dict[str, Any]) -> dict[str, list[int]]:

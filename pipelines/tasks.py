@@ -295,7 +295,7 @@ def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -
         return loader(source, **arguments)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         summary = " ".join(str(error).split())[:400]
-        if "trust_remote_code" in summary:
+        if "trust_remote_code" in str(error):
             raise InputError(
                 f"expected {what} of transformers' own classes at {source}, found one that brings code of its own, which was not run. "
                 "Read that code; where you trust it, pass --trust_remote_code true, or take another model."

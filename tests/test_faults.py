@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +21,6 @@ from pipelines.config import run_main
 from pipelines.errors import InputError
 from pipelines.run import RECORD, Outcome, Run, no_room, read_record
 from pipelines.training import Trainer, checkpoint_damage, last_whole_checkpoint, train
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 class Task:
@@ -62,53 +60,37 @@ def contents(directory: Path) -> dict[Path, bytes]:
 
 # ---- A full disk
 
-FULL = """
-import resource, sys
-import numpy as np, safetensors.numpy, torch
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from pipelines.config import run_main
-from pipelines.run import Outcome, Run
-from test_faults import Task
 
-def write_large(source, directory, task, size, how):
-    values = np.zeros(size, np.float32)
-    if how == "python":
-        (directory / "model").write_bytes(values.tobytes())
-    elif how == "numpy":
-        np.save(directory / "model.npy", values)
-    elif how == "safetensors":
-        safetensors.numpy.save_file({{"a": values}}, directory / "model.safetensors")
-    else:
-        torch.save({{"a": torch.from_numpy(values)}}, directory / "model.pt")
+def write_large(source: str, directory: Path, task: Task, writer: str) -> Outcome:
+    import safetensors.numpy
+    import torch
+
+    values = np.zeros(1_000_000, np.float32)
+    {
+        "python": lambda path: path.write_bytes(values.tobytes()),
+        "numpy": lambda path: np.save(path.with_suffix(".npy"), values),
+        "safetensors": lambda path: safetensors.numpy.save_file({"a": values}, path),
+        "torch": lambda path: torch.save({"a": torch.from_numpy(values)}, path),
+    }[writer](directory / "model")
     return Outcome("transformers")
 
-def main():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
-    Run({directory!r}, Task(), 0).stage("first", write_large, {source!r}, size=1_000_000, how=how)
 
-statuses = []
-for how in ("python", "numpy", "safetensors", "torch"):
-    try:
-        run_main(main)
-    except SystemExit as exit_:
-        statuses.append(exit_.code)
-print(statuses)
-"""
-
-
-def test_a_full_disk_is_named_whoever_writes_and_the_earlier_result_stays(tmp_path, source):
+@pytest.mark.parametrize("writer", ["python", "numpy", "safetensors", "torch"])
+def test_a_full_disk_is_named_whoever_writes_and_the_earlier_result_stays(writer, tmp_path, source, capsys):
     """A limit on a file's size stands for the disk: both fail in the same calls, in the same ways."""
     finish(tmp_path / "run", source, size=10)
     before = contents(tmp_path / "run")
-    script = FULL.format(tests=str(REPOSITORY / "tests"), directory=str(tmp_path / "run"), source=str(source))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert finished.stdout.splitlines()[-1] == "[1, 1, 1, 1]", finished.stderr[-2000:]
-    messages = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert len(messages) == 4
-    assert all("expected room on the disk for the stage first, found" in line for line in messages)
-    assert "Traceback" not in finished.stderr
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            run_main(lambda: finish(tmp_path / "run", source, write_large, writer=writer))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert exit_.value.code == 1
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) == 1
+    assert messages[0].startswith("error: expected room on the disk for the stage first, found")
     assert contents(tmp_path / "run") == before
 
 
@@ -298,26 +280,3 @@ def test_a_score_that_is_not_finite_is_null_in_the_record(tmp_path, source):
 
     finish(tmp_path / "run", source, diverged)
     assert read_record(tmp_path / "run" / "first")["metrics"]["validation"]["perplexity"] is None
-
-
-# ---- Two runs in one directory
-
-
-def test_a_second_run_in_a_directory_at_work_changes_nothing(tmp_path, source):
-    finish(tmp_path / "run", source)
-    script = (
-        "import sys; from pathlib import Path; from pipelines.run import Run\n"
-        "run = Run(sys.argv[1], None, 0); print('ready', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert other.stdout.readline().strip() == "ready"
-        before = contents(tmp_path / "run")
-        with pytest.raises(InputError, match=r"no other run at work in .*run.*, found one"):
-            finish(tmp_path / "run", source, size=20)
-        assert contents(tmp_path / "run") == before
-    finally:
-        other.stdin.close()
-        other.wait()

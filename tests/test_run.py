@@ -183,7 +183,9 @@ def test_a_file_and_a_place_that_cannot_be_written_are_refused(tmp_path):
         Run(tmp_path / "file" / "below", Task(), seed=0)
 
 
-def test_two_runs_in_one_directory(tmp_path):
+def test_two_runs_in_one_directory(tmp_path, source):
+    run_both(tmp_path / "run", source)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     script = (
         "import sys, time; from pathlib import Path; from pipelines.run import Run\n"
         "run = Run(sys.argv[1], None, 0); print('ready', flush=True); time.sleep(60)"
@@ -192,7 +194,8 @@ def test_two_runs_in_one_directory(tmp_path):
     try:
         assert other.stdout.readline().strip() == "ready"
         with pytest.raises(InputError, match="no other run at work"):
-            Run(tmp_path / "run", Task(), seed=0)
+            Run(tmp_path / "run", Task("b"), seed=0)
+        assert {path: path.read_bytes() for path in before} == before
     finally:
         other.kill()
         other.wait()
