@@ -192,7 +192,6 @@ class DistillConfig:
         choices=["forward_kl", "reverse_kl", "jensen_shannon"],
     )
     teacher_share: float = _flag(0.5, "Share of the teacher in the mixture of --divergence jensen_shannon, in (0, 1).")
-    label_baseline: bool = _flag(False, "Also train the same student on the labels alone and report it.")
 
     def __post_init__(self) -> None:
         _check(self.temperature > 0, "a --temperature above 0", self.temperature)
@@ -317,6 +316,8 @@ class LanguageQuantizeConfig:
 
 @dataclass
 class ReportConfig:
+    # What the report compares changes nothing in what is compared: not a setting of the distillation.
+    label_baseline: bool = _flag(False, "Also train the same student on the labels alone and report it.")
     benchmark_rounds: int = _flag(
         3, "Rounds of the latency measurement; every stage runs in a fresh process once a round."
     )

@@ -153,7 +153,7 @@ def how_measured(report: dict[str, Any]) -> str:
         )
         times = (
             f"*p50*, *p95*: one call of shape {shape} {threads}; *x faster*: median of the rounds, with the least and the "
-            "largest. *samples/s*: over batches of the test split's own lengths."
+            "largest. *samples/s*: over batches of 16 of the test split, texts with others of their length."
         )
     return (
         "Scores are of the test split, which nothing else in the run has read; the ONNX rows are ONNX Runtime's own "
@@ -191,7 +191,12 @@ def broken_section(report: dict[str, Any], listed: int) -> str:
         + (f" The first {len(examples)}, the most confident mistakes first:" if len(examples) < broken["total"] else "")
     )
     if examples:
-        header = ["example", "text", "right answer, the teacher's", f"{shipped['name']}'s answer"]
+        header = [
+            "example",
+            "image" if report["task"] == "image-classification" else "text",
+            "right answer, the teacher's",
+            f"{shipped['name']}'s answer",
+        ]
         rows = [
             [
                 str(example["index"]),

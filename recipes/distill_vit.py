@@ -73,7 +73,7 @@ def main() -> None:
     run.stage("student", distill_student, "teacher", distill=distill, soft_targets=soft_targets, **learning)
 
     # The baseline that might win: the same student, the same steps, no teacher.
-    if distill.label_baseline:
+    if report.label_baseline:
         run.stage("student_labels_only", distill_student, "teacher", distill=distill.labels_only(), **learning)
 
     # Pruning removes whole heads and neurons, so the ONNX graph is smaller, not just sparser. Convolutions have neither.

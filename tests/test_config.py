@@ -28,11 +28,11 @@ def parse(*argv: str, default: Path | None = None):
 
 def test_flags_override_the_file(tmp_path):
     file = tmp_path / "a.yaml"
-    file.write_text("temperature: 4\nsoft_target_weight: 5.0e-1\nlabel_baseline: true\nhidden_state_map: null\n")
+    file.write_text("temperature: 4\nsoft_target_weight: 5.0e-1\nhidden_state_map: null\n")
     run, distill, _ = parse("--config", str(file), "--temperature", "3")
-    assert (distill.temperature, distill.soft_target_weight, distill.label_baseline) == (3.0, 0.5, True)
+    assert (distill.temperature, distill.soft_target_weight) == (3.0, 0.5)
     assert distill.hidden_state_map is None
-    assert run.given == {"temperature": 3.0, "soft_target_weight": 0.5, "label_baseline": True}
+    assert run.given == {"temperature": 3.0, "soft_target_weight": 0.5}
 
 
 def test_the_default_file_is_read_where_none_is_named(tmp_path):
