@@ -72,10 +72,13 @@ def measure(examples: int, arguments: argparse.Namespace, folder: Path) -> dict[
         rows, gen_kwargs={"examples": examples, "tokens": arguments.tokens}, cache_dir=str(folder / "cache")
     )
     teacher = tiny_teacher(arguments.width)
-    before, peak, done = memory(), {"anonymous": 0, "file": 0}, threading.Event()
+    before, done = memory(), threading.Event()
+    peak = dict(before)
 
     def watch() -> None:
-        while not done.wait(0.1):
+        ended = False
+        while not ended:  # once more at the end, however soon that comes
+            ended = done.wait(0.1)
             for kind, size in memory().items():
                 peak[kind] = max(peak[kind], size)
 

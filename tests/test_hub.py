@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, constants
 from hub_server import HubServer
 from pipelines.errors import InputError
 from pipelines.hub import check_access, check_run, push
-from pipelines.run import RECORD, fingerprint, hash_file
+from pipelines.run import RECORD, fingerprint, hash_file, sealed
 
 REPOSITORY = Path(__file__).parents[1]
 TOKEN, READ_TOKEN = "hf_ThisIsTheSecret", "hf_ThisIsAnotherSecret_read"
@@ -121,9 +121,9 @@ def add_bundle(run: Path, source: str = "quantized") -> None:
     (bundle / "assets" / "page.js").write_text("// the page\n")
     made_from = fingerprint(json.loads((run / source / RECORD).read_text()))
     files = {name: hash_file(bundle / name) for name in ("infer.py", "index.html", "assets/page.js")}
-    record = {"stage": "bundle", "made_by": {"source_fingerprint": made_from}, "files": files}
-    record["details"] = {"verification": {"examples": 32}}
-    (bundle / RECORD).write_text(json.dumps(record))
+    record = {"stage": "bundle", "format": "bundle", "made_by": {"source_fingerprint": made_from}, "files": files}
+    record |= {"metrics": {}, "bytes": 0, "seconds": 0, "versions": {}, "details": {"verification": {"examples": 32}}}
+    (bundle / RECORD).write_text(json.dumps(sealed(record)))
 
 
 def refusal(run: Path, name: str = "ann/small", **arguments: Any) -> str:
@@ -355,7 +355,7 @@ def change_record(run: Path, stage: str, change: Any) -> None:
     path = run / stage / RECORD
     record = json.loads(path.read_text())
     change(record)
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(sealed(record)))
 
 
 @pytest.mark.parametrize("stage", ["onnx", "quantized", "bundle"])

@@ -154,7 +154,7 @@ def bad_arguments(tmp_path, language_model_dir):
     train_tokenizer(["QUITE OTHER WORDS"] * 5 + ["AND MORE OF THEM TO LEARN FROM"] * 3, 300).save_pretrained(other)
     weights_only = tmp_path / "weights only"
     tiny_language_model().save_pretrained(weights_only)
-    known = ["--teacher_model", str(language_model_dir), "--teacher_from_scratch", "false", "--teacher_epochs", "0"]
+    known = ["--teacher_model", str(language_model_dir), "--teacher_from_scratch", "false"]
     return {
         "empty file": (["--dataset", str(tmp_path / "empty.txt")], "empty file"),
         "not UTF-8": (["--dataset", str(tmp_path / "latin.txt")], "UTF-8"),
