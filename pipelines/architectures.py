@@ -24,8 +24,6 @@ class Family:
     ffn_input: str
     ffn_output: str
     layer_count: str = "num_hidden_layers"
-    head_count: str = "num_attention_heads"
-    ffn_size: str = "intermediate_size"
     packed: bool = False  # query, key and value are one map, side by side in its outputs
     prunable: bool = True  # each query head has a key and a value head of its own, and one map leads into the neurons
 
@@ -48,8 +46,6 @@ _DISTILBERT = Family(
     ffn_input="ffn.lin1",
     ffn_output="ffn.lin2",
     layer_count="n_layers",
-    head_count="n_heads",
-    ffn_size="hidden_dim",
 )
 _GPT2 = Family(
     layers="h",

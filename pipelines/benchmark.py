@@ -65,7 +65,9 @@ def measure(
             for _ in range(rounds):
                 for subject, spec in zip(subjects, specs, strict=True):
                     progress.set_postfix_str(subject.name)
-                    measured[subject.name].append(_run_worker(subject, spec, threads))
+                    measured[subject.name].append(
+                        run_worker("pipelines.benchmark", spec, subject.name, "run on feeds of its own tokenizer")
+                    )
                     progress.update()
     return {subject.name: _summarize(subject, measured[subject.name], threads) for subject in subjects}
 
@@ -120,15 +122,17 @@ def _write_spec(folder: Path, subject: Subject, threads: int, seconds: float) ->
     return folder / "spec.json"
 
 
-def _run_worker(subject: Subject, spec: Path, threads: int) -> dict[str, float]:
+def run_worker(module: str, spec: Path, name: str, to_do: str) -> dict[str, float]:
+    """The result.json that `python -m module` writes beside `spec`, on as many threads as the spec says; `to_do` is for the message."""
+    orders = json.loads(spec.read_text(encoding="utf-8"))
     root = Path(__file__).resolve().parent.parent
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(orders["threads"]),
     }
     # `-m` puts the working directory first on the module path: in a folder of our own nothing can shadow a library.
     worker = subprocess.run(
-        [sys.executable, "-m", "pipelines.benchmark", spec.name],
+        [sys.executable, "-m", module, spec.name],
         cwd=spec.parent,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -140,9 +144,8 @@ def _run_worker(subject: Subject, spec: Path, threads: int) -> dict[str, float]:
     if worker.returncode != 0:
         tail = "\n".join(worker.stderr.strip().splitlines()[-15:])
         raise InputError(
-            f"expected {subject.path} to run on feeds of its own tokenizer, found that the worker timing "
-            f"{subject.name} ended with status {worker.returncode} (-9 usually means that memory ran out):\n{tail}\n"
-            "Verify the stage, or benchmark it without the others."
+            f"expected {orders['path']} to {to_do}, found that the worker timing {name} ended with status {worker.returncode} (-9 usually "
+            f"means that memory ran out):\n{tail}\nVerify the stage, or benchmark it without the others."
         )
     result: dict[str, float] = json.loads((spec.parent / "result.json").read_text(encoding="utf-8"))
     return result

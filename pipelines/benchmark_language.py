@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.benchmark import peak_memory_bytes
-from pipelines.errors import InputError
+from pipelines.benchmark import peak_memory_bytes, run_worker
 from pipelines.predict import available_cores
 
 
@@ -64,26 +61,10 @@ def memory_bandwidth(megabytes: int = 256, repetitions: int = 5) -> float:
 
 
 def _run_worker(name: str, spec: dict[str, Any]) -> dict[str, float]:
-    root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory(prefix="decoding_") as folder:
         file = Path(folder) / "spec.json"
         file.write_text(json.dumps(spec), encoding="utf-8")
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
-            "OMP_NUM_THREADS": str(spec["threads"]),
-        }
-        worker = subprocess.run(
-            [sys.executable, "-m", "pipelines.benchmark_language", file.name], cwd=folder, env=environment,
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-        )  # fmt: skip
-        if worker.returncode != 0:
-            tail = "\n".join(worker.stderr.strip().splitlines()[-15:])
-            raise InputError(
-                f"expected {spec['path']} to generate text, found that the process timing {name} ended with status {worker.returncode}:\n"
-                f"{tail}\nVerify the stage, or leave it out."
-            )
-        result: dict[str, float] = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
-        return result
+        return run_worker("pipelines.benchmark_language", file, name, "generate text")
 
 
 def _summarize(rounds: list[dict[str, float]], prompt_tokens: int, threads: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from typing import Any
 
 from pipelines import report_language
@@ -129,8 +128,7 @@ def _usage_section(report: dict[str, Any]) -> str:
             reads = f'AutoImageProcessor.from_pretrained({path}, backend="pil")(image, return_tensors="np")'
         image = """
             from PIL import Image, ImageOps
-            image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
-        """
+            image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")"""
         code = f"""
             import onnxruntime
             from transformers import {imports}
@@ -140,8 +138,10 @@ def _usage_section(report: dict[str, Any]) -> str:
             logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
             print(AutoConfig.from_pretrained({path}).id2label[int(logits[0].argmax())])
         """
-        lines = (textwrap.dedent(image).strip() + "\n" if of_images else "") + textwrap.dedent(code).strip()
-        parts += ["The shipped model, with ONNX Runtime and no torch:", fence(lines, "python")]
+        parts += [
+            "The shipped model, with ONNX Runtime and no torch:",
+            fence(image + code if of_images else code, "python"),
+        ]
     return "\n\n".join(parts)
 
 

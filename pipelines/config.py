@@ -237,7 +237,21 @@ class PruneConfig:
 
 
 @dataclass
-class QuantizeConfig:
+class TargetConfig:
+    target_cpu: str = _flag(
+        "any",
+        "The CPU the model will run on. Without VNNI, x86 needs the int8 weights of products within seven bits: 'any' and 'avx2' use "
+        "them, 'avx512_vnni' and 'arm64' use all eight.",
+        choices=["any", "avx2", "avx512_vnni", "arm64"],
+    )
+
+    @property
+    def reduce_range(self) -> bool:
+        return self.target_cpu in ("any", "avx2")
+
+
+@dataclass
+class QuantizeConfig(TargetConfig):
     quantization: str = _flag(
         "dynamic_int8",
         "How the shipped model is quantized: 'dynamic_int8' measures activations as they come, 'static_int8' once, on "
@@ -252,12 +266,6 @@ class QuantizeConfig:
         choices=["minmax", "entropy", "percentile"],
     )
     calibration_samples: int = _flag(256, "Training examples that static_int8 measures activations on.")
-    target_cpu: str = _flag(
-        "any",
-        "The CPU the model will run on. Without VNNI, x86 needs weights of seven bits to be right: 'any' and 'avx2' use "
-        "them, 'avx512_vnni' and 'arm64' use all eight.",
-        choices=["any", "avx2", "avx512_vnni", "arm64"],
-    )
     max_quality_drop: float = _flag(
         0.01, "Largest loss of the primary metric, on the validation split, that quantization may cost."
     )
@@ -269,10 +277,6 @@ class QuantizeConfig:
         _check(self.calibration in calibrations, f"--calibration out of {', '.join(calibrations)}", self.calibration)
         _check(self.calibration_samples >= 1, "--calibration_samples of 1 or more", self.calibration_samples)
         _check(self.max_quality_drop >= 0, "--max_quality_drop of 0 or more", self.max_quality_drop)
-
-    @property
-    def reduce_range(self) -> bool:
-        return self.target_cpu in ("any", "avx2")
 
 
 @dataclass
@@ -294,7 +298,7 @@ class BundleConfig:
 
 
 @dataclass
-class LanguageQuantizeConfig:
+class LanguageQuantizeConfig(TargetConfig):
     quantization: str = _flag(
         "auto",
         "How the shipped language model is quantized: blocks of int8 or int4 weights, or int8 products; 'auto' tries all and ships the "
@@ -302,22 +306,12 @@ class LanguageQuantizeConfig:
         choices=["auto", "dynamic_int8", "int8_blocks", "int4_blocks", "int4_blocks_int8_embeddings", "none"],
     )
     block_size: int = _flag(32, "Weights that share a scale: a power of 2 from 16 on.")
-    target_cpu: str = _flag(
-        "any",
-        "The CPU the model will run on. Without VNNI, x86 needs the int8 weights of products within seven bits: 'any' and 'avx2' use "
-        "them, 'avx512_vnni' and 'arm64' use all eight.",
-        choices=["any", "avx2", "avx512_vnni", "arm64"],
-    )
     max_quality_drop: float = _flag(0.03, "Largest share by which quantization may raise the validation perplexity.")
 
     def __post_init__(self) -> None:
         is_power = self.block_size >= 16 and self.block_size & (self.block_size - 1) == 0
         _check(is_power, "a power of 2 from 16 on for --block_size", self.block_size)
         _check(self.max_quality_drop >= 0, "--max_quality_drop of 0 or more", self.max_quality_drop)
-
-    @property
-    def reduce_range(self) -> bool:
-        return self.target_cpu in ("any", "avx2")
 
 
 @dataclass

@@ -339,6 +339,11 @@ def _count_guessed_encodings(path: Path, splits: dict[str, datasets.Dataset]) ->
         for label, file, encoding in zip(split["label"][:], split["file"][:], split["encoding"][:], strict=True)
         if encoding != "utf-8"
     ]
+    return note_guessed_encodings(path, guessed)
+
+
+def note_guessed_encodings(path: Path, guessed: list[str]) -> dict[str, Any]:
+    """Warn of the files whose encoding was guessed; what the details of the data say of them."""
     if guessed:
         logger.warning(
             "%d of the text files in %s are not UTF-8 and were read as cp1252, such as %s",

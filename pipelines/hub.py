@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import pipelines
 from pipelines.card import format_model_card
 from pipelines.config import DataConfig
 from pipelines.errors import InputError
+from pipelines.markdown import fence
 from pipelines.report import REPORT_FILES, changed_report_files
 from pipelines.run import damaged_files, fingerprint, read_record
 
@@ -319,7 +319,3 @@ def usage_section(report: dict[str, Any], repo_id: str, files: dict[str, Path]) 
     if any(stage["name"] == "pruned" for stage in report["stages"]):
         parts.append("What was pruned is zeros in `model.safetensors`, and gone from the ONNX files.")
     return "\n\n".join(parts)
-
-
-def fence(code: str, language: str) -> str:
-    return f"```{language}\n{textwrap.dedent(code).strip()}\n```"

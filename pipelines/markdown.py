@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import textwrap
 from typing import Any
 
 CLIPPED_TEXT = 200
@@ -24,9 +25,10 @@ def escape(text: str, length: int | None = CLIPPED_TEXT) -> str:
 
 
 def fence(text: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks inside."""
+    """A code block of text that may be indented, whose fence is longer than any run of backticks inside."""
+    code = textwrap.dedent(text).strip()
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"
+    return f"{ticks}{language}\n{code}\n{ticks}"
 
 
 def markdown_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:

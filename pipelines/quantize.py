@@ -19,7 +19,7 @@ from pipelines.export import ONNX_FILE
 from pipelines.fuse import fuse_for_onnxruntime
 from pipelines.predict import predict_onnx
 from pipelines.results import timing_feeds
-from pipelines.run import RECORD, Outcome, read_record
+from pipelines.run import Outcome, copy_beside, read_record
 from pipelines.verify import verify_quality, verify_same_graph
 
 # Products with weights, and embeddings (Gather), whose tables stay bytes: only the rows that are read are dequantized.
@@ -31,9 +31,7 @@ CANDIDATES = ".candidates"  # one folder for each scheme that was tried, until o
 def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeConfig) -> Outcome:
     """Make the shipped model: the fp32 file in `source` fused for ONNX Runtime, then int8; both verified on validation examples."""
     original, fused = Path(source) / ONNX_FILE, directory / "fused.onnx"
-    for path in Path(source).iterdir():
-        if path.suffix != ".onnx" and path.name != RECORD and path.is_file():
-            shutil.copy2(path, directory / path.name)
+    copy_beside(Path(source), directory)
     processor = task.load_processor(source)
     fused_nodes = fuse_for_onnxruntime(original, fused)
     layers = getattr(task.load_config(source), "num_hidden_layers", None)

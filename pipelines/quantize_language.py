@@ -23,7 +23,7 @@ from pipelines.errors import VerificationError
 from pipelines.export import ONNX_FILE
 from pipelines.export_language import verify_generation, verify_logits
 from pipelines.predict import predict_onnx
-from pipelines.run import RECORD, Outcome, read_record
+from pipelines.run import Outcome, copy_beside, read_record
 from pipelines.surgery import load_model
 
 DOMAIN = "com.microsoft"
@@ -219,6 +219,7 @@ def quantize_language_model(source: str, directory: Path, task: Any, quantize: L
     tried: dict[str, dict[str, Any]] = {}
     for name in names:
         trial = trials / name
+        trial.mkdir(parents=True)
         copy_beside(origin, trial)
         made = quantize_weights(
             origin / ONNX_FILE, trial / ONNX_FILE, SCHEMES[name], quantize.block_size, quantize.reduce_range
@@ -274,11 +275,3 @@ def verify_language_directory(directory: Path, reference: Path, task: Any, max_q
     if not after["perplexity"] <= before["perplexity"] * (1 + max_quality_drop):
         raise lost_too_much(before["perplexity"], max_quality_drop, f"{after['perplexity']:.3f}")
     return {"fp32": before["perplexity"], "metrics": after}
-
-
-def copy_beside(source: Path, directory: Path) -> None:
-    """Copy what belongs to a model except its graph: config and tokenizer."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        if path.is_file() and path.suffix != ".onnx" and path.name != RECORD and not path.name.startswith("."):
-            shutil.copy2(path, directory / path.name)

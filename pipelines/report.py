@@ -24,7 +24,7 @@ from pipelines.metrics import RESAMPLED_METRICS, classification_metrics, paired_
 from pipelines.pages import BASELINES, TEACHER, format_markdown
 from pipelines.plot import draw_report
 from pipelines.predict import available_cores
-from pipelines.run import hash_file
+from pipelines.run import CHECKSUM, checksum, hash_file, sealed
 
 LISTED_EXAMPLES = 50
 REPORT_FILES = ("report.json", "report.md", "report.png", "README.md")
@@ -316,9 +316,8 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
         "report.md": format_markdown(report).encode(),
         "README.md": format_model_card(report).encode(),
     }
-    sealed = report | {"files": {name: hashlib.sha256(content).hexdigest() for name, content in pages.items()}}
-    sealed |= {"sha256": content_hash(sealed)}
-    text = json.dumps(_plain(sealed), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in pages.items()}
+    text = json.dumps(sealed(_plain(report | {"files": hashes})), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     files = pages | {"report.json": text.encode()}
     for name, content in files.items():
         target = Path(run_dir) / name
@@ -330,18 +329,12 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def content_hash(report: dict[str, Any]) -> str:
-    """The sha256 of all that a report says but this very hash."""
-    content = {key: value for key, value in report.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(_plain(content), sort_keys=True).encode()).hexdigest()
-
-
 def changed_report_files(run_dir: str | Path) -> list[str]:
     """The files of a report that are missing, or no longer what `write_report` wrote."""
     directory = Path(run_dir)
     try:
         report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-        if content_hash(report) != report["sha256"]:
+        if checksum(report) != report[CHECKSUM]:
             return ["report.json"]
         written: dict[str, str] = report["files"]
     except (OSError, ValueError, AttributeError, KeyError):

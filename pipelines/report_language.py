@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 import numpy as np
@@ -170,7 +169,7 @@ def usage(opened: dict[str, Any], shipped: dict[str, Any], note: list[str]) -> l
         write = pipeline("text-generation", model="{opened["path"]}")
         print(write("A text", max_new_tokens=40)[0]["generated_text"])
     """
-    parts = ["In a copy of this directory, with transformers:", fence(textwrap.dedent(code).strip(), "python"), *note]
+    parts = ["In a copy of this directory, with transformers:", fence(code, "python"), *note]
     if shipped["format"] != "onnx":
         return parts
     code = f"""
@@ -195,6 +194,6 @@ def usage(opened: dict[str, Any], shipped: dict[str, Any], note: list[str]) -> l
     return [
         *parts,
         "The shipped model, with ONNX Runtime and no torch, the likeliest token each time:",
-        fence(textwrap.dedent(code).strip(), "python"),
+        fence(code, "python"),
         "`pipelines/edge/generate.py` of Pocketformers does the same for batches, with sampling, stop tokens and streaming.",
     ]

@@ -113,6 +113,13 @@ def shipped_files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if path.is_file() and path.name != RECORD)
 
 
+def copy_beside(source: Path, directory: Path) -> None:
+    """Copy what belongs to the ONNX model in `source` except its graph: config, and tokenizer or image processor."""
+    for path in shipped_files(source):
+        if path.suffix != ".onnx":
+            shutil.copy2(path, directory / path.name)
+
+
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The record of a finished stage directory, or None where there is none. Raises InputError for one that does not parse."""
     path = directory / RECORD

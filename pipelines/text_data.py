@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pipelines.data import (
     cut_missing_splits,
     drop_duplicates,
     load_source,
+    note_guessed_encodings,
     read_texts,
     text_key,
     visible,
@@ -35,8 +35,6 @@ from pipelines.sources import resolve
 
 if TYPE_CHECKING:
     import datasets
-
-logger = logging.getLogger(__name__)
 
 END_TOKEN = "<|endoftext|>"  # GPT-2's own name for what parts documents
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -141,14 +139,7 @@ def _load(config: DataConfig, language: LanguageConfig) -> Source:
     # One document a file, in the encodings that class folders may have.
     read = list(read_texts([(str(entry), "", 0, 0) for entry in texts]))
     guessed = [row["file"] for row in read if row["encoding"] != "utf-8"]
-    if guessed:
-        logger.warning(
-            "%d of the text files in %s are not UTF-8 and were read as cp1252, such as %s",
-            len(guessed),
-            path,
-            guessed[0],
-        )
-    return Source({"train": rows(row["text"] for row in read)}, details={"read_as_cp1252": len(guessed)})
+    return Source({"train": rows(row["text"] for row in read)}, details=note_guessed_encodings(path, guessed))
 
 
 def _read_text_file(path: Path, document_start: str | None) -> list[str]:
