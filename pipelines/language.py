@@ -13,7 +13,7 @@ from pipelines.errors import InputError
 from pipelines.losses import IGNORED
 from pipelines.predict import predict_torch
 from pipelines.sources import check_model, resolve
-from pipelines.tasks import Head, Task, check_only_head_is_new, load
+from pipelines.tasks import Head, Task, check_only_head_is_new, load, load_tokenizer
 from pipelines.text_data import load_documents, tokenize_windows, train_tokenizer, vocabulary_fingerprint
 
 
@@ -90,21 +90,13 @@ class LanguageModeling(Task):
 
         For a directory that only gives a model's shape it is a byte-level BPE, trained on the training split.
         """
-        from transformers import AutoTokenizer
-
-        located = resolve(source)
-        files = list(Path(located).iterdir()) if Path(located).is_dir() else None
-        # Without its files transformers makes an empty tokenizer, and says nothing.
-        if files is not None and not any(file.name.startswith(TOKENIZER_FILES) for file in files):
-            if not any(file.suffix == ".safetensors" for file in files):
-                return self._new_tokenizer(source)
-            raise InputError(
-                f"expected a tokenizer beside the model in {source}, found none. Save the one that the model was trained with there "
-                "(save_pretrained)."
-            )
-        tokenizer = load(
-            AutoTokenizer.from_pretrained, located, "a tokenizer", trust_remote_code=self.trust_remote_code
-        )
+        directory = Path(resolve(source))
+        files = [file.name for file in directory.iterdir()] if directory.is_dir() else None
+        if files is not None and not any(
+            name.startswith(TOKENIZER_FILES) or name.endswith(".safetensors") for name in files
+        ):
+            return self._new_tokenizer(source)
+        tokenizer = load_tokenizer(source, self.trust_remote_code)
         if tokenizer.eos_token is None:
             raise InputError(
                 f"expected a tokenizer with an end token (eos_token) at {source}, found none. Set one and save it."

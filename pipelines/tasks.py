@@ -115,11 +115,7 @@ class TextClassification(Classification):
 
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model."""
-        from transformers import AutoTokenizer
-
-        return load(
-            AutoTokenizer.from_pretrained, resolve(source), "a tokenizer", trust_remote_code=self.trust_remote_code
-        )
+        return load_tokenizer(source, self.trust_remote_code)
 
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
         """The model with a head for this task's labels; see load_classifier."""
@@ -287,6 +283,20 @@ def check_only_head_is_new(model: Any, info: dict[str, Any], source: str, head_m
             f"expected the weights of a whole {type(model).__name__} in {source}, found none for {len(missing)} of its tensors, such as "
             f"{missing[0]}. Use a checkpoint of that architecture, or save it again with save_pretrained."
         )
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in `source`. Raises InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer", trust_remote_code=trust_remote_code)
+    # Without its files transformers makes one of special tokens alone, and says nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(
+            f"expected a tokenizer beside the model in {source}, found none. Save the one that the model was trained with there "
+            "(save_pretrained)."
+        )
+    return tokenizer
 
 
 def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -> Any:

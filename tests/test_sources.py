@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from conftest import tiny_model
 from pipelines.errors import InputError
 from pipelines.sources import check_model_directory, model_fingerprint, resolve
 
@@ -189,6 +190,13 @@ def test_hub_fingerprint_offline_is_the_cached_commit(tmp_path: Path, monkeypatc
     assert model_fingerprint("someone/small-bert") == commit
     with pytest.raises(InputError, match="expected the Hub model 'someone/other'.*found neither.*HF_TOKEN"):
         model_fingerprint("someone/other")
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
+def test_weights_without_their_tokenizer_are_refused(tmp_path, model_type, task):
+    tiny_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="expected a tokenizer beside the model"):
+        task.load_processor(str(tmp_path))
 
 
 def test_the_licence_is_that_of_the_model_card(tmp_path):
