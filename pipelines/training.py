@@ -154,6 +154,19 @@ class Trainer(transformers.Trainer):
             loss = loss / num_items_in_batch * processes
         return (loss, outputs) if return_outputs else loss
 
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **keywords: Any) -> Any:
+        """An evaluation whose loss, too, counts every example once: the stock one is a mean over batches that several processes fill up
+        with examples they have seen, and by it the best checkpoint is found."""
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **keywords)
+        metrics, labels = output.metrics, output.label_ids
+        if self.causal and f"{metric_key_prefix}_perplexity" in metrics:
+            metrics[f"{metric_key_prefix}_loss"] = math.log(metrics[f"{metric_key_prefix}_perplexity"])
+        elif not self.causal and output.predictions is not None:
+            logits = torch.from_numpy(output.predictions)
+            loss = label_loss(logits, torch.from_numpy(labels), self.args.label_smoothing_factor)
+            metrics[f"{metric_key_prefix}_loss"] = float(loss) / len(labels)
+        return output
+
     # Numbers that stop: the loss and the gradient are looked at after the backward pass and before the weights change.
 
     def get_batch_samples(self, epoch_iterator: Any, *arguments: Any, **keywords: Any) -> Any:

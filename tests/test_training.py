@@ -154,9 +154,9 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
         eval_dataset=texts.features(tokenizer)["validation"].select(range(11)),
         compute_metrics=lambda found: seen.update(logits=found.predictions, labels=found.label_ids) or {},
     )  # fmt: skip
-    trainer.evaluate()
+    loss = trainer.evaluate()["eval_loss"]
     rows = np.column_stack([seen["labels"], seen["logits"]])
-    rows = rows[np.lexsort(rows.T)]
+    rows = np.vstack([rows[np.lexsort(rows.T)], np.full(rows.shape[1], loss)])
     if processes == 3:
         return {}, rows
 
@@ -214,7 +214,7 @@ def test_any_number_of_processes_trains_to_the_curve_of_one_and_scores_every_exa
     assert curves[1]["texts stored"] == pytest.approx(curves[1]["texts online"], abs=1e-4)
 
     for rows in scores.values():
-        assert len(rows) == 11
+        assert len(rows) == 11 + 1  # and the loss
         np.testing.assert_allclose(rows, scores[1], atol=1e-5)
 
     for kind in ("logits", "tokens"):  # batches do not depend on who answers them
