@@ -161,7 +161,7 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
         return {}, rows
 
     for path in (logits, tokens):
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
     compute_soft_targets(teacher, logits, texts, shard_examples=20)
     compute_token_soft_targets(language_teacher, tokens, windows, 2.0, 5, shard_examples=7)
     soft = {"trainer_class": DistillationTrainer, "distill": DistillConfig()}
