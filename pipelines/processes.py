@@ -13,7 +13,7 @@ import time
 from datetime import timedelta
 from typing import Any, NoReturn
 
-FAILURE = "pocketformers/failure"
+FAILURE = "failure"
 # What gloo, NCCL and the store say to a process when another is gone or does not answer.
 LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Connection (?:reset|closed|refused)|Broken pipe|Socket", re.I)
 
@@ -51,14 +51,14 @@ def first_failure(message: str) -> tuple[str, bool]:
     if store is None:
         return message, True
     first = store.compare_set(FAILURE, "", message).decode()
-    return first, store.add(f"{FAILURE}/{os.environ.get('GROUP_RANK', '0')}", 1) == 1
+    return first, store.add(f"told/{os.environ.get('GROUP_RANK', '0')}", 1) == 1
 
 
 def say_done(name: str) -> None:
     """Tell the processes in `wait_until_done(name)` to go on."""
     store = _store()
     if store is not None:
-        store.set(f"pocketformers/done/{name}", "")
+        store.set(f"done/{name}", "")
 
 
 def wait_until_done(name: str) -> None:
@@ -67,7 +67,7 @@ def wait_until_done(name: str) -> None:
     Raises RuntimeError where another process has failed meanwhile, or the launcher's store is gone.
     """
     store = _store()
-    while store is not None and not store.check([f"pocketformers/done/{name}"]):
+    while store is not None and not store.check([f"done/{name}"]):
         if store.check([FAILURE]):
             raise RuntimeError("another process failed")
         time.sleep(0.1)
@@ -77,10 +77,12 @@ def _store() -> Any:
     """The launcher's store, None where there is but one process or the machine of the store is gone."""
     if not several_processes():
         return None
-    from torch.distributed import TCPStore
+    from torch.distributed import PrefixStore, TCPStore
 
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(address, port, timeout=timedelta(seconds=5))
+        # A launcher that starts failed processes again keeps its store.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"pocketformers/{attempt}", TCPStore(address, port, timeout=timedelta(seconds=5)))
     except (KeyError, RuntimeError):
         return None
