@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ import yaml
 
 from pipelines.errors import InputError, VerificationError
 from pipelines.help import print_help, training_flags
+from pipelines.processes import end, first_failure, lost_process
 
 
 def _flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -366,13 +368,15 @@ def parse_config(
     usage = "%(prog)s [--config FILE.yaml] [--flag value …]; --help lists every flag"
     texts: dict[str, Any] = {"allow_abbrev": False, "prog": program, "usage": usage, "epilog": epilog}
     if {"-h", "--help"} & set(argv):
-        print_help([training_flags() if kind is training_arguments else kind for kind in kinds], **texts)
+        if os.environ.get("RANK", "0") == "0":
+            print_help([training_flags() if kind is training_arguments else kind for kind in kinds], **texts)
         sys.exit(0)
 
     from transformers import HfArgumentParser
 
     classes: list[Any] = [kind() if kind is training_arguments else kind for kind in kinds]
-    parser = HfArgumentParser(classes, **texts)
+    parser: Any = HfArgumentParser(classes, **texts)
+    parser.error = partial(_refuse_flags, parser)
     from_file = _read_yaml(path, parser) if path is not None else []
     try:
         parsed = list(parser.parse_args_into_dataclasses(from_file + argv))
@@ -470,15 +474,28 @@ def _read_yaml(path: Path, parser: Any) -> list[str]:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a command: errors in the input become one message and exit status 1, with a traceback only under --debug."""
+    """Run a command: errors in the input become one message and exit status 1, with a traceback only under --debug.
+
+    Any other error shows its traceback. Of several processes the first to fail is heard, whichever it is; the others end in silence.
+    """
     try:
         main()
-    except (InputError, VerificationError, OSError) as error:
+    except Exception as error:
         if "--debug" in sys.argv:
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
-            text = str(error)
-            if isinstance(error, OSError):
-                text = f"expected to be able to read and write every file of the run, found: {text}. Check its permissions and the disk."
-            print(f"error: {text}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        if isinstance(error, (InputError, VerificationError)):
+            text: str | None = str(error)
+        elif isinstance(error, OSError):
+            text = f"expected to be able to read and write every file of the run, found: {error}. Check its permissions and the disk."
+        else:
+            text = lost_process(error)
+        if text is None:
+            text = f"{type(error).__name__}: {error}"
+            if first_failure(f"error: {text}")[0] == f"error: {text}":
+                raise
+        end(f"error: {text}", 1)
+
+
+def _refuse_flags(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """What argparse does with a bad flag; of several processes one says it."""
+    end(f"{parser.format_usage()}{parser.prog}: error: {message}", 2)

@@ -82,14 +82,16 @@ class DistillationTrainer(Trainer):
                     f"expected hidden states of as many positions from teacher and student, found {teacher_hidden.shape[1]} and "
                     f"{student_hidden.shape[1]}. Use --hidden_state_weight 0, or a student with the teacher's image and patch size."
                 )
+            # Examples without a label only fill up a batch.
+            counted = labels.ne(IGNORED).reshape(len(labels), -1).any(dim=1)
+            student_hidden, teacher_hidden = student_hidden[counted], teacher_hidden[counted]
+            valid = None if self.causal or "attention_mask" not in inputs else inputs["attention_mask"][counted]
             if self.causal:  # its loss is one per token, not one per example
                 student_hidden, teacher_hidden = (
                     student_hidden.flatten(0, 1)[:, None],
                     teacher_hidden.flatten(0, 1)[:, None],
                 )
-            hidden_loss = hidden_state_loss(
-                student_hidden, teacher_hidden, None if self.causal else inputs.get("attention_mask")
-            )
+            hidden_loss = hidden_state_loss(student_hidden, teacher_hidden, valid)
             loss = loss + self.distill.hidden_state_weight * hidden_loss / len(self.hidden_state_map)
         return loss, outputs
 

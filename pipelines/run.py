@@ -24,6 +24,7 @@ from typing import Any
 import pipelines
 from pipelines.errors import InputError
 from pipelines.predict import available_cores
+from pipelines.processes import say_done, wait_until_done
 
 RECORD = "record.json"
 MARKER = ".pocketformers"
@@ -277,9 +278,11 @@ class Run:
         """Open `directory` as a run; with `only_stage` it is just where that one stage's directory goes, beside whatever is there."""
         from accelerate import PartialState
 
+        check_launch()
         self.directory = Path(directory).absolute()
         self.task, self.seed = task, seed
-        self.state = PartialState()
+        # A command that trains nothing has not told accelerate yet where it runs.
+        self.state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
         use_available_cores()
         quieten_libraries(self.state.is_main_process)
         self.stages: list[str] = []  # those of this run's flags; the directory may hold others of an earlier run
@@ -320,6 +323,8 @@ class Run:
 
                 set_seed(self.seed)
                 outcome = function(self._locate(source), partial, self.task, **arguments)
+            if not distributed:
+                (say_done if self.state.is_main_process else wait_until_done)(name)
             self.state.wait_for_everyone()
             if made_by is not None:
                 self._commit(name, partial, target, made_by, outcome, time.perf_counter() - started)
@@ -425,6 +430,16 @@ class Run:
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
         print(summary_line(record), flush=True)
+
+
+def check_launch() -> None:
+    """Refuse a launch in which models come out empty on all processes but one."""
+    switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if all(os.environ.get(switch, "false").lower() == "true" for switch in switches):
+        raise InputError(
+            "expected every process to load its own models, of which a teacher is not sharded; found fsdp_cpu_ram_efficient_loading, "
+            "which leaves them empty on all but the first. Set it to false, as accelerate_configs/fsdp.yaml does."
+        )
 
 
 def use_available_cores() -> None:

@@ -8,7 +8,7 @@ import math
 import shutil
 import zipfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -154,13 +154,43 @@ class Trainer(transformers.Trainer):
             loss = loss / num_items_in_batch * processes
         return (loss, outputs) if return_outputs else loss
 
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **keywords: Any) -> Any:
+        """An evaluation whose loss, too, counts every example once: the stock one is a mean over batches that several processes fill up
+        with examples they have seen, and by it the best checkpoint is found."""
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **keywords)
+        metrics, labels = output.metrics, output.label_ids
+        if self.causal and f"{metric_key_prefix}_perplexity" in metrics:
+            metrics[f"{metric_key_prefix}_loss"] = math.log(metrics[f"{metric_key_prefix}_perplexity"])
+        elif not self.causal and output.predictions is not None:
+            logits = torch.from_numpy(output.predictions)
+            loss = label_loss(logits, torch.from_numpy(labels), self.args.label_smoothing_factor)
+            metrics[f"{metric_key_prefix}_loss"] = float(loss) / len(labels)
+        return output
+
     # Numbers that stop: the loss and the gradient are looked at after the backward pass and before the weights change.
 
-    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
-        batches, items = super().get_batch_samples(*arguments, **keywords)
+    def get_batch_samples(self, epoch_iterator: Any, *arguments: Any, **keywords: Any) -> Any:
+        batches, items = super().get_batch_samples(self._each_example_once(epoch_iterator), *arguments, **keywords)
         self.step, self.step_epoch = self.state.global_step, float(self.state.epoch or 0)
         self.step_batches, self.step_loss, self.step_learning_rate = batches, 0.0, self._get_learning_rate()
         return batches, items
+
+    def _each_example_once(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """This process's batches of one step. Of several processes all take equal parts of an epoch's last batch: what fills it up
+        are the epoch's first examples again, which lose their labels here and so have no part in the loss."""
+        examples: Any = self.train_dataset
+        for index, batch in enumerate(batches, self._first_batch_of_step(self.state.global_step)):
+            first = (index * self.args.world_size + self.args.process_index) * self.args.train_batch_size
+            batch["labels"][max(0, len(examples) - first) :] = IGNORED
+            yield batch
+
+    def _first_batch_of_step(self, step: int) -> int:
+        """The place in its epoch of the first batch, of all processes together, that a step takes."""
+        examples: Any = self.train_dataset
+        batch = self.args.train_batch_size * self.args.world_size
+        batches = len(examples) // batch if self.args.dataloader_drop_last else math.ceil(len(examples) / batch)
+        steps = math.ceil(batches / self.args.gradient_accumulation_steps)
+        return step % steps * self.args.gradient_accumulation_steps
 
     def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
         loss = super().training_step(*arguments, **keywords)
@@ -236,11 +266,8 @@ class Trainer(transformers.Trainer):
         sampler.set_epoch(int(self.step_epoch))
         order = list(sampler)
         batch = self.args.train_batch_size * self.args.world_size
-        batches = len(order) // batch if self.args.dataloader_drop_last else math.ceil(len(order) / batch)
-        steps = math.ceil(batches / self.args.gradient_accumulation_steps)
-        whole = batch * self.args.gradient_accumulation_steps
-        start = self.step % steps * whole
-        return order[start : start + whole]
+        start = self._first_batch_of_step(self.step) * batch
+        return order[start : start + batch * self.args.gradient_accumulation_steps]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -300,8 +327,10 @@ def train(
         **trainer_arguments,
     )
     resumed = last_whole_checkpoint(directory)
+    whole = copy.deepcopy(model) if trainer.is_fsdp_enabled and is_main_process() else None
     result = trainer.train(resume_from_checkpoint=resumed)
     trainer.check_weights()
+    make_whole(trainer, model, whole)
     history = trainer.state.log_history
     return {
         "steps": result.global_step,
@@ -315,6 +344,22 @@ def train(
         "train_samples_per_second": result.metrics.get("train_samples_per_second"),
         "resumed_from_step": int(resumed.rsplit("-", 1)[1]) if resumed else None,
     }
+
+
+def make_whole(trainer: Trainer, model: Any, whole: Any) -> None:
+    """Turn `model`, on the main process, into one that holds all its trained weights in float32, as a model that was trained alone
+    does: FSDP leaves a share of them on each process, DeepSpeed rounds them. `whole` is a copy from before the training."""
+    if trainer.is_fsdp_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+        if whole is not None:
+            whole.load_state_dict(weights)
+            model.__class__, model.__dict__ = type(whole), whole.to(trainer.args.device).__dict__
+    elif trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for parameter in model.parameters():
+            exact = safe_get_full_fp32_param(parameter)  # None for a frozen weight
+            parameter.data = (parameter.data if exact is None else exact).float()
 
 
 def last_whole_checkpoint(directory: Path) -> str | None:
@@ -409,9 +454,8 @@ def fine_tune(
             trained, task, processor, arguments, directory / CHECKPOINTS, task.features(processor)["train"],
             train_collate=task.training_collate(processor, augment=True),
         )  # fmt: skip
-        if teacher.lora_rank:
-            if is_main_process():
-                trained.save_pretrained(directory / "adapter")
+        if teacher.lora_rank and is_main_process():
+            trained.save_pretrained(directory / "adapter")
             model = trained.merge_and_unload()
     return finish_model(model, task, processor, directory, details, must_know_task=True)
 

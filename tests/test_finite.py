@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_language_model, tiny_model
-from pipelines.config import DistillConfig, TeacherConfig
+from conftest import make_tokenizer, tiny_language_model, tiny_model
+from pipelines.config import DataConfig, DistillConfig, TeacherConfig, run_main
 from pipelines.distill import DistillationTrainer
 from pipelines.errors import InputError
 from pipelines.finite import has_exploded, likely_cause, name_rows
-from pipelines.training import Trainer, check_above_chance, check_knows_task, fine_tune, train
+from pipelines.tasks import TextClassification
+from pipelines.training import Trainer, TrainingArguments, check_above_chance, check_knows_task, fine_tune, train
+from processes import run_processes
 
 POISONED = 57  # a row of the training split
 
@@ -116,42 +114,28 @@ def test_overflows_of_fp16_are_passed_over_while_its_scale_is_sought(task, token
     trainer.check_step(math.inf)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from conftest import make_tokenizer, tiny_model
-from test_finite import POISONED, steps, with_teacher_logits
-from pipelines.config import DataConfig, DistillConfig, run_main
-from pipelines.distill import DistillationTrainer
-from pipelines.tasks import TextClassification
-from pipelines.training import TrainingArguments, train
-
-def main():
-    training = steps(TrainingArguments(output_dir={directory!r}, use_cpu=True, disable_tqdm=True), -1, num_train_epochs=1)
+def train_on_a_bad_row(csv, directory):
+    training = steps(
+        TrainingArguments(output_dir=str(directory), use_cpu=True, disable_tqdm=True), -1, num_train_epochs=1
+    )
     training.per_device_train_batch_size = 4
-    task = TextClassification(DataConfig(dataset={csv!r}, max_length=32))
-    features = with_teacher_logits(task.features(make_tokenizer())["train"], POISONED)
-    train(tiny_model(), task, make_tokenizer(), training, Path({directory!r}), features, DistillationTrainer, distill=DistillConfig())
-
-run_main(main)
-"""
+    task = TextClassification(DataConfig(dataset=csv, max_length=32))
+    tokenizer = make_tokenizer()
+    features = with_teacher_logits(task.features(tokenizer)["train"], POISONED)
+    distill = DistillConfig()
+    run_main(
+        lambda: train(
+            tiny_model(), task, tokenizer, training, directory, features, DistillationTrainer, distill=distill
+        )
+    )
 
 
 def test_two_processes_stop_together_with_one_message(csv_file, tmp_path):
-    repository = Path(__file__).parents[1]
-    script = tmp_path / "script.py"
-    script.write_text(
-        SCRIPT.format(tests=str(repository / "tests"), csv=str(csv_file), directory=str(tmp_path / "out"))
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
-    launch += [str(repository / "accelerate_configs" / "multi_cpu.yaml"), str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
-    finished = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=600)
-    assert finished.returncode == 1
-    messages = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert len(messages) == 1
-    assert f"teacher_logits (rows {POISONED} of the training split)" in messages[0]
+    ended = run_processes(2, tmp_path / "out", train_on_a_bad_row, str(csv_file), tmp_path / "training")
+    assert [process.status for process in ended] == [1, 1]
+    said = [line for process in ended for line in process.output.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert f"teacher_logits (rows {POISONED} of the training split)" in said[0]
 
 
 def test_a_teacher_with_one_answer_is_named(task):

@@ -1,0 +1,88 @@
+"""Several processes of one run: how they wait for the main one, and how an error in any one of them ends all.
+
+They agree in the store that brought them together, the launcher's, which outlives them. The first to fail is heard, once on every
+machine; those that fail because it is gone are silent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from datetime import timedelta
+from typing import Any, NoReturn
+
+FAILURE = "failure"
+# What gloo, NCCL and the store say to a process when another is gone or does not answer.
+LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Connection (?:reset|closed|refused)|Broken pipe|Socket", re.I)
+
+
+def several_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def lost_process(error: Exception) -> str | None:
+    """The message for an error that tells of the end of another process; None for other errors."""
+    if not several_processes() or not isinstance(error, RuntimeError) or not LOST.search(str(error)):
+        return None
+    # The first sentence, without the place in gloo's sources that stands before it.
+    reason = re.sub(r"^\[[^]]*\] ", "", str(error).split("\n")[0]).split(". ")[0]
+    return (
+        f"expected all {os.environ['WORLD_SIZE']} processes to work to the end, found that one is gone or does not answer "
+        f"({reason:.300}): it was killed, ran out of memory, or its machine or the network failed. Run the same command again, on "
+        "every machine: what is finished stays, and a training goes on from its last checkpoint."
+    )
+
+
+def end(message: str, status: int) -> NoReturn:
+    """End this process with its message, or with that of the process whose failure made it fail."""
+    first, tells = first_failure(message)
+    if tells:
+        print(first, file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)  # the launcher ends all when one has ended: the one that tells needs the time to
+    sys.exit(status)
+
+
+def first_failure(message: str) -> tuple[str, bool]:
+    """The message of the first process that failed, `message` where it is this one; and whether this one tells it to its machine."""
+    store = _store()
+    if store is None:
+        return message, True
+    first = store.compare_set(FAILURE, "", message).decode()
+    return first, store.add(f"told/{os.environ.get('GROUP_RANK', '0')}", 1) == 1
+
+
+def say_done(name: str) -> None:
+    """Tell the processes in `wait_until_done(name)` to go on."""
+    store = _store()
+    if store is not None:
+        store.set(f"done/{name}", "")
+
+
+def wait_until_done(name: str) -> None:
+    """Wait for what the main process does alone, however long it takes: a barrier would give up after half an hour.
+
+    Raises RuntimeError where another process has failed meanwhile, or the launcher's store is gone.
+    """
+    store = _store()
+    while store is not None and not store.check([f"done/{name}"]):
+        if store.check([FAILURE]):
+            raise RuntimeError("another process failed")
+        time.sleep(0.1)
+
+
+def _store() -> Any:
+    """The launcher's store, None where there is but one process or the machine of the store is gone."""
+    if not several_processes():
+        return None
+    from torch.distributed import PrefixStore, TCPStore
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # A launcher that starts failed processes again keeps its store.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"pocketformers/{attempt}", TCPStore(address, port, timeout=timedelta(seconds=5)))
+    except (KeyError, RuntimeError):
+        return None

@@ -1,0 +1,86 @@
+"""Several real processes of one training, joined by gloo, started in a second: they are forked from one that has made the imports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+IMPORTS = ["conftest", "pipelines.distill", "pipelines.images", "pipelines.language", "pipelines.__main__"]
+
+
+class Ended(NamedTuple):
+    """How a process ended: its exit status, what it wrote to both outputs, and what its function returned."""
+
+    status: int | None
+    output: str
+    value: Any
+
+
+def run_processes(
+    count: int, directory: Path, function: Callable[..., Any], *arguments: Any, timeout: float = 300
+) -> list[Ended]:
+    """`function(*arguments)` in `count` processes as accelerate launch starts them on a CPU; once one fails the others are ended.
+
+    The function is one of a test module, so that the processes find it by name.
+    """
+    from torch.distributed import TCPStore
+
+    directory.mkdir(parents=True, exist_ok=True)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    repository = str(Path(__file__).parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join([repository, str(Path(__file__).parent)])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    processes = []
+    for rank in range(count):
+        environment = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "ACCELERATE_USE_CPU": "true",
+        }  # fmt: skip
+        named = (
+            {name: str(value) for name, value in environment.items()} if count > 1 else {"ACCELERATE_USE_CPU": "true"}
+        )
+        path = directory / f"process_{rank}"
+        processes.append(context.Process(target=_run, args=(named, path, function, arguments)))
+        processes[-1].start()
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes):
+        if time.monotonic() > deadline or any(process.exitcode for process in processes):
+            time.sleep(2)
+            for process in processes:
+                process.terminate()
+        time.sleep(0.05)
+    ended = []
+    for rank, process in enumerate(processes):
+        path = directory / f"process_{rank}"
+        value = path.with_suffix(".pickle")
+        output = path.with_suffix(".txt").read_text(errors="replace")
+        ended.append(Ended(process.exitcode, output, pickle.loads(value.read_bytes()) if value.exists() else None))
+    return ended
+
+
+def values(ended: list[Ended]) -> list[Any]:
+    """What the processes returned; they must all have ended well."""
+    for rank, process in enumerate(ended):
+        assert process.status == 0, f"process {rank}: {process.output[-3000:]}"
+    return [process.value for process in ended]
+
+
+def _run(environment: dict[str, str], path: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    output = os.open(path.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        value = function(*arguments)
+        path.with_suffix(".pickle").write_bytes(pickle.dumps(value))
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,155 @@
+"""Several processes end together: an error in any one of them is told once, whichever it is, and none is left waiting."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import DataConfig, RunConfig, TeacherConfig, parse_config, run_main
+from pipelines.errors import InputError
+from pipelines.run import Outcome, Run
+from pipelines.tasks import TextClassification
+from pipelines.training import Trainer, TrainingArguments, fine_tune
+from processes import run_processes
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def fail_in(place, directory, csv, pretrained):
+    """A recipe's first stages, in which one process fails: where `place` says."""
+
+    def export(source: str, stage: Path, task: object) -> Outcome:
+        if place == "main":
+            raise InputError("expected a graph, found none, of process 0.")
+        return Outcome("onnx")
+
+    def main() -> None:
+        missing = place == "data" and rank() == 1
+        task = TextClassification(DataConfig(dataset=csv + ".of process 1" * missing, max_length=32))
+        training = TrainingArguments(
+            output_dir=str(directory), use_cpu=True, disable_tqdm=True, max_steps=4, per_device_train_batch_size=4,
+            eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
+        )  # fmt: skip
+        run = Run(directory, task, 0)
+        if place == "main":
+            run.stage("onnx", export, pretrained)
+        run.stage("teacher", fine_tune, pretrained, distributed=True, teacher=TeacherConfig(), training=training)
+
+    def step(self: Trainer, *arguments: object, **keywords: object) -> object:
+        if rank() == 1 and self.state.global_step == 2:
+            if place == "training":
+                raise InputError("expected a number, found none, in a step of process 1.")
+            if place == "mistake":
+                raise ZeroDivisionError("a mistake of process 1")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return usual(self, *arguments, **keywords)
+
+    usual = Trainer.training_step
+    if place in ("training", "mistake", "killed"):
+        Trainer.training_step = step  # type: ignore[method-assign]
+    run_main(main)
+
+
+@pytest.mark.parametrize("place", ["data", "training", "main"])
+def test_an_error_in_one_of_two_processes_is_told_once_and_ends_both(place, csv_file, pretrained, tmp_path):
+    started = time.monotonic()
+    ended = run_processes(2, tmp_path / "out", fail_in, place, tmp_path / "run", str(csv_file), str(pretrained))
+    assert time.monotonic() - started < 90
+    failing = 0 if place == "main" else 1
+    said = [line for process in ended for line in process.output.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, said
+    assert f"of process {failing}" in said[0]
+    assert ended[failing].status == 1
+    assert ended[1 - failing].status in (1, -signal.SIGTERM)
+    assert all("Traceback" not in process.output for process in ended)
+
+
+def test_a_mistake_in_one_process_shows_its_traceback_and_no_other(csv_file, pretrained, tmp_path):
+    ended = run_processes(2, tmp_path / "out", fail_in, "mistake", tmp_path / "run", str(csv_file), str(pretrained))
+    assert "ZeroDivisionError: a mistake of process 1" in ended[1].output
+    assert ended[1].output.count("Traceback") == 1
+    assert "Traceback" not in ended[0].output
+    assert "error:" not in ended[0].output
+    assert [process.status for process in ended] == [1, 1]
+
+
+def test_a_killed_process_is_told_by_one_that_is_left(csv_file, pretrained, tmp_path):
+    ended = run_processes(3, tmp_path / "out", fail_in, "killed", tmp_path / "run", str(csv_file), str(pretrained))
+    assert ended[1].status == -signal.SIGKILL
+    said = [line for process in ended for line in process.output.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, said
+    assert "expected all 3 processes to work to the end, found that one is gone" in said[0]
+    assert "Run the same command again" in said[0]
+    assert all("Traceback" not in process.output for process in ended)
+
+
+def read_flags(argv):
+    parse_config([RunConfig, DataConfig], argv=argv, program="recipe.py")
+
+
+def test_a_bad_flag_is_told_once_with_status_2(tmp_path):
+    ended = run_processes(2, tmp_path, read_flags, ["--no_such_flag", "1"])
+    assert [process.status for process in ended] == [2, 2]
+    said = "".join(process.output for process in ended)
+    assert said.count("usage: recipe.py") == said.count("recipe.py: error: ") == 1
+    ended = run_processes(2, tmp_path, read_flags, ["--help"])
+    assert [process.status for process in ended] == [0, 0]
+    assert "".join(process.output for process in ended).count("usage: recipe.py") == 1
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import pipelines.run
+from pipelines.config import run_main
+from pipelines.errors import InputError
+from pipelines.run import Outcome, Run
+
+directory = Path(sys.argv[1])
+
+class Task:
+    def describe(self):
+        return {}
+
+def export(source, stage, task):
+    (directory / "at_work").touch()
+    time.sleep(600)
+
+def fail_while_waiting(name):
+    while not (directory / "at_work").exists():
+        time.sleep(0.05)
+    (directory / "failed").touch()
+    raise InputError("expected this disk to last, found that it does not, in process 1.")
+
+def main():
+    run = Run(directory / "run", Task(), 0)
+    pipelines.run.wait_until_done = fail_while_waiting
+    run.stage("onnx", export, str(directory))
+
+run_main(main)
+"""
+
+
+def test_the_launcher_ends_a_process_alone_at_work_when_another_fails(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "config.json").write_text("{}")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launcher += [str(REPOSITORY / "accelerate_configs" / "multi_cpu.yaml"), str(tmp_path / "script.py"), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    finished = subprocess.run(launcher, capture_output=True, text=True, env=environment, timeout=300)
+    assert (tmp_path / "failed").exists(), finished.stderr
+    assert time.time() - (tmp_path / "failed").stat().st_mtime < 60
+    assert finished.returncode == 1
+    messages = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert messages == ["error: expected this disk to last, found that it does not, in process 1."]
+    assert not (tmp_path / "run" / "onnx").exists()
