@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pipelines.config import TeacherConfig
+from pipelines.dropout import cheap_dropout
 from pipelines.errors import InputError
 from pipelines.finite import (
     HARMLESS_OVERFLOWS,
@@ -77,6 +78,10 @@ class TrainingArguments(transformers.TrainingArguments):
     # Every weight of the models here takes part in every step, so DDP need not look for those that do not.
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Let DDP look for weights without a gradient."}
+    )
+    attention_dropout: bool = field(
+        default=False,
+        metadata={"help": "Drop out attention probabilities too, which takes up to half of a step on a CPU."},
     )
     report_to: str = field(default="none", metadata={"help": "Where to log to: none, tensorboard, wandb, …"})
     logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
@@ -300,7 +305,8 @@ def train(
         **trainer_arguments,
     )
     resumed = last_whole_checkpoint(directory)
-    result = trainer.train(resume_from_checkpoint=resumed)
+    with cheap_dropout(model, getattr(training, "attention_dropout", True)):
+        result = trainer.train(resume_from_checkpoint=resumed)
     trainer.check_weights()
     history = trainer.state.log_history
     return {

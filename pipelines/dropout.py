@@ -1,0 +1,55 @@
+"""Dropout that costs less: cheap draws on a CPU, and none for attention, whose fast kernels there know no dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+WITHOUT_DROPOUT = "sdpa_without_dropout"
+
+
+class BitDropout(nn.Dropout):
+    """nn.Dropout that takes 16 bits for each value on a CPU, where a 64-bit draw takes a quarter of four others; p is met within 2e-5."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not 0 < self.p < 1 or input.device.type != "cpu":
+            return super().forward(input)
+        draws = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = draws.view(torch.int16)[: input.numel()].view(input.shape) >= int(self.p * 2**16) - 2**15
+        return input * kept * (1 / (1 - self.p))
+
+
+def attend_without_dropout(*inputs: Any, dropout: float = 0.0, **keywords: Any) -> Any:
+    """transformers' attention over torch's scaled_dot_product_attention, every probability kept."""
+    return sdpa_attention_forward(*inputs, dropout=0.0, **keywords)
+
+
+@contextmanager
+def cheap_dropout(model: Any, attention_dropout: bool) -> Iterator[None]:
+    """While it lasts, the same model with cheaper dropout; with `attention_dropout` that of attention stays what the config says.
+
+    Drawing what to drop took a fifth of a training step of 64 tokens on a CPU and half of one of 256.
+    """
+    dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
+    attention = model.config._attn_implementation
+    swap = attention == "sdpa" and not attention_dropout
+    for module in dropouts:
+        module.__class__ = BitDropout
+    if swap:
+        AttentionInterface.register(WITHOUT_DROPOUT, attend_without_dropout)
+        AttentionMaskInterface.register(WITHOUT_DROPOUT, sdpa_mask)
+        model.set_attn_implementation(WITHOUT_DROPOUT)
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            module.__class__ = nn.Dropout
+        if swap:
+            model.set_attn_implementation(attention)
