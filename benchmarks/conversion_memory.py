@@ -19,10 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from synthetic import write_shape, write_texts
+
 from pipelines.benchmark import peak_memory_bytes
 
 STAGES = ("export", "quantize")
-WORDS = [f"word{index}" for index in range(60)]
 
 
 def resident_bytes() -> int:
@@ -31,27 +32,13 @@ def resident_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
 
 
-def write_data(folder: Path) -> Path:
-    """A table of 40 texts of two classes."""
-    path = folder / "texts.csv"
-    rows = [f"{' '.join(WORDS[row : row + 5 + row % 15])},{'ab'[row % 2]}" for row in range(40)]
-    path.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
-    return path
-
-
 def write_model(directory: Path, width: int, layers: int) -> int:
-    """A BERT of random weights, with a tokenizer of the words above; returns the bytes of its parameters."""
+    """A BERT of random weights with the usual vocabulary; returns the bytes of its parameters."""
     import torch
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+    from transformers import BertForSequenceClassification
 
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    tokenizer = BertWordPieceTokenizer(vocab={piece: index for index, piece in enumerate(pieces)})
-    BertTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(directory)
     torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": max(1, width // 64)}
-    labels = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
-    model = BertForSequenceClassification(BertConfig(**sizes, **labels, num_hidden_layers=layers))
+    model = BertForSequenceClassification(write_shape(directory, width, layers, vocabulary_size=30_522))
     model.save_pretrained(directory)
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
@@ -99,7 +86,7 @@ def main() -> None:
     for layers in flags.layers:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            write_data(folder)
+            write_texts(folder / "texts.csv", 40)
             write_model(folder / "narrow", 64, 1)
             size = write_model(folder / "model", flags.width, layers)
             for stage in STAGES:

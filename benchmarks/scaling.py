@@ -11,7 +11,6 @@ examples on one thread each; their seconds are those of the training loop, and t
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -19,12 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from synthetic import write_shape, write_texts
 
-HEADS, WIDTH, LAYERS, LENGTH = 4, 256, 4, 64
+WIDTH, LAYERS, LENGTH = 256, 4, 64
 SIZES: dict[str, list[int]] = {
     "length": [16, 32, 64, 128, 256, 512],
     "batch": [1, 2, 4, 8, 16, 32],
@@ -32,31 +33,6 @@ SIZES: dict[str, list[int]] = {
     "examples": [2_000, 4_000, 8_000, 16_000, 32_000, 64_000],
     "processes": [1, 2],
 }
-WORDS = [f"word{index}" for index in range(60)]
-
-
-def write_shape(directory: Path, layers: int = LAYERS) -> Any:
-    """The shape and the tokenizer of a small BERT; returns its config."""
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertTokenizerFast
-
-    vocabulary = {piece: index for index, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    BertTokenizerFast(tokenizer_object=BertWordPieceTokenizer(vocab=vocabulary)._tokenizer).save_pretrained(directory)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": HEADS, "vocab_size": 65}
-    config = BertConfig(**sizes, num_hidden_layers=layers)
-    config.save_pretrained(directory)
-    return config
-
-
-def write_texts(path: Path, examples: int) -> None:
-    """Texts of 3 to 40 words, whose first tells their class; one in ten is a copy of another."""
-    generator = np.random.default_rng(0)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for row in range(examples):
-            words = [WORDS[row % 2], *generator.choice(WORDS, generator.integers(2, 40)), str(row - row % 10 // 9)]
-            writer.writerow([" ".join(words), "ab"[row % 2]])
 
 
 def median_seconds(call: Callable[[], Any], least: float) -> float:
@@ -73,25 +49,12 @@ def median_seconds(call: Callable[[], Any], least: float) -> float:
 def model_series(axis: str, size: int, folder: Path, least: float) -> dict[str, float]:
     """Seconds of one call of the shipped model and of one training step, and their work."""
     import torch
-    from transformers import BertForSequenceClassification
-
-    from pipelines.export import export_graph
-    from pipelines.fuse import fuse_for_onnxruntime
-    from pipelines.predict import open_session
-    from pipelines.quantize import quantize_dynamic_int8
 
     shape = {"length": LENGTH, "batch": 1, "layers": LAYERS} | {axis: size}
-    model = BertForSequenceClassification(write_shape(folder, shape["layers"])).eval()
+    model, session = make_model(shape["layers"], folder)
     tokens = torch.randint(5, 65, (shape["batch"], shape["length"]))
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    sample = {"input_ids": torch.randint(5, 65, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.int64)}
-    sample["attention_mask"][0, 9:] = 0
-    names = ("standard", "fused", "int8")
-    standard, fused, int8 = (folder / f"{name}.onnx" for name in names)
-    export_graph(model, sample, {name: {0: "batch", 1: "sequence"} for name in sample}, standard)
-    fuse_for_onnxruntime(standard, fused)
-    quantize_dynamic_int8(fused, int8, reduce_range=True)
-    session, feed = open_session(int8), {name: value.numpy() for name, value in inputs.items()}
+    feed = {name: value.numpy() for name, value in inputs.items()}
     products = 12 * shape["length"] * WIDTH**2 + 2 * shape["length"] ** 2 * WIDTH
     return {
         "int8 model": median_seconds(lambda: session.run(None, feed), least),
@@ -100,7 +63,28 @@ def model_series(axis: str, size: int, folder: Path, least: float) -> dict[str, 
     }
 
 
-def example_series(examples: int, folder: Path, least: float) -> dict[str, float]:
+@cache
+def make_model(layers: int, folder: Path) -> tuple[Any, Any]:
+    """A BERT in torch, and a session of its int8 form."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    from pipelines.export import export_graph
+    from pipelines.fuse import fuse_for_onnxruntime
+    from pipelines.predict import open_session
+    from pipelines.quantize import quantize_dynamic_int8
+
+    model = BertForSequenceClassification(write_shape(folder, WIDTH, layers)).eval()
+    sample = {"input_ids": torch.randint(5, 65, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.int64)}
+    sample["attention_mask"][0, 9:] = 0
+    standard, fused, int8 = (folder / f"{name}.onnx" for name in ("standard", "fused", "int8"))
+    export_graph(model, sample, {name: {0: "batch", 1: "sequence"} for name in sample}, standard)
+    fuse_for_onnxruntime(standard, fused)
+    quantize_dynamic_int8(fused, int8, reduce_range=True)
+    return model, open_session(int8)
+
+
+def example_series(examples: int, folder: Path) -> dict[str, float]:
     """Seconds of each step that goes through a data set, and the number of its examples."""
     from pipelines.config import DataConfig
     from pipelines.metrics import paired_bootstrap
@@ -108,7 +92,7 @@ def example_series(examples: int, folder: Path, least: float) -> dict[str, float
     from pipelines.tasks import TextClassification
     from pipelines.training import EpochLengthGroupedSampler
 
-    write_shape(folder)
+    write_shape(folder, WIDTH, LAYERS)
     write_texts(folder / "texts.csv", examples)
     seconds: dict[str, float] = {}
 
@@ -136,30 +120,93 @@ def example_series(examples: int, folder: Path, least: float) -> dict[str, float
     return seconds | {"work": float(examples)}
 
 
-def process_series(processes: int, folder: Path, least: float) -> dict[str, float]:
-    """Seconds of a fine-tuning on so many processes of one thread each."""
-    write_shape(folder)
-    write_texts(folder / "texts.csv", 400 if least < 0.1 else 3000)
+def process_series(processes: int, folder: Path) -> dict[str, float]:
+    """Seconds of the training loop of a fine-tuning on so many processes of one thread each."""
+    write_shape(folder, WIDTH, LAYERS)
+    write_texts(folder / "texts.csv", 2000)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
     command += ["--num_cpu_threads_per_process", "1", "-m", "pipelines", "fine-tune", "--teacher_model", str(folder)]
-    command += [
-        "--teacher_from_scratch",
-        "true",
-        "--teacher_epochs",
-        "1",
-        "--teacher_learning_rate",
-        "1e-3",
-        "--dataset",
-    ]
-    command += [str(folder / "texts.csv"), "--output_dir", str(folder / "out"), "--max_length", str(LENGTH)]
-    command += ["--per_device_train_batch_size", str(32 // processes), "--eval_strategy", "no", "--save_strategy", "no"]
-    command += ["--load_best_model_at_end", "false"]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    settings = {
+        "teacher_from_scratch": "true", "teacher_epochs": 1, "teacher_learning_rate": 1e-3, "max_length": LENGTH, "use_cpu": "true",
+        "per_device_train_batch_size": 32 // processes, "eval_strategy": "no", "save_strategy": "no",
+        "load_best_model_at_end": "false", "dataset": folder / "texts.csv", "output_dir": folder / "out",
+    }  # fmt: skip
+    command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    subprocess.run(
+        ["taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:processes])), *command],
+        check=True,
+        stdout=sys.stderr,
+    )
     details = json.loads((folder / "out" / "record.json").read_text(encoding="utf-8"))["details"]
-    return {"training loop": 1000 / details["train_samples_per_second"], "work": 1 / processes}
+    return {"training loop": 1 / details["train_samples_per_second"], "work": 1 / processes}
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
     """The slope of a line through the larger half of the sizes on logarithmic axes."""
     first = (len(sizes) - 1) // 2
     return float(np.polyfit(np.log(sizes[first:]), np.log(values[first:]), 1)[0])
+
+
+def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Seconds by size, a panel for each series, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(found), 3.4), layout="constrained")
+    for axes, (series, one) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
+        for name, seconds in one["seconds"].items():
+            axes.loglog(one["sizes"], seconds, marker="o", markersize=3, label=f"{name}: {one['exponents'][name]:.2f}")
+        axes.set_title(f"{series} (work: {one['exponents']['work']:.2f})", fontsize=9)
+        axes.set_xlabel(series)
+        axes.set_ylabel("seconds")
+        axes.legend(fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+def measure(series: str, sizes: list[int], least: float) -> list[dict[str, float]]:
+    """A series in this process."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ |= {"HF_DATASETS_CACHE": scratch, "TQDM_DISABLE": "1"}
+        for size in sizes:
+            folder = Path(scratch) / (str(size) if series in ("examples", "processes") else "model")
+            folder.mkdir(exist_ok=True)
+            if series == "examples":
+                rows.append(example_series(size, folder))
+            elif series == "processes":
+                rows.append(process_series(size, folder))
+            else:
+                rows.append(model_series(series, size, folder, least))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--series", nargs="+", choices=list(SIZES), default=list(SIZES), help="What grows.")
+    parser.add_argument("--sizes", type=int, nargs="+", help="Its sizes, instead of the series' own.")
+    parser.add_argument("--seconds", type=float, default=1.0, help="Seconds to repeat each call of a model for.")
+    parser.add_argument("--plot", type=Path, help="A file for the plot, as PNG.")
+    parser.add_argument("--output", type=Path, help="A file for the figures, as JSON.")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # measure the series in this process
+    flags = parser.parse_args()
+    if flags.alone:
+        print(json.dumps(measure(flags.series[0], flags.sizes, flags.seconds)))
+        return
+    found: dict[str, dict[str, Any]] = {}
+    for series in flags.series:
+        sizes = flags.sizes or SIZES[series]
+        command = [sys.executable, __file__, "--alone", "--series", series, "--seconds", str(flags.seconds), "--sizes"]
+        worker = subprocess.run([*command, *map(str, sizes)], check=True, stdout=subprocess.PIPE, text=True)
+        rows = json.loads(worker.stdout.splitlines()[-1])
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        exponents = {name: round(exponent(sizes, values), 2) for name, values in columns.items()}
+        work = columns.pop("work")
+        found[series] = {"sizes": sizes, "seconds": columns, "work": work, "exponents": exponents}
+        print(series, json.dumps(exponents), flush=True)
+    if flags.plot:
+        draw(found, flags.plot)
+    if flags.output:
+        flags.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from pipelines.onnx_file import save
 from pipelines.predict import open_session
 from pipelines.run import Outcome
 from pipelines.surgery import load_model
@@ -41,7 +42,6 @@ def export_graph(
 
     `inputs` is a sample of at least 2 along every dynamic axis (sizes 0 and 1 would be specialised), `dynamic_axes` names them.
     """
-    import onnx_ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from torch.export import Dim
     from transformers.exporters import OnnxConfig, OnnxExporter
@@ -54,7 +54,7 @@ def export_graph(
     name_axes(program.graph, dynamic_axes)
     # The exporter notes for every node the lines of Python it came from: half a megabyte that names this machine's folders.
     ClearMetadataAndDocStringPass()(program)
-    onnx_ir.save(program, str(path))
+    save(program, path)
     operators = Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in program.graph.all_nodes()
     )
