@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import warnings
@@ -92,6 +93,7 @@ def export_onnx(source: str, directory: Path, task: Any) -> Outcome:
     operators = export_graph(model, sample, task.dynamic_axes(sample), directory / ONNX_FILE)
     processor.save_pretrained(directory)
     model.config.save_pretrained(directory)
+    gc.collect()  # a graph's nodes and values name one another, so its weights are not freed when it is left
     verification = verify_against_torch(directory / ONNX_FILE, model, task, processor)
     inputs = [value.name for value in open_session(directory / ONNX_FILE).get_inputs()]
     return Outcome(

@@ -66,3 +66,13 @@ def test_answers_come_in_order_and_an_error_in_its_place(at_once):
     with pytest.raises(ValueError, match="the line after"):
         answers.extend(in_order(lambda number: number**2, examples(), at_once))
     assert answers == (np.arange(100) ** 2).tolist()
+
+
+@pytest.mark.parametrize(("series", "sizes"), [("length", [8, 16]), ("examples", [200, 400])])
+def test_scaling_fits_an_exponent_to_each_series(series, sizes, tmp_path):
+    flags = ["--series", series, "--sizes", *sizes, "--seconds", 0.01, "--plot", tmp_path / "plot.png"]
+    found = run_script("scaling.py", tmp_path / "found.json", *flags)[series]
+    assert found["sizes"] == sizes
+    assert found["exponents"].keys() == {*found["seconds"], "work"}
+    assert found["exponents"]["work"] == pytest.approx(1, abs=0.05)
+    assert (tmp_path / "plot.png").stat().st_size > 1000
