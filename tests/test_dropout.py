@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import example_inputs, tiny_language_model, tiny_model
 from torch import nn
 
+from conftest import example_inputs, tiny_language_model, tiny_model
 from pipelines.dropout import BitDropout, cheap_dropout
 from pipelines.training import TrainingArguments, train
 
