@@ -60,6 +60,9 @@ def fuse_for_onnxruntime(source: Path, target: Path) -> dict[str, int]:
     passes.TopologicalSortPass()(model)
     passes.NameFixPass()(model)
     save(model, target)
+    # onnxscript's rules remember the last graph that they matched, and that graph its weights, until they match another.
+    for value in model.graph.initializers.values():
+        value.const_value = None
     return counts
 
 

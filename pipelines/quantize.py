@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import tempfile
 from collections import Counter
@@ -41,7 +40,6 @@ def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeCon
             f"quantized: {fused_nodes['attention']} of {layers} attention blocks fused; the rest is right but slower",
             flush=True,
         )
-    gc.collect()  # a graph's nodes and values name one another, so its weights are not freed when it is left
     fusion = verify_same_graph(fused, original, task, processor)
     quantized = make_candidates(fused, directory, task, processor, quantize)
     fused.unlink()
@@ -167,6 +165,5 @@ def _prepare(source: Path, prepared: Path) -> Counter[str]:
     model = onnx.load(source)
     del model.graph.value_info[:]
     add_pre_process_metadata(model)
-    # The quantizer infers shapes first, for which it need not read weights that lie beside the graph.
-    onnx.save(model, prepared, save_as_external_data=True, location="weights")
+    onnx.save(model, prepared)
     return Counter(node.op_type for node in model.graph.node)
