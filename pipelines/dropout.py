@@ -41,17 +41,16 @@ def attend_without_dropout(
 
 
 @contextmanager
-def cheap_dropout(model: Any, attention_dropout: bool) -> Iterator[None]:
-    """While it lasts, the same model with cheaper dropout; with `attention_dropout` that of attention stays what the config says.
+def fast_dropout(model: Any) -> Iterator[None]:
+    """While it lasts, the model's dropout is a BitDropout, and its attention, where that is torch's own, drops out nothing.
 
-    Drawing what to drop took a fifth of a training step of 64 tokens on a CPU and half of one of 256.
+    Drawing what to drop took a quarter of a training step of 64 tokens on a CPU, and almost half of one of 256.
     """
     dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
     attention = model.config._attn_implementation
-    swap = attention == "sdpa" and not attention_dropout
     for module in dropouts:
         module.__class__ = BitDropout
-    if swap:
+    if attention == "sdpa":
         AttentionInterface.register(WITHOUT_DROPOUT, attend_without_dropout)
         AttentionMaskInterface.register(WITHOUT_DROPOUT, sdpa_mask)
         model.set_attn_implementation(WITHOUT_DROPOUT)
@@ -60,5 +59,4 @@ def cheap_dropout(model: Any, attention_dropout: bool) -> Iterator[None]:
     finally:
         for module in dropouts:
             module.__class__ = nn.Dropout
-        if swap:
-            model.set_attn_implementation(attention)
+        model.set_attn_implementation(attention)

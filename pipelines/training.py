@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pipelines.config import TeacherConfig
-from pipelines.dropout import cheap_dropout
+from pipelines.dropout import fast_dropout
 from pipelines.errors import InputError
 from pipelines.finite import (
     HARMLESS_OVERFLOWS,
@@ -79,9 +80,12 @@ class TrainingArguments(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Let DDP look for weights without a gradient."}
     )
-    attention_dropout: bool = field(
+    fast_dropout: bool = field(
         default=False,
-        metadata={"help": "Drop out attention probabilities too, which takes up to half of a step on a CPU."},
+        metadata={
+            "help": "On a CPU take dropout's draws from fewer random bits, and let attention drop out nothing, as its fast kernels do: a "
+            "step of 64 tokens takes a quarter less time, one of 256 almost half."
+        },
     )
     report_to: str = field(default="none", metadata={"help": "Where to log to: none, tensorboard, wandb, …"})
     logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
@@ -305,7 +309,7 @@ def train(
         **trainer_arguments,
     )
     resumed = last_whole_checkpoint(directory)
-    with cheap_dropout(model, getattr(training, "attention_dropout", True)):
+    with fast_dropout(model) if getattr(training, "fast_dropout", False) else nullcontext():
         result = trainer.train(resume_from_checkpoint=resumed)
     trainer.check_weights()
     history = trainer.state.log_history

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conftest import example_inputs, tiny_language_model, tiny_model
-from pipelines.dropout import BitDropout, cheap_dropout
+from pipelines.dropout import BitDropout, fast_dropout
 from pipelines.training import TrainingArguments, train
 
 
@@ -38,17 +38,16 @@ def test_a_seed_draws_the_same_again():
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "vit", "gpt2"])
-def test_attention_keeps_every_probability_unless_asked(model_type):
+def test_attention_keeps_every_probability_while_it_lasts(model_type):
     names = {"bert": "attention_probs_dropout_prob", "vit": "attention_probs_dropout_prob", "gpt2": "attn_pdrop"}
     changes = {names.get(model_type, "attention_dropout"): 0.5}
     model = tiny_language_model(**changes) if model_type == "gpt2" else tiny_model(model_type, **changes)
     inputs = example_inputs("vit" if model_type == "vit" else "bert")
     expected = model(**inputs).logits
     model.train()
-    with cheap_dropout(model, attention_dropout=False):
+    with fast_dropout(model):
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
-    with cheap_dropout(model, attention_dropout=True):
-        assert not torch.allclose(model(**inputs).logits, expected, atol=1e-2)
+    assert not torch.allclose(model(**inputs).logits, expected, atol=1e-2)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -56,7 +55,7 @@ def test_a_trained_model_is_a_stock_one(task, tokenizer, tmp_path):
     model = tiny_model(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     training = TrainingArguments(
         output_dir=str(tmp_path), num_train_epochs=1, disable_tqdm=True, use_cpu=True, max_steps=2, save_strategy="steps",
-        save_steps=1, eval_strategy="no", load_best_model_at_end=False,
+        save_steps=1, eval_strategy="no", load_best_model_at_end=False, fast_dropout=True,
     )  # fmt: skip
     train(model, task, tokenizer, training, tmp_path, task.features(tokenizer)["train"])
     assert model.config._attn_implementation == "sdpa"
@@ -69,7 +68,7 @@ def test_a_trained_model_is_a_stock_one(task, tokenizer, tmp_path):
 def test_bfloat16_attends_in_float32_on_a_cpu():
     model, inputs = tiny_model(), example_inputs()
     expected = model(**inputs).logits
-    with cheap_dropout(model, attention_dropout=False), torch.autocast("cpu", torch.bfloat16):
+    with fast_dropout(model), torch.autocast("cpu", torch.bfloat16):
         found = model(**inputs).logits
     assert found.dtype == torch.bfloat16
     # Eight bits of mantissa through four layers.
