@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import warnings
@@ -11,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from pipelines.onnx_file import save
 from pipelines.predict import open_session
 from pipelines.run import Outcome
 from pipelines.surgery import load_model
@@ -41,7 +43,6 @@ def export_graph(
 
     `inputs` is a sample of at least 2 along every dynamic axis (sizes 0 and 1 would be specialised), `dynamic_axes` names them.
     """
-    import onnx_ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from torch.export import Dim
     from transformers.exporters import OnnxConfig, OnnxExporter
@@ -54,7 +55,7 @@ def export_graph(
     name_axes(program.graph, dynamic_axes)
     # The exporter notes for every node the lines of Python it came from: half a megabyte that names this machine's folders.
     ClearMetadataAndDocStringPass()(program)
-    onnx_ir.save(program, str(path))
+    save(program, path)
     operators = Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in program.graph.all_nodes()
     )
@@ -92,6 +93,7 @@ def export_onnx(source: str, directory: Path, task: Any) -> Outcome:
     operators = export_graph(model, sample, task.dynamic_axes(sample), directory / ONNX_FILE)
     processor.save_pretrained(directory)
     model.config.save_pretrained(directory)
+    gc.collect()  # a graph's nodes and values name one another, so its weights are not freed when it is left
     verification = verify_against_torch(directory / ONNX_FILE, model, task, processor)
     inputs = [value.name for value in open_session(directory / ONNX_FILE).get_inputs()]
     return Outcome(

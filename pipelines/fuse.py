@@ -18,6 +18,8 @@ from onnx_ir.passes import common as passes
 from onnxscript.rewriter.ort_fusions.erfgelu import fuse_erfgelu
 from onnxscript.version_converter import ConvertVersionPass
 
+from pipelines.onnx_file import save
+
 # onnx_ir.Graph, Node and Value: their types call nearly everything optional, for graphs that are still being built.
 Graph: TypeAlias = Any
 Node: TypeAlias = Any
@@ -58,15 +60,10 @@ def fuse_for_onnxruntime(source: Path, target: Path) -> dict[str, int]:
     passes.TopologicalSortPass()(model)
     passes.NameFixPass()(model)
     save(model, target)
+    # onnxscript's rules remember the last graph that they matched, and that graph its weights, until they match another.
+    for value in model.graph.initializers.values():
+        value.const_value = None
     return counts
-
-
-def save(model: ir.Model, target: Path) -> None:
-    """Write one file; above the 2 GB that an ONNX file can hold, the weights go beside it."""
-    weights = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-    )
-    ir.save(model, target, external_data=f"{target.name}.data" if weights > 2**31 - 2**24 else None)
 
 
 # Attention

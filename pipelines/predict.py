@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-
-def available_cores() -> int:
-    """Cores that this process may use: not those of the host, which ONNX Runtime would count."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from pipelines.edge.infer import available_cores, in_order
 
 
 def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -28,17 +24,22 @@ Answers = Callable[[np.ndarray, np.ndarray], np.ndarray] | None
 
 def _predict(
     answer: Callable[[dict[str, Any]], np.ndarray], features: Any, collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    batch_size: int, name: str, keep: Answers,
+    batch_size: int, name: str, keep: Answers, at_once: int = 1,
 ) -> np.ndarray:  # fmt: skip
     lengths = features["length"] if "length" in features.column_names else [1] * len(features)
     batches = batches_by_length(lengths, batch_size)
-    logits: np.ndarray | None = None
-    for indices in tqdm(batches, desc=name, leave=False, disable=len(features) < 64):
-        batch = collate([features[int(index)] for index in indices])
+
+    def collated() -> Iterator[dict[str, Any]]:
+        for indices in tqdm(batches, desc=name, leave=False, disable=len(features) < 64):
+            yield collate([features[int(index)] for index in indices])
+
+    def answer_batch(batch: dict[str, Any]) -> np.ndarray:
         labels = batch.pop("labels", None)
         answers = answer(dict(batch))
-        if keep is not None:
-            answers = keep(answers, np.asarray(labels))
+        return answers if keep is None else keep(answers, np.asarray(labels))
+
+    logits: np.ndarray | None = None
+    for indices, answers in zip(batches, in_order(answer_batch, collated(), at_once), strict=True):
         if logits is None:
             logits = np.empty((len(features), *answers.shape[1:]), dtype=np.float32)
         logits[indices] = answers
@@ -100,10 +101,11 @@ def predict_onnx(
 ) -> np.ndarray:
     """Logits (examples, labels) of an ONNX file over tokenized `features`, in their order.
 
-    One example at a time by default: dynamic quantization takes one scale for a whole batch, so only a batch of one gives the
-    answers that a device gives.
+    One example on each core by default: dynamic quantization takes one scale for a whole batch, so only a batch of one gives the
+    answers that a device gives. Larger batches come one after the other, each on all cores.
     """
-    session = open_session(path)
+    at_once = available_cores() if batch_size == 1 else 1
+    session = open_session(path, threads=1 if batch_size == 1 else None)
     names = [value.name for value in session.get_inputs()]
 
     def answer(batch: dict[str, Any]) -> np.ndarray:
@@ -112,4 +114,4 @@ def predict_onnx(
             feed["attention_mask"] = np.ones_like(feed["input_ids"])
         return session.run(["logits"], feed | empty_cache(session, len(feed[next(iter(feed))])))[0]
 
-    return _predict(answer, features, collate, batch_size, name, answers)
+    return _predict(answer, features, collate, batch_size, name, answers, at_once)

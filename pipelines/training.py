@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pipelines.config import TeacherConfig
+from pipelines.dropout import fast_dropout
 from pipelines.errors import InputError
 from pipelines.finite import (
     HARMLESS_OVERFLOWS,
@@ -77,6 +79,13 @@ class TrainingArguments(transformers.TrainingArguments):
     # Every weight of the models here takes part in every step, so DDP need not look for those that do not.
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Let DDP look for weights without a gradient."}
+    )
+    fast_dropout: bool = field(
+        default=False,
+        metadata={
+            "help": "On a CPU take dropout's draws from fewer random bits, and let attention drop out nothing, as its fast kernels do: a "
+            "step of 64 tokens takes a quarter less time, one of 256 almost half."
+        },
     )
     report_to: str = field(default="none", metadata={"help": "Where to log to: none, tensorboard, wandb, …"})
     logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
@@ -328,7 +337,8 @@ def train(
     )
     resumed = last_whole_checkpoint(directory)
     whole = copy.deepcopy(model) if trainer.is_fsdp_enabled and is_main_process() else None
-    result = trainer.train(resume_from_checkpoint=resumed)
+    with fast_dropout(model) if getattr(training, "fast_dropout", False) else nullcontext():
+        result = trainer.train(resume_from_checkpoint=resumed)
     trainer.check_weights()
     make_whole(trainer, model, whole)
     history = trainer.state.log_history

@@ -52,19 +52,21 @@ def verify_against_torch(path: Path, model: Any, task: Any, processor: Any) -> d
 
     model.eval()
 
-    def expected(batch: dict[str, Any]) -> np.ndarray:
+    def expected(batches: list[dict[str, Any]]) -> list[np.ndarray]:
         with torch.inference_mode():
-            return model(**batch).logits.numpy()
+            return [model(**batch).logits.numpy() for batch in batches]
 
     return _compare(path, expected, "the model it was made from", task, processor)
 
 
 def verify_same_graph(path: Path, original: Path, task: Any, processor: Any) -> dict[str, Any]:
     """The same comparison with the fp32 ONNX file that `path` was rewritten from."""
-    session = open_session(original)
-    return _compare(
-        path, lambda batch: _run(session, batch), f"{original}, which it was rewritten from", task, processor
-    )
+
+    def expected(batches: list[dict[str, Any]]) -> list[np.ndarray]:
+        session = open_session(original)
+        return [_run(session, batch) for batch in batches]
+
+    return _compare(path, expected, f"{original}, which it was rewritten from", task, processor)
 
 
 def verify_directory(directory: Path, reference: Path, task: Any, max_quality_drop: float) -> dict[str, Any]:
@@ -83,13 +85,20 @@ def _run(session: Any, batch: dict[str, Any]) -> np.ndarray:
 
 
 def _compare(
-    path: Path, expected_logits: Callable[[dict[str, Any]], np.ndarray], origin: str, task: Any, processor: Any
+    path: Path,
+    expected_logits: Callable[[list[dict[str, Any]]], list[np.ndarray]],
+    origin: str,
+    task: Any,
+    processor: Any,
 ) -> dict[str, Any]:
+    batches = list(verification_batches(task.features(processor)["validation"], task.collate(processor)))
+    # One after the other, since each of the two models takes more memory than its weights.
+    answers = expected_logits(batches)
     session = open_session(path)
     largest_difference = largest_logit = 0.0
     shapes, padded = [], 0
-    for batch in verification_batches(task.features(processor)["validation"], task.collate(processor)):
-        expected, found = expected_logits(batch), _run(session, batch)
+    for batch, expected in zip(batches, answers, strict=True):
+        found = _run(session, batch)
         shape = list(next(iter(batch.values())).shape)
         if found.shape != expected.shape or not np.isfinite(found).all():
             raise VerificationError(

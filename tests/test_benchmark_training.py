@@ -1,0 +1,78 @@
+"""The benchmarks of training, throughput, memory and scaling run on tiny models, and say what they measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.edge.infer import in_order
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def run_script(name: str, output: Path, *arguments: Any) -> Any:
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / name), *map(str, arguments), "--output", str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+def test_training_compares_each_row_with_its_rival(trained_teacher, csv_file, tmp_path):
+    flags = ["--teacher_model", trained_teacher, "--dataset", csv_file, "--max_length", 32, "--epochs", 1]
+    rows = ["usual_script", "fine_tune", "student_labels", "student_stored", "student_online"]
+    found = run_script("training.py", tmp_path / "found.json", *flags, "--student_layers", 2, "--rows", *rows)
+    assert list(found["rows"]) == rows
+    assert found["samples_per_second_ratios"].keys() == {
+        "fine_tune / usual_script", "student_stored / student_labels", "student_stored / student_online"
+    }  # fmt: skip
+    for name, row in found["rows"].items():
+        assert 0 < row["seconds_to_score"] <= row["seconds"], name
+        assert row["score_reached"] <= row["score"]
+        assert (row["storing_soft_targets_seconds"] > 0) == (name == "student_stored")
+
+
+def test_throughput_scores_every_row_alike(text_bundle, csv_file, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(line.rsplit(",", 1)[0] for line in csv_file.read_text().splitlines()[1:]) + "\n")
+    found = run_script(
+        "throughput.py", tmp_path / "found.json", "--bundle", text_bundle, "--file", texts, "--rounds", 1
+    )
+    assert found["one_on_each_core"]["largest_difference"] == 0
+    assert 0 < found["batches_in_file_order"]["largest_difference"] < 1
+    assert all(row["texts_per_second"] > 0 for row in found.values())
+
+
+def test_conversion_memory_counts_what_a_stage_holds(tmp_path):
+    found = run_script("conversion_memory.py", tmp_path / "found.json", "--width", 128, "--layers", 1)
+    assert [row["stage"] for row in found] == ["export", "quantize"]
+    assert all(row["model_bytes"] > 4 * 30_522 * 128 and row["peak_bytes"] > 0 for row in found)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_answers_come_in_order_and_an_error_in_its_place(at_once):
+    def examples():
+        yield from range(100)
+        raise ValueError("the line after them")
+
+    answers: list[int] = []
+    with pytest.raises(ValueError, match="the line after"):
+        answers.extend(in_order(lambda number: number**2, examples(), at_once))
+    assert answers == (np.arange(100) ** 2).tolist()
+
+
+@pytest.mark.parametrize(("series", "sizes"), [("length", [8, 16]), ("examples", [200, 400])])
+def test_scaling_fits_an_exponent_to_each_series(series, sizes, tmp_path):
+    flags = ["--series", series, "--sizes", *sizes, "--seconds", 0.01, "--plot", tmp_path / "plot.png"]
+    found = run_script("scaling.py", tmp_path / "found.json", *flags)[series]
+    assert found["sizes"] == sizes
+    assert found["exponents"].keys() == {*found["seconds"], "work"}
+    assert found["exponents"]["work"] == pytest.approx(1, abs=0.05)
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -1,0 +1,30 @@
+"""What is written weight by weight is the file that onnx_ir writes at once."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from pipelines import onnx_file
+
+
+def test_the_file_is_the_one_that_is_written_at_once(text_onnx, tmp_path, monkeypatch):
+    model = ir.load(text_onnx / "onnx" / "model.onnx")
+    ir.save(model, tmp_path / "at_once.onnx")
+    onnx_file.save(model, tmp_path / "in_parts.onnx")
+    expected, found = onnx.load(tmp_path / "at_once.onnx"), onnx.load(tmp_path / "in_parts.onnx")
+    onnx.checker.check_model(found, full_check=True)
+    assert list(found.graph.initializer) == list(expected.graph.initializer)
+    assert len(found.graph.initializer) > 10
+    assert list(found.graph.node) == list(expected.graph.node)
+    assert found.opset_import == expected.opset_import
+    # The model that was written is still whole.
+    onnx_file.save(model, tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "in_parts.onnx").read_bytes()
+
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE", 1000)
+    onnx_file.save(model, tmp_path / "large.onnx")
+    assert (tmp_path / "large.onnx.data").is_file()
+    assert (tmp_path / "large.onnx").stat().st_size < (tmp_path / "again.onnx").stat().st_size / 2
+    onnxruntime.InferenceSession(str(tmp_path / "large.onnx"), providers=["CPUExecutionProvider"])
