@@ -21,7 +21,9 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from pipelines.errors import InputError  # noqa: E402
 from pipelines.predict import available_cores  # noqa: E402
 
 MIX = "mix"
+CALIBRATION_EXAMPLES = 300  # what NNCF takes by itself
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ def make_ours(model: Path, output: Path, task: Any, quantize: QuantizeConfig) ->
     from pipelines.verify import verify_same_graph
 
     for name in ("export", "ours", "ours_int8"):
+        shutil.rmtree(output / name, ignore_errors=True)
         (output / name).mkdir()
     export_onnx(str(model), output / "export", task)
     fuse_for_onnxruntime(output / "export" / ONNX_FILE, output / "ours" / ONNX_FILE)
@@ -198,32 +202,59 @@ def make_exporters(model: Path, output: Path, task: Any, row: str) -> None:
 def make_rows(
     model: Path, output: Path, task: Any, rows: list[str], settings: InferenceConfig, quantize: QuantizeConfig
 ) -> dict[str, str]:
-    """Make what `rows` run in folders of `output`; return, for those that a peer could not make, what it said."""
-    failed = {}
+    """Make what `rows` run in folders of `output`; return, for those that a peer could not make, what it said.
+
+    What a peer made of the same weights with the same versions is kept; ours is made anew, by the code as it is now.
+    """
+    from pipelines.report import describe_environment
+
+    failed: dict[str, str] = {}
+    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    versions = describe_environment(0)["packages"]
+
+    def make(names: list[str], made_by: Any, function: Callable[[], None]) -> None:
+        seal = output / names[0] / "made_by.json"
+        key = json.dumps([weights, made_by])
+        if seal.is_file() and seal.read_text(encoding="utf-8") == key:
+            return
+        for name in names:
+            shutil.rmtree(output / name, ignore_errors=True)
+        print(f"  making {', '.join(names)}", flush=True)
+        try:
+            function()
+        except Exception as error:  # a peer that cannot make a model is a finding, whatever it raises
+            failed.update(dict.fromkeys(names, f"{type(error).__name__}: {error}"))
+        else:
+            seal.write_text(key, encoding="utf-8")
+
+    def peer(name: str, *arguments: str) -> Callable[[], None]:
+        def function() -> None:
+            python = make_environment(Path(settings.environments), name)
+            _run([str(python), "-m", "benchmarks.inference_peers", name, *arguments], f"make the rows of {name}")
+
+        return function
+
     if any(row.startswith("ours") for row in rows):
         make_ours(model, output, task, quantize)
-    needed = [row for row in rows if row.startswith("exporters")]
-    if any(row.startswith("openvino") for row in rows) and "exporters" not in needed:
-        needed.append("exporters")  # the plain graph that OpenVINO converts
-    for row in needed:
-        try:
-            make_exporters(model, output, task, row)
-        except Exception as error:  # a peer that cannot make a model is a finding, whatever it raises
-            failed[row] = f"{type(error).__name__}: {error}"
-    arguments = {"optimum": [str(model), str(output)]}
-    arguments["openvino"] = [str(output / "exporters" / "model.onnx"), str(output / "calibration.npz"), str(output)]
-    for name in REQUIREMENTS:
-        wanted = [row for row in rows if ROWS[row].environment == name]
-        if not wanted:
-            continue
-        if name == "openvino":
-            inference_worker.write_feeds(output / "calibration.npz", one_at_a_time(task, model, "train", 300))
-        try:
-            python = make_environment(Path(settings.environments), name)
-            _run([str(python), "-m", "benchmarks.inference_peers", name, *arguments[name]], f"make the rows of {name}")
-        except InputError as error:
-            failed |= dict.fromkeys(wanted, str(error))
-    return failed
+    of = {name: [row for row in rows if ROWS[row].environment == name] for name in REQUIREMENTS}
+    # OpenVINO converts the plain graph.
+    plain = ["exporters"] if of["openvino"] and "exporters" not in rows else []
+    for row in [*plain, *(row for row in rows if row.startswith("exporters"))]:
+        make([row], versions, partial(make_exporters, model, output, task, row))
+    if of["optimum"]:
+        directories = [row for row, kind in ROWS.items() if kind.environment == "optimum"]
+        make(directories, REQUIREMENTS["optimum"], peer("optimum", task.name, str(model), str(output)))
+    if of["openvino"]:
+        feeds = output / "calibration.npz"
+        inference_worker.write_feeds(feeds, one_at_a_time(task, model, "train", CALIBRATION_EXAMPLES))
+        source = str(output / "exporters" / "model.onnx")
+        made_by = [versions, REQUIREMENTS["openvino"]]
+        make(["openvino", "openvino_int8"], made_by, peer("openvino", source, str(feeds), str(output)))
+    for row in rows:
+        directory = ROWS[row].directory
+        if directory in failed:
+            failed[row] = failed[directory]
+    return {row: said for row, said in failed.items() if row in rows}
 
 
 def make_random_bert(tokenizer: Any, label_names: list[str], directory: Path, seed: int) -> None:
@@ -414,8 +445,8 @@ def measure_model(
         raise InputError(
             f"expected room for what the rows run at {output}, found something else. Pass another --output_dir."
         )
-    shutil.rmtree(output, ignore_errors=True)
-    (output / "worker").mkdir(parents=True)
+    (output / "worker").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output / "model", ignore_errors=True)
     # Only what transformers reads: a peer must not find files of ours.
     shutil.copytree(model, output / "model", ignore=shutil.ignore_patterns("record.json", "*.md"))
     threads = settings.threads or sorted({1, available_cores()})

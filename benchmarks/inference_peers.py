@@ -12,24 +12,25 @@ from pathlib import Path
 PRESETS = ("avx2", "avx512_vnni")
 
 
-def optimum(model: Path, output: Path) -> None:
+def optimum(task: str, model: str, output: str) -> None:
     """Export with optimum-onnx, optimize at level O2, and quantize the export dynamically with the presets, all else as it comes."""
     from optimum.exporters.onnx import main_export
     from optimum.onnxruntime import ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
-    main_export(str(model), output / "optimum", do_validation=False)
-    main_export(str(model), output / "optimum_o2", optimize="O2", do_validation=False)
+    made = Path(output)
+    main_export(model, made / "optimum", task=task, do_validation=False)
+    main_export(model, made / "optimum_o2", task=task, optimize="O2", do_validation=False)
     # The presets are for the plain export: on an optimized one the quantizer stops ("Unable to find data type for weight_name").
-    quantizer = ORTQuantizer.from_pretrained(output / "optimum", file_name="model.onnx")
+    quantizer = ORTQuantizer.from_pretrained(made / "optimum", file_name="model.onnx")
     for preset in PRESETS:
         config = getattr(AutoQuantizationConfig, preset)(is_static=False)
-        directory = output / f"optimum_int8_{preset}"
+        directory = made / f"optimum_int8_{preset}"
         quantizer.quantize(save_dir=directory, quantization_config=config)
         (directory / "model_quantized.onnx").rename(directory / "model.onnx")
 
 
-def openvino(onnx_file: Path, feeds_file: Path, output: Path) -> None:
+def openvino(onnx_file: str, feeds_file: str, output: str) -> None:
     """Convert a plain fp32 ONNX file, and quantize it with NNCF on the feeds of training examples, as its guide for transformers says."""
     import nncf
     import openvino as ov
@@ -37,14 +38,14 @@ def openvino(onnx_file: Path, feeds_file: Path, output: Path) -> None:
     from benchmarks.inference_worker import read_feeds
 
     for name in ("openvino", "openvino_int8"):
-        (output / name).mkdir()
+        (Path(output) / name).mkdir()
     model = ov.convert_model(onnx_file)
-    ov.save_model(model, output / "openvino" / "model.xml", compress_to_fp16=False)
+    ov.save_model(model, Path(output) / "openvino" / "model.xml", compress_to_fp16=False)
     names = {name for value in model.inputs for name in value.names}
-    feeds = [{name: array for name, array in feed.items() if name in names} for feed in read_feeds(feeds_file)]
+    feeds = [{name: array for name, array in feed.items() if name in names} for feed in read_feeds(Path(feeds_file))]
     quantized = nncf.quantize(model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds))
-    ov.save_model(quantized, output / "openvino_int8" / "model.xml", compress_to_fp16=False)
+    ov.save_model(quantized, Path(output) / "openvino_int8" / "model.xml", compress_to_fp16=False)
 
 
 if __name__ == "__main__":
-    {"optimum": optimum, "openvino": openvino}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    {"optimum": optimum, "openvino": openvino}[sys.argv[1]](*sys.argv[2:])
