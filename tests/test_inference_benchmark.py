@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from conftest import tiny_model
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks import inference_limits, inference_pages  # noqa: E402
+from benchmarks import inference, inference_language_worker, inference_limits, inference_pages  # noqa: E402
 
 ROWS = ["torch", "exporters", "openvino", "ours", "ours_int8"]
 
@@ -98,3 +100,39 @@ def test_a_product_takes_the_time_of_its_size() -> None:
     products = [(2, 1, 64, 64, 64), (1, 1, 64, 512, 512)]
     sizes = [(1, 64, 64, 64), (1, 64, 512, 512)]
     assert inference_limits.limit_seconds(products, sizes, [0.5, 3.0]) == 4.0
+
+
+def test_every_loop_of_a_language_model_writes_the_same(
+    tmp_path: Path, language_model_dir: Path, language_task: Any
+) -> None:
+    from pipelines.export_language import export_language_model
+
+    (tmp_path / "ours").mkdir()
+    export_language_model(str(language_model_dir), tmp_path / "ours", language_task)
+    inference.make_exporters(language_model_dir, tmp_path, language_task, "exporters")
+    windows = np.random.default_rng(0).integers(0, 300, (2, 9))
+    loaders = inference_language_worker.LOADERS
+    torch_write, torch_logits = loaders["torch"](language_model_dir, 1)
+    expected = torch_write([5, 6, 7], 12)
+    assert len(expected) == 12
+    for name in ("exporters", "ours"):
+        write, logits = loaders[name](tmp_path / name, 1)
+        assert write([5, 6, 7], 12) == expected
+        np.testing.assert_allclose(logits(windows), torch_logits(windows), atol=1e-3)
+
+
+def test_instructions_can_be_hidden(tmp_path: Path) -> None:
+    library = tmp_path / "avx2_only.so"
+    source = REPOSITORY / "benchmarks" / "avx2_only.c"
+    if shutil.which("cc") is None or platform.machine() != "x86_64":
+        pytest.skip("needs cc and x86-64")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    found = "import numpy; print(numpy.show_config(mode='dicts')['SIMD Extensions']['found'])"
+    done = subprocess.run(
+        [sys.executable, "-c", found], env=os.environ | {"LD_PRELOAD": str(library)}, capture_output=True, text=True
+    )
+    if "cannot make CPUID fault" in done.stderr:
+        pytest.skip("needs a processor and a kernel whose CPUID can fault")
+    assert done.returncode == 0
+    assert "AVX512" not in done.stdout
+    assert "X86_V4" not in done.stdout
