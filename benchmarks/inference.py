@@ -503,7 +503,7 @@ def measure_model(
     shutil.rmtree(output / "model", ignore_errors=True)
     # Only what transformers reads: a peer must not find files of ours.
     shutil.copytree(model, output / "model", ignore=shutil.ignore_patterns("record.json", "*.md"))
-    threads = settings.threads or sorted({1, available_cores()})
+    threads = sorted(settings.threads or {1, available_cores()})
     known = LANGUAGE_ROWS if task.causal else ROWS
     wanted = [row for row in known if row in (settings.rows or known)]
     failed = make_rows(output / "model", output, task, wanted, settings, quantize)

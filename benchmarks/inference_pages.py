@@ -217,13 +217,8 @@ def draw(measured: dict[str, Any]) -> Any:
         axes.set_title(model["name"], fontsize=10, parse_math=False)
         axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.hlines(
-            [height + 0.5 for height in range(len(names) - 1)],
-            *axes.get_xlim(),
-            color="#e4e4e4",
-            linewidth=0.7,
-            zorder=1,
-        )
+        for height in range(len(names) - 1):
+            axes.axhline(height + 0.5, color="#e4e4e4", linewidth=0.7, zorder=1)
         axes.set_xlabel(f"times the time of {model['shipped']}, {counted(threads)}, log scale", fontsize=9)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
