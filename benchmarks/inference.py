@@ -592,6 +592,10 @@ def main() -> None:
             raise InputError(
                 f"expected shapes as batch x tokens such as 8x64, or {MIX!r}, found {shape!r}. Pass others with --shapes."
             )
+    if quantize.quantization == "none":
+        raise InputError(
+            "expected a way to quantize, found --quantization none. The row ours is the fp32 model; leave ours_int8 out with --rows."
+        )
     task = task_of(*data)
     # Compiled once by torch.compile, not in every process.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(output / "torch_compile")
