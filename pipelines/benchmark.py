@@ -122,7 +122,7 @@ def _write_spec(folder: Path, subject: Subject, threads: int, seconds: float) ->
     return folder / "spec.json"
 
 
-def run_worker(module: str, spec: Path, name: str, to_do: str) -> dict[str, float]:
+def run_worker(module: str, spec: Path, name: str, to_do: str, python: str = sys.executable) -> dict[str, float]:
     """The result.json that `python -m module` writes beside `spec`, on as many threads as the spec says; `to_do` is for the message."""
     orders = json.loads(spec.read_text(encoding="utf-8"))
     root = Path(__file__).resolve().parent.parent
@@ -132,7 +132,7 @@ def run_worker(module: str, spec: Path, name: str, to_do: str) -> dict[str, floa
     }
     # `-m` puts the working directory first on the module path: in a folder of our own nothing can shadow a library.
     worker = subprocess.run(
-        [sys.executable, "-m", module, spec.name],
+        [python, "-m", module, spec.name],
         cwd=spec.parent,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -220,10 +220,12 @@ def _load_torch(
     return lambda feed: {name: torch.from_numpy(value) for name, value in feed.items()}, run
 
 
-def time_calls(run: Callable[[Any], Any], feed: Any, seconds: float) -> dict[str, float]:
-    """Median and 95th percentile of one call in milliseconds, after a warm-up of a fifth of the time."""
-    _repeat(run, feed, seconds / 5, minimum=3)
-    times = np.array(_repeat(run, feed, seconds, MINIMUM_REPETITIONS)) * 1000
+def time_calls(
+    run: Callable[[Any], Any], feed: Any, seconds: float, minimum: int = MINIMUM_REPETITIONS
+) -> dict[str, float]:
+    """Median and 95th percentile of `minimum` calls or more in milliseconds, after a warm-up of a fifth of the time."""
+    _repeat(run, feed, seconds / 5, min(3, minimum))
+    times = np.array(_repeat(run, feed, seconds, minimum)) * 1000
     p50, p95 = np.percentile(times, [50, 95])
     return {"p50": float(p50), "p95": float(p95), "repetitions": len(times)}
 

@@ -89,7 +89,16 @@ def _work(spec_file: Path) -> None:
         write = _load_onnx(path, threads)
     else:
         write = _load_torch(path, threads, spec["trust_remote_code"])
-    prompt, new = list(range(1, spec["prompt_tokens"] + 1)), spec["new_tokens"]
+    result = time_writing(write, spec["prompt_tokens"], spec["new_tokens"], spec["seconds"])
+    result["peak_memory_bytes"] = peak_memory_bytes()
+    (spec_file.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def time_writing(
+    write: Callable[[list[int], int], Any], prompt_tokens: int, new_tokens: int, seconds: float
+) -> dict[str, float]:
+    """How fast `write(prompt, new)` continues a prompt by `new` tokens, for `seconds` after a warm-up."""
+    prompt = list(range(1, prompt_tokens + 1))
 
     def times(tokens: int, minimum: int, seconds: float) -> np.ndarray:
         found: list[float] = []
@@ -99,15 +108,13 @@ def _work(spec_file: Path) -> None:
             found.append(time.perf_counter() - start)
         return np.array(found)
 
-    times(new, 1, spec["seconds"] / 5)  # warm-up
-    first, whole = times(1, 5, spec["seconds"] / 5), times(new, 3, spec["seconds"])
-    p50, p95 = np.percentile(whole / new * 1000, [50, 95])
-    result = {
+    times(new_tokens, 1, seconds / 5)  # warm-up
+    first, whole = times(1, 5, seconds / 5), times(new_tokens, 3, seconds)
+    p50, p95 = np.percentile(whole / new_tokens * 1000, [50, 95])
+    return {
         "first_token_ms": float(np.median(first) * 1000), "p50": float(p50), "p95": float(p95),
         "tokens_per_second": float(1000 / p50),
-        "peak_memory_bytes": peak_memory_bytes(),
     }  # fmt: skip
-    (spec_file.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _load_onnx(path: Path, threads: int) -> Callable[[list[int], int], Any]:
