@@ -145,6 +145,8 @@ def distil(
         )
         student_width, teacher_width = student.config.hidden_size, teacher.config.hidden_size
         if student_width != teacher_width:
+            # The same whatever was drawn before: a resumed pruning has not trained its earlier steps.
+            transformers.set_seed(training.seed)
             # Part of the student while it trains, so that optimizer, checkpoints and gradient sharing see them.
             projections = nn.ModuleList(nn.Linear(student_width, teacher_width) for _ in hidden_state_map)
             student.add_module(PROJECTIONS, projections)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,21 @@ from pipelines.config import DistillConfig, PruneConfig
 from pipelines.distill import distil
 from pipelines.errors import InputError
 from pipelines.losses import distillation_loss, next_token
-from pipelines.run import Outcome
+from pipelines.run import Outcome, sealed, write_json
 from pipelines.soft_targets import WithSoftTargets
 from pipelines.surgery import cut, part, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training import (
     CHECKPOINTS,
     arguments_for,
+    checkpoint_damage,
     count_parameters,
     is_main_process,
     save,
+    seal_checkpoint,
     validation_metrics,
 )
 
+STEPS = "steps.json"  # beside what a step left: what the steps before it did
 MINIMUM_NEURONS = 8  # a layer keeps at least these, and at least one head
 
 
@@ -132,6 +136,12 @@ def prune_and_recover(
     before = shape_of(model)
     details: dict[str, Any] = {"before": before, "steps": []}
     arguments = arguments_for(training, prune.prune_learning_rate, prune.prune_epochs)
+    if is_main_process():
+        for chosen in (directory / CHECKPOINTS).glob("step-*-cut"):
+            if damage := checkpoint_damage(chosen):
+                print(f"{chosen.name}: not used, because {damage}", flush=True)
+                shutil.rmtree(chosen)
+    state.wait_for_everyone()
     for step in range(1, prune.prune_steps + 1):
         # The main process chooses and writes what is left, and every process reads that: a rank decided by the last bit of a
         # gradient would otherwise give the processes models of different shapes. A resumed run reads it, too.
@@ -141,10 +151,13 @@ def prune_and_recover(
             cut_step(model, processor, task, prune, distill, soft_targets, before, share)
             partial = chosen.with_suffix(".partial")
             save(with_stock_shapes(model), processor, partial)
+            write_json(partial / STEPS, sealed({"steps": details["steps"]}))
+            seal_checkpoint(partial)
             partial.rename(chosen)
         state.wait_for_everyone()
         if (directory / CHECKPOINTS / f"step-{step + 1}-cut").is_dir():
             continue
+        details["steps"] = json.loads((chosen / STEPS).read_text(encoding="utf-8"))["steps"]
         model = remove_zeros(task.load_model(str(chosen)))
         recovery: dict[str, Any] = {}
         if prune.prune_epochs > 0:

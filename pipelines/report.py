@@ -7,7 +7,6 @@ import importlib.metadata
 import io
 import json
 import math
-import os
 import platform
 import re
 from dataclasses import dataclass
@@ -321,7 +320,7 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
     files = pages | {"report.json": text.encode()}
     for name, content in files.items():
         target = Path(run_dir) / name
-        temporary = target.with_name(f".{name}.{os.getpid()}.partial")
+        temporary = target.with_name(f".{name}.partial")
         try:
             temporary.write_bytes(content)
             temporary.replace(target)

@@ -2,6 +2,10 @@
 
 A stage is a function that writes one directory. It writes into a hidden sibling; `record.json` comes last and then the whole is
 renamed, so that a directory with a record is finished and a run killed at any moment continues where it stopped.
+
+The same seed on the same machine with the same number of processes and cores gives the same bytes of every file of a stage. Only times
+differ: those in records and reports, the report's pages and plot that show them, and what is chosen by measured speed (`--quantization
+auto`).
 """
 
 from __future__ import annotations
@@ -146,8 +150,8 @@ def _check_record(record: Any) -> None:
             raise ValueError(f"its {key!r} is missing or of another kind")
     if not all(isinstance(digest, str) for digest in record["files"].values()):
         raise ValueError("its 'files' are not names and hashes")
-    if record.get(CHECKSUM, checksum(record)) != checksum(record):
-        raise ValueError("it was changed after it was written, since its checksum is of another content")
+    if record.get(CHECKSUM) != checksum(record):
+        raise ValueError("it was changed after it was written, since its checksum is missing or of another content")
 
 
 def checksum(record: dict[str, Any]) -> str:
@@ -289,12 +293,17 @@ class Run:
         if self.state.is_main_process:
             if only_stage is None:
                 prepare_directory(self.directory)
-                self._lock = lock(self.directory / ".lock")
             else:
                 prepare_stage_directory(self.directory / only_stage)
-                self._lock = lock(self.directory / f".{only_stage}.lock")
+            # One stage of a run's directory may be what that run is at work on.
+            whole = only_stage is None or (self.directory / MARKER).exists()
+            self._lock = lock(self.directory / (".lock" if whole else f".{only_stage}.lock"))
             for leftover in self.directory.glob(f".{only_stage or '*'}.old"):
-                shutil.rmtree(leftover)
+                target = self.directory / leftover.name[1:].removesuffix(".old")
+                if target.exists():
+                    shutil.rmtree(leftover)
+                else:  # killed between the two renames of a commit
+                    leftover.rename(target)
 
     def stage(
         self, name: str, function: Callable[..., Outcome], source: str, distributed: bool = False, **arguments: Any
@@ -302,7 +311,8 @@ class Run:
         """Make the directory `name` with `function(source, directory, task, **arguments)`, unless it is there and still what it would be.
 
         `source`, and every argument that is a Path, names an earlier stage's directory in this run or a model elsewhere.
-        `distributed` stages run on every process, the others on the main one while the rest wait.
+        `distributed` stages run on every process, and go on where an interrupted attempt stopped (checkpoints, shards); the others run
+        on the main process while the rest wait, and start anew.
         """
         self.stages.append(name)
         target = self.directory / name
@@ -315,7 +325,7 @@ class Run:
         with needing_room(name, self.directory):
             if made_by is not None:
                 print(f"{name}: started", flush=True)
-                self._start(partial, made_by)
+                self._start(partial, made_by, resumes=distributed)
             self.state.wait_for_everyone()
             started = time.perf_counter()
             if distributed or self.state.is_main_process:
@@ -391,14 +401,14 @@ class Run:
 
         return broadcast_object_list([finished])[0] if self.state.num_processes > 1 else finished
 
-    def _start(self, partial: Path, made_by: dict[str, Any]) -> None:
-        """Keep what an interrupted attempt at the very same stage left (its checkpoints), and nothing else."""
+    def _start(self, partial: Path, made_by: dict[str, Any], resumes: bool) -> None:
+        """Keep what an interrupted attempt at the very same stage left, if it is one that resumes, and nothing else."""
         unfinished = partial / ".made_by.json"
         try:
             same = json.loads(unfinished.read_text(encoding="utf-8")) == made_by
         except (OSError, ValueError):
             same = False
-        if not same and partial.exists():
+        if not (same and resumes) and partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
         write_json(unfinished, made_by)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -37,10 +35,11 @@ from pipelines.finite import (
 from pipelines.language import check_perplexity
 from pipelines.losses import IGNORED, label_loss, next_token
 from pipelines.predict import predict_torch
-from pipelines.run import Outcome
-from pipelines.sources import check_safetensors, model_license
+from pipelines.run import Outcome, damaged_files, hash_file, write_json
+from pipelines.sources import model_license
 
 CHECKPOINTS = "checkpoints"
+CHECKSUMS = "checksums.json"
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
@@ -107,6 +106,15 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
+class BestCheckpoint(transformers.TrainerCallback):
+    """Finds the best checkpoint of a run that was moved since: the state of a checkpoint names it by its whole path."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+
 class Trainer(transformers.Trainer):
     """transformers' Trainer with one loss rule for all: a sum over examples, divided by their number in the whole batch.
 
@@ -119,7 +127,7 @@ class Trainer(transformers.Trainer):
     def __init__(self, *, causal: bool = False, train_collate: Collate | None = None, **kwargs: Any) -> None:
         """`causal` models predict the next token: their logits meet the labels shifted by one."""
         # A loss function makes the Trainer count the labels of the whole batch and hand us the number.
-        super().__init__(compute_loss_func=label_loss, **kwargs)
+        super().__init__(compute_loss_func=label_loss, callbacks=[BestCheckpoint()], **kwargs)
         self.causal, self.train_collate = causal, train_collate
         # Of the step at work: how many went before, its batches on this process and their loss; and what gradients were like.
         self.step, self.step_epoch, self.step_learning_rate = 0, 0.0, 0.0
@@ -214,6 +222,9 @@ class Trainer(transformers.Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.check_weights()
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
+        if self.args.should_save:
+            seal_checkpoint(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
     def check_step(self, norm: float | None) -> None:
         """Raise InputError, on every process alike, where the step's loss or gradient is no number to go on with.
@@ -311,7 +322,8 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train `model` in place on `train_features`; keep checkpoints under `directory` and resume from the last one there.
 
-    Returns what is worth recording: steps, losses, the validation score of every epoch, seconds and examples a second.
+    Returns what is worth recording: steps, losses, the validation score of every epoch, seconds and examples a second. In a training
+    that was resumed `train_loss` and the next of `losses` are means of the steps since, as transformers counts them.
     """
     arguments = copy.copy(training)
     arguments.output_dir = str(directory)
@@ -373,38 +385,42 @@ def make_whole(trainer: Trainer, model: Any, whole: Any) -> None:
 
 
 def last_whole_checkpoint(directory: Path) -> str | None:
-    """The latest checkpoint below `directory` that was written to its end and reads as written; damaged ones are named.
+    """The latest checkpoint below `directory` that is what was written, and so is the best one up to it; damaged ones are named.
 
-    transformers' own get_last_checkpoint takes the latest folder, also one that a kill left half written.
+    transformers' own get_last_checkpoint takes the latest folder, also one that a kill left half written, and a training whose best
+    checkpoint is gone ends with the weights of the last.
     """
     for checkpoint in sorted(
         directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
     ):
         damage = checkpoint_damage(checkpoint)
         if damage is None:
-            return str(checkpoint)
+            best = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"]
+            if best is None or checkpoint_damage(directory / Path(best).name) is None:
+                return str(checkpoint)
+            damage = f"the best one up to it, {Path(best).name}, is not whole"
         if is_main_process():
             print(f"{checkpoint.name}: not used, because {damage}", flush=True)
     return None
 
 
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Write what every file of a checkpoint hashes to: a checkpoint without that was not written to its end."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    write_json(
+        checkpoint / CHECKSUMS, {"files": {str(path.relative_to(checkpoint)): hash_file(path) for path in files}}
+    )
+
+
 def checkpoint_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint of the Trainer, None where it is whole. Reads all of it but the weights, of those the header."""
-    if not (checkpoint / "trainer_state.json").is_file():
-        return "it was not written to its end"  # the Trainer writes its state last
-    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-            elif file.suffix == ".safetensors":
-                check_safetensors(file)
-            elif file.suffix in (".pt", ".pth", ".bin"):  # torch writes zip archives, whose members have checksums
-                with zipfile.ZipFile(file) as archive:
-                    if archive.testzip() is not None:
-                        raise zipfile.BadZipFile
-        except Exception:  # what a reader says of a damaged file depends on which byte it is
-            return f"{file.name} is truncated or changed"
-    return None
+    """What is wrong with a checkpoint of the Trainer, None where every file of it has the bytes that were written."""
+    if not (checkpoint / CHECKSUMS).is_file():
+        return "it was not written to its end"
+    try:
+        changed = damaged_files(checkpoint, json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8")))
+    except Exception:  # whatever a changed byte makes of it
+        changed = [CHECKSUMS]
+    return f"{changed[0]} is truncated, changed or missing" if changed else None
 
 
 def keep_answers(task: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -488,7 +504,6 @@ def finish_model(
     metrics = validation_metrics(model, task, processor)
     if must_know_task:
         check_knows_task(model, task, metrics)
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     save(model, processor, directory)
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
 

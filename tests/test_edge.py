@@ -256,6 +256,24 @@ def test_damage_is_refused_by_name(text_bundle, tmp_path, name, change, found):
     assert re.search(found, error)
 
 
+def test_a_name_that_leads_out_of_the_bundle_is_refused_unread(text_bundle, tmp_path):
+    outside = tmp_path / "outside.onnx"
+    os.mkfifo(outside)  # who opened it would wait for ever
+    forged = {"sha256": "0" * 64, "bytes": 1}
+    for name in ("../outside.onnx", str(outside), "web/../../outside.onnx", "link.onnx"):
+        for as_model in (False, True):
+            bundle = tmp_path / "bundle"
+            shutil.rmtree(bundle, ignore_errors=True)
+            shutil.copytree(text_bundle, bundle)
+            (bundle / "link.onnx").symlink_to(outside)
+            manifest = json.loads((bundle / "manifest.json").read_text())
+            manifest |= {"model": name} if as_model else {"files": manifest["files"] | {name: forged}}
+            manifest["checksum"] = infer.content_checksum(manifest)
+            (bundle / "manifest.json").write_text(json.dumps(manifest))
+            with pytest.raises(infer.BundleError, match=re.escape(f"found {name!r}, which leads out of it")):
+                infer.read_manifest(bundle)
+
+
 def test_the_page_may_be_left_on_the_computer(text_bundle, tmp_path):
     bundle = tmp_path / "bundle"
     shutil.copytree(text_bundle, bundle)

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from conftest import tiny_model
 from pipelines.config import run_main
 from pipelines.errors import InputError
 from pipelines.run import RECORD, Outcome, Run, no_room, read_record
-from pipelines.training import Trainer, checkpoint_damage, last_whole_checkpoint, train
+from pipelines.training import Trainer, checkpoint_damage, last_whole_checkpoint, seal_checkpoint, train
 
 
 class Task:
@@ -208,8 +209,9 @@ def flip(path: Path) -> None:
 
 
 DAMAGES = [
-    (halve, "model.safetensors"), (halve, "optimizer.pt"), (flip, "optimizer.pt"), (halve, "rng_state.pth"),
-    (halve, "trainer_state.json"), (halve, "config.json"), (Path.unlink, "trainer_state.json"),
+    *((damage, name) for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "checksums.json")
+      for damage in (halve, flip, Path.unlink)),
+    (halve, "config.json"), (flip, "scheduler.pt"),
 ]  # fmt: skip
 
 
@@ -223,9 +225,46 @@ def test_every_damage_to_a_checkpoint_is_noticed(interrupted, tmp_path, capsys):
         assert last_whole_checkpoint(copied) == str(copied / "checkpoint-9")
         assert "checkpoint-18: not used, because" in capsys.readouterr().out
         found = checkpoint_damage(copied / "checkpoint-18")
-        assert found == (
-            "it was not written to its end" if damage is Path.unlink else f"{name} is truncated or changed"
-        )
+        if (damage, name) == (Path.unlink, "checksums.json"):
+            assert found == "it was not written to its end"
+        else:
+            assert found.endswith(" is truncated, changed or missing")
+            assert found.startswith(name) or name == "checksums.json"
+
+
+def make_best(checkpoint: Path, best: str) -> None:
+    """Let the state of a checkpoint say that another was the best so far, in a directory that is gone."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["best_model_checkpoint"], state["best_global_step"] = f"/gone/{best}", int(best.split("-")[1])
+    path.write_text(json.dumps(state))
+    seal_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_is_not_used_without_the_best_one_before_it(interrupted, tmp_path, capsys):
+    """The training would end with the weights of the last epoch where it promises those of the best."""
+    killed, _, _ = interrupted
+    copied = shutil.copytree(killed, tmp_path / "copy")
+    make_best(copied / "checkpoint-18", "checkpoint-9")
+    assert last_whole_checkpoint(copied) == str(copied / "checkpoint-18")
+    flip(copied / "checkpoint-9" / "model.safetensors")
+    assert last_whole_checkpoint(copied) is None
+    said = capsys.readouterr().out
+    assert "checkpoint-18: not used, because the best one up to it, checkpoint-9, is not whole" in said
+    assert "checkpoint-9: not used, because model.safetensors is" in said
+
+
+def test_a_run_that_was_moved_still_ends_with_its_best_checkpoint(interrupted, task, tokenizer, tmp_path):
+    killed, training, _ = interrupted
+    moved = shutil.copytree(killed.parent / "undisturbed", tmp_path / "moved")
+    best, last = sorted(moved.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    make_best(last, best.name)
+    model = tiny_model()
+    details = train(model, task, tokenizer, copy.copy(training), moved, task.features(tokenizer)["train"])
+    assert details["resumed_from_step"] == 27
+    expected = load_file(best / "model.safetensors")
+    for name, weights in model.state_dict().items():
+        np.testing.assert_array_equal(weights.numpy(), expected[name].numpy(), err_msg=name)
 
 
 def test_a_training_goes_on_from_the_checkpoint_before_a_truncated_one(interrupted, task, tokenizer, tmp_path):
@@ -249,6 +288,7 @@ EDITS = [
     lambda record: record.pop("metrics"),
     lambda record: record.update(files=["model.txt"]),
     lambda record: record.update(sha256="0" * 64),
+    lambda record: record.pop("sha256"),
 ]
 
 

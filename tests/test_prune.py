@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -114,14 +115,15 @@ def test_the_least_important_go_first_and_no_layer_goes_empty():
     assert [len(layer) for layer in choose_kept(importance, 9, minimum=1)] == [1, 1, 1]
 
 
-def test_pruning_removes_the_share_asked_for_unevenly_and_recovers(trained_teacher, task, training, tmp_path):
+def test_pruning_removes_the_share_asked_for_unevenly_and_recovers(trained_teacher, task, training, tmp_path, capsys):
     compute_soft_targets(str(trained_teacher), tmp_path, task)
     training.num_train_epochs, training.learning_rate = 3, 3e-3
-    outcome = prune_and_recover(
-        str(trained_teacher), tmp_path / "pruned", task, teacher=trained_teacher,
-        prune=PruneConfig(prune_heads=0.5, prune_ffn=0.5, prune_steps=2, prune_epochs=3), distill=DistillConfig(),
-        training=training, soft_targets=tmp_path,
-    )  # fmt: skip
+    arguments = {
+        "source": str(trained_teacher), "directory": tmp_path / "pruned", "task": task, "teacher": trained_teacher,
+        "prune": PruneConfig(prune_heads=0.5, prune_ffn=0.5, prune_steps=2, prune_epochs=3), "distill": DistillConfig(),
+        "training": training, "soft_targets": tmp_path,
+    }  # fmt: skip
+    outcome = prune_and_recover(**arguments)
     assert outcome.details["heads_removed"] == pytest.approx(0.5)
     assert outcome.details["neurons_removed"] == pytest.approx(0.5)
     assert len(outcome.details["steps"]) == 2
@@ -132,6 +134,23 @@ def test_pruning_removes_the_share_asked_for_unevenly_and_recovers(trained_teach
     small = load_model(tmp_path / "pruned")
     assert shape_of(small) == after
     assert sum(p.numel() for p in small.parameters()) == outcome.parameters
+
+    # Killed in the second step, and what that began from has a flipped bit: the same cut, the same weights, the same record.
+    undisturbed = (tmp_path / "pruned" / "model.safetensors").read_bytes()
+    checkpoints = tmp_path / "pruned" / "checkpoints"
+    shutil.rmtree(checkpoints / "step-2")
+    flipped = checkpoints / "step-2-cut" / "model.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"!")
+    again = prune_and_recover(**arguments)
+    assert "step-2-cut: not used, because model.safetensors is truncated, changed" in capsys.readouterr().out
+    assert (tmp_path / "pruned" / "model.safetensors").read_bytes() == undisturbed
+    shutil.rmtree(checkpoints / "step-2")
+    third = prune_and_recover(**arguments)
+    assert (tmp_path / "pruned" / "model.safetensors").read_bytes() == undisturbed
+    for resumed in (again, third):
+        assert [step["recovery"]["losses"] for step in resumed.details["steps"]] == [
+            step["recovery"]["losses"] for step in outcome.details["steps"]
+        ]
 
 
 def test_gpt2_heads_and_neurons_are_removed_physically_and_come_back_as_zeros(tmp_path):

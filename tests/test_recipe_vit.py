@@ -108,6 +108,19 @@ def test_a_second_run_does_nothing_and_a_changed_augmentation_redoes_it(finished
     assert process.stdout.count("finished already") == len(STAGES) + 3
 
 
+def test_the_same_seed_gives_the_same_bytes_in_another_process(finished, tmp_path, monkeypatch):
+    directory, argv, _ = finished
+    # Among the schemes of `--quantization auto` measured speed decides, which is another every time.
+    scheme = json.loads((directory / "quantized" / "record.json").read_text())["details"]["scheme"]
+    quantization = ["--quantization", *scheme.replace("int8_", "int8 --calibration ").split()]
+    monkeypatch.setattr("pipelines.results.report_run", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", [*argv, "--output_dir", str(tmp_path / "run"), *quantization])
+    runpy.run_path(str(RECIPE), run_name="__main__")
+    for name in ("teacher", "soft_targets", "student", "pruned", "teacher_onnx", "onnx", "quantized", "bundle"):
+        files = [json.loads((run / name / "record.json").read_text())["files"] for run in (directory, tmp_path / "run")]
+        assert files[0] == files[1], name
+
+
 def test_a_convolutional_student_goes_through_the_recipe_without_pruning_in_two_processes(
     finished, shape, image_folder, tmp_path
 ):

@@ -142,37 +142,22 @@ def test_a_changed_flag_redoes_what_it_affects_and_no_more(finished, capsys, mon
     assert "report: written" in out
 
 
-def test_a_killed_run_goes_on_where_it_stopped(finished, capsys, monkeypatch):
-    """SIGKILL in the middle of the student's training; the run that goes on ends as the undisturbed one did."""
+def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(finished, tmp_path):
+    """The short form of benchmarks/kills.py. The run starts in another process, so the same seed gives the same bytes, too."""
     directory, argv, _ = finished
-    copy = directory.with_name("killed")
-    shutil.copytree(directory, copy)
-    for name in ("student", "student_labels_only", "pruned", "onnx", "quantized"):
-        shutil.rmtree(copy / name)
-    argv = [*argv, "--output_dir", str(copy)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(
-        [sys.executable, *argv], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    script = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import kills; from pathlib import Path\n"
+        "kills.import_everything()\n"
+        "print(json.dumps(kills.disturb(sys.argv[4:], Path(sys.argv[2]), Path(sys.argv[3]), seed=111, both=False)))"
     )
-    deadline = time.monotonic() + 120
-    while not list((copy / ".student.partial").glob("checkpoints/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not (copy / "student").exists()
-
-    status, out, err = run_recipe(*argv[1:], capsys=capsys, monkeypatch=monkeypatch)
-    assert status == 0, err
-    assert "teacher: finished already" in out
-    assert "student: done" in out
-    record = json.loads((copy / "student" / "record.json").read_text())
-    assert record["details"]["resumed_from_step"] > 0
-    before, after = (json.loads((run / "report.json").read_text()) for run in (directory, copy))
-    for stage, again in zip(before["stages"], after["stages"], strict=True):
-        assert stage["metrics"] == again["metrics"]
-        assert stage["bytes"] == again["bytes"]
+    process = launch("-c", script, str(REPOSITORY / "benchmarks"), str(directory), str(tmp_path), *argv)
+    assert process.returncode == 0, process.stderr[-3000:]
+    kills, differences = json.loads(process.stdout.splitlines()[-1])
+    assert list(kills) == [
+        "teacher", "soft_targets", "student", "student_labels_only", "pruned", "teacher_onnx", "onnx", "quantized", "bundle", "report",
+    ]  # fmt: skip
+    assert set(kills.values()) == {1}
+    assert not differences
 
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")

@@ -130,10 +130,10 @@ def test_an_interrupted_stage_keeps_its_checkpoints_and_another_one_does_not(tmp
         (directory / "model.txt").write_text("resumed")
         return Outcome("transformers")
 
-    def attempt(setting: Setting) -> None:
+    def attempt(setting: Setting, distributed: bool = True) -> None:
         run = Run(tmp_path / "run", Task(), seed=0)
         try:
-            run.stage("first", interrupted, str(source), setting=setting)
+            run.stage("first", interrupted, str(source), distributed=distributed, setting=setting)
         finally:
             run._lock.release()
 
@@ -142,6 +142,8 @@ def test_an_interrupted_stage_keeps_its_checkpoints_and_another_one_does_not(tmp
     assert not (tmp_path / "run" / "first").exists()
     with pytest.raises(KeyboardInterrupt):
         attempt(Setting(2))  # other settings do not continue from the checkpoints of the first
+    with pytest.raises(KeyboardInterrupt):
+        attempt(Setting(2), distributed=False)  # what trains nothing starts in an empty directory
     attempt(Setting(2))
     assert (tmp_path / "run" / "first" / "model.txt").read_text() == "resumed"
     assert not (tmp_path / "run" / "first" / "checkpoints").exists()
@@ -159,6 +161,16 @@ def test_a_failed_stage_leaves_the_earlier_result_in_place(tmp_path, source):
         run.stage("first", failing, str(source), setting=Setting(3))
     assert (tmp_path / "run" / "first" / "model.txt").read_text() == "a 1"
     assert read_record(tmp_path / "run" / "first")["made_by"]["setting"] == {"size": 1}
+
+
+def test_a_result_that_a_kill_caught_between_two_names_is_still_there(tmp_path, source, capsys):
+    run_both(tmp_path / "run", source)
+    (tmp_path / "run" / "first").rename(tmp_path / "run" / ".first.old")
+    (tmp_path / "run" / "second").rename(tmp_path / "run" / ".second.old")
+    (tmp_path / "run" / ".third.old").mkdir()
+    (tmp_path / "run" / "third").mkdir()
+    assert run_both(tmp_path / "run", source) == []
+    assert not list((tmp_path / "run").glob(".*.old"))
 
 
 def test_a_directory_with_other_things_in_it_is_refused_untouched(tmp_path):
@@ -195,6 +207,8 @@ def test_two_runs_in_one_directory(tmp_path, source):
         assert other.stdout.readline().strip() == "ready"
         with pytest.raises(InputError, match="no other run at work"):
             Run(tmp_path / "run", Task("b"), seed=0)
+        with pytest.raises(InputError, match="no other run at work"):
+            Run(tmp_path / "run", Task("b"), seed=0, only_stage="first")
         assert {path: path.read_bytes() for path in before} == before
     finally:
         other.kill()

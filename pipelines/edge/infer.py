@@ -70,6 +70,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     if checksum != content_checksum(manifest):
         raise BundleError(f"expected {path} as it was made, found that it was changed. Copy the bundle again.")
+    for name in (manifest["model"], *manifest["files"]):
+        # A checksum proves only that who wrote the manifest wrote it: its names must not lead to other files, nor may links.
+        if not (directory / name).resolve().is_relative_to(directory.resolve()):
+            raise BundleError(
+                f"expected {path} to name files in {directory}, found {name!r}, which leads out of it. Copy the bundle's own files, from "
+                "where you trust it."
+            )
     for name, expected in manifest["files"].items():
         if not name.startswith(PAGE):
             check_file(directory / name, expected)
