@@ -158,8 +158,9 @@ def answer_in_browser(browser: Any, bundle: Path, examples: list[tuple[str, ...]
     """What the page shows, used as a person uses it."""
     with served(bundle) as address:
         page = browser.new_page()
+        page.set_default_timeout(600_000)  # a busy machine may take its time
         page.goto(address)
-        page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+        page.wait_for_selector("body[data-state=ready]")
         answers = [answer_of_page(page, example) for example in examples]
         page.close()
     return answers
@@ -175,7 +176,7 @@ def answer_of_page(page: Any, example: tuple[str, ...]) -> Answer:
     if page.is_visible("#write"):
         page.fill("#temperature", "0")
         page.click("#write")
-    page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+    page.wait_for_selector("body[data-state=ready]")
     if page.is_visible("#write"):
         return str(page.text_content("#continuation b"))
     rows = page.eval_on_selector_all("tr", "rows => rows.map((row) => [row.cells[0].textContent, row.title])")
