@@ -28,9 +28,11 @@ print(pipeline("text-classification", model=sys.argv[1], device="cpu")(sys.argv[
 
 
 def make_environment(directory: Path, *requirements: str) -> Path:
-    """A virtual environment of these packages, without pip itself; returns its python."""
-    venv.create(directory, with_pip=True)
+    """A virtual environment of these packages, without pip itself, unless it is there; returns its python."""
     python = directory / "bin" / "python"
+    if directory.exists():
+        return python
+    venv.create(directory, with_pip=True)
     constraints = ["-c", str(HERE / "constraints.txt")]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *constraints, *requirements], check=True)
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", "pip"], check=True)
@@ -54,9 +56,10 @@ def main() -> None:
     parser.add_argument("--model", required=True, type=Path, help="the model directory that transformers opens")
     parser.add_argument("--text", default="Shares fell", help="the text that both answer")
     parser.add_argument("--rounds", type=int, default=9, help="processes of each kind, in turn")
+    parser.add_argument("--environments", type=Path, help="where the environments are made, and found the next time")
     flags = parser.parse_args()
 
-    scratch = Path(tempfile.mkdtemp())
+    scratch = flags.environments or Path(tempfile.mkdtemp())
     try:
         small = make_environment(scratch / "bundle", "-r", str(flags.bundle / "requirements.txt"))
         large = make_environment(scratch / "transformers", "torch", "transformers")
@@ -85,7 +88,8 @@ def main() -> None:
         }
         print(json.dumps(measured, indent=2))
     finally:
-        shutil.rmtree(scratch)
+        if flags.environments is None:
+            shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":

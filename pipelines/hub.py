@@ -23,6 +23,7 @@ from pipelines.report import REPORT_FILES, changed_report_files
 from pipelines.run import damaged_files, fingerprint, read_record
 
 MODEL_CARD = "README.md"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 BUNDLE = "bundle"
 # Where a graph of a stage is published, after the names that transformers.js and optimum look for.
 GRAPHS = {"onnx": "onnx/{name}.onnx", "quantized": "onnx/{name}_quantized.onnx"}
@@ -58,8 +59,8 @@ def push(directory: Path, repo_id: str | None = None, private: bool = True, toke
         # These two folders are ours: a graph or a page of an earlier push was never verified with this run.
         stale = [name for name in held if name.startswith(("onnx/", f"{BUNDLE}/")) and name not in files]
         card = format_model_card(report | {"name": repo_id.split("/")[-1]}, usage_section(report, repo_id, files))
-        operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
-        operations += [CommitOperationAdd(MODEL_CARD, card.encode())]
+        content: dict[str, Path | bytes] = {**files, MODEL_CARD: card.encode(), **limited_tokenizer(report, files)}
+        operations: list[Any] = [CommitOperationAdd(name, data) for name, data in content.items()]
         operations += [CommitOperationDelete(name) for name in stale]
         message = f"{report['recipe']} by Pocketformers {pipelines.__version__}"
         commit = api.create_commit(repo_id, operations, commit_message=message)
@@ -179,6 +180,15 @@ def check_verified(directory: Path, records: dict[str, dict[str, Any]]) -> str:
                 f"verified against another model. {AGAIN}"
             )
     return torch_stages[records["onnx"]["made_by"]["source_fingerprint"]]
+
+
+def limited_tokenizer(report: dict[str, Any], files: dict[str, Path]) -> dict[str, bytes]:
+    """A text classifier's tokenizer_config.json with --max_length as its limit: transformers.js has no other to cut texts at."""
+    if report["task"] != "text-classification" or TOKENIZER_CONFIG not in files:
+        return {}
+    settings = json.loads(files[TOKENIZER_CONFIG].read_text(encoding="utf-8"))
+    settings["model_max_length"] = report["config"].get("max_length", DataConfig.max_length)
+    return {TOKENIZER_CONFIG: (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 # The Hub

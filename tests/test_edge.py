@@ -378,3 +378,28 @@ def test_an_older_onnxruntime_is_refused_with_the_version_it_takes(text_bundle):
     with pytest.raises(infer.BundleError, match="expected onnxruntime 99.1 or newer"):
         infer.open_session(text_bundle / "model.onnx", "99.1", 1, "CPU")
     assert infer.version_key("1.23.0") < infer.version_key("1.23.1+cu") < infer.version_key("1.101.0.dev2")
+
+
+@pytest.mark.packages
+@pytest.mark.parametrize(
+    ("bundle", "minimum", "atol"),
+    [("text_bundle", "1.23.0", 0.05), ("image_bundle", "1.18.0", 1e-4), ("language_bundle", "1.18.0", 0)],
+)
+def test_the_oldest_onnxruntime_that_it_asks_for_answers_alike(bundle, minimum, atol, request, image_folder, tmp_path):
+    directory = request.getfixturevalue(bundle)
+    assert f"onnxruntime>={minimum}" in (directory / "requirements.txt").read_text().splitlines()
+    python = tmp_path / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path)], check=True)
+    # ONNX Runtime of that time was built for NumPy 1.
+    packages = ["-r", str(directory / "requirements.txt"), f"onnxruntime=={minimum}", "numpy<2"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    examples = [text for text, _ in make_texts(12, seed=5)]
+    if bundle == "image_bundle":
+        examples = [str(path) for path in sorted(image_folder.rglob("*.png"))[:12]]
+    command = [str(python), str(directory / "infer.py"), "--json", *examples]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    for answer, here in zip(map(json.loads, done.stdout.splitlines()), answers(directory, *examples), strict=True):
+        assert answer.get("label") == here.get("label")
+        assert answer.get("continuation") == here.get("continuation")
+        np.testing.assert_allclose(answer.get("logits", []), here.get("logits", []), atol=atol)

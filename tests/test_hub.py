@@ -41,6 +41,36 @@ for file in ("model", "model_quantized"):
 print(json.dumps(logits))
 """
 
+IN_NODE = """
+import { env, pipeline } from "@huggingface/transformers";
+const [remoteHost, name, text] = process.argv.slice(1);
+Object.assign(env, { remoteHost, allowLocalModels: false, cacheDir: "cache" });
+const scores = {};
+for (const [file, dtype] of [["model", "fp32"], ["model_quantized", "q8"]]) {
+    const classify = await pipeline("text-classification", name, { dtype });
+    scores[file] = (await classify(text, { top_k: null })).map(({ label, score }) => [label, score]);
+}
+console.log(JSON.stringify(scores));
+"""
+IN_OPTIMUM = """
+import json, sys
+from optimum.onnxruntime import ORTModelForSequenceClassification
+from transformers import AutoTokenizer, pipeline
+
+name, text = sys.argv[1:]
+scores = {}
+for file in ("model", "model_quantized"):
+    model = ORTModelForSequenceClassification.from_pretrained(name, subfolder="onnx", file_name=f"{file}.onnx")
+    classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(name), top_k=None)
+    scores[file] = [[answer["label"], answer["score"]] for answer in classify(text, truncation=True)]
+print(json.dumps(scores))
+"""
+# The newest of both. optimum-onnx stops at this transformers, and all of it goes beside the tests' own torch and ONNX Runtime.
+TRANSFORMERS_JS = "@huggingface/transformers@4.3.1"
+OPTIMUM = [
+    "optimum-onnx==0.1.0", "optimum==2.1.0", "transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2"
+]  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any) -> Path:
@@ -162,6 +192,9 @@ def test_one_private_commit_with_the_files_that_others_look_for(a_run: Path, hub
     }
     for name, source in sources.items():
         assert hub.content(files[name]) == (a_run / source).read_bytes(), name
+    tokenizer = json.loads((a_run / "pruned" / "tokenizer_config.json").read_text())
+    published = json.loads(hub.content(files["tokenizer_config.json"]))
+    assert published == tokenizer | {"model_max_length": 32} != tokenizer
     large = {name for name, file in files.items() if "lfs" in file}
     assert large == {"model.safetensors", *GRAPHS, "report.png"}
     (created,) = [sent for method, path, sent in hub.requests if path == "/api/repos/create"]
@@ -237,6 +270,41 @@ def test_the_published_model_is_loaded_by_its_name(a_run: Path, hub: HubServer, 
     without = {**environment, "HF_TOKEN": "", "HF_HOME": str(tmp_path / "stranger")}
     argv = [sys.executable, "-c", "import sys, huggingface_hub as h; h.hf_hub_download(sys.argv[1], 'config.json')"]
     assert subprocess.run([*argv, "ann/small"], env=without, capture_output=True, check=False).returncode != 0
+
+
+@pytest.mark.packages
+@pytest.mark.parametrize("reader", ["transformers.js", "optimum"])
+def test_others_open_it_by_name_and_cut_texts_where_it_does(
+    reader: str, a_run: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    import onnxruntime
+    from transformers import AutoTokenizer
+
+    push(a_run, "ann/small", private=False, token=TOKEN)
+    folder, text = tmp_path / "reader", "the goal of the match 7 and the bank " * 20
+    folder.mkdir()
+    if reader == "optimum":
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *OPTIMUM]
+        command = [sys.executable, "-c", IN_OPTIMUM]
+    else:
+        install = ["npm", "install", "--silent", "--ignore-scripts", "--no-audit", "--no-fund", TRANSFORMERS_JS]
+        command = ["node", "--input-type=module", "--eval", IN_NODE, f"{hub.address}/"]
+    subprocess.run(install, cwd=folder, check=True)
+    environment = client_environment(hub, tmp_path) | {"PYTHONPATH": str(folder)}
+    process = subprocess.run(
+        [*command, "ann/small", text], env=environment, capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    found = json.loads(process.stdout.splitlines()[-1])
+
+    inputs = AutoTokenizer.from_pretrained(a_run / "pruned")(
+        [text], truncation=True, max_length=32, return_tensors="np"
+    )
+    for name, stage in (("model", "onnx"), ("model_quantized", "quantized")):
+        session = onnxruntime.InferenceSession(a_run / stage / "model.onnx")
+        logits = session.run(["logits"], {node.name: inputs[node.name] for node in session.get_inputs()})[0][0]
+        expected = dict(zip(["sport", "tech", "trade"], np.exp(logits) / np.exp(logits).sum(), strict=True))
+        assert dict(found[name]) == pytest.approx(expected, abs=1e-3)
 
 
 # The card
