@@ -36,10 +36,11 @@ from pipelines.language import check_perplexity
 from pipelines.losses import IGNORED, label_loss, next_token
 from pipelines.predict import predict_torch
 from pipelines.run import Outcome, damaged_files, hash_file, write_json
-from pipelines.sources import model_license
+from pipelines.sources import check_safetensors, model_license
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
+WEIGHTS = "model.safetensors"
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
@@ -218,6 +219,17 @@ class Trainer(transformers.Trainer):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         self.check_step(None if grad_norm is None else float(grad_norm))
         return grad_norm
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model: Any = self.model
+        # transformers 5 writes the weights of a ViT, for one, under the names of earlier versions, and the Trainer that resumes or takes
+        # the best checkpoint does not know these: it leaves the weights as they are, in silence (transformers issue 43701).
+        directory = Path(str(output_dir or self.args.output_dir))
+        if self.args.should_save and (directory / WEIGHTS).is_file():
+            own = model.state_dict() if state_dict is None else state_dict
+            if not check_safetensors(directory / WEIGHTS) <= own.keys():
+                model.save_pretrained(directory, state_dict=state_dict, save_original_format=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.check_weights()

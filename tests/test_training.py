@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -83,7 +84,14 @@ def test_the_sampler_groups_lengths_and_repeats_an_epoch():
     assert list(sampler) == first
 
 
-def test_a_resumed_training_ends_where_an_undisturbed_one_does(task, tokenizer, training, tmp_path):
+@pytest.mark.parametrize("model_type", ["bert", "vit", "resnet"])
+def test_a_resumed_training_ends_where_an_undisturbed_one_does(model_type, request, training, tmp_path):
+    of_texts = model_type == "bert"
+    task, processor = (
+        request.getfixturevalue(name)
+        for name in (("task", "tokenizer") if of_texts else ("image_task", "image_processor"))
+    )
+
     class Killed(Exception):
         pass
 
@@ -94,19 +102,20 @@ def test_a_resumed_training_ends_where_an_undisturbed_one_does(task, tokenizer, 
             return super().training_step(*arguments, **keywords)
 
     training.num_train_epochs, training.per_device_train_batch_size = 3, 16
-    features = task.features(tokenizer)["train"]
-    undisturbed = tiny_model(hidden_dropout_prob=0.1)
+    features = task.features(processor)["train"]
+    undisturbed = tiny_model(model_type, **({} if model_type == "resnet" else {"hidden_dropout_prob": 0.1}))
     resumed = copy.deepcopy(undisturbed)
-    train(undisturbed, task, tokenizer, training, tmp_path / "undisturbed", features)
+    train(undisturbed, task, processor, training, tmp_path / "undisturbed", features)
     interrupted = copy.deepcopy(resumed)
     with pytest.raises(Killed):
-        train(interrupted, task, tokenizer, training, tmp_path / "resumed", features, KilledAfterAnEpoch)
+        train(interrupted, task, processor, training, tmp_path / "resumed", features, KilledAfterAnEpoch)
     # A second kill, while the next checkpoint was being written, leaves a folder that must not be resumed from.
-    half = tmp_path / "resumed" / "checkpoint-18"
+    steps = math.ceil(len(features) / 16)
+    half = tmp_path / "resumed" / f"checkpoint-{2 * steps}"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    details = train(resumed, task, tokenizer, training, tmp_path / "resumed", features)
-    assert details["resumed_from_step"] == 9
+    details = train(resumed, task, processor, training, tmp_path / "resumed", features)
+    assert details["resumed_from_step"] == steps
     for name, parameter in undisturbed.state_dict().items():
         assert torch.equal(parameter, resumed.state_dict()[name]), name
 
