@@ -12,7 +12,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from pipelines.onnx_file import save
+from pipelines.fuse import simplify
+from pipelines.onnx_file import drop_weights, save
 from pipelines.predict import open_session
 from pipelines.run import Outcome
 from pipelines.surgery import load_model
@@ -38,8 +39,8 @@ def quiet_exporters() -> Iterator[None]:
 
 def export_graph(
     model: Any, inputs: dict[str, Any], dynamic_axes: dict[str, dict[int, str]], path: Path
-) -> dict[str, int]:
-    """Write `model` as one ONNX file at `path`; return how many nodes of each operator it has.
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Write `model` as one simplified ONNX file at `path`; return how many nodes of each operator it has, and what was simplified.
 
     `inputs` is a sample of at least 2 along every dynamic axis (sizes 0 and 1 would be specialised), `dynamic_axes` names them.
     """
@@ -55,11 +56,13 @@ def export_graph(
     name_axes(program.graph, dynamic_axes)
     # The exporter notes for every node the lines of Python it came from: half a megabyte that names this machine's folders.
     ClearMetadataAndDocStringPass()(program)
+    simplified = simplify(program)
     save(program, path)
+    drop_weights(program)
     operators = Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in program.graph.all_nodes()
     )
-    return dict(sorted(operators.items()))
+    return dict(sorted(operators.items())), simplified
 
 
 def name_axes(graph: Any, dynamic_axes: dict[str, dict[int, str]]) -> None:
@@ -90,7 +93,7 @@ def export_onnx(source: str, directory: Path, task: Any) -> Outcome:
     processor = task.load_processor(source)
     model = load_model(source, task.trust_remote_code)
     sample = task.export_sample(processor)
-    operators = export_graph(model, sample, task.dynamic_axes(sample), directory / ONNX_FILE)
+    operators, simplified = export_graph(model, sample, task.dynamic_axes(sample), directory / ONNX_FILE)
     processor.save_pretrained(directory)
     model.config.save_pretrained(directory)
     gc.collect()  # a graph's nodes and values name one another, so its weights are not freed when it is left
@@ -99,5 +102,11 @@ def export_onnx(source: str, directory: Path, task: Any) -> Outcome:
     return Outcome(
         "onnx",
         parameters=count_parameters(model),
-        details={"opset": OPSET, "inputs": inputs, "operators": operators, "verification": verification},
+        details={
+            "opset": OPSET,
+            "inputs": inputs,
+            "operators": operators,
+            "simplified": simplified,
+            "verification": verification,
+        },
     )

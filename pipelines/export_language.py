@@ -8,7 +8,7 @@ The past may be empty. Positions follow from the mask, so padding stands on the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,31 @@ def verify_logits(path: Path, model: Any, task: Any, processor: Any) -> dict[str
 
     Raises VerificationError where they differ by more than rounding.
     """
+
+    def expected(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        no_past: list[tuple[Tensor, Tensor]] = []
+        with torch.inference_mode():
+            logits: np.ndarray = WithCache(model)(torch.from_numpy(ids), torch.from_numpy(mask), no_past)[0].numpy()
+        return logits
+
+    return _compare_logits(path, expected, "the model it was made from", task, processor)
+
+
+def verify_same_logits(path: Path, original: Path, task: Any, processor: Any) -> dict[str, Any]:
+    """The same comparison with the fp32 ONNX file that `path` was rewritten from."""
+    session = open_session(original)
+
+    def expected(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        feed = {"input_ids": ids, "attention_mask": mask} | empty_cache(session, len(ids))
+        logits: np.ndarray = session.run(["logits"], feed)[0]
+        return logits
+
+    return _compare_logits(path, expected, f"{original}, which it was rewritten from", task, processor)
+
+
+def _compare_logits(
+    path: Path, expected_logits: Callable[[np.ndarray, np.ndarray], np.ndarray], origin: str, task: Any, processor: Any
+) -> dict[str, Any]:
     session = open_session(path)
     outputs = [value.name for value in session.get_outputs()]
     features = task.features(processor)["validation"]
@@ -144,9 +169,7 @@ def verify_logits(path: Path, model: Any, task: Any, processor: Any) -> dict[str
         # The first of the batch is a shorter sequence: padding, then only its beginning.
         ids[0, padding:] = windows[0, : ids.shape[1] - padding]
         mask[0, :padding] = 0
-        with torch.inference_mode():
-            no_past: list[tuple[Tensor, Tensor]] = []
-            expected = WithCache(model)(torch.from_numpy(ids), torch.from_numpy(mask), no_past)[0].numpy()
+        expected = expected_logits(ids, mask)
         cache = empty_cache(session, len(ids))
         found = []
         for part in [slice(0, split), slice(split, None)] if split else [slice(None)]:
@@ -166,9 +189,9 @@ def verify_logits(path: Path, model: Any, task: Any, processor: Any) -> dict[str
         compared.append({"shape": list(ids.shape), "padding": padding, "past": split})
     if largest_difference > TOLERANCE * max(1.0, largest_logit):
         raise VerificationError(
-            f"expected the logits of {path} to equal those of the model it was made from, within {TOLERANCE:g} of the largest "
-            f"({largest_logit:.3g}), found a difference of {largest_difference:.3g}. The graph is not that model and must not be used; "
-            "export it again, and report the model if it happens again."
+            f"expected the logits of {path} to equal those of {origin}, within {TOLERANCE:g} of the largest ({largest_logit:.3g}), found "
+            f"a difference of {largest_difference:.3g}. The graph is not that model and must not be used; export it again, and report the "
+            "model if it happens again."
         )
     return {"largest_difference": largest_difference, "largest_logit": largest_logit, "compared": compared}
 

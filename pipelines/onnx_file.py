@@ -35,3 +35,9 @@ def save(model: ir.Model, target: Path) -> None:
             ir.serde.serialize_tensor_into(tensor, value.const_value)
             tensor.name = name
             file.write(one.SerializeToString())
+
+
+def drop_weights(model: ir.Model) -> None:
+    """Let go of the weights of a model that was saved: onnxscript's rules remember the last graph that they matched, until they match another."""
+    for value in model.graph.initializers.values():
+        value.const_value = None

@@ -21,7 +21,8 @@ from pipelines.benchmark_language import Decoding, measure_decoding
 from pipelines.config import LanguageQuantizeConfig
 from pipelines.errors import VerificationError
 from pipelines.export import ONNX_FILE
-from pipelines.export_language import verify_generation, verify_logits
+from pipelines.export_language import verify_generation, verify_logits, verify_same_logits
+from pipelines.fuse import fuse_language_model
 from pipelines.predict import predict_onnx
 from pipelines.run import Outcome, copy_beside, read_record
 from pipelines.surgery import load_model
@@ -213,6 +214,10 @@ def quantize_language_model(source: str, directory: Path, task: Any, quantize: L
     """Make the shipped model: of the schemes that keep the validation perplexity within the limit, the one that decodes fastest."""
     processor = task.load_processor(source)
     origin, trials = Path(source), directory / "trials"
+    trials.mkdir(parents=True)
+    fused = trials / "fused.onnx"
+    fused_nodes = fuse_language_model(origin / ONNX_FILE, fused)
+    fusion = verify_same_logits(fused, origin / ONNX_FILE, task, processor)
     fp32 = task.score(partial(predict_onnx, origin / ONNX_FILE, name="score fp32"), processor, "validation")
     names = list(SCHEMES) if quantize.quantization == "auto" else [quantize.quantization]
     limit = fp32["perplexity"] * (1 + quantize.max_quality_drop)
@@ -221,9 +226,7 @@ def quantize_language_model(source: str, directory: Path, task: Any, quantize: L
         trial = trials / name
         trial.mkdir(parents=True)
         copy_beside(origin, trial)
-        made = quantize_weights(
-            origin / ONNX_FILE, trial / ONNX_FILE, SCHEMES[name], quantize.block_size, quantize.reduce_range
-        )
+        made = quantize_weights(fused, trial / ONNX_FILE, SCHEMES[name], quantize.block_size, quantize.reduce_range)
         metrics = task.score(partial(predict_onnx, trial / ONNX_FILE, name=f"score {name}"), processor, "validation")
         tried[name] = {**made, "metrics": metrics, "kept": bool(metrics["perplexity"] <= limit)}
     kept = [name for name in names if tried[name]["kept"]]
@@ -244,7 +247,14 @@ def quantize_language_model(source: str, directory: Path, task: Any, quantize: L
         "perplexity_of_source": fp32["perplexity"],
         "allowed": limit,
     }
-    details = {"scheme": chosen, "block_size": quantize.block_size, "tried": tried, "verification": verification}
+    details = {
+        "fused_nodes": fused_nodes,
+        "fused_equals_source": fusion,
+        "scheme": chosen,
+        "block_size": quantize.block_size,
+        "tried": tried,
+        "verification": verification,
+    }
     parameters = (read_record(origin) or {}).get("parameters")
     return Outcome("onnx", {"validation": tried[chosen]["metrics"]}, parameters, details)
 

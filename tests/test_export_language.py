@@ -20,8 +20,15 @@ from pipelines.benchmark_language import Decoding, measure_decoding
 from pipelines.config import LanguageQuantizeConfig
 from pipelines.edge.generate import LanguageModel, Sampling, choose, keep_likely, penalize
 from pipelines.errors import VerificationError
-from pipelines.export_language import export_language_model, torch_greedy, verify_generation, verify_logits
-from pipelines.predict import predict_onnx
+from pipelines.export_language import (
+    export_language_model,
+    torch_greedy,
+    verify_generation,
+    verify_logits,
+    verify_same_logits,
+)
+from pipelines.fuse import fuse_language_model
+from pipelines.predict import empty_cache, open_session, predict_onnx
 from pipelines.quantize_language import SCHEMES, quantize_language_model, quantize_weights
 from pipelines.surgery import cut, load_model, shape_of, with_stock_shapes
 from pipelines.training import validation_metrics
@@ -75,6 +82,33 @@ def test_onnx_and_torch_score_text_alike(exported, language_task):
     assert from_onnx["tokens"] == from_torch["tokens"]
     for name in ("perplexity", "bits_per_byte", "next_token_accuracy"):
         assert from_onnx[name] == pytest.approx(from_torch[name], rel=1e-4)
+
+
+def test_every_layer_becomes_one_attention_with_its_own_heads_and_cache(exported, language_task, tmp_path):
+    source, directory, _ = exported
+    original, fused = directory / "model.onnx", tmp_path / "model.onnx"
+    assert fuse_language_model(original, fused) == {"products": 12, "attention": 3, "causal_mask": 1}
+    graph = onnx.load(fused).graph
+    attention = [node for node in graph.node if node.op_type == "Attention"]
+    heads = [next(one.i for one in node.attribute if one.name == "q_num_heads") for node in attention]
+    assert heads == [4, 1, 3]
+    assert {"Softmax", "Gemm", "GatherND"}.isdisjoint(node.op_type for node in graph.node)
+    names = [value.name for value in onnx.load(original).graph.output]
+    assert [value.name for value in graph.output] == names
+    processor = language_task.load_processor(str(source))
+    assert verify_same_logits(fused, original, language_task, processor)["largest_difference"] < 1e-4
+    verify_logits(fused, load_model(source), language_task, processor)
+    sessions = [open_session(path) for path in (original, fused)]
+    generator = np.random.default_rng(0)
+    for batch, past, new, padding in ((1, 0, 1, 0), (1, 9, 1, 0), (3, 9, 1, 4), (2, 5, 3, 2)):
+        feed = {
+            "input_ids": generator.integers(5, 300, (batch, new)),
+            "attention_mask": (np.arange(past + new) >= padding * np.arange(batch)[:, None] / batch).astype(np.int64),
+        }
+        for name, empty in empty_cache(sessions[0], batch).items():
+            feed[name] = generator.standard_normal((batch, empty.shape[1], past, empty.shape[3]), np.float32)
+        for expected, found in zip(*(session.run(names, feed) for session in sessions), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_a_graph_that_is_another_model_is_refused(exported, language_task, tmp_path):
@@ -224,6 +258,7 @@ def test_the_fastest_scheme_within_the_limit_is_shipped(exported, language_task,
     outcome = quantize_language_model(
         str(directory), tmp_path, language_task, LanguageQuantizeConfig(block_size=16, max_quality_drop=0.2)
     )
+    assert outcome.details["fused_nodes"]["attention"] == 3
     tried = outcome.details["tried"]
     assert set(tried) == set(SCHEMES)
     kept = {name: found["tokens_per_second"] for name, found in tried.items() if found["kept"]}
