@@ -172,11 +172,12 @@ class Trainer(transformers.Trainer):
             loss = loss / num_items_in_batch * processes
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **keywords: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, description: str, *arguments: Any, **keywords: Any) -> Any:
         """An evaluation whose loss, too, counts every example once: the stock one is a mean over batches that several processes fill up
         with examples they have seen, and by it the best checkpoint is found."""
-        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **keywords)
+        output: Any = super().evaluation_loop(dataloader, description, *arguments, **keywords)
         metrics, labels = output.metrics, output.label_ids
+        metric_key_prefix = keywords.get("metric_key_prefix", "eval")
         if self.causal and f"{metric_key_prefix}_perplexity" in metrics:
             metrics[f"{metric_key_prefix}_loss"] = math.log(metrics[f"{metric_key_prefix}_perplexity"])
         elif not self.causal and output.predictions is not None:
