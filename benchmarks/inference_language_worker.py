@@ -73,12 +73,15 @@ def load_exporters(path: Path, threads: int) -> Loaded:
     names = [value.name for value in session.get_outputs()]
     presents = [value.name for value in session.get_outputs() if len(value.shape) == 4 and value.name != "logits"]
 
+    # The graph leaves heads and their size open.
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    query_heads = config.get("num_attention_heads") or config["n_head"]
+    heads = config.get("num_key_value_heads") or query_heads
+    size = config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // query_heads
+
     def begin(batch: int) -> dict[str, Any]:
-        shapes = {value.name: (batch, value.shape[1], 0, value.shape[3]) for value in pasts}
-        return {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
-            for name, shape in shapes.items()
-        }
+        empty = np.zeros((batch, heads, 0, size), np.float32)
+        return {value.name: onnxruntime.OrtValue.ortvalue_from_numpy(empty) for value in pasts}
 
     def call(ids: np.ndarray, total: int, cache: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         positions = np.broadcast_to(np.arange(total - ids.shape[1], total), ids.shape)
