@@ -280,13 +280,15 @@ class Run:
 
     def __init__(self, directory: str | Path, task: Any, seed: int, only_stage: str | None = None) -> None:
         """Open `directory` as a run; with `only_stage` it is just where that one stage's directory goes, beside whatever is there."""
+        import torch
         from accelerate import PartialState
 
         check_launch()
         self.directory = Path(directory).absolute()
         self.task, self.seed = task, seed
-        # A command that trains nothing has not told accelerate yet where it runs.
-        self.state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
+        # A command that trains nothing has not told accelerate yet where it runs, and several processes it takes for those of GPUs.
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
+        self.state = PartialState(cpu=on_cpu)
         use_available_cores()
         quieten_libraries(self.state.is_main_process)
         self.stages: list[str] = []  # those of this run's flags; the directory may hold others of an earlier run
