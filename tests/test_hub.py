@@ -404,7 +404,9 @@ def test_a_file_that_changed_is_refused_by_name(file: str, a_run: Path, hub: Hub
     content = (a_run / file).read_bytes()
     # One character of a figure in the report, and one byte anywhere in the others.
     (a_run / file).write_bytes(
-        content.replace(b'"accuracy": 0.', b'"accuracy": 1.', 1) if file == "report.json" else content[:-1] + bytes([content[-1] ^ 1])
+        content.replace(b'"accuracy": 0.', b'"accuracy": 1.', 1)
+        if file == "report.json"
+        else content[:-1] + bytes([content[-1] ^ 1])
     )
     assert file in refusal(a_run)
     (a_run / file).unlink()
