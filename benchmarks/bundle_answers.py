@@ -49,13 +49,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20, help="Texts that a language model continues.")
     flags = parser.parse_args()
     scratch = Path(tempfile.mkdtemp())
+    for cells in (HEADER, ["---"] * 3 + ["---:"] * 4):
+        print("| " + " | ".join(cells) + " |", flush=True)
     try:
         with opened_browser() as browser:
-            rows = [row for run in flags.runs for row in compare(run, flags, scratch, browser)]
+            for run in flags.runs:
+                for row in compare(run, flags, scratch, browser):
+                    print("| " + " | ".join(row) + " |", flush=True)
     finally:
         shutil.rmtree(scratch)
-    for cells in [HEADER, ["---"] * 3 + ["---:"] * 4, *rows]:
-        print("| " + " | ".join(cells) + " |")
 
 
 def compare(run: Path, flags: argparse.Namespace, scratch: Path, browser: Any) -> Iterator[list[str]]:
