@@ -810,7 +810,9 @@ def tokenize(data: ClassificationData, tokenizer: Any, max_length: int) -> datas
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "pocketformers"
     folder.mkdir(parents=True, exist_ok=True)
-    return datasets.DatasetDict(
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    truncation = None if backend is None else backend.truncation
+    tokens = datasets.DatasetDict(
         {
             name: split.map(
                 encode,
@@ -824,6 +826,10 @@ def tokenize(data: ClassificationData, tokenizer: Any, max_length: int) -> datas
             for name, split in data.splits.items()
         }
     )
+    if backend is not None:
+        # Or the tokenizer.json that is saved later would tell whether the tokens came from the cache.
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+    return tokens
 
 
 def tokenizer_content(tokenizer: Any) -> list[str]:
