@@ -77,6 +77,9 @@ ROWS = {
 # A language model's formats are the names of its generation loops; what a quantizer chose for ours is in its record.
 LANGUAGE_ROWS = {
     "torch": Row("torch", "fp32"),
+    "exporters": Row("exporters", "fp32"),
+    "exporters_cpu": Row("exporters", "fp32"),
+    "exporters_cpu_int8": Row("exporters", "int8"),
     "optimum": Row("optimum", "fp32", "optimum"),
     "optimum_o2": Row("optimum", "fp32", "optimum"),
     "optimum_int8_avx2": Row("optimum", "int8", "optimum"),

@@ -1,6 +1,7 @@
 """One row of `inference.py` for a language model in a fresh process: `python -m benchmarks.inference_language_worker SPEC`.
 
-Every row continues a prompt greedily with the generation loop that comes with it: `generate` for torch and optimum, the bundle's for ours.
+Every row continues a prompt greedily with the generation loop that comes with it: `generate` for torch and optimum, the bundle's for ours;
+transformers.exporters has none for plain sessions, so its graph gets the bundle's loop, without a copy of the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from benchmarks.inference_worker import read_feeds
 from pipelines.benchmark import peak_memory_bytes
 from pipelines.benchmark_language import time_writing
-from pipelines.predict import empty_cache
+from pipelines.predict import empty_cache, open_session
 
 # What continues a prompt by some tokens, and the logits (batch, tokens, vocabulary) of windows of tokens.
 Loaded = tuple[Callable[[list[int], int], list[int]], Callable[[np.ndarray], np.ndarray]]
@@ -29,7 +30,9 @@ def load_generate(model: Any) -> Loaded:
 
     def write(prompt: list[int], new: int) -> list[int]:
         ids = torch.tensor([prompt])
-        how = GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        # An end that no token is: min_new_tokens would forbid the token that ends a text, and so write another text.
+        end = model.config.vocab_size
+        how = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=end)
         with torch.inference_mode():
             return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)[
                 0, len(prompt) :
@@ -62,6 +65,49 @@ def load_optimum(path: Path, threads: int) -> Loaded:
     return load_generate(ORTModelForCausalLM.from_pretrained(path, session_options=options))
 
 
+def load_exporters(path: Path, threads: int) -> Loaded:
+    """The decode graph that takes one or more tokens (`multi_token_decode`), so that it reads the prompt, too."""
+    import onnxruntime
+
+    session = open_session(path / "decode.onnx", threads)
+    # Keys and values of each layer, the past's and the present's in one order.
+    pasts = [value for value in session.get_inputs() if len(value.shape) == 4]
+    names = [value.name for value in session.get_outputs()]
+    presents = [value.name for value in session.get_outputs() if len(value.shape) == 4 and value.name != "logits"]
+
+    # The graph leaves heads and their size open.
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    query_heads = config.get("num_attention_heads") or config["n_head"]
+    heads = config.get("num_key_value_heads") or query_heads
+    size = config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // query_heads
+
+    def begin(batch: int) -> dict[str, Any]:
+        empty = np.zeros((batch, heads, 0, size), np.float32)
+        return {value.name: onnxruntime.OrtValue.ortvalue_from_numpy(empty) for value in pasts}
+
+    def call(ids: np.ndarray, total: int, cache: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        positions = np.broadcast_to(np.arange(total - ids.shape[1], total), ids.shape)
+        feed = {
+            "input_ids": ids,
+            "attention_mask": np.ones((len(ids), total), np.int64),
+            "position_ids": positions.copy(),
+        }
+        taken = {value.name for value in session.get_inputs()}
+        given = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items() if name in taken}
+        found = dict(zip(names, session.run_with_ort_values(names, given | cache), strict=True))
+        return found["logits"].numpy(), {value.name: found[name] for value, name in zip(pasts, presents, strict=True)}
+
+    def write(prompt: list[int], new: int) -> list[int]:
+        cache, ids, tokens = begin(1), np.array([prompt]), []
+        for _ in range(new):
+            logits, cache = call(ids, len(prompt) + len(tokens), cache)
+            tokens.append(int(logits[0, -1].argmax()))
+            ids = np.array([tokens[-1:]])
+        return tokens
+
+    return write, lambda windows: call(windows, windows.shape[1], begin(len(windows)))[0]
+
+
 def load_ours(path: Path, threads: int) -> Loaded:
     from pipelines.edge.generate import LanguageModel, Sampling
 
@@ -75,7 +121,7 @@ def load_ours(path: Path, threads: int) -> Loaded:
     return lambda prompt, new: model.generate_tokens([prompt], Sampling(max_new_tokens=new))[0], logits
 
 
-LOADERS = {"torch": load_torch, "optimum": load_optimum, "ours": load_ours}
+LOADERS = {"torch": load_torch, "optimum": load_optimum, "exporters": load_exporters, "ours": load_ours}
 
 
 def work(spec_file: Path) -> None:
