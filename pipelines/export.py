@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import logging
 import warnings
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.fuse import simplify
-from pipelines.onnx_file import drop_weights, save
+from pipelines.onnx_file import drop_weights, give_memory_back, save
 from pipelines.predict import open_session
 from pipelines.run import Outcome
 from pipelines.surgery import load_model
@@ -96,7 +95,7 @@ def export_onnx(source: str, directory: Path, task: Any) -> Outcome:
     operators, simplified = export_graph(model, sample, task.dynamic_axes(sample), directory / ONNX_FILE)
     processor.save_pretrained(directory)
     model.config.save_pretrained(directory)
-    gc.collect()  # a graph's nodes and values name one another, so its weights are not freed when it is left
+    give_memory_back()
     verification = verify_against_torch(directory / ONNX_FILE, model, task, processor)
     inputs = [value.name for value in open_session(directory / ONNX_FILE).get_inputs()]
     return Outcome(

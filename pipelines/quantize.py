@@ -17,6 +17,7 @@ from pipelines.benchmark import Subject, measure
 from pipelines.config import QuantizeConfig
 from pipelines.export import ONNX_FILE
 from pipelines.fuse import fuse_for_onnxruntime
+from pipelines.onnx_file import give_memory_back
 from pipelines.predict import predict_onnx
 from pipelines.results import timing_feeds
 from pipelines.run import Outcome, copy_beside, read_record
@@ -41,8 +42,10 @@ def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeCon
             flush=True,
         )
     fusion = verify_same_graph(fused, original, task, processor)
+    give_memory_back()
     quantized = make_candidates(fused, directory, task, processor, quantize)
     fused.unlink()
+    give_memory_back()
     chosen, measured = choose(quantized, directory, original, task, processor, quantize.max_quality_drop)
     (directory / CANDIDATES / chosen / ONNX_FILE).rename(directory / ONNX_FILE)
     shutil.rmtree(directory / CANDIDATES)
