@@ -326,9 +326,17 @@ class ReportConfig:
     benchmark_threads: int | None = _flag(
         None, "Threads of each measurement. Left out: every core this process may use."
     )
+    benchmark_seconds: float = _flag(
+        1.0, "Seconds that one measurement repeats its calls for, and ten of them at least."
+    )
 
     def __post_init__(self) -> None:
         _check(self.benchmark_rounds >= 1, "--benchmark_rounds of 1 or more", self.benchmark_rounds)
+        _check(self.benchmark_seconds > 0, "--benchmark_seconds above 0", self.benchmark_seconds)
+
+    def timing(self) -> dict[str, Any]:
+        """What `measure` and `measure_decoding` are told."""
+        return {"rounds": self.benchmark_rounds, "threads": self.benchmark_threads, "seconds": self.benchmark_seconds}
 
 
 # Where it was done and published, and a secret: never written anywhere.

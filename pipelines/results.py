@@ -46,8 +46,7 @@ def report_run(run: Any, recipe: str, config: ReportConfig, given: dict[str, Any
     made_by = {
         "version": pipelines.__version__,
         "stages": {name: fingerprint(record) for name, record in records.items()},
-        "rounds": config.benchmark_rounds,
-        "threads": config.benchmark_threads,
+        **config.timing(),
     }
     report = _finished(run.directory, made_by)
     if report is None:
@@ -75,7 +74,7 @@ def _classification_report(
         single, batches = timing_feeds(features, collate)
         path = run.directory / name
         subjects.append(Subject(name, path, record["format"], single, batches, task.trust_remote_code))
-    timings = measure(subjects, rounds=config.benchmark_rounds, threads=config.benchmark_threads)
+    timings = measure(subjects, **config.timing())
     for result in results:
         result.timing = timings[result.name]
     return build_report(
@@ -105,8 +104,7 @@ def _language_report(
             Decoding(name, run.directory / name, record["format"], task.trust_remote_code)
             for name, record in records.items()
         ],
-        rounds=config.benchmark_rounds,
-        threads=config.benchmark_threads,
+        **config.timing(),
         new_tokens=min(NEW_TOKENS, task.config.max_length // 2),
         prompt_tokens=min(PROMPT_TOKENS, task.config.max_length // 4),
     )
@@ -136,18 +134,17 @@ def benchmark_directories(directories: list[Path], task: Any, config: ReportConf
     """Time stage directories against one another on the validation split's own length mix; the result is JSON."""
     names = [f"{index} {directory.name}" for index, directory in enumerate(directories)]
     forms = ["onnx" if (directory / ONNX_FILE).is_file() else "transformers" for directory in directories]
-    options: dict[str, Any] = {"rounds": config.benchmark_rounds, "threads": config.benchmark_threads}
     if task.causal:
         decoded = [
             Decoding(*subject, task.trust_remote_code) for subject in zip(names, directories, forms, strict=True)
         ]
-        return _compared(measure_decoding(decoded, **options), names[0])
+        return _compared(measure_decoding(decoded, **config.timing()), names[0])
     subjects = []
     for name, directory, form in zip(names, directories, forms, strict=True):
         processor = task.load_processor(str(directory))
         single, batches = timing_feeds(task.features(processor)["validation"], task.collate(processor))
         subjects.append(Subject(name, directory, form, single, batches, task.trust_remote_code))
-    return _compared(measure(subjects, **options), names[0])
+    return _compared(measure(subjects, **config.timing()), names[0])
 
 
 def _compared(timings: dict[str, dict[str, Any]], first: str) -> str:

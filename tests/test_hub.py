@@ -104,7 +104,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any)
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.results.measure", lambda subjects, **_: {subject.name: timing for subject in subjects})
-        report_run(run, "distill_bert", ReportConfig(benchmark_rounds=1), {"max_length": 32})
+        report_run(run, "distill_bert", ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), {"max_length": 32})
     run._lock.release()
     return directory
 

@@ -69,7 +69,17 @@ def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path):
     assert "agreement" in ok(
         "verify", "--model", out["quantized"], "--reference", out["onnx"], "--max_quality_drop", "0.2", *data
     )
-    timed = ok("benchmark", "--models", out["pruned"], out["quantized"], "--benchmark_rounds", "1", *data)
+    timed = ok(
+        "benchmark",
+        "--models",
+        out["pruned"],
+        out["quantized"],
+        "--benchmark_rounds",
+        "1",
+        "--benchmark_seconds",
+        "0.1",
+        *data,
+    )
     assert len(json.loads(timed[timed.index("{") :])) == 2
     status, _, errors = stage("verify", "--model", out["onnx"], "--reference", out["teacher"], *data)
     assert status == 1
@@ -127,7 +137,9 @@ def test_the_chain_of_a_language_model_stage_by_stage(stage, language_shape, lan
     ok("quantize", "--model", out["onnx"], *blocks, "--output_dir", out["quantized"])
     assert "'prompts': 20" in ok("verify", "--model", out["onnx"], "--reference", out["pruned"])
     assert "perplexity" in ok("verify", "--model", out["quantized"], "--reference", out["onnx"])
-    timed = ok("benchmark", "--models", out["onnx"], out["quantized"], "--benchmark_rounds", "1")
+    timed = ok(
+        "benchmark", "--models", out["onnx"], out["quantized"], "--benchmark_rounds", "1", "--benchmark_seconds", "0.1"
+    )
     assert all(timing["tokens_per_second"] > 0 for timing in json.loads(timed[timed.index("{") :]).values())
     verify = ["verify", "--model", out["onnx"], "--reference", out["teacher"]]
     status, _, errors = stage(*verify, *data)
