@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +17,14 @@ from pipelines.language import LanguageModeling, check_knows_language, token_ans
 from pipelines.losses import IGNORED
 from pipelines.soft_targets import WithSoftTargets, compute_token_soft_targets
 from pipelines.text_data import token_stream, train_tokenizer
-from pipelines.training import Trainer, fine_tune, validation_metrics
+from pipelines.training import (
+    Trainer,
+    TrainingArguments,
+    fine_tune,
+    last_whole_checkpoint,
+    train,
+    validation_metrics,
+)
 
 
 def log_softmax(logits):
@@ -96,6 +106,20 @@ def test_the_trainers_loss_is_the_models_own_and_independent_of_accumulation(
     for trained_loss, weight in found:
         assert trained_loss == pytest.approx(loss.item(), abs=1e-4)
         torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_best_checkpoint_by_perplexity_has_the_least(language_task, language_model_dir, tmp_path):
+    tokenizer = language_task.load_processor(str(language_model_dir))
+    training = TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=2, learning_rate=1e-3, metric_for_best_model="perplexity", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    features = language_task.features(tokenizer)["train"]
+    model = language_task.load_model(str(language_model_dir))
+    details = train(model, language_task, tokenizer, training, tmp_path, features)
+    state = json.loads((Path(last_whole_checkpoint(tmp_path)) / "trainer_state.json").read_text())
+    scores = [line["perplexity"] for line in details["validation"]]
+    assert scores[0] != scores[1]
+    assert state["best_metric"] == min(scores)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
