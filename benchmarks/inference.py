@@ -265,6 +265,7 @@ def make_rows(
             function()
         except Exception as error:  # a peer that cannot make a model is a finding, whatever it raises
             failed.update(dict.fromkeys(names, f"{type(error).__name__}: {error}"))
+            print(f"  {', '.join(names)}: not measured, because {failed[names[0]]}", flush=True)
         else:
             seal.write_text(key, encoding="utf-8")
 
@@ -493,6 +494,7 @@ def measure_model(
     from pipelines.run import read_record
     from pipelines.surgery import load_model, shape_of
 
+    record = read_record(model) or {}
     print(f"{name}: making what the rows run", flush=True)
     output = Path(settings.output_dir).absolute() / name
     if output.exists() and not (output / "worker").is_dir():
@@ -528,7 +530,6 @@ def measure_model(
     if shipped is not None and not task.causal:
         for shape in feeds:
             profile[shape] = workers.run(shipped, "profile", output / f"feeds_{shape}.npz", threads[-1])
-    record = read_record(model) or {}
     return {
         "name": name,
         "stage": record.get("stage"),
