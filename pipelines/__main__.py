@@ -115,10 +115,11 @@ def stage(
 def fine_tune() -> None:
     _, *data, teacher, training = parse("fine-tune", *TASK, TeacherConfig, training_arguments)
 
-    from pipelines.training import fine_tune
+    from pipelines.training import arguments_for, fine_tune
 
     stage(
-        training.output_dir, task_of(*data), training.seed, fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training
+        training.output_dir, task_of(*data), training.seed, fine_tune, teacher.teacher_model, distributed=True, teacher=teacher,
+        training=arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs),
     )  # fmt: skip
 
 
@@ -139,10 +140,11 @@ def prune() -> None:
     _, model, *data, teacher, prune, distill, training = parse("prune", *kinds)
 
     from pipelines.prune import prune_and_recover
+    from pipelines.sources import resolve
 
     stage(
         training.output_dir, task_of(*data), training.seed, prune_and_recover, model.source, distributed=True,
-        teacher=Path(teacher.teacher_model), prune=prune, distill=distill, training=training,
+        teacher=Path(resolve(teacher.teacher_model)), prune=prune, distill=distill, training=training,
     )  # fmt: skip
 
 
@@ -163,6 +165,10 @@ def quantize() -> None:
     from pipelines.quantize import quantize_onnx
     from pipelines.quantize_language import quantize_language_model
 
+    if quantize.quantization == "none":
+        raise InputError(
+            "expected a way to quantize, found --quantization none. Leave this stage out: bundle and ship the exported directory itself."
+        )
     task = task_of(*data)
     function = quantize_language_model if task.causal else quantize_onnx
     stage(output.output_dir, task, output.seed, function, model.source, quantize=quantize)
@@ -202,13 +208,13 @@ def benchmark() -> None:
 def report() -> None:
     run_config, *data, settings, output = parse("report", *TASK, ReportConfig, OutputConfig)
 
-    from pipelines.results import STAGES, report_run
-    from pipelines.run import Run, read_record
+    from pipelines.results import finished_stages, report_run
+    from pipelines.run import Run
 
     if output.output_dir is None or not Path(output.output_dir).is_dir():
         raise InputError(f"expected the directory of a run, found {output.output_dir!r}. Pass --output_dir.")
     run = Run(output.output_dir, task_of(*data), output.seed)
-    run.stages = [name for name in STAGES if read_record(run.directory / name) is not None]
+    run.stages = finished_stages(run)
     report_run(run, "report", settings, run_config.given)
 
 

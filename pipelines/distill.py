@@ -15,7 +15,7 @@ from pipelines.errors import InputError
 from pipelines.language import check_knows_language, check_same_vocabulary
 from pipelines.losses import IGNORED, distillation_loss, hidden_state_loss, label_loss, top_soft_target_loss
 from pipelines.run import Outcome
-from pipelines.soft_targets import TOP_ANSWERS, WithSoftTargets
+from pipelines.soft_targets import TOP_ANSWERS, WithSoftTargets, check_teacher
 from pipelines.students import parse_layers, student_from_layers
 from pipelines.training import CHECKPOINTS, Trainer, finish_model, train
 
@@ -137,6 +137,8 @@ def distil(
         teacher = task.load_model(teacher_source)
         if task.causal:
             check_knows_language(teacher, task, processor)
+        else:
+            check_teacher(teacher, task, teacher_processor)
     elif soft_targets is not None and distill.soft_target_weight > 0:
         features = WithSoftTargets(features, soft_targets)
     if with_hidden_states:

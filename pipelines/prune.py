@@ -66,9 +66,11 @@ def measure_importance(
 
     hooks = [module.register_forward_pre_hook(gate(i, width)) for i, (module, width) in enumerate(widths)]
     model.eval()
+    device = next(model.parameters()).device  # a recovery leaves the model where it was trained
     try:
         for start in range(0, len(features), batch_size):
             batch = collate([features[i] for i in range(start, min(start + batch_size, len(features)))])
+            batch = {name: values.to(device) for name, values in batch.items()}
             labels, teacher_logits = batch.pop("labels"), batch.pop("teacher_logits", None)
             logits = model(**batch).logits
             if causal:

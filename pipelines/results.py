@@ -13,6 +13,7 @@ import pipelines
 from pipelines.benchmark import Subject, measure, paired_ratios
 from pipelines.benchmark_language import Decoding, measure_decoding, memory_bandwidth
 from pipelines.config import ReportConfig
+from pipelines.errors import InputError
 from pipelines.export import ONNX_FILE
 from pipelines.losses import IGNORED
 from pipelines.pages import TEACHER, format_summary
@@ -27,7 +28,7 @@ from pipelines.report import (
     write_report,
 )
 from pipelines.report_language import compare
-from pipelines.run import fingerprint, needing_room
+from pipelines.run import differences, fingerprint, needing_room, read_record
 from pipelines.surgery import load_model
 
 STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
@@ -47,7 +48,10 @@ def report_run(run: Any, recipe: str, config: ReportConfig, given: dict[str, Any
         "version": pipelines.__version__,
         "stages": {name: fingerprint(record) for name, record in records.items()},
         **config.timing(),
+        "task": run.task.describe(),
+        "flags": given,
     }
+    made_by = json.loads(json.dumps(made_by, default=str))
     report = _finished(run.directory, made_by)
     if report is None:
         build = _language_report if run.task.causal else _classification_report
@@ -59,6 +63,32 @@ def report_run(run: Any, recipe: str, config: ReportConfig, given: dict[str, Any
     else:
         print("report: finished already", flush=True)
     print(format_summary(report), flush=True)
+
+
+def finished_stages(run: Any) -> list[str]:
+    """The stages in a run's directory that belong together: each made of what its source is now.
+
+    Raises InputError where one was made of other data than the run's, which would be scored on another test split.
+    """
+    found = []
+    for name in STAGES:
+        record = read_record(run.directory / name)
+        if record is None:
+            continue
+        made_by = record["made_by"]
+        task = json.loads(json.dumps(run.task.describe(), default=str))
+        changed = differences(made_by["task"] | {"augmentation": None}, task | {"augmentation": None})
+        if changed:
+            raise InputError(
+                f"expected the data and the settings that {run.directory / name} was made with, found others: {'; '.join(changed)}. Pass the "
+                "flags of that run; report.md ends with them."
+            )
+        source = read_record(run.directory / made_by["source"])
+        if source is not None and fingerprint(source) != made_by["source_fingerprint"]:
+            print(f"{name}: left out, because {made_by['source']} was made again since", flush=True)
+            continue
+        found.append(name)
+    return found
 
 
 def _classification_report(

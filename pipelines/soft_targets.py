@@ -44,7 +44,7 @@ def compute_soft_targets(source: str, directory: Path, task: Any, shard_examples
     processor = task.load_processor(source)
     teacher = _teacher(source, task)
     features, collate = task.features(processor)["train"], task.collate(processor)
-    metrics = _check(teacher, task, processor)
+    metrics = check_teacher(teacher, task, processor)
 
     def answer(examples: Any) -> dict[str, np.ndarray]:
         return {"teacher_logits": predict_torch(teacher, examples, collate, name="soft targets")}
@@ -107,7 +107,7 @@ def _teacher(source: str, task: Any) -> Any:
     return task.load_model(source).eval().to(PartialState().device)
 
 
-def _check(teacher: Any, task: Any, processor: Any) -> dict[str, Any]:
+def check_teacher(teacher: Any, task: Any, processor: Any) -> dict[str, Any]:
     """The teacher's scores on the validation split, once they are better than chance; the other processes wait for the main one."""
     from accelerate import PartialState
 

@@ -37,4 +37,6 @@ def student_from_layers(teacher: Any, layers: list[int]) -> Any:
     config.update(changes)
     student = type(teacher)(config)
     student.load_state_dict(state, strict=True)
+    if teacher.can_generate():
+        student.generation_config = copy.deepcopy(teacher.generation_config)
     return student

@@ -7,6 +7,7 @@ little, since a fresh process loads a model through it to be timed.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def with_stock_shapes(model: Any) -> Any:
             target[tuple(slice(length) for length in left.shape)] = left
         state[name] = padded
     stock.load_state_dict(state, strict=True)
+    if model.can_generate():
+        stock.generation_config = copy.deepcopy(model.generation_config)
     return stock.eval()
 
 

@@ -88,8 +88,20 @@ class TrainingArguments(transformers.TrainingArguments):
             "it needs: a step of 64 tokens takes a tenth less time, one of 512 half."
         },
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Refused: a run goes on from the last whole checkpoint of its --output_dir by itself."},
+    )
     report_to: str = field(default="none", metadata={"help": "Where to log to: none, tensorboard, wandb, …"})
     logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
+
+    def __post_init__(self) -> None:
+        if self.resume_from_checkpoint is not None:
+            raise InputError(
+                f"expected no --resume_from_checkpoint, found {self.resume_from_checkpoint!r}. Leave it out: the same command goes on from the "
+                "last whole checkpoint of its --output_dir by itself."
+            )
+        super().__post_init__()
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
@@ -344,11 +356,13 @@ def train(
     # A run is pushed whole, once it is verified; and a checkpoint holds all arguments, where no secret belongs.
     arguments.push_to_hub, arguments.hub_token = False, None
     arguments.remove_unused_columns = False  # the collator keeps what the loss needs
-    if arguments.metric_for_best_model == task.primary_metric:
+    arguments.label_names = ["labels"]  # which the Trainer looks for in the model's own forward; the loss is ours
+    if (arguments.metric_for_best_model or "").removeprefix("eval_") == task.primary_metric:
         arguments.greater_is_better = (
             task.greater_is_better
         )  # transformers takes every score but a loss for one that should rise
 
+    use_cache = getattr(model.config, "use_cache", None)
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -368,6 +382,10 @@ def train(
         result = trainer.train(resume_from_checkpoint=resumed)
     trainer.check_weights()
     make_whole(trainer, model, whole)
+    # The Trainer turned the cache of keys and values off: for good, and so for every model made of this one.
+    vars(model.config).pop("use_cache", None)
+    if use_cache is not None:
+        model.config.use_cache = use_cache
     history = trainer.state.log_history
     return {
         "steps": result.global_step,
@@ -438,13 +456,16 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
     return f"{changed[0]} is truncated, changed or missing" if changed else None
 
 
-def keep_answers(task: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
+def keep_answers(task: Any) -> Callable[[Any, Tensor], Tensor]:
     """What the Trainer keeps of a batch's logits for the metrics: all, unless the task needs less (`task.answers`)."""
     answers = task.answers
-    if answers is None:
-        return None
 
-    def keep(logits: Tensor, labels: Tensor) -> Tensor:
+    def keep(outputs: Any, labels: Tensor) -> Tensor:
+        logits: Tensor = (
+            outputs[0] if isinstance(outputs, tuple) else outputs
+        )  # a distilled DeiT has those of its two heads, too
+        if answers is None:
+            return logits
         return torch.from_numpy(answers(logits.float().cpu().numpy(), labels.cpu().numpy())).to(logits.device)
 
     return keep
@@ -456,7 +477,6 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 def save(model: Any, processor: Any, directory: Path) -> None:
     """Write a directory that stock `from_pretrained` opens: weights as safetensors, config, tokenizer or image processor."""
-    model.config.use_cache = getattr(model.config, "use_cache", None)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
 

@@ -52,7 +52,7 @@ def main() -> None:
     from pipelines.run import Run
     from pipelines.soft_targets import compute_soft_targets
     from pipelines.tasks import TextClassification
-    from pipelines.training import fine_tune
+    from pipelines.training import arguments_for, fine_tune
 
     run = Run(training.output_dir, TextClassification(data), training.seed)
     # A token that the Hub refuses shows now, not after hours of training.
@@ -60,7 +60,8 @@ def main() -> None:
         check_access(run, training)
 
     # A teacher that already knows the task is used as it is (--teacher_epochs 0).
-    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training)
+    teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
+    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
 
     # The teacher answers every training example once; all epochs of the student and of its recovery read these answers.
     soft_targets = None

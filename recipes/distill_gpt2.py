@@ -58,7 +58,7 @@ def main() -> None:
     from pipelines.results import report_run
     from pipelines.run import Run
     from pipelines.soft_targets import compute_token_soft_targets
-    from pipelines.training import fine_tune
+    from pipelines.training import arguments_for, fine_tune
 
     run = Run(training.output_dir, LanguageModeling(data, language), training.seed)
     # A token that the Hub refuses shows now, not after hours of training.
@@ -66,7 +66,8 @@ def main() -> None:
         check_access(run, training)
 
     # No pretrained language model ships in a package, so the demo's teacher starts from random weights and trains its own tokenizer.
-    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training)
+    teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
+    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
 
     # The teacher answers in the loop, or once: then only its likeliest tokens are stored, and the record tells what is lost.
     soft_targets = None

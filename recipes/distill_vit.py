@@ -56,7 +56,7 @@ def main() -> None:
     from pipelines.results import report_run
     from pipelines.run import Run
     from pipelines.soft_targets import compute_soft_targets
-    from pipelines.training import fine_tune
+    from pipelines.training import arguments_for, fine_tune
 
     run = Run(training.output_dir, ImageClassification(data, augmentation), training.seed)
     # A token that the Hub refuses shows now, not after hours of training.
@@ -64,7 +64,8 @@ def main() -> None:
         check_access(run, training)
 
     # The demo's teacher starts from random weights (--teacher_from_scratch), most others from a pretrained checkpoint.
-    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=training)
+    teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
+    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
 
     # Stored answers make teacher and student independent: each sees an image as its own processor makes it, at its own size.
     # They are of the images as they are; a student of augmented images needs the teacher in the loop (--soft_targets online).
