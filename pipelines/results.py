@@ -70,7 +70,8 @@ def finished_stages(run: Any) -> list[str]:
 
     Raises InputError where one was made of other data than the run's, which would be scored on another test split.
     """
-    found = []
+    found: list[str] = []
+    left_out: list[str] = []
     for name in STAGES:
         record = read_record(run.directory / name)
         if record is None:
@@ -84,10 +85,15 @@ def finished_stages(run: Any) -> list[str]:
                 "flags of that run; report.md ends with them."
             )
         source = read_record(run.directory / made_by["source"])
-        if source is not None and fingerprint(source) != made_by["source_fingerprint"]:
-            print(f"{name}: left out, because {made_by['source']} was made again since", flush=True)
-            continue
-        found.append(name)
+        outlived = source is not None and fingerprint(source) != made_by["source_fingerprint"]
+        if outlived or made_by["source"] in left_out:
+            print(
+                f"{name}: left out, because {made_by['source']} was {'made again since' if outlived else 'left out'}",
+                flush=True,
+            )
+            left_out.append(name)
+        else:
+            found.append(name)
     return found
 
 

@@ -121,7 +121,7 @@ def shipped_files(directory: Path) -> list[Path]:
 def copy_beside(source: Path, directory: Path) -> None:
     """Copy what belongs to the ONNX model in `source` except its graph: config, and tokenizer or image processor."""
     for path in shipped_files(source):
-        if path.suffix != ".onnx":
+        if ".onnx" not in path.suffixes:  # the graph, or weights beside it: model.onnx.data
             shutil.copy2(path, directory / path.name)
 
 

@@ -47,6 +47,21 @@ def test_student_layers_that_cannot_be(text):
         parse_layers(text, 6)
 
 
+def test_a_teacher_in_the_loop_that_has_one_answer_is_refused(task, tokenizer, training, tmp_path):
+    teacher = tiny_model()
+    with torch.no_grad():
+        teacher.classifier.bias[1] = 1e3
+    teacher.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no better than guessing"):
+        distil(tiny_model(), tokenizer, task, str(tmp_path), DistillConfig(), training, None, tmp_path / "checkpoints")
+
+
+def test_the_baseline_depends_on_nothing_of_the_teacher():
+    assert DistillConfig(temperature=4.0, divergence="reverse_kl").labels_only() == DistillConfig().labels_only()
+    assert DistillConfig(soft_targets="online").labels_only().soft_targets == "online"
+
+
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "electra", "vit", "deit"])
 def test_a_student_of_all_layers_is_the_teacher_and_one_of_some_runs_those(model_type):
     teacher, inputs = tiny_model(model_type), example_inputs(model_type)

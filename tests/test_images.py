@@ -282,6 +282,19 @@ def arguments(directory, **changes):
     return TrainingArguments(output_dir=str(directory), **{**settings, **changes})
 
 
+def test_a_distilled_deit_can_be_fine_tuned(image_task, image_processor, tmp_path):
+    """Its forward takes no labels and gives the logits of each of its two heads beside their mean."""
+    from transformers import DeiTForImageClassificationWithTeacher
+
+    DeiTForImageClassificationWithTeacher(tiny_config("deit", initializer_range=0.1)).save_pretrained(tmp_path)
+    image_processor.save_pretrained(tmp_path)
+    training = arguments(tmp_path / "training", eval_strategy="epoch")
+    teacher = TeacherConfig(teacher_epochs=6, teacher_learning_rate=3e-3)
+    outcome = fine_tune(str(tmp_path), tmp_path, image_task, teacher, training)
+    assert outcome.metrics["validation"]["accuracy"] > 0.6
+    assert len(outcome.details["validation"]) == 6
+
+
 def test_a_directory_without_weights_is_a_model_only_when_asked(image_task, image_processor, tmp_path):
     tiny_config("vit").save_pretrained(tmp_path)
     image_processor.save_pretrained(tmp_path)

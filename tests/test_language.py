@@ -108,10 +108,11 @@ def test_the_trainers_loss_is_the_models_own_and_independent_of_accumulation(
         torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_best_checkpoint_by_perplexity_has_the_least(language_task, language_model_dir, tmp_path):
+@pytest.mark.parametrize("name", ["perplexity", "eval_perplexity"])
+def test_the_best_checkpoint_by_perplexity_has_the_least(name, language_task, language_model_dir, tmp_path):
     tokenizer = language_task.load_processor(str(language_model_dir))
     training = TrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=2, learning_rate=1e-3, metric_for_best_model="perplexity", disable_tqdm=True, use_cpu=True,
+        output_dir=str(tmp_path), num_train_epochs=2, learning_rate=1e-3, metric_for_best_model=name, disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     features = language_task.features(tokenizer)["train"]
     model = language_task.load_model(str(language_model_dir))

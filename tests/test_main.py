@@ -66,6 +66,11 @@ def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path):
     ok("export", "--model", out["pruned"], *data, "--output_dir", out["onnx"])
     ok("quantize", "--model", out["onnx"], "--max_quality_drop", "0.2", *data, "--output_dir", out["quantized"])
     assert "largest_difference" in ok("verify", "--model", out["onnx"], "--reference", out["pruned"], *data)
+    status, _, errors = stage(
+        "quantize", "--model", out["onnx"], "--quantization", "none", *data, "--output_dir", out["quantized"]
+    )
+    assert status == 1
+    assert "ship the exported directory itself" in errors
     assert "agreement" in ok(
         "verify", "--model", out["quantized"], "--reference", out["onnx"], "--max_quality_drop", "0.2", *data
     )

@@ -89,6 +89,10 @@ def test_two_processes_make_every_stage_and_a_report_as_in_the_contract(finished
     assert report["shipped"] == "quantized"
     for name in ("report.md", "report.png", "README.md"):
         assert (directory / name).stat().st_size > 500, name
+    # Training turns the cache off; what was trained generates with it, and so it is timed.
+    for name in ("teacher", "student", "pruned"):
+        for file in ("config.json", "generation_config.json"):
+            assert json.loads((directory / name / file).read_text())["use_cache"] is True, (name, file)
 
 
 @pytest.mark.parametrize("name", ["teacher_onnx", "onnx"])

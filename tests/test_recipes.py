@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from conftest import make_texts, tiny_model, write_csv
+from pipelines.errors import InputError
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "distill_bert.py"
@@ -78,6 +79,10 @@ def test_the_recipe_makes_every_stage_and_a_report_as_in_the_contract(finished):
     assert by_name["quantized"]["bytes"] < by_name["onnx"]["bytes"] < by_name["teacher_onnx"]["bytes"]
     for name in ("report.md", "report.png", "README.md"):
         assert (directory / name).stat().st_size > 500, name
+    # Scored again where the data changed, also if every stage then ends in the same bytes.
+    record = json.loads((directory / "student" / "record.json").read_text())
+    assert report["made_by"]["task"] == record["made_by"]["task"]
+    assert report["made_by"]["flags"]["max_length"] == 32
     assert f"{STAGES[-1]}: done in" in process.stdout
 
 
@@ -140,6 +145,37 @@ def test_a_changed_flag_redoes_what_it_affects_and_no_more(finished, capsys, mon
         line for line in out.splitlines() if line.startswith(("quantized: redone", "bundle: redone"))
     ]
     assert "report: written" in out
+
+
+def test_the_single_report_refuses_other_data_and_leaves_out_what_its_source_outlived(finished, capsys):
+    from pipelines.config import DataConfig
+    from pipelines.results import finished_stages
+    from pipelines.run import Run
+    from pipelines.tasks import TextClassification
+
+    directory, argv, _ = finished
+    copy = directory.with_name("outlived")
+    shutil.copytree(directory, copy)
+    data = {"dataset": argv[argv.index("--dataset") + 1], "max_length": 32}
+    run = Run(copy, TextClassification(DataConfig(**data)), seed=42)
+    assert finished_stages(run) == [
+        "teacher",
+        "teacher_onnx",
+        "student",
+        "student_labels_only",
+        "pruned",
+        "onnx",
+        "quantized",
+    ]
+    shutil.rmtree(copy / "student")
+    shutil.copytree(copy / "student_labels_only", copy / "student")  # as if it was trained again
+    assert finished_stages(run) == ["teacher", "teacher_onnx", "student", "student_labels_only"]
+    said = capsys.readouterr().out
+    assert "pruned: left out, because student was made again since" in said
+    assert "quantized: left out, because onnx was left out" in said
+    run.task = TextClassification(DataConfig(**data, split_seed=1))
+    with pytest.raises(InputError, match="data changed"):
+        finished_stages(run)
 
 
 def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(finished, tmp_path):
@@ -290,13 +326,14 @@ def bad_inputs(tmp_path: Path, tokenizer) -> dict[str, tuple[list[str], str]]:
         "too long": (["--max_length", "100000"], "max_length"),
         "package not installed": (["--teacher_model", "package://no_such_package/model"], "no_such_package"),
         "outside the package": (["--teacher_model", "package://datasets/../evaluate"], "datasets"),
+        "a checkpoint to go on from": (["--resume_from_checkpoint", "last"], "resume_from_checkpoint"),
     }
 
 
 BAD_INPUTS = [
     "missing file", "missing column", "one class", "empty text", "a label the teacher does not know",
     "a student with other labels", "no weights", "truncated weights", "no permission", "unknown key", "too long",
-    "package not installed", "outside the package",
+    "package not installed", "outside the package", "a checkpoint to go on from",
 ]  # fmt: skip
 
 

@@ -232,3 +232,11 @@ def test_only_what_changes_a_result_is_part_of_a_stages_identity(training):
     training.weight_decay = 0.5
     assert differences(before, describe(training)) == ["weight_decay changed from 0.01 to 0.5"]
     json.dumps(before)
+
+
+def test_a_teacher_depends_on_its_own_epochs_and_learning_rate(tmp_path):
+    from pipelines.training import TrainingArguments, arguments_for
+
+    one, other = (TrainingArguments(output_dir=str(tmp_path), num_train_epochs=n, learning_rate=n / 10) for n in (1, 2))
+    assert describe(one) != describe(other)
+    assert describe(arguments_for(one, 1e-3, 3)) == describe(arguments_for(other, 1e-3, 3))

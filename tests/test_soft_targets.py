@@ -168,7 +168,18 @@ def test_token_answers_are_the_same_in_any_shards_and_the_record_adds_them_up(
 def test_memory_is_flat_in_the_number_of_examples(tmp_path):
     """The short form of the benchmark: twenty times as many examples, and not a megabyte more than the noise."""
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "labelling_memory.py"), "--examples", "400", "8000"]
-    command += ["--shard_examples", "400", "--width", "8", "--tokens", "4", "--output", str(tmp_path / "memory.json")]
+    command += [
+        "--shard_examples",
+        "400",
+        "--width",
+        "8",
+        "--tokens",
+        "4",
+        "--read",
+        "500",
+        "--output",
+        str(tmp_path / "memory.json"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert finished.returncode == 0, finished.stderr[-2000:]
