@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import InputError
-from pipelines.run import MARKER, RECORD, Outcome, Run, describe, differences, read_record
+from pipelines.run import MARKER, RECORD, Outcome, Run, copy_beside, describe, differences, read_record
 
 
 @dataclass
@@ -240,3 +240,13 @@ def test_a_teacher_depends_on_its_own_epochs_and_learning_rate(tmp_path):
     one, other = (TrainingArguments(output_dir=str(tmp_path), num_train_epochs=n, learning_rate=n / 10) for n in (1, 2))
     assert describe(one) != describe(other)
     assert describe(arguments_for(one, 1e-3, 3)) == describe(arguments_for(other, 1e-3, 3))
+
+
+def test_what_is_beside_a_model_is_copied_without_its_weights(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for directory in (source, target):
+        directory.mkdir()
+    for name in ("model.onnx", "model.onnx.data", "config.json", "tokenizer.json", RECORD):
+        (source / name).touch()
+    copy_beside(source, target)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "tokenizer.json"]
