@@ -242,17 +242,18 @@ def load_classifier(
 def label_order(config: Any, label_names: list[str]) -> list[int] | None:
     """For each label of the data its row in the model's head, or None where the head is for other labels.
 
-    Labels are compared by name without case, since the same data set is spelt differently on different hubs. A head whose labels
-    have no names (LABEL_0, …) is taken to be in the data's order where their number agrees.
+    Labels are compared by name, or else without case, since the same data set is spelt differently on different hubs. A head whose
+    labels have no names (LABEL_0, …) is taken to be in the data's order where their number agrees.
     """
     names = [str(config.id2label[index]) for index in range(len(config.id2label))]
-    if len(names) != len(label_names):
-        return None
-    if all(name.startswith(GENERIC_LABEL) for name in names):
-        return list(range(len(names)))
-    folded = [name.casefold() for name in names]
-    wanted = [name.casefold() for name in label_names]
-    return [folded.index(name) for name in wanted] if sorted(folded) == sorted(wanted) else None
+    spellings: tuple[Callable[[str], str], ...] = (str, str.casefold)
+    for spelling in spellings:
+        found, wanted = [spelling(name) for name in names], [spelling(name) for name in label_names]
+        # Names that differ in nothing but case say no order without it.
+        if sorted(found) == sorted(wanted) and len({*found}) == len(found):
+            return [found.index(name) for name in wanted]
+    generic = all(name.startswith(GENERIC_LABEL) for name in names)
+    return list(range(len(names))) if generic and len(names) == len(label_names) else None
 
 
 def reorder_labels(model: Any, order: list[int], label_names: list[str]) -> None:

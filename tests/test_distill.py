@@ -12,6 +12,7 @@ from pipelines.distill import DistillationTrainer, distil, distill_student, pars
 from pipelines.errors import InputError
 from pipelines.soft_targets import WithSoftTargets, compute_soft_targets
 from pipelines.students import parse_layers, student_from_layers
+from pipelines.tasks import label_order
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +214,21 @@ def test_a_teacher_with_its_labels_in_another_order_is_put_in_the_datas_order(
     tokens = torch.arange(3, 23).reshape(2, 10)
     loaded = task.load_model(str(tmp_path)).eval()
     torch.testing.assert_close(loaded(tokens).logits, straight.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("head", "labels", "order"),
+    [
+        (["spam", "ham", "Spam"], ["Spam", "ham", "spam"], [2, 1, 0]),
+        (["SPAM", "Ham"], ["ham", "spam"], [1, 0]),
+        (["SPAM", "ham", "spAm"], ["Spam", "ham", "spam"], None),
+        (["LABEL_0", "LABEL_1"], ["ham", "spam"], [0, 1]),
+        (["LABEL_0", "LABEL_1"], ["ham", "Spam", "spam"], None),
+        (["LABEL_0", "LABEL_2", "LABEL_10"], ["LABEL_0", "LABEL_10", "LABEL_2"], [0, 2, 1]),
+    ],
+)
+def test_labels_are_found_by_name_and_without_case_only_where_that_is_one_order(head, labels, order):
+    assert label_order(tiny_config(id2label=dict(enumerate(head))), labels) == order
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
