@@ -88,9 +88,10 @@ def _rename_axes(value: Any, renamed: dict[str, str], onnx_ir: Any) -> None:
 
 
 def export_onnx(source: str, directory: Path, task: Any) -> Outcome:
-    """Export the model in `source`, without the zeros of pruning, and verify the file on real validation batches."""
+    """Export the model in `source`, without the zeros of pruning and in the data's order of labels; verify the file on validation batches."""
     processor = task.load_processor(source)
     model = load_model(source, task.trust_remote_code)
+    task.order_labels(model, source)
     sample = task.export_sample(processor)
     operators, simplified = export_graph(model, sample, task.dynamic_axes(sample), directory / ONNX_FILE)
     processor.save_pretrained(directory)

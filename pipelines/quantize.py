@@ -31,6 +31,7 @@ CANDIDATES = ".candidates"  # one folder for each scheme that was tried, until o
 
 def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeConfig) -> Outcome:
     """Make the shipped model: the fp32 file in `source` fused for ONNX Runtime, then int8; both verified on validation examples."""
+    task.check_graph(source)
     original, fused = Path(source) / ONNX_FILE, directory / "fused.onnx"
     copy_beside(Path(source), directory)
     processor = task.load_processor(source)

@@ -86,6 +86,25 @@ class Classification(Task):
         """Scores of logits (examples, labels) against label ids (examples)."""
         return classification_metrics(np.argmax(logits, axis=-1), np.asarray(references), self.label_names)
 
+    def order_labels(self, model: Any, source: str) -> None:
+        """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
+        order = label_order(model.config, self.label_names)
+        if order is None:
+            raise InputError(
+                f"expected a model for the labels {self.label_names}, found {list(model.config.id2label.values())} in {source}. Fine-tune "
+                "it on this data set, or use the data set it was fine-tuned on."
+            )
+        reorder_labels(model, order, self.label_names)
+
+    def check_graph(self, source: str) -> None:
+        """Raise InputError unless the ONNX model in `source` answers in the data's order: a graph keeps that of its export."""
+        config = self.load_config(source)
+        if label_order(config, self.label_names) != list(range(len(self.label_names))):
+            raise InputError(
+                f"expected an ONNX model for the labels {self.label_names}, in this order, found {list(config.id2label.values())} in "
+                f"{source}. Export its model again with this data set (python -m pipelines export)."
+            )
+
     def agreement(self, logits: np.ndarray, reference_logits: np.ndarray) -> float:
         """Share of examples that two models answer alike."""
         return float(np.mean(np.argmax(logits, axis=-1) == np.argmax(reference_logits, axis=-1)))

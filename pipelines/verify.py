@@ -73,10 +73,13 @@ def verify_directory(directory: Path, reference: Path, task: Any, max_quality_dr
     """Verify the ONNX model in `directory` against the model directory it was exported from, or the ONNX directory it was quantized from."""
     from pipelines.surgery import load_model
 
+    task.check_graph(str(directory))
     processor = task.load_processor(str(directory))
     if (reference / "model.onnx").is_file():
+        task.check_graph(str(reference))
         return verify_quality(directory / "model.onnx", reference / "model.onnx", task, processor, max_quality_drop)
     model = load_model(reference, task.trust_remote_code)
+    task.order_labels(model, str(reference))
     return verify_against_torch(directory / "model.onnx", model, task, processor)
 
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from conftest import IMAGE_FAMILIES, tiny_model
-from pipelines.errors import VerificationError
+from pipelines.config import QuantizeConfig
+from pipelines.errors import InputError, VerificationError
 from pipelines.export import export_onnx
 from pipelines.predict import open_session, predict_onnx, predict_torch
+from pipelines.quantize import quantize_onnx
 from pipelines.surgery import cut, load_model, with_stock_shapes
-from pipelines.verify import verify_against_torch, verify_quality
+from pipelines.verify import verify_against_torch, verify_directory, verify_quality
 
 HEADS = [np.array([0, 3]), np.array([1]), np.array([0, 1, 2, 3]), np.array([2])]
 NEURONS = [np.arange(10), np.arange(5, 64), np.array([1, 4, 9, 63]), np.arange(64)]
@@ -103,6 +105,37 @@ def test_padding_is_verified_even_where_every_text_has_the_same_length(tokenizer
     batches = list(verification_batches(datasets.Dataset.from_dict(examples), collate(tokenizer)))
     assert {len(batch["input_ids"]) for batch in batches} >= {1, 2, 7, 8}
     assert any((batch["attention_mask"] == 0).any() for batch in batches)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "vit"])
+def test_labels_in_another_order_are_exported_in_the_datas_and_a_graph_in_another_is_refused(
+    model_type, task_and_processor, tmp_path
+):
+    task, processor = task_and_processor
+    source, target = tmp_path / "model", tmp_path / "onnx"
+    target.mkdir()
+    turned, others = {0: "TRADE", 1: "sport", 2: "tech"}, {0: "LABEL_0", 1: "LABEL_1"}
+    tiny_model(model_type, id2label=turned, num_hidden_layers=1).save_pretrained(source)
+    processor.save_pretrained(source)
+    export_onnx(str(source), target, task)
+    config = task.load_config(str(target))
+    assert list(config.id2label.values()) == task.label_names
+    features, collate = task.features(processor)["validation"], task.collate(processor)
+    expected = predict_torch(task.load_model(str(source)), features, collate)
+    np.testing.assert_allclose(predict_onnx(target / "model.onnx", features, collate), expected, atol=1e-4)
+    verify_directory(target, source, task, 0.01)
+
+    for names in (turned, others):
+        config.id2label = names
+        config.save_pretrained(target)
+        message = rf"sport.*found .*{names[0]}.* in {target}\. Export"
+        with pytest.raises(InputError, match=message):
+            quantize_onnx(str(target), tmp_path, task, QuantizeConfig())
+        with pytest.raises(InputError, match=message):
+            verify_directory(target, source, task, 0.01)
+    tiny_model(model_type, id2label=others).save_pretrained(source)
+    with pytest.raises(InputError, match=r"sport.*found .*LABEL_0.*Fine-tune"):
+        export_onnx(str(source), target, task)
 
 
 def break_weights(model: onnx.ModelProto) -> None:
