@@ -44,12 +44,12 @@ class _Feeds(CalibrationDataReader):
 
 
 def calibration_feeds(task: Any, processor: Any, samples: int) -> list[dict[str, np.ndarray]]:
-    """The first `samples` training examples, which are in random order, in batches of one size."""
+    """The first `samples` training examples, which are in random order, or all there are, in batches."""
     features, collate = task.features(processor)["train"], task.collate(processor)
-    size = min(_BATCH, len(features))
+    count = min(samples, len(features))
     feeds = []
-    for start in range(0, min(samples, len(features)) - size + 1, size):
-        batch = collate([features[index] for index in range(start, start + size)])
+    for start in range(0, count, _BATCH):
+        batch = collate([features[index] for index in range(start, min(start + _BATCH, count))])
         feeds.append({name: value.numpy() for name, value in batch.items() if name != "labels"})
     return feeds
 

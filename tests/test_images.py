@@ -394,16 +394,22 @@ def exported(image_task, image_teacher, tmp_path_factory):
     return directory / "model.onnx"
 
 
+@pytest.mark.parametrize(("samples", "sizes"), [(3, [3]), (33, [16, 16, 1]), (10**6, [16, 16, 16, 16, 8])])
+def test_calibration_takes_as_many_examples_as_were_asked_for_or_all(samples, sizes, image_task, image_processor):
+    feeds = calibration_feeds(image_task, image_processor, samples)
+    assert [len(feed["pixel_values"]) for feed in feeds] == sizes
+
+
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_static_quantization_keeps_the_answers(calibration, image_task, image_teacher, exported, tmp_path):
     import onnx
 
     processor = image_task.load_processor(str(image_teacher))
-    feeds = calibration_feeds(image_task, processor, 48)
-    assert [len(feed["pixel_values"]) for feed in feeds] == [16, 16, 16]
+    feeds = calibration_feeds(image_task, processor, 40)
+    assert [len(feed["pixel_values"]) for feed in feeds] == [16, 16, 8]
     details = quantize_static_int8(exported, tmp_path / "int8.onnx", feeds, calibration, reduce_range=True)
     assert details["quantized"].get("MatMul", 0) + details["quantized"].get("Gemm", 0) == 4 * 6 + 1
-    assert details["calibration_samples"] == 48
+    assert details["calibration_samples"] == 40
     graph = onnx.load(tmp_path / "int8.onnx").graph
     assert "ConvInteger" not in {node.op_type for node in graph.node}
     features, own = image_task.features(processor)["validation"], image_task.collate(processor)
