@@ -303,22 +303,32 @@ def _load_folder_of_files(path: Path, files: list[Path], config: DataConfig, kin
         return Source({"train": _load_file(files[0], config, kind)})
     import datasets
 
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        # "train.csv", and shards such as "train-00000-of-00002.parquet"
-        split = SPLIT_NAMES.get(re.split(r"[-_.]", file.name.lower())[0])
-        if split is None:
-            raise InputError(
-                f"expected files named after their split (train.csv, validation.csv, test.csv) in {path}, found "
-                f"{file.name}; rename the files, or pass one of them as --dataset"
-            )
-        by_split.setdefault(split, []).append(file)
     return Source(
         {
             split: datasets.concatenate_datasets([_load_file(file, config, kind) for file in split_files])
-            for split, split_files in by_split.items()
+            for split, split_files in files_by_split(path, files).items()
         }
     )
+
+
+def split_named_by(file: Path) -> str | None:
+    """The split that a file is named after: "train.csv", or a shard such as "train-00000-of-00002.parquet"."""
+    return SPLIT_NAMES.get(re.split(r"[-_.]", file.name.lower())[0])
+
+
+def files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """The files of each split in the folder `path`; raises InputError where some are not named after one."""
+    by_split: dict[str | None, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(split_named_by(file), []).append(file)
+    unnamed = by_split.pop(None, [])
+    if unnamed:
+        names = ", ".join(f"{split}.{files[-1].name.partition('.')[2]}" for split in SPLITS)
+        raise InputError(
+            f"expected files named after their split ({names}) in {path}, found {', '.join(file.name for file in unnamed[:10])}; "
+            "rename the files, remove them, or pass one file as --dataset"
+        )
+    return {str(split): split_files for split, split_files in by_split.items()}
 
 
 def _load_class_folders(path: Path, folders: list[Path], kind: Kind) -> Source:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ import numpy as np
 from pipelines.config import DataConfig, LanguageConfig
 from pipelines.data import (
     FILE_BUILDERS,
-    SPLIT_NAMES,
     SPLITS,
     Rows,
     Source,
@@ -23,9 +23,11 @@ from pipelines.data import (
     content_fingerprint,
     cut_missing_splits,
     drop_duplicates,
+    files_by_split,
     load_source,
     note_guessed_encodings,
     read_texts,
+    split_named_by,
     text_key,
     visible,
 )
@@ -131,10 +133,12 @@ def _load(config: DataConfig, language: LanguageConfig) -> Source:
     texts = [entry for entry in entries if entry.suffix.lower() in TEXT_SUFFIXES]
     if not texts or any(entry.suffix.lower() in FILE_BUILDERS for entry in entries):
         return load_source(config)
-    by_split = {SPLIT_NAMES.get(re.split(r"[-_.]", entry.name.lower())[0]): entry for entry in texts}
-    if None not in by_split and len(by_split) == len(texts):
+    if any(map(split_named_by, texts)):
         return Source(
-            {str(split): rows(_read_text_file(file, language.document_start)) for split, file in by_split.items()}
+            {
+                split: rows(chain.from_iterable(_read_text_file(file, language.document_start) for file in files))
+                for split, files in files_by_split(path, texts).items()
+            }
         )
     # One document a file, in the encodings that class folders may have.
     read = list(read_texts([(str(entry), "", 0, 0) for entry in texts]))

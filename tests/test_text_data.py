@@ -79,6 +79,22 @@ def test_files_named_after_splits_are_those_splits(tmp_path):
     assert len(data.splits["train"]) == 30
 
 
+def test_shards_are_their_splits_and_what_names_no_split_among_them_is_refused(tmp_path):
+    shards = {"train-0": DOCUMENTS[:15], "train-1": DOCUMENTS[15:30], "valid": DOCUMENTS[30:34], "test": DOCUMENTS[34:]}
+    for name, texts in shards.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(texts))
+    data = load(tmp_path)
+    assert data.splits["test"]["text"][:] == DOCUMENTS[34:]
+    assert sorted(data.splits["validation"]["text"]) == sorted(DOCUMENTS[30:34])
+    assert sorted(data.splits["train"]["text"]) == sorted(DOCUMENTS[:30])
+    for name in ("README.md", "notes.txt"):
+        (tmp_path / name).write_text("What these files are.")
+    with pytest.raises(
+        InputError, match=r"named after their split .* found README\.md, notes\.txt; rename the files, remove them"
+    ):
+        load(tmp_path)
+
+
 def test_rows_are_joined_into_documents_at_a_pattern(tmp_path):
     lines = [
         line
