@@ -42,10 +42,13 @@ class DataConfig:
     train_split: str = _flag("train", "The split to train on.")
     validation_split: str | None = _flag(
         None,
-        "The split every choice is made on. Left out: 'validation' if there is one, else cut from the training split.",
+        "The split every choice is made on. Left out: 'validation' if it has labels and is not the test split, else cut from the "
+        "training split.",
     )
     test_split: str | None = _flag(
-        None, "The split only the report reads. Left out: 'test' if it has labels, else cut from what there is."
+        None,
+        "The split only the report reads. Left out: 'test' if it has labels; else 'validation' if it has and --validation_split is left "
+        "out too; else cut from the training split.",
     )
     text_column: str = _flag("text", "The column with the text.")
     text_pair_column: str | None = _flag(None, "The column with the second text, for sentence pairs.")
