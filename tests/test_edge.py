@@ -352,12 +352,26 @@ def test_sampling_flags_of_a_language_model(language_bundle, text_bundle):
     assert refused(text_bundle, "the team", "--top_p", "0.5")[0] == 2
     status, error = refused(language_bundle, "goal " * 200, "--json")
     assert status == 1
-    assert "fewer than 64 tokens" in error
+    assert re.search("fewer than 64 tokens.*Shorten the text", error)
+    assert refused(language_bundle, "goal " * 200, "--benchmark") == (1, error)
+    status, error = refused(language_bundle, "the team", "--seed", "-1")
+    assert (status, error.endswith("seed cannot be -1")) == (2, True)
     measured = json.loads(start(language_bundle, "--benchmark", "--json", "--max_new_tokens", "8").stdout)
     assert measured["tokens_per_second"] > 0 < measured["first_token_ms"]
     shutil.copytree(language_bundle, copy := language_bundle.parent / "copy", dirs_exist_ok=True)
     (copy / "generate.py").unlink()
     assert "generate.py, found no such file" in refused(copy, "the team")[1]
+
+
+def test_generate_alone_refuses_in_one_line(language_bundle):
+    command = [sys.executable, str(language_bundle / "generate.py"), str(language_bundle)]
+    for prompt, flags, message in [
+        ("goal " * 200, [], "Shorten the text."),
+        ("the team", ["--seed", "-1"], "seed cannot be -1"),
+    ]:
+        done = subprocess.run([*command, prompt, *flags], capture_output=True, text=True, encoding="utf-8")
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert message in done.stderr
 
 
 def test_the_record_and_the_manifest_say_what_is_there(text_bundle):

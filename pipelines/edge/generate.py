@@ -39,6 +39,7 @@ class Sampling:
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
+            "seed": self.seed >= 0,
         }.items():
             if not holds:
                 raise ValueError(f"{name} cannot be {getattr(self, name)}")
@@ -113,10 +114,10 @@ class LanguageModel:
         sampling = sampling or Sampling()
         longest = max(len(tokens) for tokens in sequences)
         if min(len(tokens) for tokens in sequences) == 0:
-            raise ValueError("expected at least one token in every prompt, found none")
+            raise ValueError("expected at least one token in every prompt, found none. Give it a text.")
         if self.context is not None and longest >= self.context:
             raise ValueError(
-                f"expected prompts of fewer than {self.context} tokens, the positions the model has, found {longest}"
+                f"expected prompts of fewer than {self.context} tokens, the positions the model has, found {longest}. Shorten the text."
             )
         batch = len(sequences)
         # Prompts are padded on the left, so that all continue at the same place; the mask hides the padding.
@@ -206,9 +207,13 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     model = LanguageModel(arguments.pop("directory"))
     prompt = arguments.pop("prompt")
-    print(prompt, end="", flush=True)
-    for piece in model.stream(prompt, Sampling(**arguments)):
-        print(piece, end="", flush=True)
+    try:
+        sampling = Sampling(**arguments)
+        print(prompt, end="", flush=True)
+        for piece in model.stream(prompt, sampling):
+            print(piece, end="", flush=True)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
     print()
 
 

@@ -334,7 +334,7 @@ class Writer:
         try:
             yield from self.model.stream(prompt, sampling)
         except ValueError as error:  # a prompt that leaves the model no room
-            raise BundleError(f"{error}. Shorten the text.") from error
+            raise BundleError(str(error)) from error
 
 
 def generation() -> Any:
@@ -413,11 +413,14 @@ def benchmark_writer(writer: Writer, prompt: str, sampling: Any, started: float)
     ready = time.perf_counter() - started
     tokens = [writer.model.encode(prompt)]
     first, rates = [], []
-    for _ in range(5):
-        start = time.perf_counter()
-        times = [time.perf_counter() - start for _ in writer.model.steps(tokens, sampling)]
-        first += times[:1]
-        rates += [(len(times) - 1) / (times[-1] - times[0])] if len(times) > 1 else []
+    try:
+        for _ in range(5):
+            start = time.perf_counter()
+            times = [time.perf_counter() - start for _ in writer.model.steps(tokens, sampling)]
+            first += times[:1]
+            rates += [(len(times) - 1) / (times[-1] - times[0])] if len(times) > 1 else []
+    except ValueError as error:
+        raise BundleError(str(error)) from error
     return {
         "ready_ms": round(ready * 1000, 1),
         "first_token_ms": round(float(np.median(first)) * 1000, 3) if first else None,
