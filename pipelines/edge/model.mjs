@@ -146,6 +146,10 @@ export function imagePixels(image, settings) {
 function withoutAlpha({data, width, height}) {
     const rgb = new Uint8Array(3 * width * height);
     for (let from = 0, to = 0; to < rgb.length; from += 4) {
+        // A canvas keeps colours multiplied by their alpha, so that those beneath transparency, which infer.py reads, are lost.
+        if (data[from + 3] < 255) {
+            throw new Error("expected an image without transparency, which this page cannot read as infer.py does, found a transparent one. Save it without transparency.");
+        }
         for (let channel = 0; channel < 3; channel++) rgb[to++] = data[from + channel];
     }
     return {data: rgb, width, height};
