@@ -91,6 +91,7 @@ def export_onnx(source: str, directory: Path, task: Any) -> Outcome:
     """Export the model in `source`, without the zeros of pruning and in the data's order of labels; verify the file on validation batches."""
     processor = task.load_processor(source)
     model = load_model(source, task.trust_remote_code)
+    task.check_config(model.config, source)
     task.order_labels(model, source)
     sample = task.export_sample(processor)
     operators, simplified = export_graph(model, sample, task.dynamic_axes(sample), directory / ONNX_FILE)

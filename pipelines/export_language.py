@@ -112,6 +112,7 @@ def export_language_model(source: str, directory: Path, task: Any) -> Outcome:
     """Export the causal model in `source`, without the zeros of pruning, and verify its logits and the text it generates."""
     processor = task.load_processor(source)
     model = load_model(source, task.trust_remote_code)
+    task.check_config(model.config, source)
     operators = export_graph(model, directory / ONNX_FILE)
     processor.save_pretrained(directory)
     model.config.save_pretrained(directory)

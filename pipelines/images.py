@@ -283,7 +283,7 @@ class ImageClassification(Classification):
             self.label_names,
             head,
             from_scratch,
-            check_config=lambda config: self._check_size(config, source),
+            check_config=lambda config: self.check_config(config, source),
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -319,7 +319,7 @@ class ImageClassification(Classification):
         """The axes of the inputs that vary from call to call; a model has one image size."""
         return {name: {0: "batch"} for name in sample}
 
-    def _check_size(self, config: Any, source: str) -> None:
+    def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model takes what its own image processor makes."""
         row = {"image": self._features["train"][0]["image"], "labels": 0}
         found = list(self.collate(self.load_processor(source))([row])["pixel_values"].shape[1:])

@@ -123,13 +123,7 @@ class LanguageModeling(Task):
         if not from_scratch:
             check_model(located)
         code = {"trust_remote_code": self.trust_remote_code}
-        config = self.load_config(source)
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit and self.config.max_length > limit:
-            raise InputError(
-                f"expected --max_length of at most {limit}, the positions that {source} has, found {self.config.max_length}. Pass a "
-                "smaller --max_length."
-            )
+        self.check_config(self.load_config(source), source)
         if from_scratch:
             tokenizer = self.load_processor(source)
             end = tokenizer.eos_token_id
@@ -155,6 +149,15 @@ class LanguageModeling(Task):
         )
         check_only_head_is_new(model, info, source, head_may_be_new=False)
         return model
+
+    def check_config(self, config: Any, source: str) -> None:
+        """Raise InputError unless the model has a position for every token of a window."""
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and self.config.max_length > limit:
+            raise InputError(
+                f"expected --max_length of at most {limit}, the positions that {source} has, found {self.config.max_length}. Pass a "
+                "smaller --max_length."
+            )
 
     def features(self, processor: Any) -> Any:
         """Windows of tokens of every split; the same vocabulary tokenizes once in a process."""

@@ -51,6 +51,10 @@ class Task(ABC):
         )
 
     @abstractmethod
+    def check_config(self, config: Any, source: str) -> None:
+        """Raise InputError unless a model with the config that `source` has takes this task's inputs."""
+
+    @abstractmethod
     def features(self, processor: Any) -> Any:
         """The splits as a model of this processor reads them."""
 
@@ -97,8 +101,12 @@ class Classification(Task):
         reorder_labels(model, order, self.label_names)
 
     def check_graph(self, source: str) -> None:
-        """Raise InputError unless the ONNX model in `source` answers in the data's order: a graph keeps that of its export."""
+        """Raise InputError unless the ONNX model in `source` takes this task's inputs and answers in the data's order.
+
+        A graph keeps the order of its export.
+        """
         config = self.load_config(source)
+        self.check_config(config, source)
         if label_order(config, self.label_names) != list(range(len(self.label_names))):
             raise InputError(
                 f"expected an ONNX model for the labels {self.label_names}, in this order, found {list(config.id2label.values())} in "
@@ -147,7 +155,7 @@ class TextClassification(Classification):
             self.label_names,
             head,
             from_scratch,
-            check_config=lambda config: self._check_length(config, source),
+            check_config=lambda config: self.check_config(config, source),
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -196,7 +204,8 @@ class TextClassification(Classification):
         """The axes of the inputs that vary from call to call."""
         return {name: {0: "batch", 1: "sequence"} for name in sample}
 
-    def _check_length(self, config: Any, source: str) -> None:
+    def check_config(self, config: Any, source: str) -> None:
+        """Raise InputError unless the model has a position for every token."""
         limit = getattr(config, "max_position_embeddings", None)
         # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
         offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0

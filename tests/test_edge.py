@@ -214,7 +214,13 @@ def test_a_slow_tokenizer_is_refused(text_onnx, task, tmp_path):
     task_of_it = type(
         "Task",
         (),
-        {"load_processor": lambda *_: processor, "load_config": task.load_config, "causal": False, "name": task.name},
+        {
+            "load_processor": lambda *_: processor,
+            "load_config": task.load_config,
+            "check_config": lambda *_: None,
+            "causal": False,
+            "name": task.name,
+        },
     )
     with pytest.raises(InputError, match="has only a slow tokenizer"):
         make_bundle(source, tmp_path / "bundle", task_of_it())

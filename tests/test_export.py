@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from conftest import IMAGE_FAMILIES, tiny_model
-from pipelines.config import QuantizeConfig
+from pipelines.config import BundleConfig, DataConfig, QuantizeConfig
+from pipelines.edge.bundle import build_bundle
 from pipelines.errors import InputError, VerificationError
 from pipelines.export import export_onnx
 from pipelines.predict import open_session, predict_onnx, predict_torch
 from pipelines.quantize import quantize_onnx
 from pipelines.surgery import cut, load_model, with_stock_shapes
+from pipelines.tasks import TextClassification
 from pipelines.verify import verify_against_torch, verify_directory, verify_quality
 
 HEADS = [np.array([0, 3]), np.array([1]), np.array([0, 1, 2, 3]), np.array([2])]
@@ -136,6 +138,23 @@ def test_labels_in_another_order_are_exported_in_the_datas_and_a_graph_in_anothe
     tiny_model(model_type, id2label=others).save_pretrained(source)
     with pytest.raises(InputError, match=r"sport.*found .*LABEL_0.*Fine-tune"):
         export_onnx(str(source), target, task)
+
+
+def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_made(
+    csv_file, teacher, text_onnx, tmp_path
+):
+    task = TextClassification(DataConfig(dataset=str(csv_file), max_length=65))
+    onnx_directory = str(text_onnx / "onnx")
+    stages = {
+        "export": lambda: export_onnx(str(teacher), tmp_path, task),
+        "quantize": lambda: quantize_onnx(onnx_directory, tmp_path, task, QuantizeConfig()),
+        "verify": lambda: verify_directory(text_onnx / "onnx", teacher, task, 0.01),
+        "bundle": lambda: build_bundle(onnx_directory, tmp_path, task, BundleConfig()),
+    }
+    for stage in stages.values():
+        with pytest.raises(InputError, match="--max_length of at most 64"):
+            stage()
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def break_weights(model: onnx.ModelProto) -> None:

@@ -17,9 +17,9 @@ from onnx import numpy_helper
 from conftest import tiny_language_model
 from pipelines.benchmark import paired_ratios
 from pipelines.benchmark_language import Decoding, measure_decoding
-from pipelines.config import LanguageQuantizeConfig
+from pipelines.config import DataConfig, LanguageConfig, LanguageQuantizeConfig
 from pipelines.edge.generate import LanguageModel, Sampling, choose, keep_likely, penalize
-from pipelines.errors import VerificationError
+from pipelines.errors import InputError, VerificationError
 from pipelines.export_language import (
     export_language_model,
     torch_greedy,
@@ -28,6 +28,7 @@ from pipelines.export_language import (
     verify_same_logits,
 )
 from pipelines.fuse import fuse_language_model
+from pipelines.language import LanguageModeling
 from pipelines.predict import empty_cache, open_session, predict_onnx
 from pipelines.quantize_language import SCHEMES, quantize_language_model, quantize_weights
 from pipelines.surgery import cut, load_model, shape_of, with_stock_shapes
@@ -48,6 +49,12 @@ def exported(language_task, language_model_dir, tmp_path_factory):
     language_task.load_processor(str(language_model_dir)).save_pretrained(source)
     outcome = export_language_model(str(source), directory, language_task)
     return source, directory, outcome
+
+
+def test_windows_beyond_the_models_positions_are_refused(language_text, language_model_dir, tmp_path):
+    task = LanguageModeling(DataConfig(dataset=str(language_text), max_length=65), LanguageConfig())
+    with pytest.raises(InputError, match="--max_length of at most 64"):
+        export_language_model(str(language_model_dir), tmp_path, task)
 
 
 def test_the_graph_is_the_model_with_and_without_a_past_and_generates_what_torch_generates(exported):

@@ -48,12 +48,16 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
             f"expected an ONNX directory with {ONNX_FILE}, as the stages export and quantize write it, found none in {source}. Run one of "
             "them first."
         )
+    labels: dict[int, str] = {}
+    if not task.causal:
+        config = task.load_config(source)
+        task.check_config(config, source)
+        labels = config.id2label
     for path in shipped_files(Path(source)):
         shutil.copy2(path, directory / path.name)
     for path in (RUNTIME, GENERATION) if task.causal else (RUNTIME,):
         shutil.copyfile(path, directory / path.name)
     processor = task.load_processor(source)
-    labels = {} if task.causal else task.load_config(source).id2label
     kind = "image" if task.name == "image-classification" else "text"
     settings = image_settings(processor) if kind == "image" else text_settings(processor, task, source)
     graph = onnx.load(directory / ONNX_FILE, load_external_data=False)
