@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipelines.edge.generate import LanguageModel, Sampling
 from pipelines.errors import VerificationError
 from pipelines.export import ONNX_FILE, OPSET, name_axes, quiet_exporters
+from pipelines.onnx_file import save
 from pipelines.predict import empty_cache, open_session
 from pipelines.run import Outcome
 from pipelines.surgery import load_model
@@ -77,7 +78,6 @@ def sample_inputs(model: Any) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor
 
 def export_graph(model: Any, path: Path) -> dict[str, int]:
     """Write `model` as one ONNX file with a KV cache; return how many nodes of each operator it has."""
-    import onnx_ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from torch.export import Dim
 
@@ -103,7 +103,7 @@ def export_graph(model: Any, path: Path) -> dict[str, int]:
     name_axes(graph, axes)
     # The exporter notes for every node the lines of Python it came from: half a megabyte that names this machine's folders.
     ClearMetadataAndDocStringPass()(program.model)
-    onnx_ir.save(program.model, str(path))
+    save(program.model, path)
     operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.all_nodes())
     return dict(sorted(operators.items()))
 

@@ -15,12 +15,14 @@ import torch
 from onnx import numpy_helper
 
 from conftest import tiny_language_model
+from pipelines import onnx_file
 from pipelines.benchmark import paired_ratios
 from pipelines.benchmark_language import Decoding, measure_decoding
 from pipelines.config import DataConfig, LanguageConfig, LanguageQuantizeConfig
 from pipelines.edge.generate import LanguageModel, Sampling, choose, keep_likely, penalize
 from pipelines.errors import InputError, VerificationError
 from pipelines.export_language import (
+    export_graph,
     export_language_model,
     torch_greedy,
     verify_generation,
@@ -55,6 +57,19 @@ def test_windows_beyond_the_models_positions_are_refused(language_text, language
     task = LanguageModeling(DataConfig(dataset=str(language_text), max_length=65), LanguageConfig())
     with pytest.raises(InputError, match="--max_length of at most 64"):
         export_language_model(str(language_model_dir), tmp_path, task)
+
+
+def test_weights_that_one_file_cannot_hold_go_beside_it(tmp_path, monkeypatch):
+    """ONNX files are protobuf messages, which end at 2 GB."""
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE", 1000)
+    model = tiny_language_model(n_layer=1)
+    export_graph(model, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx.data").is_file()
+    session, ids = open_session(tmp_path / "model.onnx"), np.arange(3, 11).reshape(1, 8)
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)} | empty_cache(session, 1)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(session.run(["logits"], feed)[0], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_graph_is_the_model_with_and_without_a_past_and_generates_what_torch_generates(exported):
