@@ -46,6 +46,7 @@ def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeCon
     give_memory_back()
     quantized = make_candidates(fused, directory, task, processor, quantize)
     fused.unlink()
+    _data_beside(fused).unlink(missing_ok=True)
     give_memory_back()
     chosen, measured = choose(quantized, directory, original, task, processor, quantize.max_quality_drop)
     (directory / CANDIDATES / chosen / ONNX_FILE).rename(directory / ONNX_FILE)
@@ -164,10 +165,15 @@ def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool) -> dic
     }
 
 
+def _data_beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
 def _prepare(source: Path, prepared: Path) -> Counter[str]:
     """Copy the model without its inner shapes: the quantizer transposes weights and then finds their shapes wrong."""
     model = onnx.load(source)
     del model.graph.value_info[:]
     add_pre_process_metadata(model)
-    onnx.save(model, prepared)
+    # The weights of a model above 2 GB are beside it, and so must those of the copy be.
+    onnx.save(model, prepared, save_as_external_data=_data_beside(source).exists())
     return Counter(node.op_type for node in model.graph.node)

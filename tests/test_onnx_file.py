@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 
 from pipelines import onnx_file
+from pipelines.config import QuantizeConfig
+from pipelines.predict import predict_onnx
+from pipelines.quantize import quantize_onnx
 
 
 def test_the_file_is_the_one_that_is_written_at_once(text_onnx, tmp_path, monkeypatch):
@@ -28,3 +32,14 @@ def test_the_file_is_the_one_that_is_written_at_once(text_onnx, tmp_path, monkey
     assert (tmp_path / "large.onnx.data").is_file()
     assert (tmp_path / "large.onnx").stat().st_size < (tmp_path / "again.onnx").stat().st_size / 2
     onnxruntime.InferenceSession(str(tmp_path / "large.onnx"), providers=["CPUExecutionProvider"])
+
+
+def test_a_graph_whose_weights_are_beside_it_is_quantized_to_the_same_file(text_onnx, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE", 1000)
+    quantize_onnx(str(text_onnx / "onnx"), tmp_path, task, QuantizeConfig(max_quality_drop=1.0))
+    expected = text_onnx / "quantized"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in expected.iterdir())
+    processor = task.load_processor(str(expected))
+    features, collate = task.features(processor)["validation"], task.collate(processor)
+    answers = [predict_onnx(path / "model.onnx", features, collate) for path in (tmp_path, expected)]
+    np.testing.assert_array_equal(*answers)
