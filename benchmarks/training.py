@@ -11,6 +11,7 @@ false` too, and `fine_tune_fast_bf16` `--bf16 true`, which gains on a CPU with A
 Each row runs in a fresh process, the rows in turn. Counted are all seconds after the imports: reading the data, tokenizing it, training,
 evaluating on the validation split and a checkpoint every epoch, the last scoring and saving. Storing the soft targets happens once for all
 students and recoveries, so its seconds stand apart. `seconds_to_score` is when a row first reached what the worst row of its kind ends with.
+`--profile true` tells instead where the time of a training step goes, by operator, with and without dropout in attention.
 """
 
 from __future__ import annotations
@@ -122,6 +123,40 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def profile(flags: argparse.Namespace, steps: int = 3) -> dict[str, dict[str, float]]:
+    """Milliseconds of each operator in one step of `fine_tune` and of `fine_tune_fast`, the largest first, and of the whole step."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    from pipelines.config import DataConfig
+    from pipelines.dropout import cheap_dropout
+    from pipelines.tasks import TextClassification
+
+    task = TextClassification(DataConfig(dataset=flags.dataset, max_length=flags.max_length))
+    processor = task.load_processor(flags.teacher_model)
+    model = task.load_model(flags.teacher_model, "new if other").train()
+    features = task.features(processor)["train"]
+    batch = task.collate(processor)([features[index] for index in range(flags.batch_size)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    found = {}
+    for row, in_attention in (("fine_tune", True), ("fine_tune_fast", False)):
+        with cheap_dropout(model, in_attention):
+            step()
+            with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
+                for _ in range(steps):
+                    step()
+        times = {event.key: event.self_cpu_time_total / steps / 1000 for event in profiler.key_averages()}
+        largest = sorted(times.items(), key=lambda item: -item[1])[:12]
+        found[row] = {"step": round(sum(times.values()), 1)} | {name: round(each, 1) for name, each in largest}
+    return found
+
+
 def summarize(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians over the rounds, and the ratios within each round."""
     rows: dict[str, Any] = {}
@@ -156,6 +191,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="Training examples of a batch.")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="Students need fine_tune before.")
     parser.add_argument("--rounds", type=int, default=1, help="Processes of each row, in turn.")
+    parser.add_argument("--profile", choices=["true", "false"], default="false", help="Where a step's time goes.")
     parser.add_argument("--output", type=Path, help="A file for the figures, as JSON.")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # the folder of the one row to run in this process
     return parser.parse_args(argv)
@@ -165,6 +201,9 @@ def main() -> None:
     flags = parse_flags(sys.argv[1:])
     if flags.alone:
         print(json.dumps(work(flags.rows[0], flags, Path(flags.alone))))
+        return
+    if flags.profile == "true":
+        print(json.dumps(profile(flags), indent=2))
         return
     measured: dict[str, list[dict[str, Any]]] = {row: [] for row in flags.rows}
     with tempfile.TemporaryDirectory() as scratch:

@@ -42,6 +42,11 @@ def test_training_compares_each_row_with_its_rival(trained_teacher, csv_file, tm
         assert 0 < row["seconds_to_score"] <= row["seconds"], name
         assert row["score_reached"] <= row["score"]
         assert (row["storing_soft_targets_seconds"] > 0) == (name == "student_stored")
+    for row in training.profile(parsed, steps=1).values():
+        names = list(row)
+        assert names[0] == "step"
+        assert "aten::addmm" in names
+        assert sum(row[name] for name in names[1:]) <= row["step"] * 1.01
     alone = run_script("training.py", tmp_path / "found.json", *flags, "--rows", "fine_tune")
     assert alone["rows"]["fine_tune"].keys() == found["rows"]["fine_tune"].keys()
 
