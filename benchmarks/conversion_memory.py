@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from synthetic import write_shape, write_texts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` beside `pipelines`, installed or not
 
-from pipelines.benchmark import peak_memory_bytes
+from benchmarks.synthetic import write_shape, write_texts  # noqa: E402
+from pipelines.benchmark import peak_memory_bytes  # noqa: E402
 
 STAGES = ("export", "quantize")
 

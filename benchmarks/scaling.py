@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from synthetic import write_shape, write_texts
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` beside `pipelines`, installed or not
+
+from benchmarks.synthetic import write_shape, write_texts  # noqa: E402
 
 WIDTH, LAYERS, LENGTH = 256, 4, 64
 SIZES: dict[str, list[int]] = {
