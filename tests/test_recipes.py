@@ -326,14 +326,13 @@ def bad_inputs(tmp_path: Path, tokenizer) -> dict[str, tuple[list[str], str]]:
         "too long": (["--max_length", "100000"], "max_length"),
         "package not installed": (["--teacher_model", "package://no_such_package/model"], "no_such_package"),
         "outside the package": (["--teacher_model", "package://datasets/../evaluate"], "datasets"),
-        "a checkpoint to go on from": (["--resume_from_checkpoint", "last"], "resume_from_checkpoint"),
     }
 
 
 BAD_INPUTS = [
     "missing file", "missing column", "one class", "empty text", "a label the teacher does not know",
     "a student with other labels", "no weights", "truncated weights", "no permission", "unknown key", "too long",
-    "package not installed", "outside the package", "a checkpoint to go on from",
+    "package not installed", "outside the package",
 ]  # fmt: skip
 
 
@@ -364,6 +363,12 @@ def test_an_unknown_flag_exits_with_status_2(capsys, monkeypatch):
     status, _, err = run_recipe("--teacher_modle", "x", capsys=capsys, monkeypatch=monkeypatch)
     assert status == 2
     assert "--teacher_modle" in err
+
+
+def test_a_checkpoint_to_go_on_from_is_a_flag_that_is_refused(capsys, monkeypatch):
+    status, _, err = run_recipe("--resume_from_checkpoint", "last", capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2
+    assert "the same command goes on from the last whole checkpoint" in " ".join(err.split())
 
 
 def test_help_documents_every_flag(capsys, monkeypatch):
