@@ -159,6 +159,8 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         for name, seconds in one["seconds"].items():
             axes.loglog(one["sizes"], seconds, marker="o", markersize=3, label=f"{name}: {one['exponents'][name]:.2f}")
         axes.set_title(f"{series} (work: {one['exponents']['work']:.2f})", fontsize=9)
+        axes.set_xticks(one["sizes"], [f"{size:,}" for size in one["sizes"]], fontsize=6, rotation=30)
+        axes.minorticks_off()
         axes.set_xlabel(series)
         axes.set_ylabel("seconds")
         axes.legend(fontsize=6)
