@@ -62,7 +62,7 @@ scores = {}
 for file in ("model", "model_quantized"):
     model = ORTModelForSequenceClassification.from_pretrained(name, subfolder="onnx", file_name=f"{file}.onnx")
     classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(name), top_k=None)
-    scores[file] = [[answer["label"], answer["score"]] for answer in classify(text, truncation=True)]
+    scores[file] = [[answer["label"], answer["score"]] for answer in classify([text], truncation=True)[0]]
 print(json.dumps(scores))
 """
 # The newest of both. optimum-onnx stops at this transformers, and all of it goes beside the tests' own torch and ONNX Runtime.
