@@ -121,7 +121,7 @@ def _load_onnx(path: Path, threads: int) -> Callable[[list[int], int], Any]:
     from pipelines.edge.generate import LanguageModel, Sampling
 
     model = LanguageModel(path, threads)
-    model.end_tokens = []  # as below
+    model.end_tokens = []  # every model writes as many tokens as it is told to
     return lambda prompt, new: model.generate_tokens([prompt], Sampling(max_new_tokens=new))
 
 
@@ -132,9 +132,8 @@ def _load_torch(path: Path, threads: int, trust_remote_code: bool) -> Callable[[
 
     torch.set_num_threads(threads)
     model = load_model(path, trust_remote_code)
-    model.generation_config.eos_token_id = (
-        model.config.vocab_size
-    )  # which no token is: min_new_tokens would cost time in each step
+    # Every model writes as many tokens as it is told to. No token is this end; min_new_tokens would cost time in each step.
+    model.generation_config.eos_token_id = model.config.vocab_size
 
     def write(prompt: list[int], new: int) -> Any:
         with torch.inference_mode():

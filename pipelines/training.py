@@ -358,9 +358,8 @@ def train(
     arguments.remove_unused_columns = False  # the collator keeps what the loss needs
     arguments.label_names = ["labels"]  # which the Trainer looks for in the model's own forward; the loss is ours
     if (arguments.metric_for_best_model or "").removeprefix("eval_") == task.primary_metric:
-        arguments.greater_is_better = (
-            task.greater_is_better
-        )  # transformers takes every score but a loss for one that should rise
+        # transformers takes every score but a loss for one that should rise.
+        arguments.greater_is_better = task.greater_is_better
 
     use_cache = getattr(model.config, "use_cache", None)
     trainer = trainer_class(
@@ -461,9 +460,8 @@ def keep_answers(task: Any) -> Callable[[Any, Tensor], Tensor]:
     answers = task.answers
 
     def keep(outputs: Any, labels: Tensor) -> Tensor:
-        logits: Tensor = (
-            outputs[0] if isinstance(outputs, tuple) else outputs
-        )  # a distilled DeiT has those of its two heads, too
+        # A distilled DeiT has the logits of its two heads, too.
+        logits: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         if answers is None:
             return logits
         return torch.from_numpy(answers(logits.float().cpu().numpy(), labels.cpu().numpy())).to(logits.device)
