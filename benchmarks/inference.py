@@ -383,7 +383,7 @@ class Workers:
     def start(self, module: str, spec: dict[str, Any], name: str, python: str = sys.executable) -> dict[str, Any]:
         file = self.folder / "spec.json"
         file.write_text(json.dumps(spec), encoding="utf-8")
-        return run_worker(module, file, name, "run on the benchmark's feeds", python)
+        return run_worker(module, file, name, "run on the benchmark's feeds", python=python)
 
 
 def directory_of(output: Path, row: str, kind: Row) -> Path:

@@ -2,7 +2,8 @@
 
 Live ONNX Runtime sessions spin and slow each other, and a shared machine is faster in one minute than in the next. So
 no two models ever live in one process, and every round times every model once: noise that lasts longer than a round
-hits all of them, and ratios are taken within a round. The worker for an ONNX model imports NumPy and ONNX Runtime only.
+hits all of them, and ratios are taken within a round. The worker for an ONNX model imports NumPy and ONNX Runtime only;
+a worker for torch is forked from a process that has made the imports, which take seconds, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,8 @@ from pipelines.predict import available_cores, open_session
 
 # A percentile of fewer calls than this says nothing, however slow the model is.
 MINIMUM_REPETITIONS = 10
+# The argument that makes a worker fork others, and the file of a fork's standard error.
+FORKS, STDERR = "--forks", "stderr.txt"
 
 Feed = dict[str, np.ndarray]
 
@@ -61,13 +66,15 @@ def measure(
     measured: dict[str, list[dict[str, float]]] = {subject.name: [] for subject in subjects}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         specs = [_write_spec(Path(folder) / str(i), subject, threads, seconds) for i, subject in enumerate(subjects)]
-        with tqdm(total=rounds * len(subjects), desc="benchmark", unit="run") as progress:
+        progress = tqdm(total=rounds * len(subjects), desc="benchmark", unit="run")
+        with progress, torch_workers("pipelines.benchmark", {s.format for s in subjects}, threads) as forks:
             for _ in range(rounds):
                 for subject, spec in zip(subjects, specs, strict=True):
                     progress.set_postfix_str(subject.name)
-                    measured[subject.name].append(
-                        run_worker("pipelines.benchmark", spec, subject.name, "run on feeds of its own tokenizer")
+                    result = run_worker(
+                        "pipelines.benchmark", spec, subject.name, "run on feeds of its own tokenizer", forks=forks
                     )
+                    measured[subject.name].append(result)
                     progress.update()
     return {subject.name: _summarize(subject, measured[subject.name], threads) for subject in subjects}
 
@@ -122,33 +129,106 @@ def _write_spec(folder: Path, subject: Subject, threads: int, seconds: float) ->
     return folder / "spec.json"
 
 
-def run_worker(module: str, spec: Path, name: str, to_do: str, python: str = sys.executable) -> dict[str, float]:
-    """The result.json that `python -m module` writes beside `spec`, on as many threads as the spec says; `to_do` is for the message."""
+@contextmanager
+def torch_workers(module: str, formats: set[str], threads: int) -> Iterator[subprocess.Popen[str] | None]:
+    """What `run_worker` forks workers for torch from. None where no model needs it, or a fork after imports is not safe (not on Linux)."""
+    if "transformers" not in formats or sys.platform != "linux":
+        yield None
+        return
+    command = [sys.executable, "-m", module, FORKS]
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark_") as folder,
+        subprocess.Popen(
+            command, cwd=folder, env=_environment(threads), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        yield process
+
+
+def run_worker(
+    module: str, spec: Path, name: str, to_do: str, *, python: str = sys.executable,
+    forks: subprocess.Popen[str] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """The result.json that `python -m module` writes beside `spec`, on as many threads as the spec says; `to_do` is for the message.
+
+    For a model in torch the worker is a fork of `forks`, if there is one; for all others a new process.
+    """
     orders = json.loads(spec.read_text(encoding="utf-8"))
-    root = Path(__file__).resolve().parent.parent
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": str(orders["threads"]),
-    }
-    # `-m` puts the working directory first on the module path: in a folder of our own nothing can shadow a library.
-    worker = subprocess.run(
-        [python, "-m", module, spec.name],
-        cwd=spec.parent,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-    if worker.returncode != 0:
-        tail = "\n".join(worker.stderr.strip().splitlines()[-15:])
+    if forks and orders["format"] == "transformers":
+        status, errors = _run_fork(forks, spec)
+    else:
+        # `-m` puts the working directory first on the module path: in a folder of our own nothing can shadow a library.
+        worker = subprocess.run(
+            [python, "-m", module, spec.name],
+            cwd=spec.parent,
+            env=_environment(orders["threads"]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        status, errors = worker.returncode, worker.stderr
+    if status != 0:
+        tail = "\n".join(errors.strip().splitlines()[-15:])
         raise InputError(
-            f"expected {orders['path']} to {to_do}, found that the worker timing {name} ended with status {worker.returncode} (-9 usually "
+            f"expected {orders['path']} to {to_do}, found that the worker timing {name} ended with status {status} (-9 usually "
             f"means that memory ran out):\n{tail}\nVerify the stage, or benchmark it without the others."
         )
     result: dict[str, float] = json.loads((spec.parent / "result.json").read_text(encoding="utf-8"))
     return result
+
+
+def _environment(threads: int) -> dict[str, str]:
+    root = Path(__file__).resolve().parent.parent
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
+def _run_fork(forks: subprocess.Popen[str], spec: Path) -> tuple[int, str]:
+    """The exit status of a fork of `forks` that does what `spec` says, and what it wrote to standard error."""
+    assert forks.stdin
+    assert forks.stdout
+    try:
+        print(spec, file=forks.stdin, flush=True)
+        status = int(forks.stdout.readline())
+    except (OSError, ValueError):
+        # It has ended without an answer, and said why on the standard error that it shares with this process.
+        return forks.wait(), ""
+    return status, (spec.parent / STDERR).read_text(encoding="utf-8", errors="replace")
+
+
+def be_a_worker(work: Callable[[Path], None], argument: str) -> None:
+    """`work` on the spec that the argument names; or on every spec that a line of standard input names, each in a fork of its own."""
+    if argument != FORKS:
+        work(Path(argument))
+        return
+    import transformers.models.bert.modeling_bert  # noqa: F401  # brings what the module of any other model imports
+
+    import pipelines.surgery  # noqa: F401
+
+    for line in sys.stdin:
+        worker = os.fork()
+        if worker == 0:
+            _work_and_exit(work, Path(line.rstrip("\n")))
+        print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), flush=True)
+
+
+def _work_and_exit(work: Callable[[Path], None], spec: Path) -> None:
+    status = 1
+    try:
+        for stream, file in ((1, os.devnull), (2, spec.parent / STDERR)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), stream)
+        work(spec)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        # Not through the handlers and buffers that belong to the process this one was forked from.
+        os._exit(status)
 
 
 def _summarize(subject: Subject, rounds: list[dict[str, float]], threads: int) -> dict[str, Any]:
@@ -271,4 +351,4 @@ def peak_memory_bytes() -> int:
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]))
+    be_a_worker(_work, sys.argv[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.benchmark import peak_memory_bytes, run_worker
+from pipelines.benchmark import be_a_worker, peak_memory_bytes, run_worker, torch_workers
 from pipelines.predict import available_cores
 
 
@@ -38,14 +39,15 @@ def measure_decoding(
     """
     threads = threads or available_cores()
     measured: dict[str, list[dict[str, float]]] = {subject.name: [] for subject in subjects}
-    for _ in range(rounds):
-        for subject in subjects:
-            spec = {
-                "path": str(subject.path.resolve()), "format": subject.format, "prompt_tokens": prompt_tokens,
-                "new_tokens": new_tokens, "threads": threads, "seconds": seconds,
-                "trust_remote_code": subject.trust_remote_code,
-            }  # fmt: skip
-            measured[subject.name].append(_run_worker(subject.name, spec))
+    with torch_workers("pipelines.benchmark_language", {subject.format for subject in subjects}, threads) as forks:
+        for _ in range(rounds):
+            for subject in subjects:
+                spec = {
+                    "path": str(subject.path.resolve()), "format": subject.format, "prompt_tokens": prompt_tokens,
+                    "new_tokens": new_tokens, "threads": threads, "seconds": seconds,
+                    "trust_remote_code": subject.trust_remote_code,
+                }  # fmt: skip
+                measured[subject.name].append(_run_worker(subject.name, spec, forks))
     return {name: _summarize(results, prompt_tokens, threads) for name, results in measured.items()}
 
 
@@ -60,11 +62,11 @@ def memory_bandwidth(megabytes: int = 256, repetitions: int = 5) -> float:
     return array.nbytes / best
 
 
-def _run_worker(name: str, spec: dict[str, Any]) -> dict[str, float]:
+def _run_worker(name: str, spec: dict[str, Any], forks: subprocess.Popen[str] | None) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="decoding_") as folder:
         file = Path(folder) / "spec.json"
         file.write_text(json.dumps(spec), encoding="utf-8")
-        return run_worker("pipelines.benchmark_language", file, name, "generate text")
+        return run_worker("pipelines.benchmark_language", file, name, "generate text", forks=forks)
 
 
 def _summarize(rounds: list[dict[str, float]], prompt_tokens: int, threads: int) -> dict[str, Any]:
@@ -146,4 +148,4 @@ def _load_torch(path: Path, threads: int, trust_remote_code: bool) -> Callable[[
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]))
+    be_a_worker(_work, sys.argv[1])

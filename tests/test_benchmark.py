@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import pipelines
-from pipelines.benchmark import Subject, measure, paired_ratios, time_batches, time_calls
+from pipelines.benchmark import (
+    Subject,
+    _write_spec,
+    measure,
+    paired_ratios,
+    run_worker,
+    time_batches,
+    time_calls,
+    torch_workers,
+)
 from pipelines.errors import InputError
 
 
@@ -150,6 +160,30 @@ def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
     subject.single = {"other": subject.single["h0"]}
     with pytest.raises(InputError, match=r"found none for \['h0'\]"):
         measure([subject], rounds=1, seconds=0.01)
+
+
+def test_a_torch_worker_that_fails_says_why_and_the_next_one_does_not_mind(tmp_path: Path) -> None:
+    from conftest import tiny_model
+
+    tiny_model("bert").save_pretrained(tmp_path / "good")
+    shutil.copytree(tmp_path / "good", tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    ids = {"input_ids": np.ones((1, 4), np.int64), "attention_mask": np.ones((1, 4), np.int64)}
+    specs = {}
+    for name in ("broken", "good"):
+        subject = Subject(name, tmp_path / name, "transformers", ids, [ids])
+        specs[name] = _write_spec(tmp_path / f"spec_{name}", subject, threads=1, seconds=0.01)
+    with torch_workers("pipelines.benchmark", {"onnx", "transformers"}, threads=1) as forks:
+        assert forks is not None
+        with pytest.raises(InputError, match="(?s)timing broken ended with status 1.*safetensors"):
+            run_worker("pipelines.benchmark", specs["broken"], "broken", "run", forks=forks)
+        assert run_worker("pipelines.benchmark", specs["good"], "good", "run", forks=forks)["p50"] > 0
+        forks.kill()
+        with pytest.raises(InputError, match="timing good ended with status -9"):
+            run_worker("pipelines.benchmark", specs["good"], "good", "run", forks=forks)
+    with torch_workers("pipelines.benchmark", {"onnx"}, threads=1) as forks:
+        assert forks is None
 
 
 def test_subjects_that_cannot_be_timed_are_refused(tmp_path: Path) -> None:
