@@ -6,6 +6,7 @@ GatherBlockQuantized lay out a table (vocabulary, width) alike.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -56,7 +57,6 @@ def quantize_weights(
     Every block of `block_size` weights has a scale of its own; tables whose width it does not divide stay as they are.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     model = onnx.load(source)
     graph = model.graph
@@ -67,7 +67,7 @@ def quantize_weights(
 
     def blocks(bits: int, only: set[str]) -> None:
         excluded = [node.name for node in graph.node if node.name not in only]
-        quantizer = MatMulNBitsQuantizer(
+        quantizer = block_quantizers().MatMulNBitsQuantizer(
             model,
             bits=bits,
             block_size=block_size,
@@ -152,12 +152,22 @@ def untie(graph: onnx.GraphProto) -> dict[str, str]:
     return heads
 
 
+def block_quantizers() -> Any:
+    """ONNX Runtime's module of quantizers by blocks, which sets the root logger up on import: every library would print its information."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    from onnxruntime.quantization import matmul_nbits_quantizer
+
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    return matmul_nbits_quantizer
+
+
 def quantize_tables(graph: onnx.GraphProto, heads: dict[str, str], bits: int, block_size: int) -> None:
     """Read embeddings from blocks: those of the head they are tied to, or of their own."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
-
-    quantizer = DefaultWeightOnlyQuantizer(
-        DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=True, bits=bits)
+    library = block_quantizers()
+    quantizer = library.DefaultWeightOnlyQuantizer(
+        library.DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=True, bits=bits)
     )
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes = []

@@ -68,6 +68,8 @@ def finished(tmp_path_factory, language_shape, language_text):
 def test_two_processes_make_every_stage_and_a_report_as_in_the_contract(finished):
     directory, _, process = finished
     assert process.returncode == 0, process.stderr[-3000:]
+    # ONNX Runtime's quantizer by blocks would have every library tell each step.
+    assert "[INFO]" not in process.stdout + process.stderr
     report = json.loads((directory / "report.json").read_text())
     assert (report["task"], report["primary_metric"]) == ("text-generation", "perplexity")
     assert [stage["name"] for stage in report["stages"]] == STAGES
