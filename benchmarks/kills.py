@@ -273,16 +273,17 @@ def main() -> None:
     import_everything()
 
     folder = arguments.output_dir.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     failed = False
     for name in arguments.recipes if not arguments.command else [Path(arguments.command[0]).stem]:
-        command = arguments.command or tiny_command(name, folder / name / "inputs")
-        undisturbed = folder / name / "undisturbed" / "run"
-        undisturbed.parent.mkdir(parents=True, exist_ok=True)
-        if not (undisturbed.parent / "operations.json").exists():
-            shutil.rmtree(undisturbed, ignore_errors=True)
-            finish(command, undisturbed)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             tempfile.tempdir = os.environ["TMPDIR"] = scratch
+            command = arguments.command or tiny_command(name, folder / name / "inputs")
+            undisturbed = folder / name / "undisturbed" / "run"
+            undisturbed.parent.mkdir(parents=True, exist_ok=True)
+            if not (undisturbed.parent / "operations.json").exists():
+                shutil.rmtree(undisturbed, ignore_errors=True)
+                finish(command, undisturbed)
             started = time.perf_counter()
             kills, found = disturb(command, undisturbed, folder / name / "killed", arguments.moments, arguments.seed)
             seconds = time.perf_counter() - started
