@@ -98,7 +98,7 @@ def remove_zeros(model: Any) -> Any:
 def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
     """The model in a stage's directory, of the class its config names, in eval mode, without the zeros of pruning.
 
-    Raises InputError where the weights are not whole safetensors, or the class is not transformers' own and not trusted.
+    Raises InputError where the weights are not whole safetensors, the class is not transformers' own and not trusted, or has no head.
     """
     located = resolve(str(directory))
     check_model(located)
@@ -115,7 +115,12 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
             f"expected a model of one of transformers' own classes in {directory}, found another ({' '.join(str(error).split()):.200}). "
             "Where it brings code of its own that you trust, pass --trust_remote_code true."
         ) from error
-    return remove_zeros(model_class.from_pretrained(located, use_safetensors=True).eval())
+    model = model_class.from_pretrained(located, use_safetensors=True).eval()
+    if model.base_model_prefix and model.base_model is model:
+        raise InputError(
+            f"expected a model with a head for its task in {directory}, found {name}, which has none. Fine-tune it first."
+        )
+    return remove_zeros(model)
 
 
 def shape_of(model: Any) -> dict[str, list[int]]:

@@ -140,6 +140,14 @@ def test_labels_in_another_order_are_exported_in_the_datas_and_a_graph_in_anothe
         export_onnx(str(source), target, task)
 
 
+def test_a_model_without_a_head_is_refused(tokenizer, task, tmp_path):
+    """Its config names as many labels as the data has, which is all that a config says of a head."""
+    tiny_model("bert").base_model.save_pretrained(tmp_path / "body")
+    tokenizer.save_pretrained(tmp_path / "body")
+    with pytest.raises(InputError, match="found BertModel, which has none. Fine-tune"):
+        export_onnx(str(tmp_path / "body"), tmp_path, task)
+
+
 def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_made(
     csv_file, teacher, text_onnx, tmp_path
 ):
