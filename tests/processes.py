@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import runpy
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -53,7 +56,8 @@ def run_processes(
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes):
         if time.monotonic() > deadline or any(process.exitcode for process in processes):
-            time.sleep(2)
+            for process in processes:
+                process.join(2)
             for process in processes:
                 process.terminate()
         time.sleep(0.05)
@@ -64,6 +68,23 @@ def run_processes(
         output = path.with_suffix(".txt").read_text(errors="replace")
         ended.append(Ended(process.exitcode, output, pickle.loads(value.read_bytes()) if value.exists() else None))
     return ended
+
+
+def run_recipe(
+    *argv: str, processes: int = 1, function: Callable[[list[str]], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A recipe's command line in processes of its own, as accelerate launch starts them on a CPU; both outputs come as one."""
+    with tempfile.TemporaryDirectory() as folder:
+        ended = run_processes(processes, Path(folder), function or recipe, list(argv), timeout=600)
+    said = "".join(process.output for process in ended)
+    return subprocess.CompletedProcess(argv, next((e.status for e in ended if e.status), 0), said, said)
+
+
+def recipe(argv: list[str]) -> None:
+    """What a process of `run_recipe` does."""
+    os.chdir("/")
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def values(ended: list[Ended]) -> list[Any]:
