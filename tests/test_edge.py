@@ -308,7 +308,11 @@ def test_errors_are_one_line(text_bundle, image_bundle, tmp_path):
     assert "UTF-8" in refused(text_bundle, os.fsdecode(b"caf\xe9"))[1]
     (tmp_path / "no.png").write_text("not an image")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
-    for file, found in (("none.png", "No such file"), ("no.png", "cannot identify"), ("huge.png", "more than 64 million")):
+    for file, found in (
+        ("none.png", "No such file"),
+        ("no.png", "cannot identify"),
+        ("huge.png", "more than 64 million"),
+    ):
         done = start(image_bundle, str(tmp_path / file))
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
         assert file in done.stderr
@@ -371,7 +375,9 @@ def test_a_provider_that_is_not_the_cpu(text_bundle, tmp_path, monkeypatch):
 
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-    with pytest.raises(infer.BundleError, match="expected the execution provider CUDA to start, found that it does not"):
+    with pytest.raises(
+        infer.BundleError, match="expected the execution provider CUDA to start, found that it does not"
+    ):
         infer.open_session(model, "1.23.0", 1, "CUDA")
 
 
