@@ -192,9 +192,8 @@ def readable_tokenizer(report: dict[str, Any], files: dict[str, Path]) -> dict[s
     settings = json.loads(files[TOKENIZER_CONFIG].read_text(encoding="utf-8"))
     if report["task"] == "text-classification":
         settings["model_max_length"] = report["config"].get("max_length", DataConfig.max_length)
-    if (
-        settings.get("tokenizer_class") == "TokenizersBackend"
-    ):  # its name from transformers 5 on, which reads the old one too
+    # Transformers 5's new name for a class whose old one it reads, too.
+    if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     return {TOKENIZER_CONFIG: (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()}
@@ -285,7 +284,7 @@ def has_other_heads(files: dict[str, Path]) -> bool:
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or config.get("n_head")
     inputs = onnx.load(files["onnx/model.onnx"], load_external_data=False).graph.input
     caches = [value for value in inputs if value.name.startswith("past_key_values.")]
-    return any(value.type.tensor_type.shape.dim[1].dim_value != heads for value in caches)
+    return heads is not None and any(value.type.tensor_type.shape.dim[1].dim_value != heads for value in caches)
 
 
 def usage_section(report: dict[str, Any], repo_id: str, files: dict[str, Path]) -> str:
