@@ -2,7 +2,8 @@
 
 Inputs are input_ids (batch, sequence), attention_mask (batch, past and sequence) and, for each layer, past_key_values.N.key and .value
 (batch, heads, past, head size); outputs are logits (batch, sequence, vocabulary) and present.N.key and .value, the next call's past.
-The past may be empty. Positions follow from the mask, so padding stands on the left. (The names are those of optimum and Transformers.js.)
+The past may be empty. Positions follow from the mask, so padding stands on the left. (The names are those of optimum and
+transformers.js, which makes its empty past from the graph's shapes and knows their first axis only as batch_size.)
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ def export_graph(model: Any, path: Path) -> dict[str, int]:
 
     model.eval()
     input_ids, mask, past = sample_inputs(model)
-    axes = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}}
+    axes = {"input_ids": {0: "batch_size", 1: "sequence"}, "attention_mask": {0: "batch_size", 1: "total"}}
     caches = [f"{layer}.{kind}" for layer in range(len(past)) for kind in ("key", "value")]
-    axes |= {f"past_key_values.{name}": {0: "batch", 2: "past"} for name in caches}
+    axes |= {f"past_key_values.{name}": {0: "batch_size", 2: "past"} for name in caches}
     dynamic = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
     first_two = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     with eager_attention(model), quiet_exporters():

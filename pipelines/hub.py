@@ -59,11 +59,12 @@ def push(directory: Path, repo_id: str | None = None, private: bool = True, toke
         # These two folders are ours: a graph or a page of an earlier push was never verified with this run.
         stale = [name for name in held if name.startswith(("onnx/", f"{BUNDLE}/")) and name not in files]
         card = format_model_card(report | {"name": repo_id.split("/")[-1]}, usage_section(report, repo_id, files))
-        content: dict[str, Path | bytes] = {**files, MODEL_CARD: card.encode(), **limited_tokenizer(report, files)}
+        content: dict[str, Path | bytes] = {**files, MODEL_CARD: card.encode(), **readable_tokenizer(report, files)}
         operations: list[Any] = [CommitOperationAdd(name, data) for name, data in content.items()]
         operations += [CommitOperationDelete(name) for name in stale]
         message = f"{report['recipe']} by Pocketformers {pipelines.__version__}"
-        commit = api.create_commit(repo_id, operations, commit_message=message)
+        # What came in between was not looked at: the Hub refuses a commit on another parent.
+        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=before.sha)
     print(
         f"push: {repo_id} is as this run already" if commit.oid == before.sha else f"push: {commit.commit_url}",
         flush=True,
@@ -120,6 +121,8 @@ def check_run(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
             elif ".onnx" in name:  # weights above 2 GB, which the graph finds by this name
                 files[f"onnx/{name}"] = directory / stage / name
     bundle = read_record(directory / BUNDLE)
+    if bundle is None and (directory / BUNDLE).exists():
+        raise InputError(f"expected {BUNDLE}/record.json in {directory}, found {BUNDLE}/ without it. {AGAIN}")
     if bundle is not None:
         check_files(directory, BUNDLE, bundle)
         check_evidence(directory, BUNDLE, bundle)
@@ -182,12 +185,17 @@ def check_verified(directory: Path, records: dict[str, dict[str, Any]]) -> str:
     return torch_stages[records["onnx"]["made_by"]["source_fingerprint"]]
 
 
-def limited_tokenizer(report: dict[str, Any], files: dict[str, Path]) -> dict[str, bytes]:
-    """A text classifier's tokenizer_config.json with --max_length as its limit: transformers.js has no other to cut texts at."""
-    if report["task"] != "text-classification" or TOKENIZER_CONFIG not in files:
+def readable_tokenizer(report: dict[str, Any], files: dict[str, Path]) -> dict[str, bytes]:
+    """The tokenizer_config.json as others need it: transformers.js cuts texts at its limit, transformers 4 asks for its class."""
+    if TOKENIZER_CONFIG not in files:
         return {}
     settings = json.loads(files[TOKENIZER_CONFIG].read_text(encoding="utf-8"))
-    settings["model_max_length"] = report["config"].get("max_length", DataConfig.max_length)
+    if report["task"] == "text-classification":
+        settings["model_max_length"] = report["config"].get("max_length", DataConfig.max_length)
+    # Transformers 5's new name for a class whose old one it reads, too.
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     return {TOKENIZER_CONFIG: (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
@@ -268,6 +276,17 @@ def explain(error: BaseException, repo_id: str, again: str) -> str:
 # The model card
 
 
+def has_other_heads(files: dict[str, Path]) -> bool:
+    """Whether a layer of a language model's graph has not as many heads as config.json says, which has one number for all."""
+    import onnx
+
+    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or config.get("n_head")
+    inputs = onnx.load(files["onnx/model.onnx"], load_external_data=False).graph.input
+    caches = [value for value in inputs if value.name.startswith("past_key_values.")]
+    return heads is not None and any(value.type.tensor_type.shape.dim[1].dim_value != heads for value in caches)
+
+
 def usage_section(report: dict[str, Any], repo_id: str, files: dict[str, Path]) -> str:
     """How to use the published model, in three lines each: in Python, in a browser, and from the bundle where there is one."""
     name, task = json.dumps(repo_id), json.dumps(report["task"])
@@ -307,24 +326,36 @@ def usage_section(report: dict[str, Any], repo_id: str, files: dict[str, Path]) 
             """,
             "python",
         ),
-        "In a browser or in Node, with transformers.js, which needs no torch:",
+        "In a browser, where the repository is public, or in Node (`HF_TOKEN` where it is private), with transformers.js "
+        "(`npm install @huggingface/transformers`), which needs no torch:",
         fence(browser, "js"),
     ]
     if any(file.startswith(f"{BUNDLE}/") for file in files):
         shell = f"""
-            hf download {repo_id} --include "{BUNDLE}/*" --local-dir .
-            pip install -r {BUNDLE}/requirements.txt
+            python3 -m venv .venv && . .venv/bin/activate && pip install huggingface_hub
+            hf download {repo_id} --include "{BUNDLE}/*" --local-dir . && pip install -r {BUNDLE}/requirements.txt
             python {BUNDLE}/infer.py {in_shell}
         """
-        page = f"; `python -m http.server --directory {BUNDLE}` serves its page" * (f"{BUNDLE}/index.html" in files)
+        from pipelines.edge.bundle import PYTHON
+
+        python = PYTHON["image" if of_images else "text"]
         parts += [
-            f"From the bundle, on a small computer without torch{page}:",
+            f"From the bundle, on a small computer without torch (64-bit, Python {python} or newer; `hf auth login` before the "
+            "second line while the repository is private):",
             fence(shell, "bash"),
         ]
+        if f"{BUNDLE}/index.html" in files:
+            server = f"python -m http.server --bind 127.0.0.1 --directory {BUNDLE} 8000"
+            parts.append(f"`{server}` serves the bundle's page at http://127.0.0.1:8000.")
     if "onnx/model_quantized.onnx" in files:
         parts.append(
             "`onnx/model_quantized.onnx` is the shipped model of the results below; it has operators of ONNX Runtime's own. "
             "`onnx/model.onnx` keeps to standard ones."
+        )
+    if writes and has_other_heads(files):
+        parts.append(
+            "Pruning left layers with fewer heads than `config.json` says. transformers.js takes each layer's from the graph; optimum-onnx "
+            "0.1.0 takes the config's for all, and cannot run the ONNX files."
         )
     if any(stage["name"] == "pruned" for stage in report["stages"]):
         parts.append("What was pruned is zeros in `model.safetensors`, and gone from the ONNX files.")

@@ -337,6 +337,10 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 changes[value["path"]] = None
         with self.server.writing:
+            repository, parent = self.server.repository(name), lines[0]["value"].get("parentCommit")
+            assert repository is not None
+            if parent not in (None, repository["commits"][-1]["oid"]):
+                return self.refuse(412, "A commit has happened since. Please refresh and try again.")
             oid = self.server.commit(name, lines[0]["value"]["summary"], changes)
         return self.answer(
             {"success": True, "commitOid": oid, "commitUrl": f"{self.server.address}/{name}/commit/{oid}"}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ from pipelines.edge import infer
 from pipelines.edge.bundle import image_settings, oldest_runtime, write_manifest
 from pipelines.edge.generate import Sampling
 from pipelines.errors import InputError, VerificationError
-from pipelines.images import read_image
+from pipelines.images import MOST_PIXELS, read_image
 from pipelines.predict import predict_onnx
 from pipelines.run import read_record
 from pipelines.tasks import TextClassification
@@ -126,7 +130,7 @@ def test_a_stream_is_answered_line_by_line(text_bundle):
         assert process.stdout is not None
         for text in ("a goal", "", "the bank"):
             process.stdin.write(text + "\n")
-            # Blocks for ever where the answer waits for more input, or in a buffer.
+            assert select.select([process.stdout], [], [], 60)[0], "the answer waits for more input, or in a buffer"
             label, probability, given = process.stdout.readline().rstrip("\n").split("\t")
             assert label in ("sport", "tech", "trade")
             assert 1 / 3 < float(probability) <= 1
@@ -276,8 +280,9 @@ def test_a_name_that_leads_out_of_the_bundle_is_refused_unread(text_bundle, tmp_
             manifest |= {"model": name} if as_model else {"files": manifest["files"] | {name: forged}}
             manifest["checksum"] = infer.content_checksum(manifest)
             (bundle / "manifest.json").write_text(json.dumps(manifest))
-            with pytest.raises(infer.BundleError, match=re.escape(f"found {name!r}, which leads out of it")):
+            with pytest.raises(infer.BundleError, match=re.escape(f"found {name!r}, which leads out of it")) as raised:
                 infer.read_manifest(bundle)
+            assert "hf download NAME" in str(raised.value)
 
 
 def test_the_page_may_be_left_on_the_computer(text_bundle, tmp_path):
@@ -302,10 +307,17 @@ def test_errors_are_one_line(text_bundle, image_bundle, tmp_path):
     assert "UTF-8" in refused(text_bundle, "--file", str(tmp_path / "latin.txt"))[1]
     assert "UTF-8" in refused(text_bundle, os.fsdecode(b"caf\xe9"))[1]
     (tmp_path / "no.png").write_text("not an image")
-    for file in ("none.png", "no.png"):
-        status, error = refused(image_bundle, str(tmp_path / file))
-        assert status == 1
-        assert file in error
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+    for file, found in (
+        ("none.png", "No such file"),
+        ("no.png", "cannot identify"),
+        ("huge.png", "more than 64 million"),
+    ):
+        done = start(image_bundle, str(tmp_path / file))
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert file in done.stderr
+        assert found in done.stderr
+    assert infer.MOST_PIXELS == MOST_PIXELS
     for flags in (
         [],
         ["a", "--stdin"],
@@ -316,6 +328,65 @@ def test_errors_are_one_line(text_bundle, image_bundle, tmp_path):
     ):
         assert refused(text_bundle, *flags)[0] == 2, flags
     assert refused(image_bundle, "--pair", "a", "b")[0] == 2
+
+
+def test_without_a_standard_input(text_bundle):
+    closed = {"preexec_fn": lambda: os.close(0)}
+    assert answers(text_bundle, "a goal", **closed)
+    status, error = refused(text_bundle, "--stdin", **closed)
+    assert status == 1
+    assert "found it closed" in error
+
+
+def test_a_carriage_return_inside_a_line_is_part_of_the_text(tmp_path):
+    (tmp_path / "lines.txt").write_bytes(b"a goal\rof the team\r\n\r\nthe bank\r")
+    flags = argparse.Namespace(inputs=[], file=str(tmp_path / "lines.txt"), stdin=False)
+    assert list(infer.read_examples(flags, 1)) == [("a goal\rof the team",), ("",), ("the bank",)]
+
+
+def test_an_older_python_is_told_which_it_takes():
+    ast.parse(Path(infer.__file__).read_text(encoding="utf-8"), feature_version=(3, 7))
+    pretend = "import runpy, sys; sys.version_info = (3, 9, 2); runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = [sys.executable, "-c", pretend, infer.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "expected Python 3.10 or newer" in done.stderr
+
+
+def test_ready_in_less_than_a_second_after_the_imports(text_bundle, image_bundle, language_bundle):
+    for bundle, open_model in (
+        (text_bundle, infer.Classifier),
+        (image_bundle, infer.Classifier),
+        (language_bundle, infer.Writer),
+    ):
+        started = time.perf_counter()
+        open_model(bundle)
+        assert time.perf_counter() - started < 1
+
+
+def test_a_provider_that_is_not_the_cpu(text_bundle, tmp_path, monkeypatch):
+    model = text_bundle / "model.onnx"
+    # In every build for Linux; without an endpoint of its own it leaves all to the CPU.
+    session = infer.open_session(model, "1.23.0", 1, "Azure")
+    assert session.get_providers() == ["AzureExecutionProvider", "CPUExecutionProvider"]
+    (tmp_path / "lines.txt").write_text("a goal\nthe bank\n")
+    lines = ("--file", str(tmp_path / "lines.txt"))
+    assert answers(text_bundle, *lines, "--provider", "azure") == answers(text_bundle, *lines)
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    with pytest.raises(
+        infer.BundleError, match="expected the execution provider CUDA to start, found that it does not"
+    ):
+        infer.open_session(model, "1.23.0", 1, "CUDA")
+
+
+def test_the_benchmark_of_a_long_file_warms_up_on_its_first_lines(text_bundle, monkeypatch):
+    classifier, warmed = infer.Classifier(text_bundle, threads=1), []
+    monkeypatch.setattr(classifier, "logits", warmed.append)
+    texts = [(text,) for text, _ in make_texts(100)]
+    infer.benchmark(classifier, texts, 0.0)
+    assert warmed == texts[:5]
 
 
 def test_the_benchmark_and_a_provider_by_name(text_bundle, image_bundle):
@@ -333,7 +404,7 @@ def test_a_language_model_continues_as_torch_does_and_streams(language_bundle):
 
     model = AutoModelForCausalLM.from_pretrained(language_bundle.parent / "model").eval()
     words = AutoTokenizer.from_pretrained(language_bundle.parent / "model")
-    prompts = ["the team said", "a new chip", "naïve 東京"]
+    prompts = ["the team said", "a new\rchip", "naïve 東京"]
     continuations = []
     for prompt in prompts:
         ids = torch.tensor([words(prompt)["input_ids"]])
@@ -345,7 +416,12 @@ def test_a_language_model_continues_as_torch_does_and_streams(language_bundle):
     shown = start(language_bundle, prompts[0], "--max_new_tokens", "12")
     assert shown.stdout == prompts[0] + continuations[0] + "\n"
 
-    pieces = list(infer.Writer(language_bundle).stream(prompts[0], Sampling(max_new_tokens=12)))
+    assert not list(language_bundle.rglob("__pycache__"))
+
+    writer = infer.Writer(language_bundle)
+    # transformers.js makes an empty cache with an axis of any other name 0 long.
+    assert {value.shape[0] for value in writer.session.get_inputs()} == {"batch_size"}
+    pieces = list(writer.stream(prompts[0], Sampling(max_new_tokens=12)))
     assert len(pieces) > 3
     assert "".join(pieces) == continuations[0]
 
@@ -356,7 +432,7 @@ def test_sampling_flags_of_a_language_model(language_bundle, text_bundle):
     assert first == again != other
     assert refused(language_bundle, "the team", "--top_p", "2")[0] == 2
     assert refused(text_bundle, "the team", "--top_p", "0.5")[0] == 2
-    status, error = refused(language_bundle, "goal " * 200, "--json")
+    status, error = refused(language_bundle, "goal " * 200)
     assert status == 1
     assert re.search("fewer than 64 tokens.*Shorten the text", error)
     assert refused(language_bundle, "goal " * 200, "--benchmark") == (1, error)
@@ -378,6 +454,7 @@ def test_generate_alone_refuses_in_one_line(language_bundle):
         done = subprocess.run([*command, prompt, *flags], capture_output=True, text=True, encoding="utf-8")
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
         assert message in done.stderr
+        assert done.stdout == ""
 
 
 def test_the_record_and_the_manifest_say_what_is_there(text_bundle):
@@ -388,7 +465,9 @@ def test_the_record_and_the_manifest_say_what_is_there(text_bundle):
     assert manifest["max_length"] == 32
     assert manifest["inputs"] == ["input_ids", "token_type_ids", "attention_mask"]
     assert (manifest["opset"], manifest["minimum_onnxruntime"]) == (23, "1.23.0")
-    assert "onnxruntime>=1.23.0" in (text_bundle / "requirements.txt").read_text().splitlines()
+    requirements = (text_bundle / "requirements.txt").read_text().splitlines()
+    assert requirements[0] == "# Python 3.10 or newer, 64-bit"
+    assert "onnxruntime>=1.23.0" in requirements
     assert oldest_runtime({"": 18}) == "1.18.0"
     assert oldest_runtime({"": 18, "com.microsoft": 1}) == "1.23.0"
     assert read_record(text_bundle) is None  # the run writes it

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from huggingface_hub import ModelCard, constants
 
 from hub_server import HubServer
+from pipelines.card import format_model_card
+from pipelines.edge import generate, infer
 from pipelines.errors import InputError
 from pipelines.hub import check_access, check_run, push
+from pipelines.images import read_image
+from pipelines.predict import predict_onnx
 from pipelines.run import RECORD, fingerprint, hash_file, sealed
 
 REPOSITORY = Path(__file__).parents[1]
@@ -24,46 +29,57 @@ TOKEN, READ_TOKEN = "hf_ThisIsTheSecret", "hf_ThisIsAnotherSecret_read"
 REPORT = {"README.md", "report.json", "report.md", "report.png"}
 MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 GRAPHS = {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+BUNDLE = {
+    f"bundle/{name}"
+    for name in (
+        "config.json", "infer.py", "manifest.json", "model.onnx", "requirements.txt", "tokenizer.json", "tokenizer_config.json"
+    )
+}  # fmt: skip
 READ_BACK = """
 import json, sys
 import onnxruntime
 from huggingface_hub import hf_hub_download
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-name, text = sys.argv[1:]
+name, texts = sys.argv[1], sys.argv[2:]
 model, tokenizer = AutoModelForSequenceClassification.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-inputs = tokenizer([text], return_tensors="pt")
-logits = {"torch": model(**inputs).logits.tolist(), "labels": list(model.config.label2id)}
-for file in ("model", "model_quantized"):
+inputs = [tokenizer([text], truncation=True, return_tensors="pt") for text in texts]
+logits = {"pruned": [model(**one).logits[0].tolist() for one in inputs], "labels": list(model.config.label2id)}
+for stage, file in (("onnx", "model"), ("quantized", "model_quantized")):
     session = onnxruntime.InferenceSession(hf_hub_download(name, f"onnx/{file}.onnx"))
-    feed = {node.name: inputs[node.name].numpy() for node in session.get_inputs()}
-    logits[file] = session.run(["logits"], feed)[0].tolist()
+    names = [node.name for node in session.get_inputs()]
+    logits[stage] = [session.run(["logits"], {name: one[name].numpy() for name in names})[0][0].tolist() for one in inputs]
 print(json.dumps(logits))
 """
 
 IN_NODE = """
 import { env, pipeline } from "@huggingface/transformers";
-const [remoteHost, name, text] = process.argv.slice(1);
-Object.assign(env, { remoteHost, allowLocalModels: false, cacheDir: "cache" });
-const scores = {};
-for (const [file, dtype] of [["model", "fp32"], ["model_quantized", "q8"]]) {
-    const classify = await pipeline("text-classification", name, { dtype });
-    scores[file] = (await classify(text, { top_k: null })).map(({ label, score }) => [label, score]);
+const [remoteHost, name, task, input, options] = process.argv.slice(1);
+Object.assign(env, { remoteHost, cacheDir: "cache" });
+const answers = {};
+for (const [stage, dtype] of [["onnx", "fp32"], ["quantized", "q8"]]) {
+    const ask = await pipeline(task, name, { dtype });
+    answers[stage] = await ask(input, JSON.parse(options));
 }
-console.log(JSON.stringify(scores));
+console.log(JSON.stringify(answers));
 """
 IN_OPTIMUM = """
 import json, sys
-from optimum.onnxruntime import ORTModelForSequenceClassification
-from transformers import AutoTokenizer, pipeline
+from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForImageClassification, ORTModelForSequenceClassification
+from transformers import AutoImageProcessor, AutoTokenizer, pipeline
 
-name, text = sys.argv[1:]
-scores = {}
-for file in ("model", "model_quantized"):
-    model = ORTModelForSequenceClassification.from_pretrained(name, subfolder="onnx", file_name=f"{file}.onnx")
-    classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(name), top_k=None)
-    scores[file] = [[answer["label"], answer["score"]] for answer in classify([text], truncation=True)[0]]
-print(json.dumps(scores))
+name, task, given, options = sys.argv[1:]
+model_class, reader = {
+    "text-classification": (ORTModelForSequenceClassification, {"tokenizer": AutoTokenizer}),
+    "image-classification": (ORTModelForImageClassification, {"image_processor": AutoImageProcessor}),
+    "text-generation": (ORTModelForCausalLM, {"tokenizer": AutoTokenizer}),
+}[task]
+reader = {kind: reads.from_pretrained(name) for kind, reads in reader.items()}
+answers = {}
+for stage, file in (("onnx", "model"), ("quantized", "model_quantized")):
+    model = model_class.from_pretrained(name, subfolder="onnx", file_name=f"{file}.onnx")
+    (answers[stage],) = pipeline(task, model=model, **reader)([given], **json.loads(options))
+print(json.dumps(answers))
 """
 # The newest of both. optimum-onnx stops at this transformers, and all of it goes beside the tests' own torch and ONNX Runtime.
 TRANSFORMERS_JS = "@huggingface/transformers@4.3.1"
@@ -72,14 +88,35 @@ OPTIMUM = [
 ]  # fmt: skip
 
 
+def report_untimed(run: Any, recipe: str) -> None:
+    """What is timed costs a fresh process a stage, and is of no interest here."""
+    from pipelines.config import ReportConfig
+    from pipelines.results import report_run
+
+    timing = {
+        "latency_ms": {"p50": 2.0, "p95": 3.0, "batch_size": 1, "shape": [1, 32]},
+        "samples_per_second": 500.0,
+        "tokens_per_second": 500.0,
+        "first_token_ms": 2.0,
+        "peak_memory_bytes": 50_000_000,
+        "threads": 1,
+        "rounds": [{"p50": 2.0}],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for measure in ("measure", "measure_decoding"):
+            patch.setattr(f"pipelines.results.{measure}", lambda subjects, **_: {one.name: timing for one in subjects})
+        report_run(run, recipe, ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), {"max_length": 32})
+    run._lock.release()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any) -> Path:
-    """A verified run with its report: a teacher, cut to half its heads and neurons, exported and quantized."""
-    from pipelines.config import DistillConfig, PruneConfig, QuantizeConfig, ReportConfig, TeacherConfig
+    """A verified run with its report: a teacher, cut to half its heads and neurons, exported, quantized and bundled."""
+    from pipelines.config import BundleConfig, DistillConfig, PruneConfig, QuantizeConfig, TeacherConfig
+    from pipelines.edge.bundle import build_bundle
     from pipelines.export import export_onnx
     from pipelines.prune import prune_and_recover
     from pipelines.quantize import quantize_onnx
-    from pipelines.results import report_run
     from pipelines.run import Run
     from pipelines.training import TrainingArguments, fine_tune
 
@@ -94,18 +131,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any)
     run.stage("pruned", prune_and_recover, "teacher", teacher=teacher_stage, prune=prune, distill=distill, **learning)
     run.stage("onnx", export_onnx, "pruned")
     run.stage("quantized", quantize_onnx, "onnx", quantize=QuantizeConfig(max_quality_drop=1))
-    # What is timed costs a fresh process a stage, and is of no interest here.
-    timing = {
-        "latency_ms": {"p50": 2.0, "p95": 3.0, "batch_size": 1, "shape": [1, 32]},
-        "samples_per_second": 500.0,
-        "peak_memory_bytes": 50_000_000,
-        "threads": 1,
-        "rounds": [{"p50": 2.0}],
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.results.measure", lambda subjects, **_: {subject.name: timing for subject in subjects})
-        report_run(run, "distill_bert", ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), {"max_length": 32})
-    run._lock.release()
+    run.stage("bundle", build_bundle, "quantized", bundle=BundleConfig())
+    report_untimed(run, "distill_bert")
     return directory
 
 
@@ -142,20 +169,6 @@ def push_command(run: Path, name: str) -> list[str]:
     return [sys.executable, "-m", "pipelines", "push", "--output_dir", str(run), "--hub_model_id", name]
 
 
-def add_bundle(run: Path, source: str = "quantized") -> None:
-    """A bundle as its builder leaves it: files, some in folders, and a record of what it was made from."""
-    bundle = run / "bundle"
-    (bundle / "assets").mkdir(parents=True)
-    (bundle / "infer.py").write_text("print('negative')\n")
-    (bundle / "index.html").write_text("<!doctype html>\n")
-    (bundle / "assets" / "page.js").write_text("// the page\n")
-    made_from = fingerprint(json.loads((run / source / RECORD).read_text()))
-    files = {name: hash_file(bundle / name) for name in ("infer.py", "index.html", "assets/page.js")}
-    record = {"stage": "bundle", "format": "bundle", "made_by": {"source_fingerprint": made_from}, "files": files}
-    record |= {"metrics": {}, "bytes": 0, "seconds": 0, "versions": {}, "details": {"verification": {"examples": 32}}}
-    (bundle / RECORD).write_text(json.dumps(sealed(record)))
-
-
 def refusal(run: Path, name: str = "ann/small", **arguments: Any) -> str:
     """The message with which a push is refused: what was expected, what was found, and no secret."""
     with pytest.raises(InputError) as raised:
@@ -169,8 +182,11 @@ def refusal(run: Path, name: str = "ann/small", **arguments: Any) -> str:
 
 
 def test_one_private_commit_with_the_files_that_others_look_for(a_run: Path, hub: HubServer) -> None:
-    add_bundle(a_run)
     (a_run / "pruned" / "notes.txt").write_text("mine, and no part of the stage")
+    page = a_run / "bundle" / "web" / "library.mjs"
+    page.parent.mkdir()
+    page.write_text("// for a browser\n")
+    change_record(a_run, "bundle", lambda record: record["files"].update({"web/library.mjs": hash_file(page)}))
     address = push(a_run, "ann/small", token=TOKEN)
 
     repository = hub.repository("ann/small")
@@ -179,16 +195,15 @@ def test_one_private_commit_with_the_files_that_others_look_for(a_run: Path, hub
     assert len(repository["commits"]) == 2, "the Hub's own first commit, and the push"
     assert address.endswith(repository["commits"][-1]["oid"])
     files = hub.files("ann/small")
-    assert set(files) == REPORT | MODEL | GRAPHS | {
-        f"bundle/{name}" for name in ("infer.py", "index.html", "assets/page.js")
-    } | {".gitattributes"}
+    assert set(files) == REPORT | MODEL | GRAPHS | BUNDLE | {"bundle/web/library.mjs", ".gitattributes"}
     sources = {
         "config.json": "pruned/config.json",
         "model.safetensors": "pruned/model.safetensors",
         "onnx/model.onnx": "onnx/model.onnx",
         "onnx/model_quantized.onnx": "quantized/model.onnx",
         "report.json": "report.json",
-        "bundle/assets/page.js": "bundle/assets/page.js",
+        "bundle/infer.py": "bundle/infer.py",
+        "bundle/web/library.mjs": "bundle/web/library.mjs",
     }
     for name, source in sources.items():
         assert hub.content(files[name]) == (a_run / source).read_bytes(), name
@@ -196,7 +211,7 @@ def test_one_private_commit_with_the_files_that_others_look_for(a_run: Path, hub
     published = json.loads(hub.content(files["tokenizer_config.json"]))
     assert published == tokenizer | {"model_max_length": 32} != tokenizer
     large = {name for name, file in files.items() if "lfs" in file}
-    assert large == {"model.safetensors", *GRAPHS, "report.png"}
+    assert large == {"model.safetensors", *GRAPHS, "bundle/model.onnx", "report.png"}
     (created,) = [sent for method, path, sent in hub.requests if path == "/api/repos/create"]
     assert created["visibility"] == "private"
 
@@ -221,8 +236,8 @@ def test_the_same_push_again_makes_no_second_commit(a_run: Path, hub: HubServer,
 
 
 def test_a_changed_run_replaces_what_an_earlier_one_left(a_run: Path, hub: HubServer) -> None:
-    add_bundle(a_run)
     push(a_run, "ann/small", token=TOKEN)
+    assert set(hub.files("ann/small")) > BUNDLE
     shutil.rmtree(a_run / "bundle")
     push(a_run, "ann/small", token=TOKEN)
     assert set(hub.files("ann/small")) == REPORT | MODEL | GRAPHS | {".gitattributes"}
@@ -243,75 +258,146 @@ def test_public_only_where_asked_and_never_by_surprise(a_run: Path, hub: HubServ
     assert "--hub_private_repo false" in message
 
 
-def test_the_published_model_is_loaded_by_its_name(a_run: Path, hub: HubServer, tmp_path: Path) -> None:
-    import onnxruntime
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    environment, text = client_environment(hub, tmp_path), "the goal of the match 7 and the bank"
+def test_the_published_model_is_loaded_by_its_name_and_scores_the_same(
+    a_run: Path, hub: HubServer, tmp_path: Path, task: Any
+) -> None:
+    environment = client_environment(hub, tmp_path)
     pushed = subprocess.run(
         push_command(a_run, "ann/small"), env=environment, capture_output=True, text=True, check=False, cwd="/"
     )
     assert pushed.returncode == 0, pushed.stderr
     assert "push: http" in pushed.stdout
     assert "Secret" not in pushed.stdout + pushed.stderr
-    argv = [sys.executable, "-c", READ_BACK, "ann/small", text]
+    argv = [sys.executable, "-c", READ_BACK, "ann/small", *task.test_texts()]
     process = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, cwd="/")
     assert process.returncode == 0, process.stderr[-3000:]
     read = json.loads(process.stdout.splitlines()[-1])
 
-    model = AutoModelForSequenceClassification.from_pretrained(a_run / "pruned")
-    inputs = AutoTokenizer.from_pretrained(a_run / "pruned")([text], return_tensors="pt")
-    assert read["labels"] == list(model.config.label2id) == ["sport", "tech", "trade"]
-    np.testing.assert_allclose(read["torch"], model(**inputs).logits.detach().numpy(), atol=1e-6)
-    for name, stage in (("model", "onnx"), ("model_quantized", "quantized")):
-        session = onnxruntime.InferenceSession(a_run / stage / "model.onnx")
-        feed = {node.name: inputs[node.name].numpy() for node in session.get_inputs()}
-        np.testing.assert_allclose(read[name], session.run(["logits"], feed)[0], atol=1e-6)
+    assert read["labels"] == task.label_names == ["sport", "tech", "trade"]
+    references = np.array(task.data.splits["test"]["label"])
+    features = task.features(task.load_processor(str(a_run / "pruned")))["test"]
+    report = {stage["name"]: stage for stage in json.loads((a_run / "report.json").read_text())["stages"]}
+    for name in ("pruned", "onnx", "quantized"):
+        accuracy = (np.argmax(read[name], axis=1) == references).mean()
+        assert accuracy == pytest.approx(report[name]["metrics"]["accuracy"])
+    collate = task.collate(task.load_processor(str(a_run / "pruned")))
+    for name in ("onnx", "quantized"):
+        expected = predict_onnx(a_run / name / "model.onnx", features, collate)
+        np.testing.assert_allclose(read[name], expected, atol=1e-6)
+    np.testing.assert_allclose(read["pruned"], read["onnx"], atol=1e-4)
     without = {**environment, "HF_TOKEN": "", "HF_HOME": str(tmp_path / "stranger")}
     argv = [sys.executable, "-c", "import sys, huggingface_hub as h; h.hf_hub_download(sys.argv[1], 'config.json')"]
     assert subprocess.run([*argv, "ann/small"], env=without, capture_output=True, check=False).returncode != 0
 
 
-@pytest.mark.packages
-@pytest.mark.parametrize("reader", ["transformers.js", "optimum"])
-def test_others_open_it_by_name_and_cut_texts_where_it_does(
-    reader: str, a_run: Path, hub: HubServer, tmp_path: Path
-) -> None:
-    import onnxruntime
-    from transformers import AutoTokenizer
+@pytest.fixture(scope="module")
+def image_run(tmp_path_factory: pytest.TempPathFactory, image_onnx: Path, image_task: Any) -> Path:
+    from pipelines.export import export_onnx
+    from pipelines.quantize import quantize_onnx
 
-    push(a_run, "ann/small", private=False, token=TOKEN)
-    folder, text = tmp_path / "reader", "the goal of the match 7 and the bank " * 20
-    folder.mkdir()
-    if reader == "optimum":
+    directory = tmp_path_factory.mktemp("runs") / "small_vit"
+    return make_run(directory, image_task, image_onnx.parent / "model", export_onnx, quantize_onnx, "distill_vit")
+
+
+@pytest.fixture(scope="module")
+def language_run(tmp_path_factory: pytest.TempPathFactory, language_bundle: Path, language_task: Any) -> Path:
+    from pipelines.export_language import export_language_model
+    from pipelines.quantize_language import quantize_language_model
+
+    directory, model = tmp_path_factory.mktemp("runs") / "small_gpt2", language_bundle.parent / "model"
+    return make_run(directory, language_task, model, export_language_model, quantize_language_model, "distill_gpt2")
+
+
+def make_run(directory: Path, task: Any, teacher: Path, export: Any, quantize: Any, recipe: str) -> Path:
+    """A verified run with its report: a teacher, exported and quantized."""
+    from pipelines.config import LanguageQuantizeConfig, QuantizeConfig, TeacherConfig
+    from pipelines.run import Run
+    from pipelines.training import TrainingArguments, fine_tune
+
+    run = Run(directory, task, seed=0)
+    training = TrainingArguments(
+        output_dir=str(directory), use_cpu=True, disable_tqdm=True, eval_strategy="no", save_strategy="no",
+        load_best_model_at_end=False,
+    )  # fmt: skip
+    # Random weights guess classes often enough, and words never.
+    config = TeacherConfig(teacher_epochs=float(task.causal), teacher_learning_rate=1e-2)
+    run.stage("teacher", fine_tune, str(teacher), distributed=True, teacher=config, training=training)
+    run.stage("onnx", export, "teacher")
+    settings = (LanguageQuantizeConfig if task.causal else QuantizeConfig)(max_quality_drop=1)
+    run.stage("quantized", quantize, "onnx", quantize=settings)
+    report_untimed(run, recipe)
+    return directory
+
+
+@pytest.fixture(scope="module", params=["transformers.js", "optimum"])
+def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder into which another reader of the layout was installed, and its name."""
+    folder = tmp_path_factory.mktemp("reader")
+    install = ["npm", "install", "--silent", "--ignore-scripts", "--no-audit", "--no-fund", TRANSFORMERS_JS]
+    if request.param == "optimum":
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *OPTIMUM]
-        command = [sys.executable, "-c", IN_OPTIMUM]
-    else:
-        install = ["npm", "install", "--silent", "--ignore-scripts", "--no-audit", "--no-fund", TRANSFORMERS_JS]
-        command = ["node", "--input-type=module", "--eval", IN_NODE, f"{hub.address}/"]
     subprocess.run(install, cwd=folder, check=True)
-    environment = client_environment(hub, tmp_path) | {"PYTHONPATH": str(folder)}
-    process = subprocess.run(
-        [*command, "ann/small", text], env=environment, capture_output=True, text=True, check=False, cwd=folder
-    )
+    return folder, request.param
+
+
+@pytest.mark.packages
+@pytest.mark.parametrize(
+    ("run", "kind", "options"),
+    [
+        ("finished", "text-classification", {"top_k": None}),
+        ("image_run", "image-classification", {}),
+        ("language_run", "text-generation", {"max_new_tokens": 8, "do_sample": False}),
+    ],
+)
+def test_others_open_it_by_name_and_cut_texts_where_it_does(
+    reader: tuple[Path, str], run: str, kind: str, options: dict[str, Any], hub: HubServer, tmp_path: Path, request: Any
+) -> None:
+    directory = request.getfixturevalue(run)
+    push(directory, "ann/small", private=False, token=TOKEN)
+    given = "the goal of the match 7 and the bank " * (1 if kind == "text-generation" else 20)
+    if kind == "image-classification":
+        given = str(min(request.getfixturevalue("image_folder").rglob("*.png")))
+    (folder, name), environment = reader, client_environment(hub, tmp_path)
+    command = ["node", "--input-type=module", "--eval", IN_NODE, f"{hub.address}/"]
+    if name == "optimum":
+        command = [sys.executable, "-c", IN_OPTIMUM]
+        environment["PYTHONPATH"] = str(folder)
+        options = options | ({"truncation": True} if kind == "text-classification" else {})
+    argv = [*command, "ann/small", kind, given, json.dumps(options)]
+    process = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, cwd=folder)
     assert process.returncode == 0, process.stderr[-3000:]
     found = json.loads(process.stdout.splitlines()[-1])
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    for stage in ("onnx", "quantized"):
+        if kind == "text-generation":
+            (continued,) = generate.LanguageModel(directory / stage).generate([given], generate.Sampling(8))
+            assert found[stage] == [{"generated_text": given + continued}]
+        else:
+            scores = {answer["label"]: answer["score"] for answer in found[stage]}
+            assert scores == pytest.approx(probabilities(directory / stage, kind, given), abs=1e-3)
 
-    inputs = AutoTokenizer.from_pretrained(a_run / "pruned")(
-        [text], truncation=True, max_length=32, return_tensors="np"
-    )
-    for name, stage in (("model", "onnx"), ("model_quantized", "quantized")):
-        session = onnxruntime.InferenceSession(a_run / stage / "model.onnx")
-        logits = session.run(["logits"], {node.name: inputs[node.name] for node in session.get_inputs()})[0][0]
-        expected = dict(zip(["sport", "tech", "trade"], np.exp(logits) / np.exp(logits).sum(), strict=True))
-        assert dict(found[name]) == pytest.approx(expected, abs=1e-3)
+
+def probabilities(directory: Path, kind: str, given: str) -> dict[str, float]:
+    """What the graph of a stage answers to a text or an image."""
+    import onnxruntime
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    if kind == "image-classification":
+        processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        inputs = processor([read_image({"path": given})], return_tensors="np")
+    else:
+        inputs = AutoTokenizer.from_pretrained(directory)([given], truncation=True, max_length=32, return_tensors="np")
+    session = onnxruntime.InferenceSession(directory / "model.onnx")
+    logits = session.run(["logits"], {node.name: inputs[node.name] for node in session.get_inputs()})[0][0]
+    return dict(zip(["sport", "tech", "trade"], np.exp(logits) / np.exp(logits).sum(), strict=True))
 
 
 # The card
 
 
-def test_the_cards_metadata_is_valid_and_says_what_the_report_says(a_run: Path, hub: HubServer) -> None:
-    add_bundle(a_run)
+def test_the_card_says_what_the_report_says_and_its_lines_for_the_bundle_run(
+    a_run: Path, hub: HubServer, tmp_path: Path
+) -> None:
     push(a_run, "ann/small", token=TOKEN)
     text = hub.content(hub.files("ann/small")["README.md"]).decode()
     card = ModelCard(text)
@@ -331,16 +417,37 @@ def test_the_cards_metadata_is_valid_and_says_what_the_report_says(a_run: Path, 
     for line in (
         'classify = pipeline("text-classification", model="ann/small")',
         'const classify = await pipeline("text-classification", "ann/small", { dtype: "q8" });',
-        'hf download ann/small --include "bundle/*" --local-dir .',
+        'hf download ann/small --include "bundle/*" --local-dir . && pip install -r bundle/requirements.txt',
     ):
         assert line in text
+    row = f"| quantized | {shipped['metrics']['accuracy']:.3f} |"
+    assert text.split("\n## Results\n")[1].count(row) == 1
+    assert report["broken_examples"]["total"] > 0
+    broken = report["broken_examples"]["examples"][0]
+    assert f"| {broken['index']} | {broken['text']} | {broken['teacher_answer']} (" in text
     codes = [block.split("```")[0].splitlines()[1:] for block in text.split("## Results")[0].split("\n```")[1::2]]
     assert [len(code) for code in codes] == [3, 3, 3]
+
+    # As they are written, in an environment that has their packages.
+    folder = tmp_path / "device"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
+    environment = client_environment(hub, tmp_path)
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    shell = "\n".join(["set -e", "python3() { :; }", "pip() { :; }", *codes[2]])
+    done = subprocess.run(["bash", "-c", shell], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = infer.Classifier(a_run / "bundle").answer(("A text.",))
+    assert done.stdout.splitlines()[-1] == f"{answer['label']}\t{answer['probability']:.4f}\tA text."
 
 
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
+        (
+            {"task": "text-generation"},
+            ['print(write("A text.", max_new_tokens=40))', 'write("A text.", { max_new_tokens: 40 })'],
+        ),
         ({"task": "image-classification"}, ['print(classify("image.png"))', 'await classify("image.png")']),
         ({"config": {"text_pair_column": "b"}}, ['"text_pair": "A second text."', '{ text_pair: "A second text." }']),
     ],
@@ -349,15 +456,32 @@ def test_the_cards_lines_fit_the_task(finished: Path, changes: dict[str, Any], l
     from pipelines.hub import usage_section
 
     report, files = check_run(finished)
-    text = usage_section(report | changes, "ann/small", {**files, "bundle/infer.py": finished})
+    text = usage_section(report | changes, "ann/small", {**files, "bundle/index.html": finished})
+    assert "at http://127.0.0.1:8000" in text
     assert all(line in text for line in lines)
     assert len([line for line in text.splitlines() if line.startswith("```")]) == 6
+    assert "optimum" not in text
+
+
+def test_the_card_says_who_cannot_open_a_language_model_without_some_heads(finished: Path, tmp_path: Path) -> None:
+    from pipelines.hub import usage_section
+
+    report, files = check_run(finished)
+    graph, config = tmp_path / "model.onnx", tmp_path / "config.json"
+    files |= {"onnx/model.onnx": graph, "config.json": config}
+    config.write_text('{"n_head": 4}')
+    for heads, told in ((4, False), (3, True)):
+        cache = onnx.helper.make_tensor_value_info("past_key_values.1.key", 1, ["batch_size", heads, "past", 8])
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "cached", [cache], [])), graph)
+        text = usage_section(report | {"task": "text-generation"}, "ann/small", files)
+        assert ("optimum-onnx 0.1.0" in text) is told
 
 
 # Interruptions
 
 
 def test_a_push_that_is_killed_in_an_upload_is_repeated(a_run: Path, hub: HubServer, tmp_path: Path) -> None:
+    shutil.rmtree(a_run / "bundle")  # its model is another's twin, which the client sends once more in the same push
     hub.drop_uploads = 1
     command, environment = push_command(a_run, "ann/small"), client_environment(hub, tmp_path)
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -400,7 +524,6 @@ def test_a_network_that_stays_away_is_one_message(a_run: Path, hub: HubServer, m
     ],
 )  # fmt: skip
 def test_a_file_that_changed_is_refused_by_name(file: str, a_run: Path, hub: HubServer) -> None:
-    add_bundle(a_run)
     content = (a_run / file).read_bytes()
     # One character of a figure in the report, and one byte anywhere in the others.
     (a_run / file).write_bytes(
@@ -430,7 +553,6 @@ def change_record(run: Path, stage: str, change: Any) -> None:
 
 @pytest.mark.parametrize("stage", ["onnx", "quantized", "bundle"])
 def test_an_unverified_run_is_refused(stage: str, a_run: Path, hub: HubServer) -> None:
-    add_bundle(a_run)
     change_record(a_run, stage, lambda record: record["details"].pop("verification"))
     assert f"{stage}/record.json" in refusal(a_run)
     assert not hub.requests
@@ -462,9 +584,27 @@ def test_a_graph_verified_against_another_model_is_refused(a_run: Path, hub: Hub
 
 
 def test_a_bundle_of_another_model_is_refused(a_run: Path, hub: HubServer) -> None:
-    add_bundle(a_run, source="onnx")
+    other = fingerprint(json.loads((a_run / "onnx" / RECORD).read_text()))
+    change_record(a_run, "bundle", lambda record: record["made_by"].update(source_fingerprint=other))
     assert "bundle/" in refusal(a_run)
+    (a_run / "bundle" / RECORD).unlink()
+    assert "bundle/record.json" in refusal(a_run)
     assert not hub.requests
+
+
+def test_a_push_in_between_is_not_overwritten(a_run: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def format_slowly(*arguments: Any) -> str:
+        hub.commit("ann/small", "somebody else's", {"notes.txt": {"content": ""}})
+        return format_model_card(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.hub.format_model_card", format_slowly)
+        message = refusal(a_run)
+    assert "A commit has happened since" in message
+    assert f"repeat: python -m pipelines push --output_dir {a_run} --hub_model_id ann/small" in message
+    assert set(hub.files("ann/small")) == {".gitattributes", "notes.txt"}
+    push(a_run, "ann/small", token=TOKEN)
+    assert len(hub.repository("ann/small")["commits"]) == 3
 
 
 def test_tokens(a_run: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,15 +670,25 @@ def test_a_recipe_that_is_finished_is_published(finished: Path, hub: HubServer) 
     assert hub.repository("ann/of_recipe")["private"] is True
 
 
-@pytest.mark.parametrize("recipe", ["distill_bert", "distill_vit"])
+@pytest.mark.parametrize(
+    ("recipe", "data"),
+    [("distill_bert", "csv_file"), ("distill_vit", "image_folder"), ("distill_gpt2", "language_text")],
+)
 def test_a_recipe_without_a_token_says_so_at_once(
-    recipe: str, tmp_path: Path, hub: HubServer, csv_file: Path, image_folder: Path, monkeypatch: Any, capsys: Any
+    recipe: str, data: str, tmp_path: Path, hub: HubServer, request: Any, monkeypatch: Any, capsys: Any
 ) -> None:
     import runpy
 
-    data = csv_file if recipe == "distill_bert" else image_folder
     path = REPOSITORY / "recipes" / f"{recipe}.py"
-    argv = [str(path), "--dataset", str(data), "--output_dir", str(tmp_path / "run"), "--push_to_hub", "true"]
+    argv = [
+        str(path),
+        "--dataset",
+        str(request.getfixturevalue(data)),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--push_to_hub",
+        "true",
+    ]
     monkeypatch.setattr(sys, "argv", [*argv, "--use_cpu", "true"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")

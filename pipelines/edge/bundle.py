@@ -31,6 +31,8 @@ VERIFIED_PROMPTS = 8
 # What the runtime was tried with, each on its oldest version. Pillow 13 resizes tall images along their columns first, which rounds
 # some pixels to the next byte: older versions open the same images and see slightly others.
 REQUIREMENTS = {"text": ["numpy>=1.26", "tokenizers>=0.20"], "image": ["numpy>=1.26", "pillow>=13"]}
+# infer.py itself takes Python 3.10, Pillow 13 takes 3.11; ONNX Runtime has no builds for 32 bits.
+PYTHON = {"text": "3.10", "image": "3.11"}
 PACKAGES = {"text": ("numpy", "onnxruntime", "tokenizers"), "image": ("numpy", "onnxruntime", "pillow")}
 # Texts and image sizes (width, height) that a data set may lack and a user will not: beyond any length, without any letter, control
 # tokens spelt out; upright, lying, smaller than the model's input and odd.
@@ -63,7 +65,8 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
     graph = onnx.load(directory / ONNX_FILE, load_external_data=False)
     opsets = {domain.domain: domain.version for domain in graph.opset_import}
     minimum = oldest_runtime(opsets)
-    (directory / "requirements.txt").write_text("\n".join([*REQUIREMENTS[kind], f"onnxruntime>={minimum}"]) + "\n")
+    requirements = [f"# Python {PYTHON[kind]} or newer, 64-bit", *REQUIREMENTS[kind], f"onnxruntime>={minimum}"]
+    (directory / "requirements.txt").write_text("\n".join(requirements) + "\n")
     libraries = (RUNTIME_LIBRARY, TOKENIZER_LIBRARY) if kind == "text" else (RUNTIME_LIBRARY,)
     installed = {name: importlib.metadata.version(name) for name in PACKAGES[kind]}
     page = add_page(directory, bundle, libraries)

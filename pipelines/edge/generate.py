@@ -209,8 +209,10 @@ def main() -> None:
     prompt = arguments.pop("prompt")
     try:
         sampling = Sampling(**arguments)
-        print(prompt, end="", flush=True)
-        for piece in model.stream(prompt, sampling):
+        pieces = model.stream(prompt, sampling)
+        first = next(pieces, "")  # a prompt that is too long is refused before it is written
+        print(prompt, first, sep="", end="", flush=True)
+        for piece in pieces:
             print(piece, end="", flush=True)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")

@@ -18,14 +18,20 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+# Before anything that an older Python lacks is used. All of this file parses from Python 3.7 on.
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit(f"error: expected Python 3.10 or newer, found {sys.version.split()[0]}. Run infer.py with a newer Python.")
+
 FORMAT = 1
 PAGE = ("index.html", "web/")  # only a browser needs these, so a device may do without
+MOST_PIXELS = 64_000_000  # of an image, as in training: a small file can unpack into gigabytes
 
 # What is to be answered: a text, two texts, or an image file, its path or an open file.
 Example = tuple[Any, ...]
@@ -47,7 +53,7 @@ def content_checksum(manifest: dict[str, Any]) -> str:
 def file_checksum(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
 
@@ -75,7 +81,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if not (directory / name).resolve().is_relative_to(directory.resolve()):
             raise BundleError(
                 f"expected {path} to name files in {directory}, found {name!r}, which leads out of it. Copy the bundle's own files, from "
-                "where you trust it."
+                'where you trust it; the Hub\'s cache has links: hf download NAME --include "bundle/*" --local-dir .'
             )
     for name, expected in manifest["files"].items():
         if not name.startswith(PAGE):
@@ -229,6 +235,8 @@ def read_image(source: Any) -> Any:
 
     try:
         with Image.open(source) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):
                 upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
@@ -342,6 +350,7 @@ def generation() -> Any:
     if __package__:
         from pipelines.edge import generate
     else:
+        sys.dont_write_bytecode = True  # the bundle stays as it was made
         import generate  # type: ignore[no-redef]
     return generate
 
@@ -351,8 +360,10 @@ def write_continuation(writer: Writer, prompt: str, sampling: Any, as_json: bool
         continuation = "".join(writer.stream(prompt, sampling))
         print(json.dumps({"input": prompt, "continuation": continuation}, ensure_ascii=False), flush=True)
         return
-    print(prompt, end="", flush=True)
-    for piece in writer.stream(prompt, sampling):
+    pieces = writer.stream(prompt, sampling)
+    first = next(pieces, "")  # a prompt that is too long is refused before it is written
+    print(prompt, first, sep="", end="", flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
 
@@ -369,7 +380,8 @@ def write_answer(answer: dict[str, Any], as_json: bool) -> None:
 def read_lines(lines: Any, columns: int, origin: str) -> Iterator[Example]:
     """The example on each line; raises BundleError for a line without the tab between two texts."""
     for number, line in enumerate(lines, start=1):
-        example = tuple(line.rstrip("\r\n").split("\t")) if columns > 1 else (line.rstrip("\r\n"),)
+        text = line.removesuffix("\n").removesuffix("\r")
+        example = tuple(text.split("\t")) if columns > 1 else (text,)
         if len(example) != columns:
             raise BundleError(
                 f"expected two texts with a tab between them on line {number} of {origin}, found {len(example)}. Correct that line."
@@ -382,8 +394,8 @@ def benchmark(classifier: Classifier, examples: list[Example], started: float) -
     import numpy as np
 
     ready = time.perf_counter() - started
-    for example in examples:
-        classifier.logits(example)  # the first run allocates
+    for example in examples[:5]:
+        classifier.logits(example)  # the first runs allocate
     seconds: list[float] = []
     preparing: list[float] = []
     end = time.perf_counter() + 2
@@ -526,11 +538,15 @@ def read_examples(flags: argparse.Namespace, columns: int) -> Iterator[Example]:
         yield from zip(*[iter(flags.inputs)] * columns, strict=True)
     elif flags.file is not None:
         try:
-            with open(flags.file, encoding="utf-8-sig") as file:
+            # A carriage return inside a line is part of the text.
+            with open(flags.file, encoding="utf-8-sig", newline="\n") as file:
                 yield from read_lines(file, columns, flags.file)
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"expected a UTF-8 text file, found {flags.file!r}: {error}.") from error
     elif flags.stdin:
+        if sys.stdin is None:
+            raise BundleError("expected lines on standard input, found it closed. Pipe them in, or use --file.")
+        sys.stdin.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
         try:
             yield from read_lines(sys.stdin, columns, "standard input")
         except UnicodeDecodeError as error:
@@ -540,10 +556,13 @@ def read_examples(flags: argparse.Namespace, columns: int) -> Iterator[Example]:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser, flags = parse(argv)
-    directory = Path(__file__).absolute().parent  # not resolved: a cache may hold each file elsewhere
+    directory = Path(__file__).absolute().parent
     manifest = read_manifest(directory)
     columns = check_flags(parser, flags, manifest)
-    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    if sys.stdout is None:
+        raise BundleError("expected an open standard output, found it closed. Send the answers to a file: > FILE")
+    # Pillow's, of an image so large that it is refused here.
+    warnings.simplefilter("ignore")
     # A file's name need not be UTF-8; it is written as it was given.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     if manifest["task"] == "text-generation":
