@@ -34,7 +34,13 @@ REQUIREMENTS = {"text": ["numpy>=1.26", "tokenizers>=0.20"], "image": ["numpy>=1
 PACKAGES = {"text": ("numpy", "onnxruntime", "tokenizers"), "image": ("numpy", "onnxruntime", "pillow")}
 # Texts and image sizes (width, height) that a data set may lack and a user will not: beyond any length, without any letter, control
 # tokens spelt out; upright, lying, smaller than the model's input and odd.
-PROBE_TEXTS = ["word " * 2000, "", "[SEP] </s> <|endoftext|>", "naïve\u00a0🙂 東京\t123\u200b"]
+PROBE_TEXTS = [
+    "word " * 2000,
+    "",
+    "[SEP] </s> <|endoftext|>",
+    "naïve\u00a0🙂 東京\t123\u200b",
+    "It's  €1,000.50: “Straße”, cafe\u0301\n\nİ½ﬁ",
+]
 PROBE_SIZES = [(37, 53), (301, 200), (5, 64), (512, 512)]
 
 
@@ -81,6 +87,8 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
     }
     if task.causal:
         manifest["generation"] = generation_settings(directory)
+    if page and kind == "text":
+        settings["probes"] = page_probes(task, processor)
     write_manifest(directory, manifest)
     verification = (verify_writer if task.causal else verify_classifier)(directory, task, processor)
     details = {
@@ -117,6 +125,15 @@ def generation_settings(directory: Path) -> dict[str, Any]:
     """What a page needs to continue texts, and infer.py reads from the graph and the config: end tokens, positions, cache."""
     model = generate.LanguageModel(directory)
     return {"end_tokens": model.end_tokens, "context": model.context, "cache": model.cache_shapes}
+
+
+def page_probes(task: Any, processor: Any) -> list[dict[str, Any]]:
+    """Texts and their tokens, to which the page compares those of its own tokenizer library."""
+    if task.causal:
+        found = [((text,), processor(text, add_special_tokens=False)["input_ids"]) for text in PROBE_TEXTS]
+    else:
+        found = [(example, inputs["input_ids"][0]) for _, example, inputs in probe_inputs(task, processor)]
+    return [{"texts": example, "ids": " ".join(map(str, tokens))} for example, tokens in found]
 
 
 def image_settings(processor: Any) -> dict[str, Any]:
