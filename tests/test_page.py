@@ -138,9 +138,23 @@ def test_libraries_come_from_the_named_directory_and_are_checked(tmp_path):
     shutil.rmtree(tmp_path / "bundle" / "web")
     with pytest.raises(InputError, match="found another version of it"):
         add_page(tmp_path / "bundle", config, (RUNTIME_LIBRARY,))
-    (tmp_path / "none").mkdir()
-    assert add_page(tmp_path / "none", BundleConfig(), (RUNTIME_LIBRARY,)) == {}
-    assert not list((tmp_path / "none").iterdir())
+
+
+def test_a_page_that_nobody_asked_for_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    assert add_page(bundle, BundleConfig(web=False), (RUNTIME_LIBRARY,)) == ({}, "--web false")
+    reasons = ["npm error code ECONNREFUSED"] * (shutil.which("npm") is not None)
+    for reason in [*reasons, "No such file or directory: 'npm'"]:
+        page, why = add_page(bundle, BundleConfig(), (RUNTIME_LIBRARY,))
+        assert page == {}
+        assert reason in why
+        monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="or leave the page out with --web false"):
+        add_page(bundle, BundleConfig(web=True), (RUNTIME_LIBRARY,))
+    assert not list(bundle.iterdir())
 
 
 # ---- In a browser

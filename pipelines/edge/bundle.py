@@ -72,7 +72,7 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
     (directory / "requirements.txt").write_text("\n".join([*REQUIREMENTS[kind], f"onnxruntime>={minimum}"]) + "\n")
     libraries = (RUNTIME_LIBRARY, TOKENIZER_LIBRARY) if kind == "text" else (RUNTIME_LIBRARY,)
     installed = {name: importlib.metadata.version(name) for name in PACKAGES[kind]}
-    page = add_page(directory, bundle, libraries)
+    page, missing = add_page(directory, bundle, libraries)
     manifest = {
         "format": infer.FORMAT,
         "task": task.name,
@@ -93,7 +93,7 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
     verification = (verify_writer if task.causal else verify_classifier)(directory, task, processor)
     details = {
         "minimum_onnxruntime": minimum,
-        "page": page or "none: ask for it with --web true or --web_assets",
+        "page": page or f"none: {missing}",
         "verification": verification,
     }
     return Outcome("bundle", {}, (read_record(Path(source)) or {}).get("parameters"), details)
