@@ -27,7 +27,7 @@ from edge import make_environment
 
 from pipelines.__main__ import TaskConfig, task_of
 from pipelines.config import AugmentConfig, BundleConfig, LanguageConfig, run_main
-from pipelines.edge.bundle import example_of
+from pipelines.edge.bundle import MANIFEST, example_of, write_manifest
 from pipelines.edge.generate import LanguageModel, Sampling
 from pipelines.edge.web import LIBRARIES, add_page
 from pipelines.errors import InputError
@@ -76,6 +76,8 @@ def compare(run: Path, flags: argparse.Namespace, scratch: Path, browser: Any) -
         add_page(bundle, BundleConfig(web=True), tuple(LIBRARIES))
     fp32 = Path(shutil.copytree(bundle, folder / "fp32"))
     shutil.copyfile(run / "onnx" / ONNX_FILE, fp32 / ONNX_FILE)
+    # The page refuses a graph that is not its manifest's.
+    write_manifest(fp32, json.loads((fp32 / MANIFEST).read_text(encoding="utf-8")))
     python = make_environment(folder / "environment", "-r", str(bundle / "requirements.txt"))
     examples = examples_of(task, flags, folder)
     shipped = answer_here(bundle, task, examples)

@@ -295,16 +295,18 @@ class QuantizeConfig(TargetConfig):
 
 @dataclass
 class BundleConfig:
-    web: bool = _flag(
-        False, "Add a page that runs the model in a browser to the bundle; npm fetches its libraries, 15 MB."
+    web: bool | None = _flag(
+        None,
+        "Add a page that runs the model in a browser to the bundle; npm fetches its libraries, 33 MB. Left out: where npm can.",
     )
     web_assets: str | None = _flag(
         None, "A node_modules directory that has the page's libraries, instead of npm; adds the page."
     )
 
     @property
-    def page(self) -> bool:
-        return self.web or self.web_assets is not None
+    def page(self) -> bool | None:
+        """None: where its libraries are to be had."""
+        return self.web_assets is not None or self.web
 
     def describe(self) -> dict[str, Any]:
         """What a bundle depends on: wherever the libraries come from, they are the same files."""

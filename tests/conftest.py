@@ -320,7 +320,7 @@ def make_bundle(source: Path, directory: Path, task: Any) -> Path:
     from pipelines.edge.bundle import build_bundle
 
     directory.mkdir()
-    build_bundle(str(source), directory, task, BundleConfig())
+    build_bundle(str(source), directory, task, BundleConfig(web=False))
     return directory
 
 

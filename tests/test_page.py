@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -16,14 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_edge import image_files
 
 from conftest import make_texts
-from pipelines.config import BundleConfig
+from pipelines.config import BundleConfig, DataConfig, LanguageQuantizeConfig, QuantizeConfig
 from pipelines.edge import infer
-from pipelines.edge.bundle import build_bundle, image_settings
-from pipelines.edge.generate import Sampling
+from pipelines.edge.bundle import build_bundle, image_settings, write_manifest
+from pipelines.edge.generate import LanguageModel, Sampling
 from pipelines.edge.web import HERE, LIBRARIES, RUNTIME_LIBRARY, add_page
 from pipelines.errors import InputError
+from pipelines.quantize import quantize_onnx
+from pipelines.quantize_language import quantize_language_model
+from pipelines.tasks import TextClassification
 
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js on the PATH")
 TEXTS = [text for text, _ in make_texts(12, seed=5)]
@@ -133,9 +138,23 @@ def test_libraries_come_from_the_named_directory_and_are_checked(tmp_path):
     shutil.rmtree(tmp_path / "bundle" / "web")
     with pytest.raises(InputError, match="found another version of it"):
         add_page(tmp_path / "bundle", config, (RUNTIME_LIBRARY,))
-    (tmp_path / "none").mkdir()
-    assert add_page(tmp_path / "none", BundleConfig(), (RUNTIME_LIBRARY,)) == {}
-    assert not list((tmp_path / "none").iterdir())
+
+
+def test_a_page_that_nobody_asked_for_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    assert add_page(bundle, BundleConfig(web=False), (RUNTIME_LIBRARY,)) == ({}, "--web false")
+    reasons = ["npm error code ECONNREFUSED"] * (shutil.which("npm") is not None)
+    for reason in [*reasons, "No such file or directory: 'npm'"]:
+        page, why = add_page(bundle, BundleConfig(), (RUNTIME_LIBRARY,))
+        assert page == {}
+        assert reason in why
+        monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="or leave the page out with --web false"):
+        add_page(bundle, BundleConfig(web=True), (RUNTIME_LIBRARY,))
+    assert not list(bundle.iterdir())
 
 
 # ---- In a browser
@@ -175,6 +194,12 @@ def served(bundle: Path) -> Iterator[str]:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
 
+        def end_headers(self) -> None:
+            self.send_header(
+                "Cache-Control", "no-store"
+            )  # a file may change within the second that Last-Modified counts
+            super().end_headers()
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(bundle)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -205,21 +230,97 @@ def opened(browser: Any, source: Path, directory: Path, task: Any, libraries: Pa
 
 
 def shown_logits(page: Any, labels: list[str]) -> list[float]:
+    """The logits in the table, which must be sorted, beside their probabilities and the time."""
     page.wait_for_selector("body[data-state=ready]", timeout=120_000)
-    rows = page.eval_on_selector_all("tr", "rows => rows.map((row) => [row.cells[0].textContent, row.title])")
-    found = {label: float(title.removeprefix("logit ")) for label, title in rows}
+    rows = page.eval_on_selector_all(
+        "tr", "rows => rows.map((row) => [row.cells[0].textContent, row.title, row.cells[1].textContent])"
+    )
+    found = {label: float(title.removeprefix("logit ")) for label, title, _ in rows}
     assert next(iter(found)) == max(found, key=lambda label: found[label])
+    weights = np.exp(np.array(list(found.values())))
+    shown = [float(text.removesuffix(" %")) for *_, text in rows]
+    np.testing.assert_allclose(shown, 100 * weights / weights.sum(), atol=0.051)
+    milliseconds = re.fullmatch(r"(\d+\.\d) ms", page.inner_text("#time"))
+    assert milliseconds
+    assert 0 < float(milliseconds[1]) < 10_000
     return [found[label] for label in labels]
+
+
+def drop(page: Any, names: list[str], where: str) -> list[bool]:
+    """Drop files of the server, one right after the other; whether each is left to the browser, which would leave the page."""
+    script = """async ([names, where]) => {
+        const files = await Promise.all(names.map(async (name) => new File([await (await fetch(name)).blob()], name)));
+        return files.map((file) => {
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(file);
+            const event = new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true});
+            return document.querySelector(where).dispatchEvent(event);
+        });
+    }"""
+    return list(page.evaluate(script, [names, where]))
 
 
 @pytest.mark.slow
 def test_texts_in_a_browser(browser, text_onnx, task, tmp_path, libraries):
-    with opened(browser, text_onnx / "quantized", tmp_path / "bundle", task, libraries) as page:
-        classifier = infer.Classifier(tmp_path / "bundle")
+    bundle = tmp_path / "bundle"
+    with opened(browser, text_onnx / "quantized", bundle, task, libraries) as page:
+        classifier = infer.Classifier(bundle)
         for text in [*TEXTS, *ODD_TEXTS]:
             page.fill("#text", text)
             found = shown_logits(page, classifier.labels)
             np.testing.assert_allclose(found, classifier.logits((text,)), atol=1e-3)
+        page.fill("#text", " ")
+        assert page.inner_text("#answers") == page.inner_text("#time") == ""
+
+        # One answer to many keys, or the model would hold up the next of them.
+        page.evaluate(
+            "new MutationObserver(() => (window.answered = (window.answered ?? 0) + 1)).observe(answers, {childList: true})"
+        )
+        page.type("#text", "a goal in the league", delay=5)
+        np.testing.assert_allclose(
+            shown_logits(page, classifier.labels), classifier.logits(("a goal in the league",)), atol=1e-3
+        )
+        assert page.evaluate("window.answered") < 10
+
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        page.set_viewport_size({"width": 360, "height": 640})
+        (bundle / "manifest.json").write_text(json.dumps(manifest | {"labels": ["l" * 200, "long " * 50, "tech"]}))
+        page.reload()
+        page.wait_for_selector("body[data-state=ready]")
+        page.fill("#text", "goal")
+        page.wait_for_selector("tr >> nth=2")
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+        # What infer.py would refuse, and tokens that another library makes otherwise.
+        probes = manifest["text"]["probes"]
+        assert len(probes) == 5
+        probes[2]["ids"] += " 7"
+        write_manifest(bundle, manifest)
+        page.reload()
+        page.wait_for_selector("body[data-state=failed]")
+        assert 'for "[SEP] </s> <|endoftext|>", found others' in page.inner_text("#error")
+        for name, change in [("tokenizer.json", lambda content: content[:-1]), ("model.onnx", bytes.swapcase)]:
+            (bundle / name).write_bytes(change((bundle / name).read_bytes()))
+            page.reload()
+            page.wait_for_selector("body[data-state=failed]")
+            assert f"expected {name} of" in page.inner_text("#error")
+            assert page.is_hidden("#text")
+
+
+@pytest.mark.slow
+def test_pairs_in_a_browser(browser, text_onnx, tmp_path, libraries):
+    texts = make_texts(60)
+    rows = [f'"{text}","{texts[(7 * i) % 60][0]}",{label}\n' for i, (text, label) in enumerate(texts)]
+    (tmp_path / "pairs.csv").write_text("text,other,label\n" + "".join(rows), encoding="utf-8")
+    data = DataConfig(dataset=str(tmp_path / "pairs.csv"), text_pair_column="other", max_length=16)
+    with opened(browser, text_onnx / "quantized", tmp_path / "bundle", TextClassification(data), libraries) as page:
+        classifier = infer.Classifier(tmp_path / "bundle")
+        for pair in [*zip(TEXTS[:4], reversed(TEXTS[:4]), strict=True), ("goal", ODD_TEXTS[0]), ODD_TEXTS[:2]]:
+            page.fill("#text", pair[0])
+            page.fill("#pair", pair[1])
+            np.testing.assert_allclose(shown_logits(page, classifier.labels), classifier.logits(tuple(pair)), atol=1e-3)
+        page.fill("#text", "")
+        assert page.inner_text("#answers") == ""  # until there are two texts again
 
 
 @pytest.mark.slow
@@ -227,18 +328,38 @@ def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_
     generator = np.random.default_rng(0)
     for number, (width, height) in enumerate([(33, 90), (200, 151)]):
         Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{number}.png")
-    with opened(browser, image_onnx, tmp_path / "bundle", image_task, libraries) as page:
-        classifier = infer.Classifier(tmp_path / "bundle")
-        for path in [*sorted(image_folder.rglob("*.png"))[:10], *tmp_path.glob("*.png")]:
-            page.evaluate("document.body.dataset.state = 'waiting'")
+    bundle = tmp_path / "bundle"
+    with opened(browser, image_onnx, bundle, image_task, libraries) as page:
+        page.evaluate("""() => {
+            window.held = {images: 0, addresses: 0};
+            const [create, close, show, revoke] = [createImageBitmap, ImageBitmap.prototype.close, URL.createObjectURL, URL.revokeObjectURL];
+            window.createImageBitmap = (...given) => create(...given).then((image) => { held.images++; return image; });
+            ImageBitmap.prototype.close = function () { held.images--; close.call(this); };
+            URL.createObjectURL = (file) => { held.addresses++; return show(file); };
+            URL.revokeObjectURL = (address) => { held.addresses -= address.startsWith("blob:"); revoke(address); };
+        }""")
+        classifier = infer.Classifier(bundle)
+        paths = [*sorted(image_folder.rglob("*.png"))[:10], *tmp_path.glob("*.png")]
+        for number, file in enumerate(image_files()):
+            with Image.open(file) as image:
+                paths.append(tmp_path / f"of_mode_{image.mode.replace(';', '_')}_{number}.{image.format}".lower())
+            paths[-1].write_bytes(file.getvalue())
+        assert {path.suffix for path in paths} == {".png", ".jpeg", ".tiff"}
+        for path in paths:
             page.set_input_files("#image", path)
+            if path.suffix == ".tiff":
+                page.wait_for_selector("body[data-state=failed]")
+                assert path.name in page.inner_text("#error")
+                continue
             found = shown_logits(page, classifier.labels)
-            np.testing.assert_allclose(found, classifier.logits((path,)), atol=1e-3)
-        page.evaluate("document.body.dataset.state = 'waiting'")
+            np.testing.assert_allclose(found, classifier.logits((path,)), atol=1e-3, err_msg=path.name)
+        assert page.evaluate("window.held") == {"images": 0, "addresses": 1}
         (tmp_path / "no.png").write_text("no image")
         page.set_input_files("#image", tmp_path / "no.png")
         page.wait_for_selector("body[data-state=failed]")
         assert "no.png" in page.inner_text("#error")
+        assert page.inner_text("#time") == ""
+        assert page.is_hidden("#picture")
 
         # Its colours beneath the transparency, which infer.py reads, do not survive a canvas.
         half = generator.integers(0, 256, (20, 20, 4), np.uint8)
@@ -251,16 +372,111 @@ def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_
         assert "without transparency" in page.inner_text("#error")
         assert page.inner_text("#answers") == ""  # or the last image's would stand beneath this one
 
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == "image"
+        assert page.evaluate("getComputedStyle(document.querySelector('#drop')).outlineStyle") == "solid"
+
+        # The older of two images is decoded after the newer.
+        Image.new("RGB", (4000, 3000)).save(bundle / "large.png")
+        for number, where in enumerate(["#drop", "#title"]):
+            shutil.copyfile(paths[10 + number], bundle / "small.png")
+            assert drop(page, ["large.png", "small.png"], where) == [False, False]
+            page.wait_for_timeout(700)
+            expected = classifier.logits((bundle / "small.png",))
+            np.testing.assert_allclose(shown_logits(page, classifier.labels), expected, atol=1e-3)
+            with Image.open(bundle / "small.png") as image:
+                assert page.evaluate("document.querySelector('#picture').naturalWidth") == image.width
+
+
+@pytest.mark.slow
+def test_quantized_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_path, libraries):
+    (tmp_path / "quantized").mkdir()
+    quantize_onnx(str(image_onnx), tmp_path / "quantized", image_task, QuantizeConfig(max_quality_drop=1.0))
+    with opened(browser, tmp_path / "quantized", tmp_path / "bundle", image_task, libraries) as page:
+        classifier = infer.Classifier(tmp_path / "bundle")
+        for path in sorted(image_folder.rglob("*.png"))[::20]:
+            page.set_input_files("#image", path)
+            found, expected = shown_logits(page, classifier.labels), classifier.logits((path,))
+            assert np.argmax(found) == np.argmax(expected)
+            np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def continued(page: Any, prompt: str) -> str:
+    page.fill("#temperature", "0")
+    page.fill("#text", prompt)
+    page.click("#write")
+    page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+    shown = page.text_content("#continuation")
+    assert shown.startswith(prompt)
+    return str(shown.removeprefix(prompt))
+
+
+# Of the next token after a text; and after one that leaves no token, as for a tokenizer that drops what it does not know.
+FIRST_LOGITS = """async ([prompt, dropped]) => {
+    const model = await import(new URL("web/model.mjs", document.baseURI));
+    const bundle = await model.openBundle(document.baseURI);
+    if (dropped) bundle.tokenizer.encode = () => ({ids: []});
+    let found;
+    const choose = (logits) => { found = Array.from(logits); return 1; };
+    for await (const _ of model.continueText(bundle, prompt, {choose, limit: 1}));
+    return found;
+}"""
+
+
+def native_logits(model: LanguageModel, tokens: list[int]) -> np.ndarray:
+    feed = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64)}
+    cache = {name: np.zeros((1, heads, 0, size), np.float32) for name, (heads, size) in model.cache_shapes.items()}
+    return np.asarray(model.session.run(["logits"], feed | cache)[0][0, -1])
+
 
 @pytest.mark.slow
 def test_continuations_in_a_browser(browser, language_bundle, language_task, tmp_path, libraries):
     source = language_bundle.parent / "onnx"
     with opened(browser, source, tmp_path / "bundle", language_task, libraries) as page:
-        page.fill("#temperature", "0")
-        page.fill("#text", "the team said")
-        page.click("#write")
-        page.wait_for_selector("body[data-state=ready]", timeout=120_000)
-        shown = page.text_content("#continuation")
-        expected = "".join(infer.Writer(tmp_path / "bundle").stream("the team said", Sampling(max_new_tokens=100)))
-        assert shown == "the team said" + expected
+        writer = infer.Writer(tmp_path / "bundle")
+        page.evaluate("""() => {
+            window.changes = 0;
+            new MutationObserver((changes) => (window.changes += changes.length)).observe(continuation, {childList: true, subtree: true});
+        }""")
+        for prompt in ("the team said", ""):
+            expected = "".join(writer.stream(prompt, Sampling(max_new_tokens=100)))
+            assert continued(page, prompt) == expected
         assert "tokens" in page.inner_text("#time")
+        assert page.evaluate("window.changes") > 20
+
+        # Every look at this clock takes long, so the page draws after every token.
+        begun, stopped, later, button = page.evaluate("""async () => {
+            let now = 0;
+            performance.now = () => (now += 100);
+            const added = () => document.querySelector("#continuation b").textContent;
+            write.click();
+            const begun = write.textContent;
+            while (!added()) await new Promise((drawn) => setTimeout(drawn));
+            write.click();
+            const stopped = added();
+            await new Promise((drawn) => setTimeout(drawn, 300));
+            return [begun, stopped, added(), write.textContent];
+        }""")
+        assert (begun, button) == ("Stop", "Continue")
+        assert 0 < len(stopped) == len(later) < len(expected) / 2
+
+        model = LanguageModel(tmp_path / "bundle")
+        expected = native_logits(model, model.encode("the team said"))
+        np.testing.assert_allclose(page.evaluate(FIRST_LOGITS, ["the team said", False]), expected, atol=1e-3)
+        expected = native_logits(model, model.end_tokens)
+        np.testing.assert_allclose(page.evaluate(FIRST_LOGITS, ["\u200b", True]), expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_quantized_continuations_in_a_browser(browser, language_bundle, language_task, tmp_path, libraries):
+    (tmp_path / "quantized").mkdir()
+    config = LanguageQuantizeConfig(quantization="int4_blocks_int8_embeddings", block_size=16, max_quality_drop=9.0)
+    quantize_language_model(str(language_bundle.parent / "onnx"), tmp_path / "quantized", language_task, config)
+    with opened(browser, tmp_path / "quantized", tmp_path / "bundle", language_task, libraries) as page:
+        model = LanguageModel(tmp_path / "bundle")
+        # Blocks of weights are multiplied by other kernels here than there, and later near ties may fall otherwise.
+        expected = native_logits(model, model.encode("the team said"))
+        np.testing.assert_allclose(page.evaluate(FIRST_LOGITS, ["the team said", False]), expected, atol=2e-2)
+        first = "".join(infer.Writer(tmp_path / "bundle").stream("the team said", Sampling(max_new_tokens=8)))
+        assert len(first) > 8
+        assert continued(page, "the team said").startswith(first)

@@ -25,7 +25,7 @@ SMALL = [
     "--teacher_learning_rate", "5e-3", "--num_train_epochs", "1", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8",
     "--student_layers", "2", "--label_baseline", "false", "--benchmark_rounds", "1", "--benchmark_seconds", "0.1", "--benchmark_threads", "1",
     "--prune_heads", "0.25", "--prune_ffn", "0.25", "--prune_steps", "1", "--prune_epochs", "0.5", "--prune_samples", "32",
-    "--quantization", "int8_blocks", "--block_size", "16", "--use_cpu", "true",
+    "--quantization", "int8_blocks", "--block_size", "16", "--use_cpu", "true", "--web", "false",
 ]  # fmt: skip
 STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized"]
 

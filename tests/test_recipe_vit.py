@@ -23,7 +23,7 @@ SMALL = [
     "--teacher_from_scratch", "true", "--teacher_epochs", "6", "--teacher_learning_rate", "3e-3", "--num_train_epochs", "3",
     "--learning_rate", "3e-3", "--per_device_train_batch_size", "8", "--student_layers", "2", "--benchmark_rounds", "1", "--benchmark_seconds", "0.1",
     "--prune_epochs", "1", "--prune_heads", "0.5", "--prune_steps", "1", "--max_quality_drop", "0.1", "--use_cpu", "true",
-    "--label_baseline", "false",
+    "--label_baseline", "false", "--web", "false",
 ]  # fmt: skip
 STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized"]
 

@@ -25,6 +25,7 @@ SMALL = [
     "--teacher_epochs", "6", "--teacher_learning_rate", "3e-3", "--num_train_epochs", "3", "--learning_rate", "3e-3",
     "--per_device_train_batch_size", "8", "--student_layers", "2", "--max_length", "32", "--benchmark_rounds", "1", "--benchmark_seconds", "0.1",
     "--prune_epochs", "1", "--prune_heads", "0.5", "--max_quality_drop", "0.1", "--use_cpu", "true",
+    "--web", "false",
 ]  # fmt: skip
 STAGES = ["teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized"]
 

@@ -26,6 +26,7 @@ SMALL = [
     "--student_layers", "2", "--max_length", "32", "--benchmark_rounds", "1", "--benchmark_seconds", "0.1", "--prune_heads", "0", "--prune_ffn", "0",
     "--quantization", "none", "--label_baseline", "false", "--use_cpu", "true", "--logging_steps", "1", "--disable_tqdm", "true",
     "--eval_strategy", "no", "--load_best_model_at_end", "false", "--save_strategy", "steps", "--save_steps", "10",
+    "--web", "false",
 ]  # fmt: skip
 
 pytestmark = [

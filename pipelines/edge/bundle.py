@@ -36,7 +36,13 @@ PYTHON = {"text": "3.10", "image": "3.11"}
 PACKAGES = {"text": ("numpy", "onnxruntime", "tokenizers"), "image": ("numpy", "onnxruntime", "pillow")}
 # Texts and image sizes (width, height) that a data set may lack and a user will not: beyond any length, without any letter, control
 # tokens spelt out; upright, lying, smaller than the model's input and odd.
-PROBE_TEXTS = ["word " * 2000, "", "[SEP] </s> <|endoftext|>", "naïve\u00a0🙂 東京\t123\u200b"]
+PROBE_TEXTS = [
+    "word " * 2000,
+    "",
+    "[SEP] </s> <|endoftext|>",
+    "naïve\u00a0🙂 東京\t123\u200b",
+    "It's  €1,000.50: “Straße”, cafe\u0301\n\nİ½ﬁ",
+]
 PROBE_SIZES = [(37, 53), (301, 200), (5, 64), (512, 512)]
 
 
@@ -69,7 +75,7 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
     (directory / "requirements.txt").write_text("\n".join(requirements) + "\n")
     libraries = (RUNTIME_LIBRARY, TOKENIZER_LIBRARY) if kind == "text" else (RUNTIME_LIBRARY,)
     installed = {name: importlib.metadata.version(name) for name in PACKAGES[kind]}
-    page = add_page(directory, bundle, libraries)
+    page, missing = add_page(directory, bundle, libraries)
     manifest = {
         "format": infer.FORMAT,
         "task": task.name,
@@ -84,11 +90,13 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
     }
     if task.causal:
         manifest["generation"] = generation_settings(directory)
+    if page and kind == "text":
+        settings["probes"] = page_probes(task, processor)
     write_manifest(directory, manifest)
     verification = (verify_writer if task.causal else verify_classifier)(directory, task, processor)
     details = {
         "minimum_onnxruntime": minimum,
-        "page": page or "none: ask for it with --web true or --web_assets",
+        "page": page or f"none: {missing}",
         "verification": verification,
     }
     return Outcome("bundle", {}, (read_record(Path(source)) or {}).get("parameters"), details)
@@ -120,6 +128,15 @@ def generation_settings(directory: Path) -> dict[str, Any]:
     """What a page needs to continue texts, and infer.py reads from the graph and the config: end tokens, positions, cache."""
     model = generate.LanguageModel(directory)
     return {"end_tokens": model.end_tokens, "context": model.context, "cache": model.cache_shapes}
+
+
+def page_probes(task: Any, processor: Any) -> list[dict[str, Any]]:
+    """Texts and their tokens, to which the page compares those of its own tokenizer library."""
+    if task.causal:
+        found = [((text,), processor(text, add_special_tokens=False)["input_ids"]) for text in PROBE_TEXTS]
+    else:
+        found = [(example, inputs["input_ids"][0]) for _, example, inputs in probe_inputs(task, processor)]
+    return [{"texts": example, "ids": " ".join(map(str, tokens))} for example, tokens in found]
 
 
 def image_settings(processor: Any) -> dict[str, Any]:

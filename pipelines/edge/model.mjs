@@ -4,24 +4,57 @@
 // Opens the bundle at the URL `base`, whose web/ holds the libraries. classify() and continueText() work with what this returns.
 export async function openBundle(base) {
     const read = async (name) => {
-        const response = await fetch(new URL(name, base));
+        // A bundle that was built again must not meet files of the old one in the browser's cache.
+        const response = await fetch(new URL(name, base), {cache: "no-cache"});
         if (!response.ok) throw new Error(`expected the bundle's ${name}, found: ${response.status} ${response.statusText}`);
-        return response;
+        return response.arrayBuffer();
     };
-    const manifest = await (await read("manifest.json")).json();
+    const parse = (bytes) => JSON.parse(new TextDecoder().decode(bytes));
+    const manifest = parse(await read("manifest.json"));
+    const readChecked = async (name) => {
+        const bytes = await read(name);
+        await checkFile(name, bytes, manifest.files[name]);
+        return bytes;
+    };
     const ort = await import("./ort.wasm.min.mjs");
     ort.env.wasm.wasmPaths = new URL("web/", base).href;
     // More threads need headers that a plain file server does not send.
     ort.env.wasm.numThreads = 1;
     ort.env.logLevel = "error";
-    const session = await ort.InferenceSession.create(await (await read(manifest.model)).arrayBuffer());
+    const session = await ort.InferenceSession.create(await readChecked(manifest.model));
     const bundle = {manifest, ort, session, runtime: `ONNX Runtime ${ort.env.versions.web}`};
     if (manifest.text) {
         const {Tokenizer} = await import("./tokenizers.min.mjs");
-        const files = await Promise.all(["tokenizer.json", "tokenizer_config.json"].map(async (name) => (await read(name)).json()));
-        bundle.tokenizer = new Tokenizer(...files);
+        const files = await Promise.all(["tokenizer.json", "tokenizer_config.json"].map(readChecked));
+        bundle.tokenizer = new Tokenizer(...files.map(parse));
+        checkTokens(bundle);
     }
     return bundle;
+}
+
+async function checkFile(name, bytes, expected) {
+    // Browsers give digests only to pages from https and from this machine.
+    const digest = crypto.subtle && new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+    const checksum = digest && Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+    if (bytes.byteLength !== expected.bytes || (checksum ?? expected.sha256) !== expected.sha256) {
+        throw new Error(
+            `expected ${name} of ${expected.bytes} bytes as it was made, found that it was changed or cut (${bytes.byteLength} bytes). ` +
+            "Reload the page, or copy the bundle again.",
+        );
+    }
+}
+
+// The library that makes tokens here is another than the model was trained with, so it is tried on texts whose tokens are known.
+function checkTokens({manifest, tokenizer}) {
+    for (const {texts, ids} of manifest.text.probes ?? []) {
+        const found = manifest.generation ? promptTokens(tokenizer, texts[0]) : textColumns(tokenizer, texts, manifest).input_ids;
+        if (found.join(" ") !== ids) {
+            throw new Error(
+                `expected the tokens that the model was trained with for ${JSON.stringify(texts[0].slice(0, 30))}, found others: this ` +
+                "page's library does not support this tokenizer. Use the bundle's infer.py.",
+            );
+        }
+    }
 }
 
 // The answer to one example, an array of one or two texts or an image {data, width, height}: logits and probabilities in the order
@@ -56,11 +89,13 @@ export function softmax(logits) {
 // ---- Language models
 
 // Yields the continuation of a text as it grows, {text, tokens, milliseconds}, until the model ends it, `limit` tokens are there, or
-// no position is left. At a temperature of 0 every token is the likeliest; above, one of the 50 likeliest is drawn.
-export async function* continueText({manifest, ort, session, tokenizer}, prompt, {limit = 100, temperature = 0, random = Math.random} = {}) {
+// no position is left. `choose` takes the logits (vocabulary) of the next token and gives its number.
+export async function* continueText({manifest, ort, session, tokenizer}, prompt, {choose, limit = 100}) {
     const {end_tokens: ends, context, cache: shapes} = manifest.generation;
     const start = performance.now();
-    const encoded = prompt ? tokenizer.encode(prompt, {add_special_tokens: false}).ids : ends.slice(0, 1);
+    let encoded = promptTokens(tokenizer, prompt);
+    if (!encoded.length) encoded = ends.slice(0, 1); // begins a new document
+    if (!encoded.length) throw new Error("expected a text of at least one token, found none. Give it a text.");
     if (encoded.length >= (context ?? Infinity)) {
         throw new Error(`expected a text of fewer than ${context} tokens, found ${encoded.length}`);
     }
@@ -71,7 +106,7 @@ export async function* continueText({manifest, ort, session, tokenizer}, prompt,
         const feeds = {input_ids: wholeNumbers(ort, ids), attention_mask: wholeNumbers(ort, Array(total).fill(1)), ...cache};
         const outputs = await session.run(feeds);
         const vocabulary = outputs.logits.dims[2];
-        const token = chooseToken(outputs.logits.data.subarray(outputs.logits.data.length - vocabulary), temperature, random);
+        const token = choose(outputs.logits.data.subarray(outputs.logits.data.length - vocabulary));
         if (ends.includes(token)) return;
         cache = Object.fromEntries(Object.keys(shapes).map((name) => [name, outputs[name.replace("past_key_values", "present")]]));
         tokens.push(token);
@@ -81,6 +116,11 @@ export async function* continueText({manifest, ort, session, tokenizer}, prompt,
     }
 }
 
+function promptTokens(tokenizer, prompt) {
+    return tokenizer.encode(prompt, {add_special_tokens: false}).ids;
+}
+
+// At a temperature of 0 the likeliest token; above, one of the 50 likeliest is drawn.
 export function chooseToken(logits, temperature, random) {
     if (temperature === 0) return logits.reduce((best, logit, token) => (logit > logits[best] ? token : best), 0);
     const likely = Array.from(logits.keys()).sort((a, b) => logits[b] - logits[a]).slice(0, 50);

@@ -13,6 +13,7 @@ from pipelines.errors import InputError
 from pipelines.run import hash_file
 
 HERE = Path(__file__).parent
+SECONDS = 60  # that a page which nobody asked for may take
 # The npm packages of the page, each with the version and the licence, and the sha256 of each file that is taken from it.
 RUNTIME_LIBRARY = "onnxruntime-web"
 TOKENIZER_LIBRARY = "@huggingface/tokenizers"
@@ -28,36 +29,50 @@ LIBRARIES = {
 }  # fmt: skip
 
 
-def add_page(directory: Path, bundle: BundleConfig, libraries: tuple[str, ...]) -> dict[str, str]:
-    """Write index.html and web/ into the bundle `directory`; return the versions of the libraries, {} where no page was asked for."""
-    if not bundle.page:
-        return {}
+def add_page(directory: Path, bundle: BundleConfig, libraries: tuple[str, ...]) -> tuple[dict[str, str], str]:
+    """Write index.html and web/ into the bundle `directory`; return the versions of the libraries, or {} and why there is no page.
+
+    Raises InputError where a page was asked for and its libraries are not to be had.
+    """
+    if bundle.page is False:
+        return {}, "--web false"
     web = directory / "web"
-    web.mkdir()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            packages = [
+                Path(bundle.web_assets) / library if bundle.web_assets else fetch(library, Path(scratch), bundle.page)
+                for library in libraries
+            ]
+        except InputError as error:
+            if bundle.page:
+                raise
+            return {}, str(error)
+        web.mkdir()
+        for library, package in zip(libraries, packages, strict=True):
+            copy_library(library, package / "dist", web)
     shutil.copyfile(HERE / "index.html", directory / "index.html")
     shutil.copyfile(HERE / "model.mjs", web / "model.mjs")
-    with tempfile.TemporaryDirectory() as scratch:
-        for library in libraries:
-            package = Path(bundle.web_assets) / library if bundle.web_assets else fetch(library, Path(scratch))
-            copy_library(library, package / "dist", web)
     lines = [
         f"{name} {LIBRARIES[name][0]}: {LIBRARIES[name][1]}, https://www.npmjs.com/package/{name}" for name in libraries
     ]
     (web / "LICENSES.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {name: LIBRARIES[name][0] for name in libraries}
+    return {name: LIBRARIES[name][0] for name in libraries}, ""
 
 
-def fetch(library: str, scratch: Path) -> Path:
-    """The npm package, unpacked below `scratch`; nothing of it is run."""
+def fetch(library: str, scratch: Path, wanted: bool | None) -> Path:
+    """The npm package, unpacked below `scratch`; nothing of it is run. Where it is not `wanted` for certain, npm tries once."""
     version = LIBRARIES[library][0]
     folder = Path(tempfile.mkdtemp(dir=scratch))
     try:
-        command = ["npm", "pack", "--silent", f"{library}@{version}"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        command = ["npm", "pack", "--loglevel=error", f"{library}@{version}"]
+        if not wanted:
+            command.append("--fetch-retries=0")
+        timeout = None if wanted else SECONDS
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=timeout)
         with tarfile.open(next(folder.glob("*.tgz"))) as archive:
             archive.extractall(folder, filter="data")
-    except (OSError, subprocess.CalledProcessError) as error:
-        found = error.stderr.strip()[-300:] if isinstance(error, subprocess.CalledProcessError) else error
+    except (OSError, subprocess.SubprocessError) as error:
+        found = error.stderr.partition("\n")[0] if isinstance(error, subprocess.CalledProcessError) else error
         raise InputError(
             f"expected npm to fetch {library}@{version} for the page, found: {found}. Install npm, or name a node_modules that has it "
             "with --web_assets, or leave the page out with --web false."
