@@ -44,7 +44,7 @@ TIMES = {
 FAST = (
     "--num_train_epochs 2 --learning_rate 3e-3 --per_device_train_batch_size 8 --student_layers 2 --label_baseline true "
     "--prune_heads 0.25 --prune_ffn 0.25 --prune_steps 2 --prune_epochs 1 --benchmark_rounds 1 --benchmark_threads 1 --benchmark_seconds 0.1 "
-    "--use_cpu true --teacher_learning_rate 3e-3 --max_quality_drop 1"
+    "--use_cpu true --teacher_learning_rate 3e-3 --max_quality_drop 1 --web false"
 )
 TINY = {
     "bert": "--teacher_epochs 4 --max_length 32",
