@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipelines import prune, soft_targets
 from pipelines.config import DataConfig, DistillConfig, PruneConfig, RunConfig, TeacherConfig, parse_config, run_main
@@ -124,13 +125,14 @@ def fine_tune_two_epochs(directory, csv, teacher, killed):
     """The record of a teacher fine-tuned with dropout; where `killed`, process 1 dies in the second epoch."""
 
     def step(self: Trainer, *arguments: object, **keywords: object) -> object:
-        if rank() == 1 and self.state.epoch > 1:
+        if self.state.global_step == 0:
+            torch.manual_seed(rank())  # with one seed for all, the state of one process would do for the other
+        if killed and rank() == 1 and self.state.epoch > 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return usual(self, *arguments, **keywords)
 
     usual = Trainer.training_step
-    if killed:
-        Trainer.training_step = step  # type: ignore[method-assign]
+    Trainer.training_step = step  # type: ignore[method-assign]
     training = TrainingArguments(output_dir=str(directory), use_cpu=True, disable_tqdm=True)
     settings = TeacherConfig(teacher_epochs=2, teacher_learning_rate=1e-3)
     run = Run(directory, TextClassification(DataConfig(dataset=csv, max_length=32)), 0)
