@@ -16,7 +16,17 @@ import pytest
 import torch
 
 from pipelines import prune, soft_targets
-from pipelines.config import DataConfig, DistillConfig, PruneConfig, RunConfig, TeacherConfig, parse_config, run_main
+from pipelines.config import (
+    DataConfig,
+    DistillConfig,
+    PruneConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    parse_config,
+    run_main,
+)
+from pipelines.distill import distill_student
 from pipelines.errors import InputError
 from pipelines.prune import prune_and_recover
 from pipelines.run import Outcome, Run
@@ -121,8 +131,8 @@ def test_a_killed_process_is_told_by_one_that_is_left(csv_file, trained_teacher,
     assert all("Traceback" not in process.output for process in ended)
 
 
-def fine_tune_two_epochs(directory, csv, teacher, killed):
-    """The record of a teacher fine-tuned with dropout; where `killed`, process 1 dies in the second epoch."""
+def distil_and_prune(directory, csv, teacher, killed):
+    """The records of a student that learns with dropout, and is pruned; where `killed`, process 1 dies in the student's second epoch."""
 
     def step(self: Trainer, *arguments: object, **keywords: object) -> object:
         if self.state.global_step == 0:
@@ -133,11 +143,14 @@ def fine_tune_two_epochs(directory, csv, teacher, killed):
 
     usual = Trainer.training_step
     Trainer.training_step = step  # type: ignore[method-assign]
-    training = TrainingArguments(output_dir=str(directory), use_cpu=True, disable_tqdm=True)
-    settings = TeacherConfig(teacher_epochs=2, teacher_learning_rate=1e-3)
     run = Run(directory, TextClassification(DataConfig(dataset=csv, max_length=32)), 0)
-    run.stage("teacher", fine_tune, teacher, distributed=True, teacher=settings, training=training)
-    return run.record("teacher")
+    training = TrainingArguments(output_dir=str(directory), use_cpu=True, disable_tqdm=True, num_train_epochs=2)
+    learning = {"distill": DistillConfig(), "training": training, "distributed": True}
+    learning["soft_targets"] = run.stage("soft_targets", compute_soft_targets, teacher, True, shard_examples=50)
+    run.stage("student", distill_student, teacher, student=StudentConfig(student_layers="2"), **learning)
+    prune = PruneConfig(prune_steps=1, prune_epochs=1)
+    run.stage("pruned", prune_and_recover, "student", teacher=Path(teacher), prune=prune, **learning)
+    return [run.record(name) for name in run.stages]
 
 
 def test_two_processes_of_which_one_was_killed_end_as_undisturbed_ones_do(csv_file, trained_teacher, tmp_path):
@@ -147,14 +160,15 @@ def test_two_processes_of_which_one_was_killed_end_as_undisturbed_ones_do(csv_fi
     (teacher / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.3}))
     arguments = (str(csv_file), str(teacher))
     out = tmp_path / "out"
-    undisturbed = values(run_processes(2, out, fine_tune_two_epochs, tmp_path / "undisturbed", *arguments, False))[0]
-    ended = run_processes(2, out, fine_tune_two_epochs, tmp_path / "run", *arguments, True)
+    undisturbed = values(run_processes(2, out, distil_and_prune, tmp_path / "undisturbed", *arguments, False))[0]
+    ended = run_processes(2, out, distil_and_prune, tmp_path / "run", *arguments, True)
     assert ended[1].status == -signal.SIGKILL
-    assert not (tmp_path / "run" / "teacher").exists()
-    resumed = values(run_processes(2, out, fine_tune_two_epochs, tmp_path / "run", *arguments, False))[0]
-    assert resumed["details"]["resumed_from_step"] == undisturbed["details"]["steps"] / 2
-    assert "model.safetensors" in resumed["files"]
-    assert resumed["files"] == undisturbed["files"]
+    assert not (tmp_path / "run" / "student").exists()
+    resumed = values(run_processes(2, out, distil_and_prune, tmp_path / "run", *arguments, False))[0]
+    _, student, _ = resumed
+    assert student["details"]["resumed_from_step"] == student["details"]["steps"] / 2
+    assert [record["processes"] for record in resumed] == [2, 2, 2]
+    assert [record["files"] for record in resumed] == [record["files"] for record in undisturbed]
 
 
 def read_flags(argv):
