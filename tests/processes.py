@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 import time
 import traceback
@@ -64,6 +65,24 @@ def run_processes(
         output = path.with_suffix(".txt").read_text(errors="replace")
         ended.append(Ended(process.exitcode, output, pickle.loads(value.read_bytes()) if value.exists() else None))
     return ended
+
+
+def run_in_two_processes(directory: Path, recipe: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """The recipe by multi_cpu.yaml, with proof that the main process alone writes in its --output_dir, but for a share of the soft
+    targets and the state of each process's random numbers in a checkpoint. `directory` is for the notes of that."""
+    repository, notes = Path(__file__).parents[1], directory / "changed_by_others.txt"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(repository / "accelerate_configs" / "multi_cpu.yaml"), str(Path(__file__).with_name("watched.py"))]
+    finished = subprocess.run(
+        [*command, str(notes), str(recipe), *argv], capture_output=True, text=True, timeout=600, cwd="/", check=False,
+        env={**os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    changed = {Path(line).name for line in notes.read_text().splitlines()}
+    left = Path(argv[argv.index("--output_dir") + 1]).rglob("*")
+    changed |= {path.name for path in left if path.is_file() and path.stat().st_mode & 0o020}
+    assert "rng_state_1.pth" in changed, finished.stderr[-3000:]
+    assert all(name == "rng_state_1.pth" or name.startswith("answers-") for name in changed), changed
+    return finished
 
 
 def values(ended: list[Ended]) -> list[Any]:

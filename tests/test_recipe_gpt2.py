@@ -16,6 +16,7 @@ import yaml
 from conftest import tiny_language_model
 from pipelines.config import parse_config
 from pipelines.text_data import train_tokenizer
+from processes import run_in_two_processes
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "distill_gpt2.py"
@@ -40,9 +41,10 @@ def run_here(*argv: str, monkeypatch: pytest.MonkeyPatch) -> int:
     return 0
 
 
-def launch(config: str, *argv: str) -> subprocess.CompletedProcess[str]:
-    """The recipe by one of accelerate_configs/."""
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(REPOSITORY / "accelerate_configs" / config)]
+def launch(*argv: str) -> subprocess.CompletedProcess[str]:
+    """The recipe by cpu.yaml."""
+    cpu = REPOSITORY / "accelerate_configs" / "cpu.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(cpu)]
     return subprocess.run(
         [sys.executable, *launcher, str(RECIPE), *argv], capture_output=True, text=True, timeout=600, cwd="/", check=False,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
@@ -62,7 +64,7 @@ def finished(tmp_path_factory, language_shape, language_text):
         str(directory),
         *SMALL,
     ]
-    return directory, argv, launch("multi_cpu.yaml", *argv)
+    return directory, argv, run_in_two_processes(directory.parent, RECIPE, *argv)
 
 
 def test_two_processes_make_every_stage_and_a_report_as_in_the_contract(finished):
@@ -107,7 +109,7 @@ def test_twenty_prompts_are_continued_as_torch_continues_them(finished, name):
 
 def test_a_second_run_in_one_process_does_nothing(finished):
     _, argv, _ = finished
-    process = launch("cpu.yaml", *argv)
+    process = launch(*argv)
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.count("finished already") == len(STAGES) + 2  # the bundle and the report, too
     record = json.loads((Path(argv[argv.index("--output_dir") + 1]) / "teacher" / "record.json").read_text())

@@ -14,6 +14,7 @@ import yaml
 
 from conftest import make_image_processor, tiny_config, tiny_model, write_image_folder
 from pipelines.config import parse_config
+from processes import run_in_two_processes
 
 REPOSITORY = Path(__file__).parents[1]
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
@@ -127,18 +128,10 @@ def test_a_convolutional_student_goes_through_the_recipe_without_pruning_in_two_
     student = tmp_path / "resnet"
     tiny_config("resnet").save_pretrained(student)
     make_image_processor(16).save_pretrained(student)
-    argv = [
-        str(RECIPE),
-        "--teacher_model",
-        str(shape),
-        "--dataset",
-        str(image_folder),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    argv = ["--teacher_model", str(shape), "--dataset", str(image_folder), "--output_dir", str(tmp_path / "run")]
     argv += [*SMALL, "--student_model", str(student), "--student_from_scratch", "true", "--quantization", "static_int8"]
     flags = ["--num_train_epochs", "8", "--per_device_train_batch_size", "4"]
-    process = launch(*argv, *flags, launcher=(*ACCELERATE, str(ACCELERATE_CONFIGS / "multi_cpu.yaml")))
+    process = run_in_two_processes(tmp_path, RECIPE, *argv, *flags)
     assert process.returncode == 0, process.stderr[-3000:]
     assert "pruned: skipped, a resnet has no attention heads" in process.stdout
     report = json.loads((tmp_path / "run" / "report.json").read_text())
