@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.inference_worker import read_feeds
-from pipelines.benchmark import peak_memory_bytes
+from pipelines.benchmark import be_a_worker, peak_memory_bytes
 from pipelines.benchmark_language import time_writing
 from pipelines.predict import empty_cache, open_session
 
@@ -140,4 +140,4 @@ def work(spec_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    be_a_worker(work, sys.argv[1])

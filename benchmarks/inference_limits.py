@@ -22,8 +22,12 @@ Product = tuple[int, int, int, int, int]
 BANDWIDTH_WIDTH = 8192  # a weight of 256 MB, read once a call
 
 
-def products_of(model: Any, feed: dict[str, Any]) -> list[Product]:
-    """The matrix products of one call of a torch model, each size once."""
+def products_of(model: Any, feed: dict[str, Any], first_token_only: bool = False) -> list[Product]:
+    """The matrix products of one call of a torch model, each size once.
+
+    With `first_token_only` the last layer has one query, and no other tokens behind its attention: all that a classifier that reads
+    the first token needs, and that our graphs compute.
+    """
     from collections import Counter
 
     import torch
@@ -33,17 +37,21 @@ def products_of(model: Any, feed: dict[str, Any]) -> list[Product]:
     from pipelines.surgery import part
 
     found: Counter[tuple[int, int, int, int]] = Counter()
-    queries = [part(layer, family_of(model.config).query) for layer in layers_of(model)]
-    size = head_size(model.config)
+    family, size, last = family_of(model.config), head_size(model.config), list(layers_of(model))[-1]
+    queries = {part(layer, family.query) for layer in layers_of(model)}
+    of_one_token = (
+        set(last.modules()) - {part(last, family.key), part(last, family.value)} if first_token_only else set()
+    )
 
     def note(module: Any, inputs: tuple[Any, ...]) -> None:
         columns, inner = weight_matrix(module).shape
-        found[1, inputs[0].numel() // inner, inner, columns] += 1
-        if any(module is query for query in queries):
-            batch, tokens = inputs[0].shape[:2]
-            heads = columns // size // (3 if family_of(model.config).packed else 1)
-            found[batch * heads, tokens, size, tokens] += 1
-            found[batch * heads, tokens, tokens, size] += 1
+        batch, tokens = inputs[0].shape[0], inputs[0].numel() // inner // inputs[0].shape[0]
+        seen = 1 if module in of_one_token else tokens
+        found[1, batch * seen, inner, columns] += 1
+        if module in queries:
+            heads = columns // size // (3 if family.packed else 1)
+            found[batch * heads, seen, size, tokens] += 1
+            found[batch * heads, seen, tokens, size] += 1
 
     modules = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     hooks = [module.register_forward_pre_hook(note) for module in modules]

@@ -1,7 +1,7 @@
 """The peers' models, each made by the peer itself in an environment of its own; `inference.py` starts this, nobody else.
 
-python benchmarks/inference_peers.py optimum MODEL OUTPUT          # optimum/ optimum_o2/ optimum_int8_avx2/ …
-python benchmarks/inference_peers.py openvino ONNX_FILE FEEDS OUTPUT    # openvino/ openvino_int8/
+python -m benchmarks.inference_peers optimum MODEL OUTPUT          # optimum/ optimum_o2/ optimum_int8_avx2/ …
+python -m benchmarks.inference_peers openvino ONNX_FILE FEEDS OUTPUT    # openvino/ openvino_int8/
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.benchmark import Feed, peak_memory_bytes, time_batches, time_calls
+from pipelines.benchmark import Feed, be_a_worker, peak_memory_bytes, time_batches, time_calls
 from pipelines.predict import open_session
 
 # Fewer than the report's: the largest batches take a second a call, and rounds tell the spread.
@@ -139,4 +139,4 @@ def work(spec_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    be_a_worker(work, sys.argv[1])

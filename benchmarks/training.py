@@ -5,7 +5,7 @@
 
 `usual_script` is transformers' own Trainer, every text padded to `--max_length`, in random order; `fine_tune` is this project's stage on the
 same texts, cut to the same length, with the same batches, learning rate, evaluations and checkpoints; `fine_tune_fast` has `--attention_dropout
-false` too, and `fine_tune_fast_bf16` `--bf16 true`, which gains on a CPU with AMX or AVX-512 BF16 only. `student_labels`, `student_stored` and
+false` too; `usual_script_bf16` and `fine_tune_fast_bf16` have `--bf16 true`, which gains on a CPU with AMX or AVX-512 BF16 only. `student_labels`, `student_stored` and
 `student_online` train the same student of that teacher: on the labels, on soft targets that were stored before, with the teacher in the loop.
 
 Each row runs in a fresh process, the rows in turn. Counted are all seconds after the imports: reading the data, tokenizing it, training,
@@ -32,12 +32,13 @@ from typing import Any
 PAIRS = (
     ("fine_tune", "usual_script"),
     ("fine_tune_fast", "usual_script"),
-    ("fine_tune_fast_bf16", "usual_script"),
+    ("fine_tune_fast_bf16", "usual_script_bf16"),
     ("student_stored", "student_labels"),
     ("student_stored", "student_online"),
 )
 ROWS = (
-    "usual_script", "fine_tune", "fine_tune_fast", "fine_tune_fast_bf16", "student_labels", "student_stored", "student_online",
+    "usual_script", "fine_tune", "fine_tune_fast", "usual_script_bf16", "fine_tune_fast_bf16", "student_labels", "student_stored",
+    "student_online",
 )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
     )  # fmt: skip
     output.mkdir()
-    if row == "usual_script":
+    if row.startswith("usual_script"):
         processor = task.load_processor(flags.teacher_model)
         padded = task.data.splits.map(
             lambda batch: processor(batch["text"], padding="max_length", truncation=True, max_length=flags.max_length),

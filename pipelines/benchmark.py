@@ -67,13 +67,18 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         specs = [_write_spec(Path(folder) / str(i), subject, threads, seconds) for i, subject in enumerate(subjects)]
         progress = tqdm(total=rounds * len(subjects), desc="benchmark", unit="run")
-        with progress, torch_workers("pipelines.benchmark", {s.format for s in subjects}, threads) as forks:
+        with (
+            progress,
+            torch_workers("pipelines.benchmark", any(s.format == "transformers" for s in subjects), threads) as forks,
+        ):
             for _ in range(rounds):
                 for subject, spec in zip(subjects, specs, strict=True):
                     progress.set_postfix_str(subject.name)
+                    in_torch = subject.format == "transformers"
                     result = run_worker(
-                        "pipelines.benchmark", spec, subject.name, "run on feeds of its own tokenizer", forks=forks
-                    )
+                        "pipelines.benchmark", spec, subject.name, "run on feeds of its own tokenizer",
+                        forks=forks if in_torch else None,
+                    )  # fmt: skip
                     measured[subject.name].append(result)
                     progress.update()
     return {subject.name: _summarize(subject, measured[subject.name], threads) for subject in subjects}
@@ -130,9 +135,9 @@ def _write_spec(folder: Path, subject: Subject, threads: int, seconds: float) ->
 
 
 @contextmanager
-def torch_workers(module: str, formats: set[str], threads: int) -> Iterator[subprocess.Popen[str] | None]:
-    """What `run_worker` forks workers for torch from. None where no model needs it, or a fork after imports is not safe (not on Linux)."""
-    if "transformers" not in formats or sys.platform != "linux":
+def torch_workers(module: str, needed: bool, threads: int) -> Iterator[subprocess.Popen[str] | None]:
+    """What `run_worker` forks workers for torch from. None where it is not needed, or a fork after imports is not safe (not on Linux)."""
+    if not needed or sys.platform != "linux":
         yield None
         return
     command = [sys.executable, "-m", module, FORKS]
@@ -151,10 +156,10 @@ def run_worker(
 ) -> dict[str, float]:  # fmt: skip
     """The result.json that `python -m module` writes beside `spec`, on as many threads as the spec says; `to_do` is for the message.
 
-    For a model in torch the worker is a fork of `forks`, if there is one; for all others a new process.
+    The worker is a fork of `forks`, for a model in torch, or else a new process.
     """
     orders = json.loads(spec.read_text(encoding="utf-8"))
-    if forks and orders["format"] == "transformers":
+    if forks is not None:
         status, errors = _run_fork(forks, spec)
     else:
         # `-m` puts the working directory first on the module path: in a folder of our own nothing can shadow a library.

@@ -39,7 +39,9 @@ def measure_decoding(
     """
     threads = threads or available_cores()
     measured: dict[str, list[dict[str, float]]] = {subject.name: [] for subject in subjects}
-    with torch_workers("pipelines.benchmark_language", {subject.format for subject in subjects}, threads) as forks:
+    with torch_workers(
+        "pipelines.benchmark_language", any(subject.format == "transformers" for subject in subjects), threads
+    ) as forks:
         for _ in range(rounds):
             for subject in subjects:
                 spec = {
@@ -47,7 +49,8 @@ def measure_decoding(
                     "new_tokens": new_tokens, "threads": threads, "seconds": seconds,
                     "trust_remote_code": subject.trust_remote_code,
                 }  # fmt: skip
-                measured[subject.name].append(_run_worker(subject.name, spec, forks))
+                in_torch = subject.format == "transformers"
+                measured[subject.name].append(_run_worker(subject.name, spec, forks if in_torch else None))
     return {name: _summarize(results, prompt_tokens, threads) for name, results in measured.items()}
 
 

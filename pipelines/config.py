@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -174,6 +175,13 @@ class StudentConfig:
             "--student_model, whose shape --student_from_scratch takes",
             None,
         )
+
+    def describe(self) -> dict[str, Any]:
+        """What a student is made of: another model under the same name is another."""
+        from pipelines.sources import model_fingerprint
+
+        of = {} if self.student_model is None else {"student_model_fingerprint": model_fingerprint(self.student_model)}
+        return asdict(self) | of
 
 
 @dataclass
@@ -370,6 +378,13 @@ def parse_config(
     same code. Raises InputError for a file that is missing or malformed, an unknown key or a bad value; a bad flag exits
     with status 2 as argparse does.
     """
+
+    def read(flags: list[str]) -> list[Any]:
+        found = list(parser.parse_args_into_dataclasses(flags))
+        for settings in found:
+            _check_numbers(settings)
+        return found
+
     argv = _without_bare_debug(sys.argv[1:] if argv is None else argv)
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")
@@ -391,12 +406,12 @@ def parse_config(
     parser.error = partial(_refuse_flags, parser)
     from_file = _read_yaml(path, parser) if path is not None else []
     try:
-        parsed = list(parser.parse_args_into_dataclasses(from_file + argv))
+        parsed = read(from_file + argv)
     except Exception as error:  # transformers' own arguments refuse a value by whatever error it leads to
         # The dataclasses check their values as they are made. A bad value in the file is bad input (status 1), a bad flag is
         # a usage error (status 2): which of the two it is shows when the file is read alone.
         try:
-            parser.parse_args_into_dataclasses(from_file)
+            read(from_file)
         except InputError as in_file:
             raise InputError(f"{in_file} (in {path})") from in_file
         except Exception as in_file:
@@ -409,6 +424,17 @@ def parse_config(
                 flag: value for flag, value in given.items() if value != defaults[flag] and flag not in NOT_RECORDED
             }
     return parsed
+
+
+def _check_numbers(settings: Any) -> None:
+    """Raise InputError for what no setting can be: a number that is not finite, a seed below 0, an empty batch."""
+    for name, value in vars(settings).items():
+        if isinstance(value, float):
+            _check(math.isfinite(value), f"a finite --{name}", value)
+        if name in ("seed", "split_seed", "data_seed"):
+            _check(value is None or 0 <= value < 2**32, f"--{name} from 0 to 2^32 - 1", value)
+        if name.endswith("_batch_size") and name.startswith("per_device"):
+            _check(value >= 1, f"--{name} of 1 or more", value)
 
 
 def peek(flag: str, argv: list[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
 import hashlib
 import json
 import logging
@@ -33,6 +34,8 @@ SPLITS = ("train", "validation", "test")
 
 # Characters of a table's longest field: a hundred novels. A quotation mark that is never closed makes a field of the rest of a file.
 LONGEST_FIELD = 2**24
+MOST_COLUMNS = 2**18
+MOST_UNPACKED = 2**31  # characters that a compressed table may become
 
 # The builder of `datasets` and its arguments for each kind of file. Only an empty cell of a table is a missing value:
 # pandas would read the words "NA", "None" and "null" as missing too, which are texts and class names like any other.
@@ -257,7 +260,7 @@ def read_table(path: Path, config: DataConfig) -> datasets.Dataset:
     import datasets
 
     builder, arguments = FILE_BUILDERS[path.suffix.lower()]
-    if builder == "csv" and path.stat().st_size > LONGEST_FIELD:
+    if builder == "csv":
         check_fields(path, arguments.get("sep", ","))
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it is about to raise
@@ -282,14 +285,23 @@ def read_table(path: Path, config: DataConfig) -> datasets.Dataset:
 
 
 def check_fields(path: Path, separator: str) -> None:
-    """Raise InputError for a table with a field longer than LONGEST_FIELD, in little memory: the parser would read all of it first."""
-    limit, line, longest = csv.field_size_limit(LONGEST_FIELD), 0, 0
+    """Raise InputError, in little memory, for a table with a field longer than LONGEST_FIELD, more than MOST_COLUMNS, or, where it is
+    compressed (.gz), more than MOST_UNPACKED characters: the parser would read all of it first."""
+    limit, line, longest, unpacked = csv.field_size_limit(LONGEST_FIELD), 0, 0, 0
+    packed = path.suffix.lower() == ".gz"
+    open_file: Any = gzip.open if packed else open
     try:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        with open_file(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
             # A line without an end comes in pieces, each a row to the reader; what quotation marks enclose, it joins.
             rows = csv.reader(iter(lambda: file.readline(LONGEST_FIELD), ""), delimiter=separator)
             for row in rows:
                 longest = max(map(len, row), default=0)
+                unpacked += sum(map(len, row)) + len(row) if packed else 0
+                if len(row) > MOST_COLUMNS or unpacked > MOST_UNPACKED:
+                    raise InputError(
+                        f"expected at most {MOST_COLUMNS:,} columns in {path} and, of a compressed table, {MOST_UNPACKED:,} characters, found "
+                        f"more by line {rows.line_num}; give it as parquet, or in parts"
+                    )
                 if longest >= LONGEST_FIELD:
                     break
                 line = rows.line_num

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipelines.architectures import layer_count
 from pipelines.config import DistillConfig, StudentConfig
 from pipelines.errors import InputError
+from pipelines.finite import unfinite_inputs
 from pipelines.language import check_knows_language, check_same_vocabulary
 from pipelines.losses import IGNORED, distillation_loss, hidden_state_loss, label_loss, top_soft_target_loss
 from pipelines.run import Outcome
@@ -55,6 +56,7 @@ class DistillationTrainer(Trainer):
             with torch.no_grad():
                 teacher_outputs = self.teacher(**teacher_inputs, output_hidden_states=bool(self.hidden_state_map))
             teacher_logits = teacher_outputs.logits
+            self.unfinite_answers.append(unfinite_inputs({"teacher_logits": teacher_logits}))
         logits, targets = self.align(outputs.logits, labels)
         if top_answers is not None:
             loss = (1 - self.distill.soft_target_weight) * label_loss(logits, targets, smoothing)

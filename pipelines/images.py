@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from pipelines.architectures import FAMILIES
 from pipelines.config import AugmentConfig, DataConfig
-from pipelines.data import Kind, load_classification, read_table
+from pipelines.data import Kind, check_fields, load_classification, read_table
 from pipelines.errors import InputError
 from pipelines.predict import available_cores
 from pipelines.sources import resolve
@@ -127,10 +127,13 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
         )
 
     try:
+        check_fields(path, ",")
         with gzip.open(path, "rt") if path.suffix.lower() == ".gz" else path.open() as file:
             first = file.readline(MOST_PIXELS).split(",")
         named = not all(cell.strip().lstrip("-").replace(".", "", 1).isdigit() for cell in first)
         table = pandas.read_csv(path, header=0 if named else None)
+    except InputError:
+        raise
     except (OSError, ValueError, EOFError) as error:
         raise refuse(f"a file that cannot be read ({error})") from error
     label = config.label_column if named else table.columns[-1]

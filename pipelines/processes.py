@@ -6,6 +6,7 @@ machine; those that fail because it is gone are silent.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -16,6 +17,9 @@ from typing import Any, NoReturn
 FAILURE = "failure"
 # What gloo, NCCL and the store say to a process when another is gone or does not answer.
 LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Connection (?:reset|closed|refused)|Broken pipe|Socket", re.I)
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_barriers = itertools.count()
 
 
 def several_processes() -> bool:
@@ -36,7 +40,9 @@ def lost_process(error: Exception) -> str | None:
 
 
 def end(message: str, status: int) -> NoReturn:
-    """End this process with its message, or with that of the process whose failure made it fail."""
+    """End this process with its message, or with that of the process whose failure made it fail; a token in it is not told."""
+    for token in {os.environ.get("HF_TOKEN"), *TOKEN.findall(message)} - {None, ""}:
+        message = message.replace(str(token), "hf_…")
     first, tells = first_failure(message)
     if tells:
         print(first, file=sys.stderr, flush=True)
@@ -71,6 +77,25 @@ def wait_until_done(name: str) -> None:
         if store.check([FAILURE]):
             raise RuntimeError("another process failed")
         time.sleep(0.1)
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until every process is here, however long that takes: a barrier alone gives up where work is not shared out evenly.
+
+    Raises RuntimeError where another process has failed meanwhile, or the launcher's store is gone.
+    """
+    from accelerate import PartialState
+
+    store = _store()
+    if store is not None:
+        # Every process comes to the same barriers in the same order.
+        arrived = f"arrived/{name}/{next(_barriers)}"
+        store.add(arrived, 1)
+        while store.add(arrived, 0) < int(os.environ["WORLD_SIZE"]):
+            if store.check([FAILURE]):
+                raise RuntimeError("another process failed")
+            time.sleep(0.1)
+    PartialState().wait_for_everyone()
 
 
 def _store() -> Any:

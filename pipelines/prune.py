@@ -17,6 +17,7 @@ from pipelines.config import DistillConfig, PruneConfig
 from pipelines.distill import distil
 from pipelines.errors import InputError
 from pipelines.losses import distillation_loss, next_token
+from pipelines.processes import wait_for_all
 from pipelines.run import Outcome, sealed, write_json
 from pipelines.soft_targets import WithSoftTargets
 from pipelines.surgery import cut, part, remove_zeros, shape_of, with_stock_shapes
@@ -156,7 +157,7 @@ def prune_and_recover(
             write_json(partial / STEPS, sealed({"steps": details["steps"]}))
             seal_checkpoint(partial)
             partial.rename(chosen)
-        state.wait_for_everyone()
+        wait_for_all("the cut model is written")
         if (directory / CHECKPOINTS / f"step-{step + 1}-cut").is_dir():
             continue
         details["steps"] = json.loads((chosen / STEPS).read_text(encoding="utf-8"))["steps"]

@@ -28,7 +28,7 @@ from pipelines.report import (
     write_report,
 )
 from pipelines.report_language import compare
-from pipelines.run import differences, fingerprint, needing_room, read_record
+from pipelines.run import check_files, differences, fingerprint, needing_room, read_record
 from pipelines.surgery import load_model
 
 STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
@@ -68,7 +68,7 @@ def report_run(run: Any, recipe: str, config: ReportConfig, given: dict[str, Any
 def finished_stages(run: Any) -> list[str]:
     """The stages in a run's directory that belong together: each made of what its source is now.
 
-    Raises InputError where one was made of other data than the run's, which would be scored on another test split.
+    Raises InputError where one was made of other data than the run's, which would be scored on another test split, or was changed since.
     """
     found: list[str] = []
     left_out: list[str] = []
@@ -84,6 +84,7 @@ def finished_stages(run: Any) -> list[str]:
                 f"expected the data and the settings that {run.directory / name} was made with, found others: {'; '.join(changed)}. Pass the "
                 "flags of that run; report.md ends with them."
             )
+        check_files(run.directory / name, record)
         source = read_record(run.directory / made_by["source"])
         outlived = source is not None and fingerprint(source) != made_by["source_fingerprint"]
         if outlived or made_by["source"] in left_out:

@@ -28,10 +28,11 @@ from typing import Any
 import pipelines
 from pipelines.errors import InputError
 from pipelines.predict import available_cores
-from pipelines.processes import say_done, wait_until_done
+from pipelines.processes import say_done, wait_for_all, wait_until_done
 
 RECORD = "record.json"
 MARKER = ".pocketformers"
+ATTEMPT = ".made_by.json"  # what an unfinished stage is to become
 PACKAGES = (
     "torch",
     "transformers",
@@ -115,7 +116,7 @@ def hash_file(path: Path) -> str:
 
 def shipped_files(directory: Path) -> list[Path]:
     """The files that must be shipped to use a stage: its top level without the record. Adapters and the like live in sub-folders."""
-    return sorted(path for path in directory.iterdir() if path.is_file() and path.name != RECORD)
+    return sorted(path for path in directory.iterdir() if path.is_file() and path.name not in (RECORD, ATTEMPT))
 
 
 def copy_beside(source: Path, directory: Path) -> None:
@@ -216,6 +217,16 @@ def damaged_files(directory: Path, record: dict[str, Any]) -> list[str]:
         for name, digest in record["files"].items()
         if not (directory / name).is_file() or hash_file(directory / name) != digest
     ]
+
+
+def check_files(directory: Path, record: dict[str, Any]) -> None:
+    """Raise InputError where the files of a finished stage are not what its record says, by which others know what they were made of."""
+    damaged = damaged_files(directory, record)
+    if damaged:
+        raise InputError(
+            f"expected the files of {directory} to be those that its {RECORD} names, found {', '.join(damaged)} changed or missing. Make that "
+            f"stage again; or delete its {RECORD}, and it is taken as it is."
+        )
 
 
 def prepare_directory(directory: Path) -> None:
@@ -320,6 +331,8 @@ class Run:
         target = self.directory / name
         partial = self.directory / f".{name}.partial"
         made_by = self._made_by(name, function, source, arguments) if self.state.is_main_process else None
+        if made_by is not None:
+            self._end_commit(partial, target, made_by)
         finished = self._finished(target, made_by) if made_by is not None else False
         if self._agree(finished):
             return target
@@ -337,7 +350,7 @@ class Run:
                 outcome = function(self._locate(source), partial, self.task, **arguments)
             if not distributed:
                 (say_done if self.state.is_main_process else wait_until_done)(name)
-            self.state.wait_for_everyone()
+            wait_for_all(name)  # the main process may have scored the model alone
             if made_by is not None:
                 self._commit(name, partial, target, made_by, outcome, time.perf_counter() - started)
             self.state.wait_for_everyone()
@@ -352,15 +365,21 @@ class Run:
         return record
 
     def _locate(self, source: str) -> str:
-        inside = self.directory / source
-        return str(inside) if (inside / RECORD).is_file() else source
+        """An earlier stage of this run by its name; whatever else a source is stays as it was given, a relative path, too."""
+        return str(self.directory / source) if source in self.stages[:-1] else source
 
     def _identify(self, source: str) -> str:
         from pipelines.sources import model_fingerprint
 
         located = Path(self._locate(source))
         record = read_record(located) if located.is_dir() else None
-        return fingerprint(record) if record else model_fingerprint(source)
+        if record is None:
+            return model_fingerprint(source)
+        if (
+            located.parent != self.directory or located.name not in self.stages[:-1]
+        ):  # those were looked at in their turn
+            check_files(located, record)
+        return fingerprint(record)
 
     def _made_by(
         self, name: str, function: Callable[..., Outcome], source: str, arguments: dict[str, Any]
@@ -405,7 +424,7 @@ class Run:
 
     def _start(self, partial: Path, made_by: dict[str, Any], resumes: bool) -> None:
         """Keep what an interrupted attempt at the very same stage left, if it is one that resumes, and nothing else."""
-        unfinished = partial / ".made_by.json"
+        unfinished = partial / ATTEMPT
         try:
             same = json.loads(unfinished.read_text(encoding="utf-8")) == made_by
         except (OSError, ValueError):
@@ -413,14 +432,14 @@ class Run:
         if not (same and resumes) and partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
+        (partial / RECORD).unlink(missing_ok=True)
         write_json(unfinished, made_by)
 
     def _commit(
         self, name: str, partial: Path, target: Path, made_by: dict[str, Any], outcome: Outcome, seconds: float
     ) -> None:
-        (partial / ".made_by.json").unlink()
-        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        attempt = (partial / ATTEMPT, partial / "checkpoints")
+        files = sorted(path for path in partial.rglob("*") if path.is_file() and not {path, *path.parents} & {*attempt})
         record = {
             "stage": name,
             "format": outcome.format,
@@ -436,12 +455,23 @@ class Run:
         }
         record = sealed(record)
         write_json(partial / RECORD, record)
-        old = target.with_name(f".{name}.old")
+        self._put_in_place(partial, target)
+        print(summary_line(record), flush=True)
+
+    def _end_commit(self, partial: Path, target: Path, made_by: dict[str, Any]) -> None:
+        """Put in place what an interrupted run had written to its end, the record last, so that nothing is trained twice."""
+        record = read_record(partial)
+        if record is not None and record["made_by"] == made_by and not damaged_files(partial, record):
+            self._put_in_place(partial, target)
+
+    def _put_in_place(self, partial: Path, target: Path) -> None:
+        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        (partial / ATTEMPT).unlink(missing_ok=True)
+        old = target.with_name(f".{target.name}.old")
         if target.exists():
             target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-        print(summary_line(record), flush=True)
 
 
 def check_launch() -> None:

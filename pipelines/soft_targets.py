@@ -21,6 +21,7 @@ from pipelines.errors import InputError
 from pipelines.finite import name_rows
 from pipelines.losses import top_answers
 from pipelines.predict import predict_torch
+from pipelines.processes import wait_for_all
 from pipelines.run import Outcome
 from pipelines.training import check_knows_task, validation_metrics
 
@@ -116,7 +117,7 @@ def check_teacher(teacher: Any, task: Any, processor: Any) -> dict[str, Any]:
     if state.is_main_process:
         metrics = validation_metrics(teacher, task, processor)
         check_knows_task(teacher, task, metrics)
-    state.wait_for_everyone()
+    wait_for_all("the teacher is checked")
     return metrics
 
 
@@ -147,7 +148,7 @@ def write_shards(
         # One entry, since safetensors writes several in an order that changes, and the same answers should be the same bytes.
         save_file(answers, partial, metadata={"sha256": _digest(answers)})
         partial.replace(path)
-    state.wait_for_everyone()
+    wait_for_all("all shards are written")
     return state.is_main_process
 
 

@@ -108,6 +108,12 @@ def _locate_in_package(source: str) -> Path:
             f"expected a path inside the package {package!r}, found {source!r}, which leads out of it to {found[0]}; "
             "give that path itself if it is what you mean"
         )
+    for path in found[0].rglob("*"):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
+            raise InputError(
+                f"expected files inside the package {package!r}, found {path}, a symbolic link that leads out of it to {path.resolve()}; "
+                "install the package again, or give that path itself if it is what you mean"
+            )
     return found[0]
 
 

@@ -146,6 +146,8 @@ class Trainer(transformers.Trainer):
         # Of the step at work: how many went before, its batches on this process and their loss; and what gradients were like.
         self.step, self.step_epoch, self.step_learning_rate = 0, 0.0, 0.0
         self.step_batches: list[dict[str, Any]] = []
+        # Of each batch that a teacher in the loop has answered, where its answers are not finite.
+        self.unfinite_answers: list[dict[str, list[int]]] = []
         self.step_loss: Tensor | float = 0.0
         self.norms: deque[float] = deque(maxlen=REMEMBERED_NORMS)
         self.overflows = 0
@@ -205,6 +207,7 @@ class Trainer(transformers.Trainer):
         batches, items = super().get_batch_samples(self._each_example_once(epoch_iterator), *arguments, **keywords)
         self.step, self.step_epoch = self.state.global_step, float(self.state.epoch or 0)
         self.step_batches, self.step_loss, self.step_learning_rate = batches, 0.0, self._get_learning_rate()
+        self.unfinite_answers = []
         return batches, items
 
     def _each_example_once(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -286,7 +289,8 @@ class Trainer(transformers.Trainer):
         bad_inputs = []
         for index, batch in enumerate(self.step_batches):
             first = (index * self.args.world_size + self.args.process_index) * self.args.train_batch_size
-            for column, places in unfinite_inputs(batch).items():
+            answers = self.unfinite_answers[index] if index < len(self.unfinite_answers) else {}
+            for column, places in (unfinite_inputs(batch) | answers).items():
                 named = name_rows([rows[(first + place) % len(rows)] for place in places]) if rows else "this batch"
                 bad_inputs.append(f"{column} (rows {named} of the training split)" if rows else f"{column} ({named})")
         cause = likely_cause(

@@ -21,6 +21,18 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 
+# The files that take longest come first, so that no process is left alone with one of them in the end.
+LONGEST = (
+    "test_recipes.py", "test_recipe_vit.py", "test_recipe_gpt2.py", "test_training.py", "test_benchmark_training.py",
+    "test_inference_benchmark.py", "test_export_language.py", "test_edge.py", "test_processes.py", "test_soft_targets.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 WORDS = {
     "sport": ["goal", "match", "team", "coach", "league", "striker"],
     "tech": ["chip", "software", "code", "server", "phone", "network"],

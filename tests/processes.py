@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -54,7 +56,8 @@ def run_processes(
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes):
         if time.monotonic() > deadline or any(process.exitcode for process in processes):
-            time.sleep(2)
+            for process in processes:
+                process.join(2)
             for process in processes:
                 process.terminate()
         time.sleep(0.05)
@@ -67,22 +70,21 @@ def run_processes(
     return ended
 
 
-def run_in_two_processes(directory: Path, recipe: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    """The recipe by multi_cpu.yaml, with proof that the main process alone writes in its --output_dir, but for a share of the soft
-    targets and the state of each process's random numbers in a checkpoint. `directory` is for the notes of that."""
-    repository, notes = Path(__file__).parents[1], directory / "changed_by_others.txt"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(repository / "accelerate_configs" / "multi_cpu.yaml"), str(Path(__file__).with_name("watched.py"))]
-    finished = subprocess.run(
-        [*command, str(notes), str(recipe), *argv], capture_output=True, text=True, timeout=600, cwd="/", check=False,
-        env={**os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    changed = {Path(line).name for line in notes.read_text().splitlines()}
-    left = Path(argv[argv.index("--output_dir") + 1]).rglob("*")
-    changed |= {path.name for path in left if path.is_file() and path.stat().st_mode & 0o020}
-    assert "rng_state_1.pth" in changed, finished.stderr[-3000:]
-    assert all(name == "rng_state_1.pth" or name.startswith("answers-") for name in changed), changed
-    return finished
+def run_recipe(
+    *argv: str, processes: int = 1, function: Callable[[list[str]], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A recipe's command line in processes of its own, as accelerate launch starts them on a CPU; both outputs come as one."""
+    with tempfile.TemporaryDirectory() as folder:
+        ended = run_processes(processes, Path(folder), function or recipe, list(argv), timeout=600)
+    said = "".join(process.output for process in ended)
+    return subprocess.CompletedProcess(argv, next((e.status for e in ended if e.status), 0), said, said)
+
+
+def recipe(argv: list[str]) -> None:
+    """What a process of `run_recipe` does."""
+    os.chdir("/")
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def values(ended: list[Ended]) -> list[Any]:

@@ -174,7 +174,7 @@ def test_a_torch_worker_that_fails_says_why_and_the_next_one_does_not_mind(tmp_p
     for name in ("broken", "good"):
         subject = Subject(name, tmp_path / name, "transformers", ids, [ids])
         specs[name] = _write_spec(tmp_path / f"spec_{name}", subject, threads=1, seconds=0.01)
-    with torch_workers("pipelines.benchmark", {"onnx", "transformers"}, threads=1) as forks:
+    with torch_workers("pipelines.benchmark", True, threads=1) as forks:
         assert forks is not None
         with pytest.raises(InputError, match=rf"^expected whole safetensors weights in {weights}, found .*\Z"):
             run_worker("pipelines.benchmark", specs["broken"], "broken", "run", forks=forks)
@@ -182,7 +182,7 @@ def test_a_torch_worker_that_fails_says_why_and_the_next_one_does_not_mind(tmp_p
         forks.kill()
         with pytest.raises(InputError, match="timing good ended with status -9"):
             run_worker("pipelines.benchmark", specs["good"], "good", "run", forks=forks)
-    with torch_workers("pipelines.benchmark", {"onnx"}, threads=1) as forks:
+    with torch_workers("pipelines.benchmark", False, threads=1) as forks:
         assert forks is None
 
 

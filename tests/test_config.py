@@ -122,3 +122,30 @@ def test_every_accelerate_config_is_one_that_accelerate_reads():
         written = yaml.safe_load(file.read_text())
         assert read.num_processes == written["num_processes"], file
         assert len(file.read_text().splitlines()) <= 15, file
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--seed -1", "--split_seed -1", "--teacher_epochs inf", "--temperature nan", "--per_device_train_batch_size 0"],
+)
+def test_numbers_that_no_setting_can_be_are_refused(flags, tmp_path, capsys):
+    from pipelines.training import TrainingArguments
+
+    kinds = [DataConfig, TeacherConfig, DistillConfig, TrainingArguments]
+    flag, value = flags.split()
+    with pytest.raises(SystemExit, match="2"):
+        parse_config(kinds, argv=[flag, value])
+    assert flag in capsys.readouterr().err
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"{flag[2:]}: {'.' if value in ('inf', 'nan') else ''}{value}\n")
+    with pytest.raises(InputError, match=f"{flag}.* found .*bad.yaml"):
+        parse_config(kinds, argv=["--config", str(file)])
+
+
+def test_a_token_after_a_misspelt_flag_is_not_told(capsys):
+    token = "hf_" + "a1B2c3D4" * 5
+    with pytest.raises(SystemExit, match="2"):
+        parse_config([RunConfig, DataConfig], argv=["--hub_tokn", token])
+    said = capsys.readouterr().err
+    assert "--hub_tokn" in said
+    assert token not in said

@@ -10,6 +10,7 @@ from conftest import example_inputs, tiny_config, tiny_language_model, tiny_mode
 from pipelines.config import DistillConfig, StudentConfig
 from pipelines.distill import DistillationTrainer, distil, distill_student, parse_hidden_state_map
 from pipelines.errors import InputError
+from pipelines.run import describe, differences
 from pipelines.soft_targets import WithSoftTargets, compute_soft_targets
 from pipelines.students import parse_layers, student_from_layers
 from pipelines.tasks import label_order
@@ -20,6 +21,15 @@ def soft_targets(trained_teacher, task, tmp_path_factory):
     directory = tmp_path_factory.mktemp("soft_targets")
     compute_soft_targets(str(trained_teacher), directory, task)
     return directory
+
+
+def test_a_student_is_made_again_where_the_model_it_starts_from_changed(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    before = describe(StudentConfig(student_model=str(tmp_path)))
+    assert before == describe(StudentConfig(student_model=str(tmp_path)))
+    tiny_model(seed=1).save_pretrained(tmp_path)
+    assert differences(before, describe(StudentConfig(student_model=str(tmp_path)))) == ["student_model changed"]
+    assert describe(StudentConfig()) == {"student_model": None, "student_from_scratch": False, "student_layers": "3"}
 
 
 def trainer_for(student, task, tokenizer, training, **arguments):
@@ -33,6 +43,28 @@ def trainer_for(student, task, tokenizer, training, **arguments):
     )
     student.train()
     return trainer
+
+
+def test_a_teacher_in_the_loop_whose_answer_is_not_finite_is_named_with_the_row(task, tokenizer, training):
+    features, teacher = task.features(tokenizer)["train"], tiny_model()
+    used = {token for row in features["input_ids"] for token in row}
+    new = next(token for token in range(1, teacher.config.vocab_size) if token not in used)
+    # One text has a word of its own, which the teacher has no number for.
+    features = features.map(
+        lambda row, index: {"input_ids": [new if index == 57 else row["input_ids"][0], *row["input_ids"][1:]]},
+        with_indices=True,
+    )
+    with torch.no_grad():
+        teacher.base_model.embeddings.word_embeddings.weight[new] = float("nan")
+    training.max_steps, training.learning_rate = -1, 1e-6
+    trainer = trainer_for(
+        tiny_model(), task, tokenizer, training, distill=DistillConfig(soft_targets="online"), teacher=teacher
+    )
+    trainer.train_dataset = features
+    with pytest.raises(
+        InputError, match=r"not finite in teacher_logits \(rows 57 of the training split\).*another teacher"
+    ):
+        trainer.train()
 
 
 @pytest.mark.parametrize(

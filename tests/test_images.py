@@ -100,7 +100,14 @@ def test_tables_that_are_no_pixels_are_refused(tmp_path, text, found):
     refused(path, found)
 
 
-def test_a_gzip_file_that_is_none_is_refused(tmp_path):
+def test_a_compressed_table_that_fills_the_memory_or_is_none_is_refused(tmp_path, monkeypatch):
+    with gzip.open(tmp_path / "table.csv.gz", "wt") as file:
+        file.write("0," * 300_000 + "1\n")
+    refused(tmp_path / "table.csv.gz", "at most 262,144 columns")
+    with gzip.open(tmp_path / "table.csv.gz", "wt") as file:
+        file.writelines(["0,0,0,0,one\n"] * 1000)
+    monkeypatch.setattr("pipelines.data.MOST_UNPACKED", 5000)
+    refused(tmp_path / "table.csv.gz", "5,000 characters")
     (tmp_path / "table.csv.gz").write_bytes(b"no gzip")
     refused(tmp_path / "table.csv.gz", "cannot be read")
     refused(tmp_path / "missing.csv.gz", "does not exist")

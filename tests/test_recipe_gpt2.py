@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import processes
 from conftest import tiny_language_model
+from pipelines import results
 from pipelines.config import parse_config
 from pipelines.text_data import train_tokenizer
-from processes import run_in_two_processes
+from watched import check_only_the_main_process_wrote, watched_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "distill_gpt2.py"
@@ -41,16 +41,6 @@ def run_here(*argv: str, monkeypatch: pytest.MonkeyPatch) -> int:
     return 0
 
 
-def launch(*argv: str) -> subprocess.CompletedProcess[str]:
-    """The recipe by cpu.yaml."""
-    cpu = REPOSITORY / "accelerate_configs" / "cpu.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(cpu)]
-    return subprocess.run(
-        [sys.executable, *launcher, str(RECIPE), *argv], capture_output=True, text=True, timeout=600, cwd="/", check=False,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, language_shape, language_text):
     """A whole run in two processes."""
@@ -64,12 +54,13 @@ def finished(tmp_path_factory, language_shape, language_text):
         str(directory),
         *SMALL,
     ]
-    return directory, argv, run_in_two_processes(directory.parent, RECIPE, *argv)
+    return directory, argv, processes.run_recipe(str(RECIPE), *argv, processes=2, function=watched_recipe)
 
 
 def test_two_processes_make_every_stage_and_a_report_as_in_the_contract(finished):
     directory, _, process = finished
     assert process.returncode == 0, process.stderr[-3000:]
+    check_only_the_main_process_wrote(directory)
     # ONNX Runtime's quantizer by blocks would have every library tell each step.
     assert "[INFO]" not in process.stdout + process.stderr
     report = json.loads((directory / "report.json").read_text())
@@ -107,11 +98,10 @@ def test_twenty_prompts_are_continued_as_torch_continues_them(finished, name):
     assert generation["tokens"] == 2 * 20 * 16  # alone and in batches
 
 
-def test_a_second_run_in_one_process_does_nothing(finished):
+def test_a_second_run_in_one_process_does_nothing(finished, capsys, monkeypatch):
     _, argv, _ = finished
-    process = launch(*argv)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.count("finished already") == len(STAGES) + 2  # the bundle and the report, too
+    assert run_here(*argv, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.count("finished already") == len(STAGES) + 2  # the bundle and the report, too
     record = json.loads((Path(argv[argv.index("--output_dir") + 1]) / "teacher" / "record.json").read_text())
     assert record["made_by"]["task"]["vocabulary_size"] == 300
 
@@ -126,16 +116,17 @@ def test_the_cards_own_code_runs(finished, capsys, monkeypatch):
         assert len(capsys.readouterr().out) > len("A text")
 
 
+def without_report(argv: list[str]) -> None:
+    """The recipe, which leaves out what differs in times alone."""
+    results.report_run = lambda *arguments: None
+    processes.recipe(argv)
+
+
 def test_the_same_seed_gives_the_same_bytes_in_another_process(language_shape, language_text, tmp_path, monkeypatch):
     """With stored soft targets, in this process and in a fresh one; both without the report, of which only times differ."""
     argv = ["--teacher_model", str(language_shape), "--dataset", str(language_text), *SMALL, "--soft_targets", "stored"]
     argv += ["--quantization", "none"]  # measured speed chooses among the blocks
-    script = "import sys, runpy, pipelines.results as results; results.report_run = lambda *arguments: None\n"
-    script += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    fresh = subprocess.run(
-        [sys.executable, "-c", script, str(RECIPE), *argv, "--output_dir", str(tmp_path / "fresh")],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, timeout=600, check=False,
-    )  # fmt: skip
+    fresh = processes.run_recipe(str(RECIPE), *argv, "--output_dir", str(tmp_path / "fresh"), function=without_report)
     assert fresh.returncode == 0, fresh.stderr[-3000:]
     monkeypatch.setattr("pipelines.results.report_run", lambda *arguments: None)
     assert run_here(*argv, "--output_dir", str(tmp_path / "here"), monkeypatch=monkeypatch) == 0

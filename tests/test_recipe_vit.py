@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import processes
 from conftest import make_image_processor, tiny_config, tiny_model, write_image_folder
+from pipelines import quantize
+from pipelines.benchmark import measure
 from pipelines.config import parse_config
-from processes import run_in_two_processes
+from watched import check_only_the_main_process_wrote, watched_recipe
 
 REPOSITORY = Path(__file__).parents[1]
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
-ACCELERATE_CONFIGS = REPOSITORY / "accelerate_configs"
 RECIPE = REPOSITORY / "recipes" / "distill_vit.py"
 CONFIGS = sorted((REPOSITORY / "recipes" / "configs").glob("vit_*.yaml"))
 SMALL = [
@@ -28,13 +27,6 @@ SMALL = [
     "--label_baseline", "false",
 ]  # fmt: skip
 STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized"]
-
-
-def launch(*argv: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*launcher, *argv], capture_output=True, text=True, env=environment, timeout=600, cwd="/", check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +43,13 @@ def finished(tmp_path_factory, shape, image_folder):
     directory = tmp_path_factory.mktemp("runs") / "whole"
     argv = [str(RECIPE), "--teacher_model", str(shape), "--dataset", str(image_folder), "--output_dir", str(directory)]
     argv += [*SMALL, "--quantization", "auto"]
-    return directory, argv, launch(*argv)
+    return directory, argv, processes.run_recipe(*argv, function=with_a_short_choice)
+
+
+def with_a_short_choice(argv: list[str]) -> None:
+    """The recipe, which times the candidates of `--quantization auto` once and shortly."""
+    quantize.measure = lambda subjects, **settings: measure(subjects, rounds=1, seconds=0.05)
+    processes.recipe(argv)
 
 
 def test_the_recipe_makes_every_stage_and_a_report_as_in_the_contract(finished):
@@ -102,11 +100,11 @@ def test_every_stage_opens_with_stock_tools_and_answers_alike(finished, image_fo
     assert answer == model.config.id2label[int(expected.argmax())]
 
 
-def test_a_second_run_does_nothing_and_a_changed_augmentation_redoes_it(finished):
+def test_a_second_run_does_nothing_but_say_so(finished, capsys, monkeypatch):
     _, argv, _ = finished
-    process = launch(*argv, launcher=(*ACCELERATE, str(ACCELERATE_CONFIGS / "cpu.yaml")))
-    assert process.returncode == 0, process.stderr[-2000:]
-    assert process.stdout.count("finished already") == len(STAGES) + 3
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(RECIPE), run_name="__main__")  # in this process; it was made in another
+    assert capsys.readouterr().out.count("finished already") == len(STAGES) + 3
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process(finished, tmp_path, monkeypatch):
@@ -131,8 +129,9 @@ def test_a_convolutional_student_goes_through_the_recipe_without_pruning_in_two_
     argv = ["--teacher_model", str(shape), "--dataset", str(image_folder), "--output_dir", str(tmp_path / "run")]
     argv += [*SMALL, "--student_model", str(student), "--student_from_scratch", "true", "--quantization", "static_int8"]
     flags = ["--num_train_epochs", "8", "--per_device_train_batch_size", "4"]
-    process = run_in_two_processes(tmp_path, RECIPE, *argv, *flags)
+    process = processes.run_recipe(*argv, *flags, processes=2, function=watched_recipe)
     assert process.returncode == 0, process.stderr[-3000:]
+    check_only_the_main_process_wrote(tmp_path / "run")
     assert "pruned: skipped, a resnet has no attention heads" in process.stdout
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == [name for name in STAGES if name != "pruned"]

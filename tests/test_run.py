@@ -105,6 +105,59 @@ def test_a_damaged_file_is_noticed_and_made_again(tmp_path, source, damage, caps
     assert (tmp_path / "run" / "first" / "model.txt").read_text() == "a 1"
 
 
+def test_a_models_path_is_not_taken_for_a_stage_of_the_same_name(tmp_path, source, monkeypatch):
+    """`--teacher_model teacher`, the directory of a single stage, and a run whose first stage is called `teacher`, too."""
+    source.rename(tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    for expected in (["first"], []):
+        calls.clear()
+        run = Run(tmp_path / "run", Task(), seed=0)
+        run.stage("first", write_first, "first", setting=Setting())
+        run._lock.release()
+        assert calls == expected
+    assert read_record(tmp_path / "run" / "first")["made_by"]["source"] == "first"
+
+
+def test_a_stage_is_not_made_of_files_that_its_sources_record_does_not_know(tmp_path, source):
+    run_both(tmp_path / "run", source)
+    (tmp_path / "run" / "first" / "model.txt").write_text("other")
+    run = Run(tmp_path, Task(), seed=0, only_stage="alone")
+    with pytest.raises(InputError, match=r"found model.txt changed or missing.*delete its record.json"):
+        run.stage("alone", write_second, str(tmp_path / "run" / "first"))
+    (tmp_path / "run" / "first" / RECORD).unlink()
+    run.stage("alone", write_second, str(tmp_path / "run" / "first"))
+    run._lock.release()
+    assert (tmp_path / "alone" / "copy.txt").read_text() == "other"
+
+
+def test_a_run_killed_while_it_puts_a_stage_in_place_does_not_make_it_again(tmp_path, source, monkeypatch):
+    def die(*arguments: object, **keywords: object) -> None:
+        raise KeyboardInterrupt
+
+    def train(source: str, directory: Path, task: Task) -> Outcome:
+        calls.append("trained")
+        (directory / "model.txt").write_text("weights")
+        (directory / "checkpoints").mkdir()
+        (directory / "checkpoints" / "state.txt").write_text("state")
+        return Outcome("transformers")
+
+    for place in ("pathlib.Path.rename", "shutil.rmtree"):
+        directory = tmp_path / place
+        calls.clear()
+        for dies in (True, False):
+            with monkeypatch.context() as patched:
+                run = Run(directory, Task(), seed=0)
+                if dies:
+                    patched.setattr(place, die)
+                    with pytest.raises(KeyboardInterrupt):
+                        run.stage("first", train, str(source), distributed=True)
+                else:
+                    run.stage("first", train, str(source), distributed=True)
+                run._lock.release()
+        assert calls == ["trained"]
+        assert {path.name for path in (directory / "first").rglob("*")} == {"model.txt", RECORD}
+
+
 def test_a_record_holds_what_made_the_stage(tmp_path, source):
     run_both(tmp_path / "run", source)
     record = read_record(tmp_path / "run" / "first")
