@@ -133,10 +133,10 @@ def check_status(status: int, run: Path) -> None:
 
 def kill_in_stage(
     command: list[str], run: Path, stage: str, before: str | None, seconds: float, operation: int
-) -> None:
+) -> bool:
     """Go on with a run and kill it in `stage`: after `seconds` of it, or before its file operation of that number, if that is not 0.
 
-    `before` is the stage before it. Where the stage ends sooner, it is killed at that moment.
+    `before` is the stage before it. Where the stage ends sooner, it is killed at that moment; false where the whole run has ended before.
     """
     log = run.parent / "output.log"
     log.unlink(missing_ok=True)
@@ -150,12 +150,12 @@ def kill_in_stage(
             deadline = time.monotonic() + (1e9 if operation else seconds)
         if re.search(ended, text, re.MULTILINE) or (deadline is not None and time.monotonic() >= deadline):
             os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return
+            return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
         over, status = os.waitpid(pid, os.WNOHANG)
         if over:
-            check_status(0 if os.WIFSIGNALED(status) else status, run)
-            return
+            killed = os.WIFSIGNALED(status)
+            check_status(0 if killed else status, run)
+            return killed
         time.sleep(0.005)
 
 
@@ -201,8 +201,7 @@ def kill_round(
     for stage, seconds in stage_seconds(undisturbed).items():
         for at_change in (True, False) if both else (generator.random() < 0.5,):
             operation = generator.randint(1, operations.get(stage, 10)) if at_change else 0
-            kill_in_stage(command, run, stage, before, generator.uniform(0, seconds), operation)
-            kills[stage] += 1
+            kills[stage] += kill_in_stage(command, run, stage, before, generator.uniform(0, seconds), operation)
         before = stage
     finish(command, run)
     return dict(kills)
