@@ -129,7 +129,7 @@ def test_a_convolutional_student_goes_through_the_recipe_without_pruning_in_two_
     argv = ["--teacher_model", str(shape), "--dataset", str(image_folder), "--output_dir", str(tmp_path / "run")]
     argv += [*SMALL, "--student_model", str(student), "--student_from_scratch", "true", "--quantization", "static_int8"]
     flags = ["--num_train_epochs", "8", "--per_device_train_batch_size", "4"]
-    process = processes.run_recipe(*argv, *flags, processes=2, function=watched_recipe)
+    process = processes.run_recipe(str(RECIPE), *argv, *flags, processes=2, function=watched_recipe)
     assert process.returncode == 0, process.stderr[-3000:]
     check_only_the_main_process_wrote(tmp_path / "run")
     assert "pruned: skipped, a resnet has no attention heads" in process.stdout
