@@ -1,8 +1,9 @@
 """Memory of the teacher's pass over a data set, by the number of examples: it must stay flat.
 
-    python benchmarks/labelling_memory.py --examples 10000 100000 1000000 --output memory.json
+    python benchmarks/labelling_memory.py --examples 10000 100000 1000000 --labels 1000 --output memory.json
 
-Each size runs in a fresh process: a tiny BERT of random weights answers that many tokenized examples, as the stage of the soft
+So many labels that all answers together are far larger than the memory that is counted: 4 bytes each, 4 GB for a million examples of
+1,000. Each size runs in a fresh process: a tiny BERT of random weights answers that many tokenized examples, as the stage of the soft
 targets does. Counted is the memory that the process holds for itself (anonymous: arrays, Python's objects, weights), sampled ten times
 a second. Files that are mapped into memory, the tokens and the answers, are apart: the system takes them back when it needs the room.
 """
@@ -39,13 +40,13 @@ def rows(examples: int, tokens: int) -> Iterator[dict[str, Any]]:
         yield {"input_ids": ids, "attention_mask": [1] * length, "length": length}
 
 
-def tiny_teacher(width: int) -> Any:
+def tiny_teacher(width: int, labels: int) -> Any:
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return BertForSequenceClassification(BertConfig(vocab_size=100, **sizes))
+    return BertForSequenceClassification(BertConfig(vocab_size=100, num_labels=labels, **sizes))
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def measure(examples: int, arguments: argparse.Namespace, folder: Path) -> dict[
     features = datasets.Dataset.from_generator(
         rows, gen_kwargs={"examples": examples, "tokens": arguments.tokens}, cache_dir=str(folder / "cache")
     )
-    teacher = tiny_teacher(arguments.width)
+    teacher = tiny_teacher(arguments.width, arguments.labels)
     before, done = memory(), threading.Event()
     peak = dict(before)
 
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="The sizes.")
     parser.add_argument("--shard_examples", type=int, default=4096, help="Examples of a shard.")
     parser.add_argument("--tokens", type=int, default=16, help="Tokens of the longest example.")
+    parser.add_argument("--labels", type=int, default=2, help="Labels, and so numbers in an answer.")
     parser.add_argument("--width", type=int, default=16, help="Hidden units of the tiny teacher.")
     parser.add_argument("--read", type=int, default=20_000, help="Answers read back in a random order, at most.")
     parser.add_argument("--output", help="A file for the figures, as JSON.")
@@ -129,7 +131,7 @@ def main() -> None:
     )
     for examples in arguments.examples:
         command = [sys.executable, __file__, "--alone", "--examples", str(examples)]
-        for name in ("shard_examples", "tokens", "width", "read"):
+        for name in ("shard_examples", "tokens", "labels", "width", "read"):
             command += [f"--{name}", str(getattr(arguments, name))]
         environment = {**os.environ, "TQDM_DISABLE": "1"}
         worker = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

@@ -175,6 +175,9 @@ def run_worker(
         )
         status, errors = worker.returncode, worker.stderr
     if status != 0:
+        error, _, message = errors.strip().rpartition("\n")[2].partition(": ")
+        if error == f"{InputError.__module__}.InputError":
+            raise InputError(message)
         tail = "\n".join(errors.strip().splitlines()[-15:])
         raise InputError(
             f"expected {orders['path']} to {to_do}, found that the worker timing {name} ended with status {status} (-9 usually "

@@ -409,13 +409,15 @@ def parse_config(
     from_file = _read_yaml(path, parser) if path is not None else []
     try:
         parsed = read(from_file + argv)
-    except ValueError as error:
+    except Exception as error:  # transformers' own arguments refuse a value by whatever error it leads to
         # The dataclasses check their values as they are made. A bad value in the file is bad input (status 1), a bad flag is
         # a usage error (status 2): which of the two it is shows when the file is read alone.
         try:
             read(from_file)
-        except ValueError as in_file:
+        except InputError as in_file:
             raise InputError(f"{in_file} (in {path})") from in_file
+        except Exception as in_file:
+            raise InputError(f"expected settings that can be used in {path}, found: {in_file}") from in_file
         parser.error(str(error))
     given, defaults = vars(parser.parse_args(from_file + argv)), vars(parser.parse_args([]))
     for settings in parsed:

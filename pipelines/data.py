@@ -21,6 +21,7 @@ import numpy as np
 
 from pipelines.config import DataConfig
 from pipelines.errors import InputError
+from pipelines.run import no_room
 from pipelines.sources import resolve
 
 if TYPE_CHECKING:
@@ -270,6 +271,11 @@ def read_table(path: Path, config: DataConfig) -> datasets.Dataset:
             table.data.validate(full=True)  # nobody has looked at the bytes of its texts yet
         return table
     except Exception as error:  # parsers raise errors of their own kinds, and `datasets` wraps some of them
+        if full := no_room(error):
+            raise InputError(
+                f"expected room on the disk for a copy of {path} in {datasets.config.HF_DATASETS_CACHE}, found none ({full}); make room, or "
+                "set HF_DATASETS_CACHE to a folder on another disk"
+            ) from error
         raise InputError(
             f"expected a well-formed {path.suffix.lower()[1:]} file in UTF-8, found that {path} cannot be read "
             f"({reason(error)}); repair the file or save it again"

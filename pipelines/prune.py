@@ -164,16 +164,13 @@ def prune_and_recover(
         model = remove_zeros(task.load_model(str(chosen)))
         recovery: dict[str, Any] = {}
         if prune.prune_epochs > 0:
-            recovery = distil(
-                model,
-                processor,
-                task,
-                str(teacher),
-                distill,
-                arguments,
-                soft_targets,
-                directory / CHECKPOINTS / f"step-{step}",
-            )
+            checkpoints = directory / CHECKPOINTS / f"step-{step}"
+            try:
+                recovery = distil(
+                    model, processor, task, str(teacher), distill, arguments, soft_targets, checkpoints
+                )  # fmt: skip
+            except InputError as error:
+                raise InputError(f"{error} What the cut of step {step} left is kept in {chosen}.") from error
         details["steps"].append({**shape_of(model), "recovery": recovery})
     if not is_main_process():
         return Outcome("transformers")

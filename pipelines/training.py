@@ -550,16 +550,20 @@ def check_knows_task(model: Any, task: Any, metrics: dict[str, Any]) -> None:
     if task.causal:
         check_perplexity(metrics["perplexity"], model.config.vocab_size)
     else:
-        check_above_chance(metrics, task.label_names)
+        present = {task.label_names[index] for index in set(task.data.splits["validation"]["label"])}
+        check_above_chance(metrics, task.label_names, present)
 
 
-def check_above_chance(metrics: dict[str, Any], label_names: list[str]) -> None:
-    """Refuse a teacher that does no better than guessing, such as one with one answer to everything: its answers teach nothing."""
-    recalls = metrics["recall_per_class"]
+def check_above_chance(metrics: dict[str, Any], label_names: list[str], present: set[str]) -> None:
+    """Refuse a teacher that does no better than guessing, such as one with one answer to everything: its answers teach nothing.
+
+    `present` are the classes that the validation split holds; the recall of another says nothing.
+    """
+    recalls = {name: recall for name, recall in metrics["recall_per_class"].items() if name in present}
     mean = sum(recalls.values()) / len(recalls)
-    if mean <= 1 / len(label_names):
-        always = [name for name, recall in recalls.items() if recall == 1]
-        one_answer = f" (it answers {always[0]!r} to everything)" if sorted(recalls.values())[-2:] == [0, 1] else ""
+    always = [name for name, recall in recalls.items() if recall == 1]
+    one_answer = f" (it answers {always[0]!r} to everything)" if sorted(recalls.values())[-2:] == [0, 1] else ""
+    if one_answer or mean <= 1 / len(label_names):
         raise InputError(
             f"expected a teacher that knows the task, found one whose mean recall on the validation split is {mean:.3f}"
             f"{one_answer}, no better than guessing among {len(label_names)} labels. Train it longer or slower (--teacher_epochs, "

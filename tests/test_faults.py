@@ -9,7 +9,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +18,20 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import tiny_model
-from pipelines.config import run_main
+from pipelines import soft_targets
+from pipelines.config import DataConfig, TeacherConfig, run_main
+from pipelines.data import load_classification
 from pipelines.errors import InputError
 from pipelines.run import RECORD, Outcome, Run, no_room, read_record
-from pipelines.training import Trainer, checkpoint_damage, last_whole_checkpoint, seal_checkpoint, train
+from pipelines.soft_targets import compute_soft_targets
+from pipelines.training import (
+    Trainer,
+    checkpoint_damage,
+    fine_tune,
+    last_whole_checkpoint,
+    seal_checkpoint,
+    train,
+)
 
 
 class Task:
@@ -76,18 +86,23 @@ def write_large(source: str, directory: Path, task: Task, writer: str) -> Outcom
     return Outcome("transformers")
 
 
+@pytest.fixture
+def leave_room() -> Iterator[Callable[[int], None]]:
+    """`leave_room(1000)` lets no file grow above 1,000 bytes, -1 every file: a limit on a file's size stands for the disk, since both
+    fail in the same calls, in the same ways."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda room: resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.parametrize("writer", ["python", "numpy", "safetensors", "torch"])
-def test_a_full_disk_is_named_whoever_writes_and_the_earlier_result_stays(writer, tmp_path, source, capsys):
-    """A limit on a file's size stands for the disk: both fail in the same calls, in the same ways."""
+def test_a_full_disk_is_named_whoever_writes_and_the_earlier_result_stays(writer, tmp_path, source, capsys, leave_room):
     finish(tmp_path / "run", source, size=10)
     before = contents(tmp_path / "run")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            run_main(lambda: finish(tmp_path / "run", source, write_large, writer=writer))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    leave_room(1_000_000)
+    with pytest.raises(SystemExit) as exit_:
+        run_main(lambda: finish(tmp_path / "run", source, write_large, writer=writer))
+    leave_room(-1)
     assert exit_.value.code == 1
     messages = capsys.readouterr().err.splitlines()
     assert len(messages) == 1
@@ -111,6 +126,65 @@ def test_a_disk_that_is_really_full(tmp_path, source):
         assert (disk / "run" / "first" / "model.txt").stat().st_size == 1000
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("name", ["teacher", "soft_targets"])
+def test_a_disk_that_fills_up_at_work_is_named_and_the_same_command_goes_on(
+    name, trained_teacher, task, training, tmp_path, capsys, leave_room, monkeypatch
+):
+    """After the first of two checkpoints, and after the first of three shards."""
+    learning = {"teacher": TeacherConfig(teacher_epochs=2, teacher_learning_rate=1e-3), "training": training}
+    stages = {"teacher": (fine_tune, learning), "soft_targets": (compute_soft_targets, {"shard_examples": 50})}
+    function, arguments = stages[name]
+    save_checkpoint, check_finite = Trainer._save_checkpoint, soft_targets._check_finite
+
+    def save_and_fill(*arguments):
+        save_checkpoint(*arguments)
+        leave_room(100_000)
+
+    def check_and_fill(answers, first):
+        check_finite(answers, first)
+        leave_room(500 if first else -1)
+
+    def command() -> None:
+        run = Run(tmp_path / "run", task, seed=0)
+        try:
+            run.stage(name, function, str(trained_teacher), distributed=True, **arguments)
+        finally:
+            run._lock.release()
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save_and_fill)
+    monkeypatch.setattr(soft_targets, "_check_finite", check_and_fill)
+    with pytest.raises(SystemExit) as exit_:
+        run_main(command)
+    monkeypatch.undo()
+    leave_room(-1)
+    assert exit_.value.code == 1
+    messages = capsys.readouterr().err.splitlines()
+    assert [line for line in messages if line.startswith("error: ")] == messages[-1:]
+    assert messages[-1].startswith(f"error: expected room on the disk for the stage {name}, found")
+    assert "Traceback" not in "".join(messages)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("answers-*.safetensors")}
+    assert len(kept) == (0 if name == "teacher" else 1)
+
+    command()
+    record = read_record(tmp_path / "run" / name)
+    if name == "teacher":
+        assert record["details"]["resumed_from_step"] == record["details"]["steps"] / 2
+    else:
+        assert record["details"]["shards"] == 3
+        first = tmp_path / "run" / name / "answers-00000.safetensors"
+        assert [first.stat().st_mtime_ns] == list(kept.values())
+
+
+def test_a_disk_that_is_full_before_the_data_is_read_is_not_taken_for_a_broken_file(tmp_path, csv_file, leave_room):
+    copied = tmp_path / "texts.csv"  # a file that is not in the cache
+    copied.write_text(csv_file.read_text() + "one more goal,sport\n")
+    leave_room(5000)
+    with pytest.raises(InputError, match=r"room on the disk for a copy of .*texts\.csv.*HF_DATASETS_CACHE"):
+        load_classification(DataConfig(dataset=str(copied)))
+    leave_room(-1)
+    assert load_classification(DataConfig(dataset=str(copied))).splits
 
 
 def test_only_a_full_disk_is_called_one():

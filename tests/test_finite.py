@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import make_tokenizer, tiny_language_model, tiny_model
-from pipelines.config import DataConfig, DistillConfig, TeacherConfig, run_main
+from pipelines.config import DataConfig, DistillConfig, PruneConfig, TeacherConfig, run_main
 from pipelines.distill import DistillationTrainer
 from pipelines.errors import InputError
-from pipelines.finite import has_exploded, likely_cause, name_rows
+from pipelines.finite import has_exploded, likely_cause, name_rows, weights_are_finite
+from pipelines.prune import prune_and_recover
 from pipelines.tasks import TextClassification
-from pipelines.training import Trainer, TrainingArguments, check_above_chance, check_knows_task, fine_tune, train
+from pipelines.training import (
+    Trainer,
+    TrainingArguments,
+    check_above_chance,
+    check_knows_task,
+    checkpoint_damage,
+    fine_tune,
+    train,
+)
 from processes import run_processes
 
 POISONED = 57  # a row of the training split
@@ -64,6 +75,33 @@ def test_a_learning_rate_that_breaks_the_weights_is_named_and_nothing_saved(task
         train(tiny_model(), task, tokenizer, training, tmp_path, features)
     assert "there was no checkpoint yet" in str(error.value)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_language_model_and_an_adapter_are_stopped_alike(
+    language_task, language_model_dir, pretrained, task, training, tmp_path
+):
+    steps(training, 2, learning_rate=1e39)
+    words = language_task.load_processor(str(language_model_dir))
+    features = language_task.features(words)["train"]
+    with pytest.raises(InputError, match=r"at step 2 .*input_ids \(8, 32\), .*learning rate too high \(5e\+38"):
+        train(tiny_language_model(), language_task, words, training, tmp_path / "language", features)
+
+    steps(training, 2, save_strategy="steps", save_steps=1)
+    settings = TeacherConfig(teacher_learning_rate=1e39, lora_rank=4)
+    with pytest.raises(InputError, match=r"weights that are not finite.*--teacher_learning_rate.*no checkpoint yet"):
+        fine_tune(str(pretrained), tmp_path / "adapter", task, settings, training)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"]
+
+
+def test_a_recovery_that_is_stopped_keeps_the_last_cut(trained_teacher, task, training, tmp_path):
+    prune = PruneConfig(prune_steps=1, prune_learning_rate=1e39)
+    kept = tmp_path / "checkpoints" / "step-1-cut"
+    with pytest.raises(InputError, match=rf"--prune_learning_rate.* What the cut of step 1 left is kept in {kept}\."):
+        prune_and_recover(
+            str(trained_teacher), tmp_path, task, trained_teacher, prune, DistillConfig(), steps(training, 2)
+        )
+    assert checkpoint_damage(kept) is None
+    assert weights_are_finite(task.load_model(str(kept)))
 
 
 def test_a_gradient_that_explodes_stops_before_it_is_infinite(task, tokenizer, training, tmp_path):
@@ -139,15 +177,28 @@ def test_two_processes_stop_together_with_one_message(csv_file, tmp_path):
 
 
 def test_a_teacher_with_one_answer_is_named(task):
-    one = {"recall_per_class": {"sport": 0.0, "tech": 1.0, "trade": 0.0}}
+    one, names = {"recall_per_class": {"sport": 0.0, "tech": 1.0, "trade": 0.0}}, ["sport", "tech", "trade"]
     with pytest.raises(
         InputError, match=r"0\.333 \(it answers 'tech' to everything\), no better than guessing among 3"
     ):
-        check_above_chance(one, ["sport", "tech", "trade"])
+        check_above_chance(one, names, {*names})
     guesses = {"recall_per_class": {"sport": 0.3, "tech": 0.3, "trade": 0.3}}
     with pytest.raises(InputError, match=r"0\.300, no better"):
-        check_above_chance(guesses, ["sport", "tech", "trade"])
-    check_above_chance({"recall_per_class": {"sport": 0.3, "tech": 0.6, "trade": 0.3}}, ["sport", "tech", "trade"])
+        check_above_chance(guesses, names, {*names})
+    check_above_chance({"recall_per_class": {"sport": 0.3, "tech": 0.6, "trade": 0.3}}, names, {*names})
+
+
+def test_a_teacher_is_judged_by_the_classes_that_the_validation_split_holds(task):
+    """Of a class that it does not hold the recall is 0, whatever the teacher."""
+    only_sport, names = copy.copy(task), task.label_names
+    few = task.data.splits["validation"].filter(lambda row: row["label"] == names.index("sport"))
+    only_sport.data = replace(task.data, splits={"validation": few})
+    perfect = {"recall_per_class": {"sport": 1.0, "tech": 0.0, "trade": 0.0}}
+    check_knows_task(tiny_model(), only_sport, perfect)
+    with pytest.raises(InputError, match=r"0\.300, no better"):
+        check_knows_task(tiny_model(), only_sport, {"recall_per_class": {**perfect["recall_per_class"], "sport": 0.3}})
+    with pytest.raises(InputError, match=r"0\.500 \(it answers 'sport' to everything\)"):
+        check_above_chance(perfect, names, {"sport", "tech"})
 
 
 def test_a_teacher_that_fine_tuning_left_guessing_is_refused_with_its_checkpoints_kept(

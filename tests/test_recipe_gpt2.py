@@ -16,6 +16,7 @@ from conftest import tiny_language_model
 from pipelines import results
 from pipelines.config import parse_config
 from pipelines.text_data import train_tokenizer
+from watched import check_only_the_main_process_wrote, watched_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "distill_gpt2.py"
@@ -53,12 +54,13 @@ def finished(tmp_path_factory, language_shape, language_text):
         str(directory),
         *SMALL,
     ]
-    return directory, argv, processes.run_recipe(str(RECIPE), *argv, processes=2)
+    return directory, argv, processes.run_recipe(str(RECIPE), *argv, processes=2, function=watched_recipe)
 
 
 def test_two_processes_make_every_stage_and_a_report_as_in_the_contract(finished):
     directory, _, process = finished
     assert process.returncode == 0, process.stderr[-3000:]
+    check_only_the_main_process_wrote(directory)
     # ONNX Runtime's quantizer by blocks would have every library tell each step.
     assert "[INFO]" not in process.stdout + process.stderr
     report = json.loads((directory / "report.json").read_text())

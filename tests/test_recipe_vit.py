@@ -15,6 +15,7 @@ from conftest import make_image_processor, tiny_config, tiny_model, write_image_
 from pipelines import quantize
 from pipelines.benchmark import measure
 from pipelines.config import parse_config
+from watched import check_only_the_main_process_wrote, watched_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "distill_vit.py"
@@ -125,19 +126,12 @@ def test_a_convolutional_student_goes_through_the_recipe_without_pruning_in_two_
     student = tmp_path / "resnet"
     tiny_config("resnet").save_pretrained(student)
     make_image_processor(16).save_pretrained(student)
-    argv = [
-        str(RECIPE),
-        "--teacher_model",
-        str(shape),
-        "--dataset",
-        str(image_folder),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    argv = ["--teacher_model", str(shape), "--dataset", str(image_folder), "--output_dir", str(tmp_path / "run")]
     argv += [*SMALL, "--student_model", str(student), "--student_from_scratch", "true", "--quantization", "static_int8"]
     flags = ["--num_train_epochs", "8", "--per_device_train_batch_size", "4"]
-    process = processes.run_recipe(*argv, *flags, processes=2)
+    process = processes.run_recipe(str(RECIPE), *argv, *flags, processes=2, function=watched_recipe)
     assert process.returncode == 0, process.stderr[-3000:]
+    check_only_the_main_process_wrote(tmp_path / "run")
     assert "pruned: skipped, a resnet has no attention heads" in process.stdout
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == [name for name in STAGES if name != "pruned"]

@@ -17,6 +17,7 @@ import yaml
 import processes
 from conftest import make_texts, tiny_model, write_csv
 from pipelines.errors import InputError
+from watched import check_only_the_main_process_wrote
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "distill_bert.py"
@@ -28,6 +29,7 @@ SMALL = [
     "--web", "false",
 ]  # fmt: skip
 STAGES = ["teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized"]
+TOKEN = "hf_" + "a1B2c3D4" * 5
 
 
 def launch(*argv: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
@@ -54,7 +56,7 @@ def finished(tmp_path_factory, pretrained, csv_file):
     """A whole run on the csv file, with the baseline on labels alone."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
     argv = [str(RECIPE), "--teacher_model", str(pretrained), "--dataset", str(csv_file), "--output_dir", str(directory)]
-    argv += [*SMALL, "--label_baseline", "true"]
+    argv += [*SMALL, "--label_baseline", "true", "--hub_token", TOKEN]
     return directory, argv, processes.run_recipe(*argv)
 
 
@@ -86,6 +88,14 @@ def test_the_recipe_makes_every_stage_and_a_report_as_in_the_contract(finished):
     assert report["made_by"]["task"] == record["made_by"]["task"]
     assert report["made_by"]["flags"]["max_length"] == 32
     assert f"{STAGES[-1]}: done in" in process.stdout
+
+
+def test_the_users_token_is_in_no_file_and_in_no_output(finished):
+    directory, _, process = finished
+    assert TOKEN not in process.stdout + process.stderr
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert {"record.json", "report.json", "report.md", "README.md", "model.onnx"} <= {path.name for path in files}
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
 def test_every_stage_opens_with_stock_tools(finished):
@@ -200,36 +210,6 @@ def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(finished, tmp_p
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
 
-# The files that processes other than the main one create can be told by their mode; those removed later are looked at before.
-MARKED = """
-import os, runpy, shutil, sys
-from pathlib import Path
-
-def look_and_remove(path, *arguments, **keywords):
-    with open(found, "a") as file:
-        file.writelines(f"{made}\\n" for made in Path(path).rglob("*") if made.is_file() and made.stat().st_mode & 0o020)
-    remove(path, *arguments, **keywords)
-
-found, sys.argv = sys.argv[1], sys.argv[2:]
-os.umask(0o022 if os.environ["RANK"] == "0" else 0o002)
-remove, shutil.rmtree = shutil.rmtree, look_and_remove
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def run_in_two_processes(directory: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    """The recipe by multi_cpu.yaml, with proof that the main process alone writes, but for a share of the soft targets and the state
-    of each process's random numbers in a checkpoint."""
-    marked, found = directory / "marked.py", directory / "found.txt"
-    marked.write_text(MARKED)
-    launcher = (*ACCELERATE, str(REPOSITORY / "accelerate_configs" / "multi_cpu.yaml"), str(marked), str(found))
-    finished = launch(str(RECIPE), *argv, "--per_device_train_batch_size", "4", launcher=launcher)
-    made = {Path(line).name for line in found.read_text().splitlines()}
-    assert "rng_state_1.pth" in made
-    made |= {path.name for path in (directory / "run").rglob("*") if path.is_file() and path.stat().st_mode & 0o020}
-    assert all(name == "rng_state_1.pth" or name.startswith("answers-") for name in made), made
-    return finished
-
 
 # Not the demo's, which `finished` runs.
 @pytest.mark.parametrize(
@@ -277,7 +257,11 @@ def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, ca
     ]
     expected = ["teacher", "teacher_onnx", "student", "onnx"]
     if config == "bert_mnli.yaml":
-        finished = run_in_two_processes(tmp_path, *argv, "--prune_heads", "0.5", "--prune_steps", "1")
+        argv += ["--prune_heads", "0.5", "--prune_steps", "1", "--per_device_train_batch_size", "4"]
+        watched = str(Path(__file__).with_name("watched.py"))
+        launcher = (*ACCELERATE, str(REPOSITORY / "accelerate_configs" / "multi_cpu.yaml"), watched)
+        finished = launch(str(RECIPE), *argv, launcher=launcher)
+        check_only_the_main_process_wrote(tmp_path / "run")
         status, err = finished.returncode, finished.stderr[-3000:]
         assert finished.stdout.count("teacher: done in") == 1
         expected.insert(3, "pruned")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import runpy
+import shutil
+import signal
 import sys
 import tracemalloc
+from dataclasses import fields
 from pathlib import Path
 
 import huggingface_hub
@@ -18,24 +22,31 @@ from hypothesis import strategies as st
 
 from conftest import make_texts, tiny_model, write_csv
 from pipelines import data as data_module
+from pipelines.__main__ import main
 from pipelines.config import (
+    AugmentConfig,
     DataConfig,
     DistillConfig,
+    LanguageConfig,
     PruneConfig,
+    QuantizeConfig,
+    ReportConfig,
     RunConfig,
     StudentConfig,
     TeacherConfig,
     parse_config,
+    run_main,
 )
 from pipelines.data import check_fields, load_classification, tokenize
 from pipelines.distill import distill_student
 from pipelines.errors import InputError
 from pipelines.images import MOST_PIXELS, ImageClassification, read_image
+from pipelines.language import LanguageModeling
 from pipelines.run import RECORD, describe, read_record
 from pipelines.sources import check_model, check_model_directory, model_fingerprint, resolve
 from pipelines.surgery import load_model
 from pipelines.tasks import TextClassification
-from pipelines.training import Trainer
+from pipelines.training import Trainer, TrainingArguments
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -145,10 +156,9 @@ class OwnForSequenceClassification(BertForSequenceClassification):
 
 
 @pytest.fixture
-def with_own_code(tmp_path, tokenizer):
-    directory = tmp_path / "own_model"
-    tiny_model().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+def with_own_code(tmp_path, trained_teacher):
+    """A model directory with code of its own, and the mark that running it leaves."""
+    directory = shutil.copytree(trained_teacher, tmp_path / "own_model")
     config = json.loads((directory / "config.json").read_text())
     config |= {"model_type": "own", "architectures": ["OwnForSequenceClassification"]}
     names = {"AutoConfig": "OwnConfig", "AutoModelForSequenceClassification": "OwnForSequenceClassification"}
@@ -178,6 +188,58 @@ def test_code_of_a_models_own_is_not_run_unless_it_is_trusted(with_own_code, csv
     assert "trust_remote_code" not in task.describe()
     (directory / "code.py").write_text(OWN_CODE.format(mark="elsewhere"))
     assert model_fingerprint(str(directory)) != before  # other code is another model
+
+
+@pytest.fixture
+def stage(monkeypatch, capsys, csv_file):
+    """A single stage of `python -m pipelines`, in this process: its exit status and what it said of errors."""
+
+    def run(name: str, *flags: str) -> tuple[int, str]:
+        argv = ["pipelines", name, "--dataset", str(csv_file), "--max_length", "32", *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            run_main(main)
+        except SystemExit as exit_:
+            return int(exit_.code or 0), capsys.readouterr().err
+        return 0, ""
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["export", "quantize", "bundle", "verify", "benchmark", "distill", "prune"])
+def test_no_single_stage_runs_a_pickle_or_code_of_a_models_own(name, stage, pickled, with_own_code, teacher, tmp_path):
+    output = ["--output_dir", str(tmp_path / "made")]
+    others = {
+        "benchmark": lambda model: ["--models", str(model)],
+        "verify": lambda model: ["--model", str(teacher), "--reference", str(model)],
+        "distill": lambda model: ["--teacher_model", str(model), "--use_cpu", "true", *output],
+        "prune": lambda model: ["--model", str(model), "--teacher_model", str(teacher), "--use_cpu", "true", *output],
+    }
+    flags = others.get(name, lambda model: ["--model", str(model), *output])
+    reads_graphs = name in ("quantize", "bundle")
+    if reads_graphs:
+        (with_own_code[0] / "model.onnx").touch()  # the config beside a graph may name code, too
+    named = {"pickled": "model.onnx" if reads_graphs else "pytorch_model.bin", "own_model": "--trust_remote_code true"}
+    # Timing starts a process that imports torch, so once is enough; that it refuses a pickle is tried above.
+    for directory, mark in (with_own_code,) if name == "benchmark" else (pickled, with_own_code):
+        status, errors = stage(name, *flags(directory))
+        assert status == 1
+        assert [line.partition(":")[0] for line in errors.splitlines()] == ["error"]
+        assert named[directory.name] in errors
+        assert not mark.exists()
+        assert not (tmp_path / "made").exists()
+
+
+def test_the_record_of_a_stage_says_that_code_was_trusted(stage, with_own_code, tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    directory, mark = with_own_code
+    flags = ["--teacher_model", str(directory), "--teacher_epochs", "0", "--output_dir", str(tmp_path / "teacher")]
+    assert stage("fine-tune", *flags, "--use_cpu", "true", "--trust_remote_code", "true") == (0, "")
+    assert mark.exists()
+    assert read_record(tmp_path / "teacher")["made_by"]["task"]["trust_remote_code"] is True
 
 
 def test_trusting_is_a_flag_that_the_report_records():
@@ -215,11 +277,22 @@ def long_csv(tmp_path, last: str) -> Path:
     return path
 
 
-def test_a_line_of_a_million_characters_is_a_text(tmp_path, tokenizer):
+def load_language(config: DataConfig) -> LanguageModeling:
+    return LanguageModeling(config, LanguageConfig(vocabulary_size=300))
+
+
+def test_a_line_of_a_million_characters_is_a_text(tmp_path, tokenizer, language_model_dir):
     path = long_csv(tmp_path, "goal " * 200_000 + ",sport\n")
     data = load_classification(DataConfig(dataset=str(path)))
     assert max(len(text) for split in data.splits.values() for text in split["text"]) == 1_000_000
     assert max(length for split in tokenize(data, tokenizer, 16).values() for length in split["length"]) == 16
+
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n\n" for text, _ in make_texts(40)) + "goal" * 250_000)
+    for name in ("texts.csv", "texts.txt"):
+        task = load_language(DataConfig(dataset=str(tmp_path / name), max_length=64, test_size=0.3))
+        assert sum(task.data.text_bytes.values()) > 1_000_000
+        windows = task.features(task.load_processor(str(language_model_dir)))
+        assert {length for split in windows.values() for length in split["length"]} == {64}
 
 
 @pytest.mark.parametrize("last", ['"goal ' + "goal match,sport\n" * 20_000, "goal " * 40_000 + ",sport\n"])
@@ -228,8 +301,9 @@ def test_a_field_bomb_is_refused_before_it_is_read(last, tmp_path, monkeypatch):
     path = long_csv(tmp_path, last)
     tracemalloc.start()
     try:
-        with pytest.raises(InputError, match=r"less than 100,000 characters in .*texts\.csv.*begins in line 42;"):
-            load_classification(DataConfig(dataset=str(path)))
+        for load in (load_classification, load_language):
+            with pytest.raises(InputError, match=r"less than 100,000 characters in .*texts\.csv.*begins in line 42;"):
+                load(DataConfig(dataset=str(path)))
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
@@ -244,7 +318,7 @@ def test_long_tables_of_short_fields_pass(tmp_path, monkeypatch):
     assert sum(map(len, load_classification(DataConfig(dataset=str(path))).splits.values())) == 60
 
 
-def test_nul_bytes_and_unpaired_surrogates(tmp_path, tokenizer):
+def test_nul_bytes_and_unpaired_surrogates(tmp_path, tokenizer, language_model_dir):
     """What is no text is refused; a NUL character is one, which the tokenizer drops."""
     rows = make_texts(40)
     lines = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
@@ -256,6 +330,9 @@ def test_nul_bytes_and_unpaired_surrogates(tmp_path, tokenizer):
         data = load_classification(DataConfig(dataset=str(tmp_path / name)))
         assert sum("\0" in text for split in data.splits.values() for text in split["text"]) == 1
         tokenize(data, tokenizer, 16)
+        task = load_language(DataConfig(dataset=str(tmp_path / name), max_length=16))
+        assert sum("\0" in text for split in task.data.splits.values() for text in split["text"]) == 1
+        task.features(task.load_processor(str(language_model_dir)))
     surrogate = "goal \ud800 match".encode("utf-8", "surrogatepass")
     refused = {
         "surrogate.jsonl": lines.encode() + b'{"text": "goal \\ud800 match", "label": "sport"}\n',
@@ -271,8 +348,13 @@ def test_nul_bytes_and_unpaired_surrogates(tmp_path, tokenizer):
     for name, content in refused.items():
         (tmp_path / name).write_bytes(content)
     for name in (*refused, "surrogate.parquet"):
-        with pytest.raises(InputError, match=f"well-formed .*{name}"):
-            load_classification(DataConfig(dataset=str(tmp_path / name)))
+        for load in (load_classification, load_language):
+            with pytest.raises(InputError, match=f"well-formed .*{name}"):
+                load(DataConfig(dataset=str(tmp_path / name)))
+    for content, found in ((b"goal \0 match", "NUL bytes"), (surrogate, "the byte 0xed at position 5")):
+        (tmp_path / "texts.txt").write_bytes(content)
+        with pytest.raises(InputError, match=rf"expected text.*texts\.txt, found {found}"):
+            load_language(DataConfig(dataset=str(tmp_path / "texts.txt")))
 
 
 def test_an_image_of_a_hundred_megapixels_is_refused_before_it_is_decoded(tmp_path, image_folder):
@@ -324,8 +406,6 @@ def test_a_token_reaches_no_file_and_no_output(pretrained, csv_file, tmp_path, m
 
 
 def test_a_token_is_in_no_record_and_in_no_list_of_flags(tmp_path):
-    from pipelines.training import TrainingArguments
-
     argv = ["--hub_token", TOKEN, "--output_dir", str(tmp_path), "--weight_decay", "0.3"]
     file = tmp_path / "run.yaml"
     file.write_text(f"hub_token: {TOKEN}\nweight_decay: 0.3\noutput_dir: {tmp_path}\n")
@@ -341,8 +421,12 @@ FUZZ = settings(
     max_examples=40, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
-KINDS = [RunConfig, DataConfig, TeacherConfig, StudentConfig, DistillConfig, PruneConfig]
-FLAGS = ["temperature", "dataset", "prune_ffn", "max_length", "soft_targets", "student_layers", "teacher_from_scratch"]
+SECONDS = 10  # that one input may take; a call is ended then, where a deadline of hypothesis would wait for its end
+KINDS = [
+    RunConfig, DataConfig, AugmentConfig, LanguageConfig, TeacherConfig, StudentConfig, DistillConfig, PruneConfig, QuantizeConfig,
+    ReportConfig, TrainingArguments,
+]  # fmt: skip
+FLAGS = sorted({flag.name for kind in KINDS for flag in fields(kind) if flag.init})
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["stored", "3"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -353,15 +437,24 @@ VALUES = st.recursive(
 def refused_or_read(call) -> None:
     """The only two ends that bad input may have; anything else is raised."""
     message = "expected, found"
+    environment = dict(os.environ)
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"not done after {SECONDS} seconds"))
+    signal.alarm(SECONDS)
     try:
         call()
     except InputError as error:
         message = str(error)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+        # Training arguments leave switches for accelerate there, as soon as they are made.
+        os.environ.clear()
+        os.environ.update(environment)
     assert "expected" in message
     assert "found" in message
 
 
-@FUZZ
+@settings(FUZZ, max_examples=100)
 @given(content=st.dictionaries(st.sampled_from(FLAGS) | st.text(max_size=6), VALUES, max_size=4))
 def test_any_settings_are_read_or_refused(content, tmp_path):
     file = tmp_path / "settings.yaml"
@@ -380,6 +473,7 @@ def test_any_bytes_as_settings_are_read_or_refused(content, tmp_path):
 @pytest.mark.parametrize(
     "content",
     ["a: &a [x, x]\nstudent_layers: [*a, *a]", "temperature: 2001-99-99", "[" * 3000, "temperature: !!python/none",
+     "accelerator_config: -0.5", "accelerator_config: {a: 1}", "logging_steps: '1e400'", "deepspeed: a", "lr_scheduler_type: stored",
      "? [a]\n: b", "hidden_state_map: '%s %(prog)s'", "\ud800", "dataset: 'a\\0b'"],
 )  # fmt: skip
 def test_settings_that_readers_stumble_over(content, tmp_path):

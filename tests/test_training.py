@@ -16,13 +16,23 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from conftest import make_image_processor, make_tokenizer, tiny_language_model, tiny_model
-from pipelines.config import DataConfig, DistillConfig, LanguageConfig, TeacherConfig
+from pipelines.config import DataConfig, DistillConfig, LanguageConfig, PruneConfig, TeacherConfig
 from pipelines.distill import DistillationTrainer
 from pipelines.images import ImageClassification
 from pipelines.language import LanguageModeling
-from pipelines.soft_targets import WithSoftTargets, compute_soft_targets, compute_token_soft_targets
+from pipelines.predict import predict_torch
+from pipelines.prune import prune_and_recover
+from pipelines.soft_targets import WithSoftTargets, compute_soft_targets, compute_token_soft_targets, write_shards
 from pipelines.tasks import TextClassification
-from pipelines.training import EpochLengthGroupedSampler, Trainer, TrainingArguments, fine_tune, is_main_process, train
+from pipelines.training import (
+    EpochLengthGroupedSampler,
+    Trainer,
+    TrainingArguments,
+    fine_tune,
+    is_main_process,
+    keep_answers,
+    train,
+)
 from processes import run_processes, values
 
 REPOSITORY = Path(__file__).parents[1]
@@ -136,15 +146,35 @@ def test_lora_keeps_the_adapter_beside_a_merged_stock_model(pretrained, task, tr
     torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, atol=1e-5, rtol=1e-4)
 
 
+def scored(task, processor, model, arguments):
+    """What the metrics of an evaluation saw of 11 examples, one a row, and the evaluation's loss."""
+    seen = {}
+
+    def compute_metrics(found):
+        seen.update(answers=found.predictions, labels=found.label_ids)
+        return task.numbers(found.predictions, found.label_ids)
+
+    arguments.remove_unused_columns, arguments.label_names = False, ["labels"]
+    trainer = Trainer(
+        model=model, args=arguments, data_collator=task.collate(processor), causal=task.causal, compute_metrics=compute_metrics,
+        eval_dataset=task.features(processor)["validation"].select(range(11)), preprocess_logits_for_metrics=keep_answers(task),
+    )  # fmt: skip
+    loss = trainer.evaluate()["eval_loss"]
+    rows = np.column_stack([seen[name].reshape(len(seen[name]), -1) for name in ("answers", "labels")])
+    return np.vstack([rows[np.lexsort(rows.T)], np.full(rows.shape[1], loss)])
+
+
 def learn_in_many_ways(directory, processes, csv, teacher, images, text, language_teacher):
     """What one of several processes logs of 20 examples, learnt from twice in whole batches of 8: the last batch is short, texts
     are ragged; and what the metrics saw of 11 validation examples."""
+    from peft import LoraConfig, get_peft_model
+
     tokenizer, pixels = make_tokenizer(), make_image_processor()
-    texts = TextClassification(DataConfig(dataset=csv, max_length=32))
+    texts = TextClassification(DataConfig(dataset=csv, max_length=32, max_train_samples=20))
     pictures = ImageClassification(DataConfig(dataset=images))
     windows = LanguageModeling(DataConfig(dataset=text, max_length=32), LanguageConfig(vocabulary_size=300))
     words = windows.load_processor(language_teacher)
-    logits, tokens = directory / "logits", directory / "tokens"
+    logits, tokens, pictured = directory / "logits", directory / "tokens", directory / "pictured"
 
     def arguments(accumulation=1):
         return TrainingArguments(
@@ -153,46 +183,52 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
             eval_strategy="no", save_strategy="no", load_best_model_at_end=False, per_device_eval_batch_size=2,
         )  # fmt: skip
 
-    seen = {}
-    trainer = Trainer(
-        model=tiny_model(seed=1), args=arguments(), data_collator=texts.collate(tokenizer),
-        eval_dataset=texts.features(tokenizer)["validation"].select(range(11)),
-        compute_metrics=lambda found: seen.update(logits=found.predictions, labels=found.label_ids) or {},
-    )  # fmt: skip
-    loss = trainer.evaluate()["eval_loss"]
-    rows = np.column_stack([seen["labels"], seen["logits"]])
-    rows = np.vstack([rows[np.lexsort(rows.T)], np.full(rows.shape[1], loss)])
+    models = {texts: tiny_model, pictures: partial(tiny_model, "vit"), windows: tiny_language_model}
+    processors = {texts: tokenizer, pictures: pixels, windows: words}
+    rows = [scored(task, processors[task], model(seed=1), arguments()) for task, model in models.items()]
     if processes == 3:
         return {}, rows
 
-    for path in (logits, tokens):
+    for path in (logits, tokens, pictured):
         path.mkdir(parents=True, exist_ok=True)
-    compute_soft_targets(teacher, logits, texts, shard_examples=20)
+    compute_soft_targets(teacher, logits, texts, shard_examples=5)
     compute_token_soft_targets(language_teacher, tokens, windows, 2.0, 5, shard_examples=7)
     soft = {"trainer_class": DistillationTrainer, "distill": DistillConfig()}
     hidden = {"distill": DistillConfig(hidden_state_weight=0.5), "hidden_state_map": [(1, 2), (4, 4)]}
     online, vit, gpt2 = {"teacher": texts.load_model(teacher)}, tiny_model("vit", seed=2), tiny_language_model(seed=2)
+    seen_by_vit = partial(predict_torch, vit, collate=pictures.collate(pixels))
+    shown = pictures.features(pixels)["train"]
+    write_shards(shown, pictured, 20, lambda examples: {"teacher_logits": seen_by_vit(examples)})
     ways = {
-        "texts": (texts, tokenizer, None, {}),
-        "texts accumulated": (texts, tokenizer, None, {}),
-        "texts stored": (texts, tokenizer, logits, soft),
-        "texts online": (texts, tokenizer, None, soft | online),
-        "texts hidden states": (texts, tokenizer, None, soft | online | hidden),
-        "images": (pictures, pixels, None, {}),
-        "images online": (pictures, pixels, None, soft | {"teacher": vit}),
-        "language": (windows, words, None, {}),
-        "language stored": (windows, words, tokens, soft),
-        "language online": (windows, words, None, soft | {"teacher": gpt2}),
+        "texts": (texts, None, {}),
+        "texts accumulated": (texts, None, {}),
+        "texts adapter": (texts, None, {}),
+        "texts stored": (texts, logits, soft),
+        "texts online": (texts, None, soft | online),
+        "texts hidden states": (texts, None, soft | online | hidden),
+        "images": (pictures, None, {}),
+        "images stored": (pictures, pictured, soft),
+        "images online": (pictures, None, soft | {"teacher": vit}),
+        "language": (windows, None, {}),
+        "language stored": (windows, tokens, soft),
+        "language online": (windows, None, soft | {"teacher": gpt2}),
     }
     curves = {}
-    for way, (task, processor, soft_targets, trainer) in ways.items():
-        model = {texts: tiny_model, pictures: partial(tiny_model, "vit"), windows: tiny_language_model}[task](seed=1)
+    for way, (task, soft_targets, trainer) in ways.items():
+        model, processor = models[task](seed=1), processors[task]
+        if way == "texts adapter":
+            model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **task.lora_settings))
         features = task.features(processor)["train"]
         if soft_targets is not None:
             features = WithSoftTargets(features, soft_targets)
         settings = arguments(2 if way.endswith("accumulated") else 1)
         details = train(model, task, processor, settings, directory, features.select(range(20)), **trainer)
         curves[way] = [line["loss"] for line in details["losses"]]
+    pruned = prune_and_recover(
+        teacher, directory / "pruned", texts, Path(teacher), PruneConfig(prune_steps=1), DistillConfig(), arguments(), logits
+    )  # fmt: skip
+    if is_main_process():
+        curves["texts pruned"] = [line["loss"] for line in pruned.details["steps"][0]["recovery"]["losses"]]
     return curves, rows
 
 
@@ -207,22 +243,25 @@ def test_any_number_of_processes_trains_to_the_curve_of_one_and_scores_every_exa
         found = values(run_processes(count, directory, learn_in_many_ways, directory, count, *sources))
         curves[count], scores[count] = found[0]
         for _, others in found[1:]:
-            np.testing.assert_array_equal(others, scores[count])  # every process knows the same scores
+            for own, first in zip(others, scores[count], strict=True):
+                np.testing.assert_array_equal(own, first)  # every process knows the same scores
 
     assert curves[1].keys() == curves[2].keys() == curves[4].keys()
-    assert len(curves[1]) == 10
+    assert len(curves[1]) == 13
     for way, alone in curves[1].items():
         assert len(alone) == 6
         for count in (2, 4):
             assert curves[count][way] == pytest.approx(alone, abs=1e-4), (count, way)
     assert curves[1]["texts accumulated"] == pytest.approx(curves[1]["texts"], abs=1e-4)
-    assert curves[1]["texts stored"] == pytest.approx(curves[1]["texts online"], abs=1e-4)
+    for task in ("texts", "images"):
+        assert curves[1][f"{task} stored"] == pytest.approx(curves[1][f"{task} online"], abs=1e-4)
 
-    for rows in scores.values():
-        assert len(rows) == 11 + 1  # and the loss
-        np.testing.assert_allclose(rows, scores[1], atol=1e-5)
+    for found in scores.values():
+        assert [len(rows) for rows in found] == [11 + 1] * 3  # of texts, images and windows, each with the loss
+        for rows, alone in zip(found, scores[1], strict=True):
+            np.testing.assert_allclose(rows, alone, atol=1e-5)
 
-    for kind in ("logits", "tokens"):  # batches do not depend on who answers them
+    for kind in ("logits", "pictured", "tokens"):  # batches do not depend on who answers them
         shards = [{path.name: path.read_bytes() for path in (tmp_path / n / kind).iterdir()} for n in ("1", "2", "4")]
         assert len(shards[0]) > 3
         assert shards[0] == shards[1] == shards[2]
