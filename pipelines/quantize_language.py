@@ -26,6 +26,7 @@ from pipelines.export_language import verify_generation, verify_logits, verify_s
 from pipelines.fuse import fuse_language_model
 from pipelines.predict import predict_onnx
 from pipelines.run import Outcome, copy_beside, read_record
+from pipelines.sources import check_onnx_directory
 from pipelines.surgery import load_model
 
 DOMAIN = "com.microsoft"
@@ -222,6 +223,7 @@ def drop_unused(graph: onnx.GraphProto) -> None:
 
 def quantize_language_model(source: str, directory: Path, task: Any, quantize: LanguageQuantizeConfig) -> Outcome:
     """Make the shipped model: of the schemes that keep the validation perplexity within the limit, the one that decodes fastest."""
+    check_onnx_directory(Path(source))
     processor = task.load_processor(source)
     origin, trials = Path(source), directory / "trials"
     trials.mkdir(parents=True)
@@ -281,6 +283,7 @@ def verify_language_directory(directory: Path, reference: Path, task: Any, max_q
 
     Raises VerificationError where it computes or generates something else, or where its perplexity is too high.
     """
+    check_onnx_directory(directory)
     processor = task.load_processor(str(directory))
     if not (reference / ONNX_FILE).is_file():
         model = load_model(reference, task.trust_remote_code)

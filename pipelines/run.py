@@ -121,8 +121,11 @@ def shipped_files(directory: Path) -> list[Path]:
 
 def copy_beside(source: Path, directory: Path) -> None:
     """Copy what belongs to the ONNX model in `source` except its graph: config, and tokenizer or image processor."""
+    from pipelines.sources import WEIGHT_SUFFIXES
+
     for path in shipped_files(source):
-        if ".onnx" not in path.suffixes:  # the graph, or weights beside it: model.onnx.data
+        # The graph, or weights beside it: model.onnx.data, and what a foreign directory may hold for torch.
+        if ".onnx" not in path.suffixes and path.suffix not in WEIGHT_SUFFIXES:
             shutil.copy2(path, directory / path.name)
 
 

@@ -36,6 +36,8 @@ MODEL_FILE_SUFFIXES = {
 NOT_MODEL_FILES = {"record.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
+# Weights of a model in torch or another framework: not for those who have its ONNX graph.
+WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {".safetensors"}
 
 
 def resolve(source: str) -> str:
@@ -196,6 +198,27 @@ def _raise_no_weights(path: Path) -> None:
         f"expected weights (model.safetensors, or model.safetensors.index.json with its shards) in {path}, found none; "
         "download the weights as well, or give a directory written by save_pretrained"
     )
+
+
+def check_onnx_directory(path: Path) -> None:
+    """Raise InputError where `path` does not hold model.onnx, or one that does not parse."""
+    import onnx
+
+    file = path / "model.onnx"
+    if not file.is_file():
+        raise InputError(
+            f"expected an ONNX directory with {file.name}, as the stages export and quantize write it, found none in {path}. Run one of "
+            "them first."
+        )
+    try:
+        nodes = onnx.load(file, load_external_data=False).graph.node
+        found = "" if nodes else "no operators in it"
+    except Exception as error:  # protobuf's own, which is of another class in each of its implementations
+        found = f"{type(error).__name__}: {error}"
+    if found:
+        raise InputError(
+            f"expected an ONNX graph in {file}, found a damaged file ({found:.200}). Export it again, or copy it again."
+        )
 
 
 def check_safetensors(file: Path) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from pipelines.config import DataConfig
 from pipelines.errors import InputError
 from pipelines.metrics import PRIMARY_METRIC, classification_metrics
 from pipelines.predict import Answers
-from pipelines.sources import check_model, resolve
+from pipelines.sources import check_model, check_onnx_directory, resolve
 
 # What becomes of a checkpoint's head: it must be for exactly the task's labels, or a fresh one is made where the checkpoint has
 # none, or also where it has one for other labels.
@@ -105,6 +106,7 @@ class Classification(Task):
 
         A graph keeps the order of its export.
         """
+        check_onnx_directory(Path(source))
         config = self.load_config(source)
         self.check_config(config, source)
         if label_order(config, self.label_names) != list(range(len(self.label_names))):

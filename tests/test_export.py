@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -157,12 +158,27 @@ def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_made
         "export": lambda: export_onnx(str(teacher), tmp_path, task),
         "quantize": lambda: quantize_onnx(onnx_directory, tmp_path, task, QuantizeConfig()),
         "verify": lambda: verify_directory(text_onnx / "onnx", teacher, task, 0.01),
-        "bundle": lambda: build_bundle(onnx_directory, tmp_path, task, BundleConfig()),
+        "bundle": lambda: build_bundle(onnx_directory, tmp_path, task, BundleConfig(web=False)),
     }
     for stage in stages.values():
         with pytest.raises(InputError, match="--max_length of at most 64"):
             stage()
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_damaged_graph_is_one_message(teacher, text_onnx, task, tmp_path):
+    source = shutil.copytree(text_onnx / "onnx", tmp_path / "onnx")
+    whole = (source / "model.onnx").read_bytes()
+    stages = {
+        "quantize": lambda: quantize_onnx(str(source), tmp_path, task, QuantizeConfig()),
+        "verify": lambda: verify_directory(source, teacher, task, 0.01),
+        "bundle": lambda: build_bundle(str(source), tmp_path, task, BundleConfig(web=False)),
+    }
+    for content in (whole[: len(whole) // 2], b"no graph at all", b""):
+        (source / "model.onnx").write_bytes(content)
+        for stage in stages.values():
+            with pytest.raises(InputError, match=r"expected an ONNX graph in .*model\.onnx, found a damaged file"):
+                stage()
 
 
 def break_weights(model: onnx.ModelProto) -> None:

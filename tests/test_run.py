@@ -299,7 +299,15 @@ def test_what_is_beside_a_model_is_copied_without_its_weights(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     for directory in (source, target):
         directory.mkdir()
-    for name in ("model.onnx", "model.onnx.data", "config.json", "tokenizer.json", RECORD):
+    for name in (
+        "model.onnx",
+        "model.onnx.data",
+        "pytorch_model.bin",
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        RECORD,
+    ):
         (source / name).touch()
     copy_beside(source, target)
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "tokenizer.json"]

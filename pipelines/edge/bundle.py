@@ -22,6 +22,7 @@ from pipelines.export import ONNX_FILE
 from pipelines.export_language import prompts_for
 from pipelines.predict import open_session, predict_onnx
 from pipelines.run import Outcome, hash_file, read_record, shipped_files, write_json
+from pipelines.sources import WEIGHT_SUFFIXES, check_onnx_directory
 
 MANIFEST = "manifest.json"
 RUNTIME = Path(infer.__file__)
@@ -51,18 +52,15 @@ def build_bundle(source: str, directory: Path, task: Any, bundle: BundleConfig) 
 
     Raises InputError for a tokenizer that the runtime cannot run, VerificationError where inputs or logits differ.
     """
-    if not (Path(source) / ONNX_FILE).is_file():
-        raise InputError(
-            f"expected an ONNX directory with {ONNX_FILE}, as the stages export and quantize write it, found none in {source}. Run one of "
-            "them first."
-        )
+    check_onnx_directory(Path(source))
     labels: dict[int, str] = {}
     if not task.causal:
         config = task.load_config(source)
         task.check_config(config, source)
         labels = config.id2label
     for path in shipped_files(Path(source)):
-        shutil.copy2(path, directory / path.name)
+        if path.suffix not in WEIGHT_SUFFIXES:
+            shutil.copy2(path, directory / path.name)
     for path in (RUNTIME, GENERATION) if task.causal else (RUNTIME,):
         shutil.copyfile(path, directory / path.name)
     processor = task.load_processor(source)
