@@ -131,7 +131,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any)
     run.stage("pruned", prune_and_recover, "teacher", teacher=teacher_stage, prune=prune, distill=distill, **learning)
     run.stage("onnx", export_onnx, "pruned")
     run.stage("quantized", quantize_onnx, "onnx", quantize=QuantizeConfig(max_quality_drop=1))
-    run.stage("bundle", build_bundle, "quantized", bundle=BundleConfig())
+    run.stage("bundle", build_bundle, "quantized", bundle=BundleConfig(web=False))
     report_untimed(run, "distill_bert")
     return directory
 
