@@ -58,15 +58,22 @@ def score(row: str, flags: argparse.Namespace) -> dict[str, Any]:
     classifier = Classifier(flags.bundle, threads=1 if row == "one_on_each_core" else cores)
     longest = sorted(texts, key=lambda text: -len(text[0]))[: flags.batch_size]
 
+    found: dict[str, Any] = {}
+
     def answers(texts: list[tuple[str]]) -> np.ndarray:
         if row.startswith("one"):
             at_once = cores if row == "one_on_each_core" else 1
             return np.stack(list(in_order(classifier.logits, texts, at_once)))
+        begun = time.perf_counter()
         prepared = [classifier.prepare(text) for text in texts]
+        found["tokenizing_seconds"] = time.perf_counter() - begun
         lengths = np.array([next(iter(one.values())).shape[1] for one in prepared])
         batches: Any = by_tokens(lengths, flags.batch_tokens)
         if row == "batches_in_file_order":
             batches = np.split(np.arange(len(texts)), range(flags.batch_size, len(texts), flags.batch_size))
+        batches = list(batches)
+        padded = sum(len(places) * int(lengths[places].max()) for places in batches)
+        found["padded_tokens_per_token"] = padded / int(lengths.sum())
         logits = np.empty((len(texts), len(classifier.labels)), np.float32)
         for places in batches:
             logits[places] = classifier.session.run(["logits"], pad([prepared[place] for place in places]))[0]
@@ -77,7 +84,7 @@ def score(row: str, flags: argparse.Namespace) -> dict[str, Any]:
     logits = answers(texts)
     seconds = time.perf_counter() - started
     np.save(flags.logits, logits)
-    return {"texts_per_second": len(texts) / seconds}
+    return {"texts_per_second": len(texts) / seconds, "seconds": seconds, **found}
 
 
 def write_texts(dataset: str, path: Path, limit: int) -> None:
@@ -107,6 +114,7 @@ def main() -> None:
         print(json.dumps(score(flags.alone, flags)))
         return
     speeds: dict[str, list[float]] = {row: [] for row in ROWS}
+    told: dict[str, dict[str, float]] = {}  # of the last round: where the seconds went
     with tempfile.TemporaryDirectory() as scratch:
         file = flags.file or Path(scratch) / "texts.txt"
         if flags.file is None:
@@ -117,7 +125,8 @@ def main() -> None:
             for row in ROWS:
                 command = [sys.executable, __file__, *common, "--alone", row, "--logits", f"{scratch}/{row}.npy"]
                 worker = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                speeds[row].append(json.loads(worker.stdout)["texts_per_second"])
+                told[row] = json.loads(worker.stdout)
+                speeds[row].append(told[row].pop("texts_per_second"))
         logits = {row: np.load(f"{scratch}/{row}.npy") for row in ROWS}
     found: dict[str, Any] = {}
     for row in ROWS:
@@ -127,7 +136,7 @@ def main() -> None:
             f"faster_than_{ROWS[0]}": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
             "largest_difference": float(np.abs(logits[row] - logits["one_on_all_cores"]).max()),
             "other_labels": float((logits[row].argmax(1) != logits["one_on_all_cores"].argmax(1)).mean()),
-        }
+        } | told[row]
     print(json.dumps(found, indent=2))
     if flags.output:
         flags.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -60,6 +60,9 @@ def test_throughput_scores_every_row_alike(text_bundle, csv_file, tmp_path):
     assert found["one_on_each_core"]["largest_difference"] == 0
     assert 0 < found["batches_in_file_order"]["largest_difference"] < 1
     assert all(row["texts_per_second"] > 0 for row in found.values())
+    in_order_of_the_file, by_length = (found[f"batches_{kind}"] for kind in ("in_file_order", "of_like_length"))
+    assert 1 <= by_length["padded_tokens_per_token"] < in_order_of_the_file["padded_tokens_per_token"]
+    assert 0 < by_length["tokenizing_seconds"] < by_length["seconds"]
 
 
 def test_conversion_memory_counts_what_a_stage_holds(tmp_path, monkeypatch):
