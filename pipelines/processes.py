@@ -60,27 +60,8 @@ def first_failure(message: str) -> tuple[str, bool]:
     return first, store.add(f"told/{os.environ.get('GROUP_RANK', '0')}", 1) == 1
 
 
-def say_done(name: str) -> None:
-    """Tell the processes in `wait_until_done(name)` to go on."""
-    store = _store()
-    if store is not None:
-        store.set(f"done/{name}", "")
-
-
-def wait_until_done(name: str) -> None:
-    """Wait for what the main process does alone, however long it takes: a barrier would give up after half an hour.
-
-    Raises RuntimeError where another process has failed meanwhile, or the launcher's store is gone.
-    """
-    store = _store()
-    while store is not None and not store.check([f"done/{name}"]):
-        if store.check([FAILURE]):
-            raise RuntimeError("another process failed")
-        time.sleep(0.1)
-
-
-def wait_for_all(name: str) -> None:
-    """Wait until every process is here, however long that takes: a barrier alone gives up where work is not shared out evenly.
+def wait_for_all() -> None:
+    """Wait until every process is here, however long that takes: a barrier alone gives up after half an hour, while one may work alone.
 
     Raises RuntimeError where another process has failed meanwhile, or the launcher's store is gone.
     """
@@ -89,7 +70,7 @@ def wait_for_all(name: str) -> None:
     store = _store()
     if store is not None:
         # Every process comes to the same barriers in the same order.
-        arrived = f"arrived/{name}/{next(_barriers)}"
+        arrived = f"arrived/{next(_barriers)}"
         store.add(arrived, 1)
         while store.add(arrived, 0) < int(os.environ["WORLD_SIZE"]):
             if store.check([FAILURE]):

@@ -157,7 +157,7 @@ def prune_and_recover(
             write_json(partial / STEPS, sealed({"steps": details["steps"]}))
             seal_checkpoint(partial)
             partial.rename(chosen)
-        wait_for_all("the cut model is written")
+        wait_for_all()
         if (directory / CHECKPOINTS / f"step-{step + 1}-cut").is_dir():
             continue
         details["steps"] = json.loads((chosen / STEPS).read_text(encoding="utf-8"))["steps"]

@@ -28,7 +28,7 @@ from typing import Any
 import pipelines
 from pipelines.errors import InputError
 from pipelines.predict import available_cores
-from pipelines.processes import say_done, wait_for_all, wait_until_done
+from pipelines.processes import wait_for_all
 
 RECORD = "record.json"
 MARKER = ".pocketformers"
@@ -351,9 +351,7 @@ class Run:
 
                 set_seed(self.seed)
                 outcome = function(self._locate(source), partial, self.task, **arguments)
-            if not distributed:
-                (say_done if self.state.is_main_process else wait_until_done)(name)
-            wait_for_all(name)  # the main process may have scored the model alone
+            wait_for_all()  # the main process may have worked alone
             if made_by is not None:
                 self._commit(name, partial, target, made_by, outcome, time.perf_counter() - started)
             self.state.wait_for_everyone()
@@ -378,9 +376,7 @@ class Run:
         record = read_record(located) if located.is_dir() else None
         if record is None:
             return model_fingerprint(source)
-        if (
-            located.parent != self.directory or located.name not in self.stages[:-1]
-        ):  # those were looked at in their turn
+        if located not in [self.directory / name for name in self.stages[:-1]]:  # which were looked at in their turn
             check_files(located, record)
         return fingerprint(record)
 

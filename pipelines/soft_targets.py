@@ -117,7 +117,7 @@ def check_teacher(teacher: Any, task: Any, processor: Any) -> dict[str, Any]:
     if state.is_main_process:
         metrics = validation_metrics(teacher, task, processor)
         check_knows_task(teacher, task, metrics)
-    wait_for_all("the teacher is checked")
+    wait_for_all()
     return metrics
 
 
@@ -148,7 +148,7 @@ def write_shards(
         # One entry, since safetensors writes several in an order that changes, and the same answers should be the same bytes.
         save_file(answers, partial, metadata={"sha256": _digest(answers)})
         partial.replace(path)
-    wait_for_all("all shards are written")
+    wait_for_all()
     return state.is_main_process
 
 

@@ -203,7 +203,7 @@ def export(source, stage, task):
     (directory / "at_work").touch()
     time.sleep(600)
 
-def fail_while_waiting(name):
+def fail_while_waiting():
     while not (directory / "at_work").exists():
         time.sleep(0.05)
     (directory / "failed").touch()
@@ -211,7 +211,7 @@ def fail_while_waiting(name):
 
 def main():
     run = Run(directory / "run", Task(), 0)
-    pipelines.run.wait_until_done = fail_while_waiting
+    pipelines.run.wait_for_all = fail_while_waiting
     run.stage("onnx", export, str(directory))
 
 run_main(main)
