@@ -1,4 +1,4 @@
-"""Several processes of one run: how they wait for the main one, and how an error in any one of them ends all.
+"""Several processes of one run: how they wait for one another, and how an error in any one of them ends all.
 
 They agree in the store that brought them together, the launcher's, which outlives them. The first to fail is heard, once on every
 machine; those that fail because it is gone are silent.
