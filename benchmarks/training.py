@@ -131,6 +131,8 @@ def profile(flags: argparse.Namespace, steps: int = 3) -> dict[str, dict[str, fl
 
     from pipelines.config import DataConfig
     from pipelines.dropout import cheap_dropout
+    from pipelines.first_token import first_token_only
+    from pipelines.memory import keep_freed_memory
     from pipelines.tasks import TextClassification
 
     task = TextClassification(DataConfig(dataset=flags.dataset, max_length=flags.max_length))
@@ -147,7 +149,7 @@ def profile(flags: argparse.Namespace, steps: int = 3) -> dict[str, dict[str, fl
 
     found = {}
     for row, in_attention in (("fine_tune", True), ("fine_tune_fast", False)):
-        with cheap_dropout(model, in_attention):
+        with first_token_only(model), keep_freed_memory(), cheap_dropout(model, in_attention):
             step()
             with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
                 for _ in range(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipelines.architectures import layer_count
 from pipelines.config import DistillConfig, StudentConfig
 from pipelines.errors import InputError
 from pipelines.finite import unfinite_inputs
+from pipelines.first_token import first_token_only
 from pipelines.language import check_knows_language, check_same_vocabulary
 from pipelines.losses import IGNORED, distillation_loss, hidden_state_loss, label_loss, top_soft_target_loss
 from pipelines.run import Outcome
@@ -156,10 +158,15 @@ def distil(
             student.add_module(PROJECTIONS, projections)
     # The baseline on labels alone is trained as the student is, so the choice does not depend on the weights of the losses.
     augment = distill.soft_targets == "online"
-    details = train(
-        student, task, processor, training, directory, features, DistillationTrainer,
-        train_collate=task.training_collate(processor, teacher_processor, augment), distill=distill, teacher=teacher, hidden_state_map=hidden_state_map,
-    )  # fmt: skip
+    with ExitStack() as cheaper:
+        if not hidden_state_map:  # which pairs the states of all tokens
+            for model in (student, teacher) if teacher is not None else (student,):
+                cheaper.enter_context(first_token_only(model))
+        details = train(
+            student, task, processor, training, directory, features, DistillationTrainer,
+            train_collate=task.training_collate(processor, teacher_processor, augment), distill=distill, teacher=teacher,
+            hidden_state_map=hidden_state_map,
+        )  # fmt: skip
     if hasattr(student, PROJECTIONS):
         delattr(student, PROJECTIONS)
     details["soft_targets"] = "none" if distill.soft_target_weight == 0 else "online" if in_the_loop else "stored"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.fuse import simplify
-from pipelines.onnx_file import drop_weights, give_memory_back, save
+from pipelines.memory import give_memory_back
+from pipelines.onnx_file import drop_weights, save
 from pipelines.predict import open_session
 from pipelines.run import Outcome
 from pipelines.surgery import load_model

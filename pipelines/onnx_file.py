@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 from pathlib import Path
 
 import onnx
@@ -44,15 +41,3 @@ def drop_weights(model: ir.Model) -> None:
     """Let go of the weights of a model that was saved: onnxscript's rules remember the last graph that they matched, until they match another."""
     for value in model.graph.initializers.values():
         value.const_value = None
-
-
-def give_memory_back() -> None:
-    """Return to the system what is no longer used: most of a model, between two steps of a stage.
-
-    A graph's nodes and values name one another, so that only the garbage collector frees them; and glibc keeps what is freed for later.
-    """
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; others return memory by themselves
-        if trim is not None:
-            trim(0)

@@ -17,7 +17,7 @@ from pipelines.benchmark import Subject, measure
 from pipelines.config import QuantizeConfig
 from pipelines.export import ONNX_FILE
 from pipelines.fuse import fuse_for_onnxruntime
-from pipelines.onnx_file import give_memory_back
+from pipelines.memory import give_memory_back
 from pipelines.predict import predict_onnx
 from pipelines.results import timing_feeds
 from pipelines.run import Outcome, copy_beside, read_record

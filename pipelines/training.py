@@ -7,7 +7,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,10 @@ from pipelines.finite import (
     unfinite_inputs,
     weights_are_finite,
 )
+from pipelines.first_token import first_token_only
 from pipelines.language import check_perplexity
 from pipelines.losses import IGNORED, label_loss, next_token
+from pipelines.memory import keep_freed_memory
 from pipelines.predict import predict_torch
 from pipelines.run import Outcome, damaged_files, hash_file, write_json
 from pipelines.sources import check_safetensors, model_license
@@ -381,7 +383,10 @@ def train(
     resumed = last_whole_checkpoint(directory)
     whole = copy.deepcopy(model) if trainer.is_fsdp_enabled and is_main_process() else None
     in_attention = getattr(training, "attention_dropout", True)
-    with cheap_dropout(model, in_attention) if arguments.device.type == "cpu" else nullcontext():
+    with ExitStack() as cheaper:
+        if arguments.device.type == "cpu":
+            cheaper.enter_context(keep_freed_memory())
+            cheaper.enter_context(cheap_dropout(model, in_attention))
         result = trainer.train(resume_from_checkpoint=resumed)
     trainer.check_weights()
     make_whole(trainer, model, whole)
@@ -513,10 +518,11 @@ def fine_tune(
             )
             trained = get_peft_model(model, lora)
             details["trainable_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        details |= train(
-            trained, task, processor, arguments, directory / CHECKPOINTS, task.features(processor)["train"],
-            train_collate=task.training_collate(processor, augment=True),
-        )  # fmt: skip
+        with first_token_only(trained):
+            details |= train(
+                trained, task, processor, arguments, directory / CHECKPOINTS, task.features(processor)["train"],
+                train_collate=task.training_collate(processor, augment=True),
+            )  # fmt: skip
         if teacher.lora_rank and is_main_process():
             trained.save_pretrained(directory / "adapter")
             model = trained.merge_and_unload()
