@@ -269,9 +269,9 @@ class QuantizeConfig(TargetConfig):
     quantization: str = _flag(
         "dynamic_int8",
         "How the shipped model is quantized: 'dynamic_int8' measures activations as they come, 'static_int8' once, on "
-        "training examples; 'auto' makes every kind and ships the fastest of those within --max_quality_drop; 'none' "
-        "ships fp32.",
-        choices=["dynamic_int8", "static_int8", "auto", "none"],
+        "training examples; 'auto' makes every kind and ships the fastest of those within --max_quality_drop; 'fp32' "
+        "fuses operators for ONNX Runtime and quantizes nothing; 'none' ships the exported graph.",
+        choices=["dynamic_int8", "static_int8", "auto", "fp32", "none"],
     )
     calibration: str = _flag(
         "percentile",
@@ -285,7 +285,7 @@ class QuantizeConfig(TargetConfig):
     )
 
     def __post_init__(self) -> None:
-        kinds = ("dynamic_int8", "static_int8", "auto", "none")
+        kinds = ("dynamic_int8", "static_int8", "auto", "fp32", "none")
         _check(self.quantization in kinds, f"--quantization out of {', '.join(kinds)}", self.quantization)
         calibrations = ("minmax", "entropy", "percentile")
         _check(self.calibration in calibrations, f"--calibration out of {', '.join(calibrations)}", self.calibration)
@@ -318,8 +318,9 @@ class LanguageQuantizeConfig(TargetConfig):
     quantization: str = _flag(
         "auto",
         "How the shipped language model is quantized: blocks of int8 or int4 weights, or int8 products; 'auto' tries all and ships the "
-        "one that decodes fastest within --max_quality_drop, 'none' ships fp32.",
-        choices=["auto", "dynamic_int8", "int8_blocks", "int4_blocks", "int4_blocks_int8_embeddings", "none"],
+        "one that decodes fastest within --max_quality_drop; 'fp32' fuses operators for ONNX Runtime and quantizes nothing; 'none' ships "
+        "the exported graph.",
+        choices=["auto", "dynamic_int8", "int8_blocks", "int4_blocks", "int4_blocks_int8_embeddings", "fp32", "none"],
     )
     block_size: int = _flag(32, "Weights that share a scale: a power of 2 from 16 on.")
     max_quality_drop: float = _flag(0.03, "Largest share by which quantization may raise the validation perplexity.")

@@ -1,4 +1,4 @@
-"""Make an ONNX graph smaller and faster: weights and embeddings in int8, activations quantized as they come."""
+"""Make an ONNX graph smaller and faster: operators fused; weights and embeddings in int8, activations quantized as they come."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
@@ -18,6 +19,7 @@ from pipelines.config import QuantizeConfig
 from pipelines.export import ONNX_FILE
 from pipelines.fuse import fuse_for_onnxruntime
 from pipelines.memory import give_memory_back
+from pipelines.onnx_file import drop_weights, save
 from pipelines.predict import predict_onnx
 from pipelines.results import timing_feeds
 from pipelines.run import Outcome, copy_beside, read_record
@@ -30,7 +32,7 @@ CANDIDATES = ".candidates"  # one folder for each scheme that was tried, until o
 
 
 def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeConfig) -> Outcome:
-    """Make the shipped model: the fp32 file in `source` fused for ONNX Runtime, then int8; both verified on validation examples."""
+    """Make the shipped model: the fp32 file in `source` fused for ONNX Runtime, then int8 where asked for; verified on validation examples."""
     task.check_graph(source)
     original, fused = Path(source) / ONNX_FILE, directory / "fused.onnx"
     copy_beside(Path(source), directory)
@@ -49,7 +51,8 @@ def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeCon
     _data_beside(fused).unlink(missing_ok=True)
     give_memory_back()
     chosen, measured = choose(quantized, directory, original, task, processor, quantize.max_quality_drop)
-    (directory / CANDIDATES / chosen / ONNX_FILE).rename(directory / ONNX_FILE)
+    for path in (directory / CANDIDATES / chosen).iterdir():
+        path.rename(directory / path.name)
     shutil.rmtree(directory / CANDIDATES)
     verification = verify_quality(directory / ONNX_FILE, original, task, processor, quantize.max_quality_drop)
     metrics = {"validation": verification.pop("metrics")}
@@ -74,15 +77,18 @@ def make_candidates(
         "dynamic_int8": ["dynamic_int8"],
         "static_int8": [quantize.calibration],
         "auto": ["dynamic_int8", *CALIBRATIONS],
+        "fp32": ["fp32"],
     }
     feeds = None
     made = {}
     for scheme in schemes[quantize.quantization]:
-        name = scheme if scheme == "dynamic_int8" else f"static_int8_{scheme}"
+        name = f"static_int8_{scheme}" if scheme in CALIBRATIONS else scheme
         target = directory / CANDIDATES / name / ONNX_FILE
         target.parent.mkdir(parents=True)
         if scheme == "dynamic_int8":
             made[name] = quantize_dynamic_int8(fused, target, quantize.reduce_range)
+        elif scheme == "fp32":
+            made[name] = keep_fp32(fused, target)
         else:
             feeds = feeds or calibration_feeds(task, processor, quantize.calibration_samples)
             made[name] = quantize_static_int8(fused, target, feeds, scheme, quantize.reduce_range)
@@ -160,6 +166,21 @@ def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool) -> dic
         "quantized": {"MatMul": operators_after["MatMulInteger"], "Gather": len(embeddings)},
         "operators_before": dict(operators_before),
         "operators_after": dict(operators_after),
+        "bytes_before": source.stat().st_size,
+        "bytes_after": target.stat().st_size,
+    }
+
+
+def keep_fp32(source: Path, target: Path) -> dict[str, Any]:
+    """Write the fused graph `source` as it is to `target`; return what quantize_dynamic_int8() returns, nothing of it quantized."""
+    model = ir.load(source)
+    save(model, target)
+    operators = dict(Counter(node.op_type for node in model.graph))
+    drop_weights(model)
+    return {
+        "quantized": {},
+        "operators_before": operators,
+        "operators_after": operators,
         "bytes_before": source.stat().st_size,
         "bytes_after": target.stat().st_size,
     }

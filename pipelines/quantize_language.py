@@ -25,6 +25,7 @@ from pipelines.export import ONNX_FILE
 from pipelines.export_language import verify_generation, verify_logits, verify_same_logits
 from pipelines.fuse import fuse_language_model
 from pipelines.predict import predict_onnx
+from pipelines.quantize import keep_fp32
 from pipelines.run import Outcome, copy_beside, read_record
 from pipelines.sources import check_onnx_directory
 from pipelines.surgery import load_model
@@ -238,7 +239,10 @@ def quantize_language_model(source: str, directory: Path, task: Any, quantize: L
         trial = trials / name
         trial.mkdir(parents=True)
         copy_beside(origin, trial)
-        made = quantize_weights(fused, trial / ONNX_FILE, SCHEMES[name], quantize.block_size, quantize.reduce_range)
+        if name == "fp32":
+            made = keep_fp32(fused, trial / ONNX_FILE)
+        else:
+            made = quantize_weights(fused, trial / ONNX_FILE, SCHEMES[name], quantize.block_size, quantize.reduce_range)
         metrics = task.score(partial(predict_onnx, trial / ONNX_FILE, name=f"score {name}"), processor, "validation")
         tried[name] = {**made, "metrics": metrics, "kept": bool(metrics["perplexity"] <= limit)}
     kept = [name for name in names if tried[name]["kept"]]
@@ -274,7 +278,7 @@ def quantize_language_model(source: str, directory: Path, task: Any, quantize: L
 def lost_too_much(fp32: float, allowed: float, found: str) -> VerificationError:
     return VerificationError(
         f"expected quantization to raise the validation perplexity of {fp32:.3f} by at most {allowed:.1%}, found {found}. Allow more with "
-        "--max_quality_drop, take smaller blocks with --block_size, or ship fp32 with --quantization none."
+        "--max_quality_drop, take smaller blocks with --block_size, or ship fp32 with --quantization fp32."
     )
 
 

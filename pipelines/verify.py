@@ -137,7 +137,7 @@ def verify_quality(path: Path, reference: Path, task: Any, processor: Any, max_q
     if not np.isfinite(logits).all():
         raise VerificationError(
             f"expected finite logits from {path}, found {int((~np.isfinite(logits)).sum())} that are not. The file is broken and must not "
-            "be used; quantize again, or ship fp32 with --quantization none."
+            "be used; quantize again, or ship fp32 with --quantization fp32."
         )
     metrics = task.metrics(logits, features["labels"])
     before = task.metrics(reference_logits, features["labels"])[task.primary_metric]
@@ -146,7 +146,7 @@ def verify_quality(path: Path, reference: Path, task: Any, processor: Any, max_q
         raise VerificationError(
             f"expected quantization to cost at most {max_quality_drop:g} of {task.primary_metric} on the validation split, found "
             f"{before:.4f} before and {metrics[task.primary_metric]:.4f} after. Allow more with --max_quality_drop, name the CPU it will "
-            "run on with --target_cpu, prune less or train the student longer, or ship fp32 with --quantization none."
+            "run on with --target_cpu, prune less or train the student longer, or ship fp32 with --quantization fp32."
         )
     return {
         "metrics": metrics,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -308,3 +309,16 @@ def test_decoding_is_timed_in_fresh_processes(exported):
     assert found["onnx"]["peak_memory_bytes"] < found["torch"]["peak_memory_bytes"]
     assert paired_ratios(found, "torch", "onnx")["median"] > 1
     assert shape_of(load_model(source))["heads"] == [4, 1, 3]
+
+
+def test_fp32_is_the_same_text_of_one_attention_operator_a_layer(exported, language_task, tmp_path):
+    _, directory, _ = exported
+    outcome = quantize_language_model(
+        str(directory), tmp_path, language_task, LanguageQuantizeConfig(quantization="fp32")
+    )
+    assert outcome.details["scheme"] == "fp32"
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert operators["Attention"] == 3
+    assert not operators.keys() & {"MatMulNBits", "MatMulInteger", "GatherBlockQuantized", "Softmax"}
+    prompts, sampling = ["the team", "shares"], Sampling(max_new_tokens=8)
+    assert LanguageModel(tmp_path).generate(prompts, sampling) == LanguageModel(directory).generate(prompts, sampling)

@@ -14,8 +14,13 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
+from conftest import tiny_model
+from pipelines.config import QuantizeConfig
+from pipelines.export import export_onnx
 from pipelines.fuse import fuse_for_onnxruntime
-from pipelines.quantize import quantize_dynamic_int8
+from pipelines.predict import predict_onnx
+from pipelines.quantize import quantize_dynamic_int8, quantize_onnx
+from pipelines.surgery import cut, with_stock_shapes
 
 LAYERS = 1
 
@@ -96,3 +101,32 @@ def test_onnxruntime_runs_it_in_integer_kernels_and_keeps_embeddings_as_bytes(fu
     assert [producers[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear"] == ["Gather"] * 3
     table = 300 * 64
     assert [t.data_type for t in graph.initializer if np.prod(t.dims) == table] == [onnx.TensorProto.UINT8]
+
+
+def test_fp32_has_one_attention_operator_a_layer_whatever_heads_it_kept(task, tokenizer, tmp_path: Path) -> None:
+    model = tiny_model()
+    heads = [np.array([0, 2]), np.array([1]), np.arange(4), np.array([0, 1, 3])]
+    cut(model, heads, [np.arange(10), np.arange(59), np.arange(4), np.arange(64)])
+    with_stock_shapes(model).save_pretrained(tmp_path / "pruned")
+    tokenizer.save_pretrained(tmp_path / "pruned")
+    for name in ("onnx", "quantized"):
+        (tmp_path / name).mkdir()
+    export_onnx(str(tmp_path / "pruned"), tmp_path / "onnx", task)
+    outcome = quantize_onnx(str(tmp_path / "onnx"), tmp_path / "quantized", task, QuantizeConfig(quantization="fp32"))
+    source, target = (tmp_path / name / "model.onnx" for name in ("onnx", "quantized"))
+    assert outcome.details["scheme"] == "fp32"
+    found = onnx.load(target).graph
+    assert sum(node.op_type == "Attention" for node in found.node) == 4
+    operators = {node.op_type for node in found.node}
+    assert not operators & {"MatMulInteger", "DynamicQuantizeLinear", "DequantizeLinear", "QuantizeLinear", "Softmax"}
+    before = sorted(
+        np.prod(t.dims) for t in onnx.load(source).graph.initializer if t.data_type == onnx.TensorProto.FLOAT
+    )
+    after = sorted(np.prod(t.dims) for t in found.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    assert sum(after) == pytest.approx(sum(before), rel=0.01)
+    features, collate = task.features(tokenizer)["validation"], task.collate(tokenizer)
+    expected = predict_onnx(source, features, collate)
+    np.testing.assert_allclose(predict_onnx(target, features, collate), expected, rtol=1e-5, atol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "quantized").iterdir()) == sorted(
+        path.name for path in (tmp_path / "onnx").iterdir()
+    )

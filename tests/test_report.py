@@ -254,6 +254,8 @@ def test_card_is_valid_metadata(tmp_path: Path) -> None:
     data = ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert data["datasets"] == ["nyu-mll/glue"]
     assert "int8" not in data["tags"]
+    write_report(tmp_path, make_report(config=given) | {"quantization": "fp32"})
+    assert "int8" not in ModelCard.load(tmp_path / "README.md").data.to_dict()["tags"]
     # What is not known is left out, and the page says whose licence counts.
     assert not {"base_model", "license"} & data.keys()
     assert "The licence of the teacher (package://somewhere/model) applies" in (tmp_path / "README.md").read_text()
