@@ -630,9 +630,10 @@ def main() -> None:
             raise InputError(
                 f"expected shapes as batch x tokens such as 8x64, or {MIX!r}, found {shape!r}. Pass others with --shapes."
             )
-    if quantize.quantization == "none":
+    if quantize.quantization in ("fp32", "none"):
         raise InputError(
-            "expected a way to quantize, found --quantization none. The row ours is the fp32 model; leave ours_int8 out with --rows."
+            f"expected a way to quantize, found --quantization {quantize.quantization}. The row ours is what 'fp32' ships, ours_standard what "
+            "'none' does; leave ours_int8 out with --rows."
         )
     task = task_of(*data)
     # Compiled once by torch.compile, not in every process.

@@ -73,10 +73,13 @@ def first_token_only(model: Any) -> Iterator[None]:
     ):
         yield
         return
+    forward = _FORWARDS[family]
     last = layers_of(stock)[-1]
-    last.forward = partial(_FORWARDS[family], last, family)
+    last.forward = partial(forward, last, family)
     try:
         yield
     finally:
-        # A training that was sharded leaves other layers in the model, copies of these.
-        del layers_of(stock)[-1].forward
+        # A training that was sharded leaves copies of the layers in the model, or wraps them.
+        for module in stock.modules():
+            if getattr(vars(module).get("forward"), "func", None) is forward:
+                del module.forward

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -151,3 +153,13 @@ def test_students_use_it_unless_hidden_states_are_asked_for(
         str(trained_teacher), tmp_path / "student", task, StudentConfig(student_layers="2"), distill, training
     )
     assert seen == [hidden_state_weight == 0] * 2
+
+
+def test_it_is_undone_in_a_copy_that_took_the_models_place():
+    """As after a training whose weights were sharded."""
+    model = tiny_model()
+    with first_token_only(model):
+        whole = copy.deepcopy(model)
+        assert vars(layers_of(whole)[-1])["forward"].args[0] is layers_of(whole)[-1]
+        model.__dict__ = whole.__dict__
+    assert "forward" not in vars(layers_of(model)[-1])
