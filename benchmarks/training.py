@@ -110,6 +110,8 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if row == "student_stored":
             distill, soft_targets = DistillConfig(), output / "soft_targets"
             soft_targets.mkdir()
+            # Tokens that the student needs as well, which every other row counts, are made before the teacher answers.
+            task.features(task.load_processor(source))
             before = time.perf_counter()
             compute_soft_targets(source, soft_targets, task)
             labelling = time.perf_counter() - before
