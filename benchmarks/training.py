@@ -1,7 +1,7 @@
 """Training against the usual script, and distillation against plain fine-tuning and a teacher in the loop, on the same data.
 
     python benchmarks/training.py --max_train_samples 400                # the demo's model and articles, cut to 64 tokens
-    python benchmarks/training.py --max_train_samples 64 --max_eval_samples 32 --epochs 1 --max_length 512 --rows usual_script fine_tune_fast
+    python benchmarks/training.py --max_length 512 --max_train_samples 160 --max_eval_samples 100 --learning_rate 2e-4 --rows usual_script fine_tune_fast
 
 `usual_script` is transformers' own Trainer, every text padded to `--max_length`, in random order; `fine_tune` is this project's stage on the
 same texts, cut to the same length, with the same batches, learning rate, evaluations and checkpoints; `fine_tune_fast` has `--attention_dropout
