@@ -67,6 +67,7 @@ def first_token_only(model: Any) -> Iterator[None]:
     family = FAMILIES.get(stock.config.model_type)
     if (
         family not in _FORWARDS
+        or not type(stock).__module__.startswith("transformers.")  # a head of other code may read other tokens
         or not type(stock).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
         or stock.config._attn_implementation != "sdpa"
         or getattr(stock.config, "is_decoder", False)

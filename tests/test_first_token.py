@@ -78,12 +78,16 @@ def test_what_reads_other_tokens_is_left_as_it_is():
         DeiTForImageClassificationWithTeacher,
     )
 
+    class MeanForSequenceClassification(type(tiny_model())):
+        """A head that a model brought itself."""
+
     classifier = tiny_model("deit")
     models = [
         DeiTForImageClassificationWithTeacher(classifier.config),
         AutoModelForTokenClassification.from_config(tiny_model().config),
         AutoModelForMaskedLM.from_config(tiny_model().config),
         tiny_model("resnet"),
+        MeanForSequenceClassification(tiny_model().config),
         tiny_model(attn_implementation="eager"),
     ]
     models[-1].set_attn_implementation("eager")
