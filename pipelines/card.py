@@ -156,8 +156,8 @@ def pruned_note(opened: dict[str, Any]) -> list[str]:
 
 def _bits(report: dict[str, Any]) -> str | None:
     """What the shipped model's weights are, where they are quantized."""
-    kinds = (report["quantization"], report["config"].get("quantization"))
-    if report["shipped"] != "quantized" or "fp32" in kinds or "none" in kinds:
+    none = report["quantization"] == "fp32" or report["config"].get("quantization") == "none"
+    if report["shipped"] != "quantized" or none:
         return None
     return "int4" if (report["quantization"] or "").startswith("int4") else "int8"
 

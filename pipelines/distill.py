@@ -160,8 +160,9 @@ def distil(
     augment = distill.soft_targets == "online"
     with ExitStack() as cheaper:
         if not hidden_state_map:  # which pairs the states of all tokens
-            for model in (student, teacher) if teacher is not None else (student,):
-                cheaper.enter_context(first_token_only(model))
+            cheaper.enter_context(first_token_only(student))
+            if teacher is not None:
+                cheaper.enter_context(first_token_only(teacher))
         details = train(
             student, task, processor, training, directory, features, DistillationTrainer,
             train_collate=task.training_collate(processor, teacher_processor, augment), distill=distill, teacher=teacher,

@@ -88,7 +88,7 @@ def test_what_reads_other_tokens_is_left_as_it_is():
         AutoModelForMaskedLM.from_config(tiny_model().config),
         tiny_model("resnet"),
         MeanForSequenceClassification(tiny_model().config),
-        tiny_model(attn_implementation="eager"),
+        tiny_model(),
     ]
     models[-1].set_attn_implementation("eager")
     for model in models:
