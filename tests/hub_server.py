@@ -62,7 +62,9 @@ class HubServer(ThreadingHTTPServer):
         return json.loads(path.read_text()) if path.is_file() else None
 
     def write(self, name: str, repository: dict[str, Any]) -> None:
-        self._path(name).write_text(json.dumps(repository))
+        new = self._path(name).with_suffix(".new")
+        new.write_text(json.dumps(repository))
+        new.replace(self._path(name))  # another request may be reading it
 
     def _path(self, name: str) -> Path:
         return self.directory / "repositories" / (name.replace("/", "--") + ".json")
@@ -144,16 +146,27 @@ class Handler(BaseHTTPRequestHandler):
         return {"lines": [json.loads(line) for line in body.splitlines()]} if "/commit/" in path else {}
 
     def body(self) -> Iterator[bytes]:
+        """What was sent, in parts.
+
+        Raises:
+            ConnectionError: the client was gone before it had sent all of it.
+        """
         if self.headers.get("Transfer-Encoding") == "chunked":
-            while size := int(self.rfile.readline(), 16):
-                yield self.rfile.read(size)
+            while size := int(self.sent(self.rfile.readline()), 16):
+                yield self.sent(self.rfile.read(size))
                 self.rfile.readline()
             self.rfile.readline()
         else:
             left = int(self.headers.get("Content-Length", 0))
-            while left and (part := self.rfile.read(min(left, 65536))):
+            while left:
+                part = self.sent(self.rfile.read(min(left, 65536)))
                 left -= len(part)
                 yield part
+
+    def sent(self, part: bytes) -> bytes:
+        if not part:
+            raise ConnectionAbortedError("the client is gone")
+        return part
 
     def answer(self, value: Any, status: int = 200, **headers: str) -> None:
         self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **headers})

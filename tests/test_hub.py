@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -493,6 +494,17 @@ def test_a_push_that_is_killed_in_an_upload_is_repeated(a_run: Path, hub: HubSer
     assert len(hub.repository("ann/small")["commits"]) == 2
     assert set(hub.files("ann/small")) >= MODEL | GRAPHS
     assert len(hub.uploads) == len(set(hub.uploads)) == 4, "what had arrived was not sent again"
+
+
+@pytest.mark.parametrize("headers", ["Content-Length: 10", "Transfer-Encoding: chunked"])
+def test_the_server_forgives_a_client_that_is_killed_before_its_body(headers: str, hub: HubServer) -> None:
+    with socket.create_connection(hub.server_address[:2]) as connection:
+        request = f"POST /api/repos/create HTTP/1.1\r\nContent-Type: application/json\r\n{headers}\r\n\r\n"
+        connection.sendall(request.encode())
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b"", "there is nobody to answer"
+    assert not hub.unknown
+    assert not hub.requests
 
 
 def test_a_connection_that_drops_once_is_taken_up_again(a_run: Path, hub: HubServer, monkeypatch: Any) -> None:
