@@ -8,10 +8,12 @@ same texts, cut to the same length, with the same batches, learning rate, evalua
 false` too; `usual_script_bf16` and `fine_tune_fast_bf16` have `--bf16 true`, which gains on a CPU with AMX or AVX-512 BF16 only. `student_labels`, `student_stored` and
 `student_online` train the same student of that teacher: on the labels, on soft targets that were stored before, with the teacher in the loop.
 
-Each row runs in a fresh process, the rows in turn. Counted are all seconds after the imports: reading the data, tokenizing it, training,
-evaluating on the validation split and a checkpoint every epoch, the last scoring and saving. Storing the soft targets happens once for all
-students and recoveries, so its seconds stand apart. `seconds_to_score` is when a row first reached what the worst row of its kind ends with.
-`--profile true` tells instead where the time of a training step goes, by operator, with and without dropout in attention.
+Each row runs in a fresh process. Those that are compared run at the same time and yet alone: every second another one goes on and the rest are
+stopped (SIGSTOP), so that a machine which others slow down slows all of them alike. Counted are the seconds of a row's own turns after its
+imports: reading the data, tokenizing it, training, evaluating on the validation split and a checkpoint every epoch, the last scoring and
+saving. Storing the soft targets happens once for all students and recoveries, so its seconds stand apart. `seconds_to_score` is when a row
+first reached what the worst row of its kind ends with.
+`--profile true` tells instead where the time of a training step goes, by operator, and what the machine's products leave to be gained.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +49,7 @@ ROWS = (
 
 
 def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One row, in this process."""
+    """One row, in this process: when it began, stored soft targets, evaluated and ended, by the clock that all processes share."""
     import torch
     import transformers
 
@@ -58,7 +64,7 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         def numbers(self, answers: Any, references: Any) -> dict[str, float]:
             scores = super().numbers(answers, references)
-            evaluations.append((time.perf_counter() - started, scores[self.primary_metric]))
+            evaluations.append((time.monotonic(), scores[self.primary_metric]))
             return scores
 
     evaluations: list[tuple[float, float]] = []
@@ -70,10 +76,10 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "metric_for_best_model": "accuracy", "report_to": "none", "disable_tqdm": True, "bf16": row.endswith("bf16"),
     }  # fmt: skip
     training = TrainingArguments(**settings, attention_dropout="fast" not in row)
-    labelling = 0.0
 
     transformers.set_seed(42)
-    started = time.perf_counter()
+    started = time.monotonic()
+    labelling = (started, started)
     task = TimedTask(
         DataConfig(
             dataset=flags.dataset, max_length=flags.max_length, max_train_samples=flags.max_train_samples,
@@ -112,54 +118,141 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
             soft_targets.mkdir()
             # Tokens that the student needs as well, which every other row counts, are made before the teacher answers.
             task.features(task.load_processor(source))
-            before = time.perf_counter()
+            before = time.monotonic()
             compute_soft_targets(source, soft_targets, task)
-            labelling = time.perf_counter() - before
+            labelling = (before, time.monotonic())
         distill_student(source, output, task, student, distill, training, soft_targets)
-    seconds = time.perf_counter() - started - labelling
     return {
-        "samples_per_second": len(task.data.splits["train"]) * flags.epochs / seconds,
+        "examples": len(task.data.splits["train"]) * flags.epochs, "started": started, "labelling": labelling,
+        "evaluations": evaluations, "ended": time.monotonic(),
+    }  # fmt: skip
+
+
+def figures(row: dict[str, Any], turns: list[tuple[float, float]]) -> dict[str, Any]:
+    """What work() returned as seconds of the row's own turns, each from one moment to another."""
+
+    def seconds_until(moment: float) -> float:
+        spent = sum(max(0.0, min(end, moment) - max(begin, row["started"])) for begin, end in turns)
+        stored = (max(0.0, min(end, moment, labelled) - max(begin, labelling)) for begin, end in turns)
+        return spent - sum(stored)
+
+    labelling, labelled = row["labelling"]
+    seconds = seconds_until(row["ended"])
+    return {
+        "samples_per_second": row["examples"] / seconds,
         "seconds": seconds,
-        "storing_soft_targets_seconds": labelling,
-        "evaluations": [(when - labelling, score) for when, score in evaluations],
-        "score": max(score for _, score in evaluations),
+        "storing_soft_targets_seconds": sum(
+            max(0.0, min(end, labelled) - max(begin, labelling)) for begin, end in turns
+        ),
+        "evaluations": [(seconds_until(moment), score) for moment, score in row["evaluations"]],
+        "score": max(score for _, score in row["evaluations"]),
     }
 
 
-def profile(flags: argparse.Namespace, steps: int = 3) -> dict[str, dict[str, float]]:
-    """Milliseconds of each operator in one step of `fine_tune` and of `fine_tune_fast`, the largest first, and of the whole step."""
+def take_turns(commands: dict[str, list[str]], folder: Path, seconds: float = 1.0) -> dict[str, dict[str, Any]]:
+    """Run a process for each row, all of them by turns of so many `seconds`; return the figures of each."""
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    turns: dict[str, list[tuple[float, float]]] = {row: [] for row in commands}
+    # A cache each, since tokens that another row has left are not tokenized again.
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    try:
+        for row, command in commands.items():
+            cache = {"HF_DATASETS_CACHE": str(folder / f"{row}_cache")}
+            with (folder / f"{row}.txt").open("wb") as output:
+                processes[row] = subprocess.Popen(command, stdout=output, env=environment | cache)
+            processes[row].send_signal(signal.SIGSTOP)
+        while running := [row for row in commands if processes[row].returncode is None]:
+            for row in running:
+                begin = time.monotonic()
+                processes[row].send_signal(signal.SIGCONT)
+                try:
+                    if processes[row].wait(seconds):
+                        raise subprocess.CalledProcessError(processes[row].returncode, commands[row])
+                except subprocess.TimeoutExpired:
+                    processes[row].send_signal(signal.SIGSTOP)
+                turns[row].append((begin, time.monotonic()))
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {
+        row: figures(json.loads((folder / f"{row}.txt").read_text(encoding="utf-8").splitlines()[-1]), turns[row])
+        for row in commands
+    }
+
+
+def profile(flags: argparse.Namespace, steps: int = 5) -> dict[str, dict[str, float]]:
+    """Milliseconds of a training step of one batch, whole and of its largest operators; and under "limit" what no code can exceed.
+
+    `usual_script`, `fine_tune`, `fine_tune_fast` and `student` are steps of forward pass, backward pass and AdamW; `teacher_in_the_loop` is what
+    its answers add to the student's. The limit is how many times the script's samples a second were left if a step of `fine_tune` were
+    nothing but its matrix products, at the speed of the model's largest alone; and how many times those with a teacher in the loop a
+    student's steps are where the teacher's answers cost nothing.
+    """
     import torch
     from torch.profiler import ProfilerActivity
+    from torch.utils.flop_counter import FlopCounterMode
 
+    from pipelines.architectures import layer_count
     from pipelines.config import DataConfig
     from pipelines.dropout import cheap_dropout
     from pipelines.first_token import first_token_only
     from pipelines.memory import keep_freed_memory
+    from pipelines.students import parse_layers, student_from_layers
     from pipelines.tasks import TextClassification
+
+    def milliseconds(call: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(steps + 1):  # the first warms up
+            before = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - before)
+        return statistics.median(times[1:]) * 1000
 
     task = TextClassification(DataConfig(dataset=flags.dataset, max_length=flags.max_length))
     processor = task.load_processor(flags.teacher_model)
-    model = task.load_model(flags.teacher_model, "new if other").train()
     features = task.features(processor)["train"]
-    batch = task.collate(processor)([features[index] for index in range(flags.batch_size)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ours = task.collate(processor)([features[index] for index in range(flags.batch_size)])
+    padded = processor.pad(dict(ours), padding="max_length", max_length=flags.max_length, return_tensors="pt")
+    model = task.load_model(flags.teacher_model, "new if other").train()
+    student = student_from_layers(model, parse_layers(flags.student_layers, layer_count(model.config))).train()
 
-    def step() -> None:
-        model(**batch).loss.backward()
+    def step(trained: Any, batch: Any, optimizer: Any) -> None:
+        trained(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    found = {}
-    for row, in_attention in (("fine_tune", True), ("fine_tune_fast", False)):
-        with first_token_only(model), keep_freed_memory(), cheap_dropout(model, in_attention):
-            step()
+    rows: dict[str, tuple[Any, Any, bool | None]] = {
+        "usual_script": (model, padded, None), "fine_tune": (model, ours, True), "fine_tune_fast": (model, ours, False),
+        "student": (student, ours, True),
+    }  # fmt: skip
+    found: dict[str, dict[str, float]] = {}
+    for row, (trained, batch, attention_dropout) in rows.items():
+        with ExitStack() as cheaper:
+            if attention_dropout is not None:
+                for way in (first_token_only(trained), keep_freed_memory(), cheap_dropout(trained, attention_dropout)):
+                    cheaper.enter_context(way)
+            call = partial(step, trained, batch, torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True))
+            found[row] = {"step": milliseconds(call)}
             with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
-                for _ in range(steps):
-                    step()
-        times = {event.key: event.self_cpu_time_total / steps / 1000 for event in profiler.key_averages()}
-        largest = sorted(times.items(), key=lambda item: -item[1])[:12]
-        found[row] = {"step": round(sum(times.values()), 1)} | {name: round(each, 1) for name, each in largest}
-    return found
+                call()
+            with FlopCounterMode(display=False) as counter:
+                call()
+        operators = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
+        found[row] |= {event.key: event.self_cpu_time_total / 1000 for event in operators}
+        found[row]["products_gflop"] = counter.get_total_flops() / 1e9
+    with torch.no_grad(), first_token_only(model.eval()), keep_freed_memory():
+        found["teacher_in_the_loop"] = {"step": milliseconds(lambda: model(**ours))}
+    width, neurons, tokens = model.config.hidden_size, model.config.intermediate_size, ours["input_ids"].numel()
+    states, weight = torch.rand(tokens, width), torch.rand(width, neurons)
+    gflop_per_millisecond = 2e-9 * tokens * width * neurons / milliseconds(lambda: states @ weight)
+    least = found["fine_tune"]["products_gflop"] / gflop_per_millisecond
+    found["limit"] = {
+        "products_gflop_per_second": gflop_per_millisecond * 1000,
+        "milliseconds_of_products": least,
+        "fine_tune / usual_script": found["usual_script"]["step"] / least,
+        "student_stored / student_online": 1 + found["teacher_in_the_loop"]["step"] / found["student"]["step"],
+    }
+    return {row: {name: round(value, 2) for name, value in numbers.items()} for row, numbers in found.items()}
 
 
 def summarize(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -195,7 +288,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="Peak learning rate of every row.")
     parser.add_argument("--batch_size", type=int, default=16, help="Training examples of a batch.")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="Students need fine_tune before.")
-    parser.add_argument("--rounds", type=int, default=1, help="Processes of each row, in turn.")
+    parser.add_argument("--rounds", type=int, default=1, help="Processes of each row.")
     parser.add_argument("--profile", choices=["true", "false"], default="false", help="Where a step's time goes.")
     parser.add_argument("--output", type=Path, help="A file for the figures, as JSON.")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # the folder of the one row to run in this process
@@ -215,18 +308,21 @@ def main() -> None:
         for round_ in range(flags.rounds):
             folder = Path(scratch) / str(round_)
             folder.mkdir()
-            for row in flags.rows:
-                # A cache of its own, since tokens that another row has left are not tokenized again.
-                environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "TQDM_DISABLE": "1"}
-                command = [sys.executable, __file__, *sys.argv[1:], "--rows", row, "--alone", str(folder)]
-                worker = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-                measured[row].append(json.loads(worker.stdout.splitlines()[-1]))
-                shutil.rmtree(folder / "cache", ignore_errors=True)
-                print(row, json.dumps({k: v for k, v in measured[row][-1].items() if k != "evaluations"}), flush=True)
-    found = summarize(measured)
-    print(json.dumps(found, indent=2))
+            students = [row.startswith("student") for row in flags.rows]  # which learn from what fine_tune has trained
+            for kind in sorted(set(students)):
+                commands = {
+                    row: [sys.executable, __file__, *sys.argv[1:], "--rows", row, "--alone", str(folder)]
+                    for row, student in zip(flags.rows, students, strict=True)
+                    if student == kind
+                }
+                for row, found in take_turns(commands, folder).items():
+                    measured[row].append(found)
+                    print(row, json.dumps({k: v for k, v in found.items() if k != "evaluations"}), flush=True)
+            shutil.rmtree(folder)
+    summary = summarize(measured)
+    print(json.dumps(summary, indent=2))
     if flags.output:
-        flags.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        flags.output.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

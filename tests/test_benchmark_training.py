@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ def test_training_compares_each_row_with_its_rival(trained_teacher, csv_file, tm
     rows = ["usual_script", "fine_tune", "student_labels", "student_stored", "student_online"]
     # In this process, which spares the imports of five.
     parsed = training.parse_flags([*flags, "--student_layers", "2"])
-    found = training.summarize({row: [training.work(row, parsed, tmp_path)] for row in rows})
+    always = [(0.0, math.inf)]
+    found = training.summarize({row: [training.figures(training.work(row, parsed, tmp_path), always)] for row in rows})
     assert list(found["rows"]) == rows
     assert found["samples_per_second_ratios"].keys() == {
         "fine_tune / usual_script", "student_stored / student_labels", "student_stored / student_online"
@@ -42,13 +45,41 @@ def test_training_compares_each_row_with_its_rival(trained_teacher, csv_file, tm
         assert 0 < row["seconds_to_score"] <= row["seconds"], name
         assert row["score_reached"] <= row["score"]
         assert (row["storing_soft_targets_seconds"] > 0) == (name == "student_stored")
-    for row in training.profile(parsed, steps=1).values():
-        names = list(row)
-        assert names[0] == "step"
-        assert "aten::addmm" in names
-        assert sum(row[name] for name in names[1:]) <= row["step"] * 1.01
-    alone = run_script("training.py", tmp_path / "found.json", *flags, "--rows", "fine_tune")
-    assert alone["rows"]["fine_tune"].keys() == found["rows"]["fine_tune"].keys()
+    profile = training.profile(parsed, steps=1)
+    limit = profile.pop("limit")
+    assert list(profile) == ["usual_script", "fine_tune", "fine_tune_fast", "student", "teacher_in_the_loop"]
+    assert all(row["step"] > 0 for row in profile.values())
+    assert profile["usual_script"]["aten::addmm"] > 0
+    products = {name: row["products_gflop"] for name, row in profile.items() if "products_gflop" in row}
+    assert products["student"] < products["fine_tune"] < products["usual_script"]
+    assert limit["student_stored / student_online"] > 1
+    rows = ["usual_script", "fine_tune"]
+    together = run_script("training.py", tmp_path / "found.json", *flags, "--rows", *rows)
+    assert list(together["rows"]) == rows
+    assert together["rows"]["fine_tune"].keys() == found["rows"]["fine_tune"].keys()
+
+
+def test_only_the_seconds_of_a_rows_own_turns_are_counted():
+    row = {
+        "examples": 30,
+        "started": 10.5,
+        "labelling": [12.0, 14.5],
+        "evaluations": [(11.5, 0.5), (14.75, 0.75)],
+        "ended": 17.0,
+    }
+    found = training.figures(row, [(8.0, 9.0), (10.0, 11.0), (12.0, 13.0), (14.0, 15.0), (16.0, 17.5)])
+    assert found["storing_soft_targets_seconds"] == 1.0 + 0.5
+    assert found["evaluations"] == [(0.5, 0.5), (0.75, 0.75)]
+    assert found["seconds"] == 0.5 + 0.5 + 1.0
+    assert found["samples_per_second"] == 15
+
+
+def test_a_row_that_fails_ends_the_others(tmp_path):
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    began = time.monotonic()
+    with pytest.raises(subprocess.CalledProcessError):
+        training.take_turns({"one": sleep, "other": [sys.executable, "-c", "raise SystemExit(1)"]}, tmp_path, 0.1)
+    assert time.monotonic() - began < 60
 
 
 def test_throughput_scores_every_row_alike(text_bundle, csv_file, tmp_path):
