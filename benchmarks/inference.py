@@ -484,40 +484,60 @@ def time_rows(
     return timings
 
 
-def find_limits(
-    model: Path, task: Any, feeds: dict[str, list[Feed]], threads: list[int], workers: Workers
-) -> dict[str, Any]:
-    """By threads and shape: the operations of the model's products without the zeros of pruning, and the least time they take.
+# By shape, and whether the last layer's are those of the first token alone.
+Products = dict[tuple[str, bool], list[inference_limits.Product]]
 
-    Under "ours_…" stand those of our graphs, which compute only the first token behind the last attention.
-    """
+
+def products_of_shapes(model: Path, task: Any, feeds: dict[str, list[Feed]]) -> Products:
+    """The model's matrix products without the zeros of pruning, of all feeds of a shape."""
     from pipelines.surgery import load_model
 
     cut = load_model(model, task.trust_remote_code)
-    products = {
+    return {
         (shape, first_token_only): [
             one for feed in several for one in inference_limits.products_of(cut, feed, first_token_only)
         ]
         for shape, several in feeds.items()
         for first_token_only in (False, True)
     }
-    sizes = sorted({tuple(size) for several in products.values() for _, *size in several})
-    limits: dict[str, Any] = {}
-    for count in threads:
-        spec = {"path": str(model), "threads": count, "sizes": sizes, "seconds": 0.03}
-        found = workers.start("benchmarks.inference_limits", spec, "the limits")
+
+
+def sizes_of(products: Products) -> list[tuple[int, ...]]:
+    return sorted({tuple(size) for several in products.values() for _, *size in several})
+
+
+def time_products(products: Products, threads: list[int], workers: Workers) -> dict[int, dict[str, Any]]:
+    """By threads, what inference_limits measures of each size."""
+    spec = {"path": str(workers.output / "model"), "sizes": sizes_of(products), "seconds": 0.03}
+    return {
+        count: workers.start("benchmarks.inference_limits", spec | {"threads": count}, "the limits")
+        for count in threads
+    }
+
+
+def find_limits(
+    products: Products, feeds: dict[str, list[Feed]], measured: list[dict[int, dict[str, Any]]]
+) -> dict[str, Any]:
+    """By threads and shape: the operations of the model's products, and the least time they took, whenever that was.
+
+    Under "ours_…" stand those of our graphs, which compute only the first token behind the last attention.
+    """
+    sizes, limits = sizes_of(products), {}
+    for count in measured[0]:
+        found = [one[count] for one in measured]
         at_shape: dict[str, dict[str, float]] = {shape: {} for shape in feeds}
         for (shape, first_token_only), several in products.items():
             done = inference_limits.operations(several) / len(feeds[shape])
             ours = "ours_" if first_token_only else ""
             at_shape[shape][f"{ours}operations"] = done
             for precision in ("fp32", "int8"):
-                seconds = inference_limits.limit_seconds(several, sizes, found[precision]) / len(feeds[shape])
+                least = np.min([one[precision] for one in found], axis=0).tolist()
+                seconds = inference_limits.limit_seconds(several, sizes, least) / len(feeds[shape])
                 at_shape[shape] |= {
                     f"{ours}{precision}_ms": seconds * 1000,
                     f"{ours}{precision}_operations_per_second": done / seconds,
                 }
-        bandwidths = {name: value for name, value in found.items() if name.endswith("bandwidth")}
+        bandwidths = {name: max(one[name] for one in found) for name in found[0] if name.endswith("bandwidth")}
         limits[str(count)] = {"shapes": at_shape, "bytes_per_second": bandwidths}
     return limits
 
@@ -559,8 +579,11 @@ def measure_model(
     with torch_workers(workers.module, "torch" in wanted, available_cores()) as workers.forks:
         scores = score_rows(wanted, failed, workers, task, references)
         rows = list(scores)
-        limits = {} if task.causal else find_limits(model, task, feeds, threads, workers)
+        products = {} if task.causal else products_of_shapes(model, task, feeds)
+        # Twice, since what slows the machine down before may be over after.
+        before = time_products(products, threads, workers) if products else {}
         timings = time_rows(rows, failed, list(feeds), threads, workers, settings.rounds, name)
+        after = time_products(products, threads, workers) if products else {}
     scores = {row: scored for row, scored in scores.items() if row not in failed}
     shipped = next((row for row in ("ours_int8", "ours") if row in rows), None)
     profile = {}
@@ -577,7 +600,7 @@ def measure_model(
         "mix_lengths": [feed["input_ids"].shape[1] for feed in feeds.get(MIX, [])],
         "rows": scores,
         "failed": failed,
-        "limits": limits,
+        "limits": find_limits(products, feeds, [before, after]),
         "timings": timings,
         "shipped": shipped,
         "profile": profile,

@@ -100,6 +100,20 @@ def test_products_are_those_of_the_model() -> None:
     assert inference_limits.operations(inference_limits.products_of(model, feed, True)) == expected - unread
 
 
+def test_a_limit_is_the_least_time_whenever_it_was_measured() -> None:
+    products = {("1x8", False): [(2, 1, 8, 4, 4)], ("1x8", True): [(1, 1, 1, 4, 4), (1, 1, 8, 4, 4)]}
+    assert inference.sizes_of(products) == [(1, 1, 4, 4), (1, 8, 4, 4)]
+    before = {1: {"fp32": [0.5, 1.0], "int8": [0.25, 4.0], "batch_1_bandwidth": 3.0}}
+    after = {1: {"fp32": [2.0, 0.5], "int8": [0.5, 0.25], "batch_1_bandwidth": 2.0}}
+    limits = inference.find_limits(products, {"1x8": [{}]}, [before, after])
+    found = limits["1"]["shapes"]["1x8"]
+    assert limits["1"]["bytes_per_second"] == {"batch_1_bandwidth": 3.0}
+    assert (found["fp32_ms"], found["int8_ms"]) == (1000.0, 500.0)
+    assert (found["ours_fp32_ms"], found["ours_int8_ms"]) == (1000.0, 500.0)
+    assert found["operations"] == 2 * 2 * 8 * 4 * 4
+    assert found["ours_int8_operations_per_second"] == 2 * (1 + 8) * 4 * 4 / 0.5
+
+
 def test_a_product_takes_the_time_of_its_size() -> None:
     small, large = (inference_limits.product_seconds((1, 64, width, width), "int8", 1, 0.02) for width in (64, 512))
     assert large > 4 * small  # sixty-four times the work
