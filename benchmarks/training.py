@@ -131,19 +131,18 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def figures(row: dict[str, Any], turns: list[tuple[float, float]]) -> dict[str, Any]:
     """What work() returned as seconds of the row's own turns, each from one moment to another."""
 
+    def spent(begin: float, end: float) -> float:
+        return sum(max(0.0, min(last, end) - max(first, begin)) for first, last in turns)
+
     def seconds_until(moment: float) -> float:
-        spent = sum(max(0.0, min(end, moment) - max(begin, row["started"])) for begin, end in turns)
-        stored = (max(0.0, min(end, moment, labelled) - max(begin, labelling)) for begin, end in turns)
-        return spent - sum(stored)
+        return spent(row["started"], moment) - spent(labelling, min(labelled, moment))
 
     labelling, labelled = row["labelling"]
     seconds = seconds_until(row["ended"])
     return {
         "samples_per_second": row["examples"] / seconds,
         "seconds": seconds,
-        "storing_soft_targets_seconds": sum(
-            max(0.0, min(end, labelled) - max(begin, labelling)) for begin, end in turns
-        ),
+        "storing_soft_targets_seconds": spent(labelling, labelled),
         "evaluations": [(seconds_until(moment), score) for moment, score in row["evaluations"]],
         "score": max(score for _, score in row["evaluations"]),
     }
