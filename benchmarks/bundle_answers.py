@@ -25,14 +25,14 @@ from typing import Any
 
 from edge import make_environment
 
-from pipelines.__main__ import TaskConfig, task_of
-from pipelines.config import AugmentConfig, BundleConfig, LanguageConfig, run_main
+from pipelines.cli import TaskConfig, task_of
+from pipelines.core.config import AugmentConfig, BundleConfig, LanguageConfig, run_main
+from pipelines.core.errors import InputError
 from pipelines.edge.bundle import MANIFEST, example_of, write_manifest
-from pipelines.edge.generate import LanguageModel, Sampling
 from pipelines.edge.web import LIBRARIES, add_page
-from pipelines.errors import InputError
-from pipelines.export import ONNX_FILE
-from pipelines.predict import open_session, predict_onnx
+from pipelines.onnx.export import ONNX_FILE
+from pipelines.onnx.predict import open_session, predict_onnx
+from pipelines.runtime.generate import LanguageModel, Sampling
 
 NEW_TOKENS = 100  # as many as the page writes
 ARGUMENTS = 50  # examples to a process of infer.py

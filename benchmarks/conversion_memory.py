@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` beside `pipelines`, installed or not
 
 from benchmarks.synthetic import write_shape, write_texts  # noqa: E402
-from pipelines.benchmark import peak_memory_bytes  # noqa: E402
+from pipelines.onnx.measure import peak_memory_bytes  # noqa: E402
 
 STAGES = ("export", "quantize")
 
@@ -46,10 +46,10 @@ def write_model(directory: Path, width: int, layers: int) -> int:
 
 def measure(stage: str, folder: Path) -> dict[str, Any]:
     """One stage in this process."""
-    from pipelines.config import DataConfig, QuantizeConfig
-    from pipelines.export import export_onnx
-    from pipelines.quantize import quantize_onnx
-    from pipelines.tasks import TextClassification
+    from pipelines.core.config import DataConfig, QuantizeConfig
+    from pipelines.onnx.export import export_onnx
+    from pipelines.onnx.quantize import quantize_onnx
+    from pipelines.tasks.text_classification import TextClassification
 
     task = TextClassification(DataConfig(dataset=str(folder / "texts.csv"), max_length=16))
 

@@ -35,10 +35,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # `benchmarks` beside `pipelines`, installed or not
 
 from benchmarks import inference_limits, inference_pages, inference_worker  # noqa: E402
-from pipelines.benchmark import Feed, run_worker, torch_workers  # noqa: E402
-from pipelines.config import LanguageQuantizeConfig, QuantizeConfig, RunConfig, parse_config, peek, run_main  # noqa: E402
-from pipelines.errors import InputError  # noqa: E402
-from pipelines.predict import available_cores  # noqa: E402
+from pipelines.core.config import LanguageQuantizeConfig, QuantizeConfig, RunConfig, parse_config, peek, run_main  # noqa: E402
+from pipelines.core.errors import InputError  # noqa: E402
+from pipelines.onnx.measure import Feed, run_worker, torch_workers  # noqa: E402
+from pipelines.runtime.infer import available_cores  # noqa: E402
 
 MIX = "mix"
 DECODE = "a token"  # the one shape of a language model: a token, when NEW_TOKENS are written after PROMPT_TOKENS
@@ -186,10 +186,10 @@ def make_ours(model: Path, output: Path, task: Any, quantize: QuantizeConfig) ->
         make_ours_for_language(model, output, task, quantize)
         return
 
-    from pipelines.export import ONNX_FILE, export_onnx
-    from pipelines.fuse import fuse_for_onnxruntime
-    from pipelines.quantize import quantize_onnx
-    from pipelines.verify import verify_same_graph
+    from pipelines.onnx.export import ONNX_FILE, export_onnx
+    from pipelines.onnx.fuse import fuse_for_onnxruntime
+    from pipelines.onnx.quantize import quantize_onnx
+    from pipelines.onnx.verify import verify_same_graph
 
     for name in ("export", "ours", "ours_int8"):
         shutil.rmtree(output / name, ignore_errors=True)
@@ -201,8 +201,8 @@ def make_ours(model: Path, output: Path, task: Any, quantize: QuantizeConfig) ->
 
 
 def make_ours_for_language(model: Path, output: Path, task: Any, quantize: LanguageQuantizeConfig) -> None:
-    from pipelines.export_language import export_language_model
-    from pipelines.quantize_language import quantize_language_model
+    from pipelines.tasks.text_generation.export import export_language_model
+    from pipelines.tasks.text_generation.quantize import quantize_language_model
 
     for name in ("ours", "ours_int8"):
         shutil.rmtree(output / name, ignore_errors=True)
@@ -217,7 +217,7 @@ def make_exporters(model: Path, output: Path, task: Any, row: str) -> None:
     from transformers.exporters import OnnxConfig, OnnxExporter
     from transformers.exporters.quantizers import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
-    from pipelines.export import quiet_exporters
+    from pipelines.onnx.export import quiet_exporters
 
     settings: dict[str, Any] = {}
     if row != "exporters":
@@ -248,7 +248,7 @@ def make_rows(
 
     What a peer made of the same weights with the same versions is kept; ours is made anew, by the code as it is now.
     """
-    from pipelines.report import describe_environment
+    from pipelines.report.report import describe_environment
 
     failed: dict[str, str] = {}
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
@@ -490,7 +490,7 @@ Products = dict[tuple[str, bool], list[inference_limits.Product]]
 
 def products_of_shapes(model: Path, task: Any, feeds: dict[str, list[Feed]]) -> Products:
     """The model's matrix products without the zeros of pruning, of all feeds of a shape."""
-    from pipelines.surgery import load_model
+    from pipelines.models.removal import load_model
 
     cut = load_model(model, task.trust_remote_code)
     return {
@@ -546,8 +546,8 @@ def measure_model(
     model: Path, name: str, task: Any, settings: InferenceConfig, quantize: QuantizeConfig
 ) -> dict[str, Any]:
     """All rows of one model."""
-    from pipelines.run import read_record
-    from pipelines.surgery import load_model, shape_of
+    from pipelines.core.run import read_record
+    from pipelines.models.removal import load_model, shape_of
 
     record = read_record(model) or {}
     print(f"{name}: making what the rows run", flush=True)
@@ -619,7 +619,7 @@ def hide_instructions(output: Path) -> str:
 
 def environment_of(settings: InferenceConfig) -> dict[str, Any]:
     """The machine, and the versions on both sides."""
-    from pipelines.report import describe_environment
+    from pipelines.report.report import describe_environment
 
     found = describe_environment(settings.seed)
     kept = ("optimum", "optimum-onnx", "transformers", "torch", "onnxruntime", "openvino", "nncf", "numpy")
@@ -633,7 +633,7 @@ def environment_of(settings: InferenceConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    from pipelines.__main__ import TASK, task_of
+    from pipelines.cli import TASK, task_of
 
     kind = LanguageQuantizeConfig if peek("task", sys.argv[1:]) == "text-generation" else QuantizeConfig
     _, settings, quantize, *data = parse_config(

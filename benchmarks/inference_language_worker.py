@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.inference_worker import read_feeds
-from pipelines.benchmark import be_a_worker, peak_memory_bytes
-from pipelines.benchmark_language import time_writing
-from pipelines.predict import empty_cache, open_session
+from pipelines.onnx.measure import be_a_worker, peak_memory_bytes
+from pipelines.onnx.predict import empty_cache, open_session
+from pipelines.tasks.text_generation.measure import time_writing
 
 # What continues a prompt by some tokens, and the logits (batch, tokens, vocabulary) of windows of tokens.
 Loaded = tuple[Callable[[list[int], int], list[int]], Callable[[np.ndarray], np.ndarray]]
@@ -109,7 +109,7 @@ def load_exporters(path: Path, threads: int) -> Loaded:
 
 
 def load_ours(path: Path, threads: int) -> Loaded:
-    from pipelines.edge.generate import LanguageModel, Sampling
+    from pipelines.runtime.generate import LanguageModel, Sampling
 
     model = LanguageModel(path, threads)
     model.end_tokens = []  # every row writes as many tokens as it is told to

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.benchmark_language import memory_bandwidth
+from pipelines.tasks.text_generation.measure import memory_bandwidth
 
 # (how often, matrices, rows, inner size, columns); more than one matrix: both sides change from call to call, as in attention.
 Product = tuple[int, int, int, int, int]
@@ -33,8 +33,8 @@ def products_of(model: Any, feed: dict[str, Any], first_token_only: bool = False
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    from pipelines.architectures import family_of, head_size, layers_of, weight_matrix
-    from pipelines.surgery import part
+    from pipelines.models.families import family_of, head_size, layers_of, weight_matrix
+    from pipelines.models.removal import part
 
     found: Counter[tuple[int, int, int, int]] = Counter()
     family, size, last = family_of(model.config), head_size(model.config), list(layers_of(model))[-1]

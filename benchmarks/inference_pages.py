@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipelines.benchmark import paired_ratios
-from pipelines.markdown import markdown_table
-from pipelines.plot import COLORS
+from pipelines.onnx.measure import paired_ratios
+from pipelines.report.markdown import markdown_table
+from pipelines.report.plot import COLORS
 
 # Rows that ONNX Runtime runs: what ours must never be slower than.
 ENGINE = ("exporters", "optimum")

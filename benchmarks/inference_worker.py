@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.benchmark import Feed, be_a_worker, peak_memory_bytes, time_batches, time_calls
-from pipelines.predict import open_session
+from pipelines.onnx.measure import Feed, be_a_worker, peak_memory_bytes, time_batches, time_calls
+from pipelines.onnx.predict import open_session
 
 # Fewer than the report's: the largest batches take a second a call, and rounds tell the spread.
 MINIMUM_REPETITIONS = 3

@@ -60,12 +60,10 @@ def import_everything() -> None:
     os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"})
     sys.path.insert(0, str(ROOT))
     import pipelines
-    import pipelines.edge
 
-    for package in (pipelines, pipelines.edge):
-        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-            if not module.ispkg and not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
+    for module in pkgutil.walk_packages(pipelines.__path__, "pipelines."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     for name in ("matplotlib.pyplot", "peft", "torch.onnx", "transformers.exporters", "onnxscript"):
         importlib.import_module(name)
 
@@ -176,7 +174,7 @@ def without_times(value: Any) -> Any:
 
 def compare(one: Path, other: Path) -> list[str]:
     """What differs between two finished runs, and what is left in the second beside its files."""
-    from pipelines.run import differences
+    from pipelines.core.run import differences
 
     found = []
     for path in sorted(one.glob("*/record.json")):

@@ -64,8 +64,8 @@ def measure(examples: int, arguments: argparse.Namespace, folder: Path) -> dict[
     import datasets
     import torch
 
-    from pipelines.predict import predict_torch
-    from pipelines.soft_targets import WithSoftTargets, write_shards
+    from pipelines.models.predict import predict_torch
+    from pipelines.training.soft_targets import WithSoftTargets, write_shards
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

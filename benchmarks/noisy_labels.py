@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.config import DataConfig, run_main
-from pipelines.data import load_classification
+from pipelines.core.config import DataConfig, run_main
+from pipelines.data.examples import load_classification
 
 
 def main() -> None:

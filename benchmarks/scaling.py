@@ -72,10 +72,10 @@ def make_model(layers: int, folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import BertForSequenceClassification
 
-    from pipelines.export import export_graph
-    from pipelines.fuse import fuse_for_onnxruntime
-    from pipelines.predict import open_session
-    from pipelines.quantize import quantize_dynamic_int8
+    from pipelines.onnx.export import export_graph
+    from pipelines.onnx.fuse import fuse_for_onnxruntime
+    from pipelines.onnx.predict import open_session
+    from pipelines.onnx.quantize import quantize_dynamic_int8
 
     model = BertForSequenceClassification(write_shape(folder, WIDTH, layers)).eval()
     sample = {"input_ids": torch.randint(5, 65, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.int64)}
@@ -89,11 +89,11 @@ def make_model(layers: int, folder: Path) -> tuple[Any, Any]:
 
 def example_series(examples: int, folder: Path) -> dict[str, float]:
     """Seconds of each step that goes through a data set, and the number of its examples."""
-    from pipelines.config import DataConfig
-    from pipelines.metrics import paired_bootstrap
-    from pipelines.soft_targets import WithSoftTargets, write_shards
-    from pipelines.tasks import TextClassification
-    from pipelines.training import EpochLengthGroupedSampler
+    from pipelines.core.config import DataConfig
+    from pipelines.report.bootstrap import paired_bootstrap
+    from pipelines.tasks.text_classification import TextClassification
+    from pipelines.training.soft_targets import WithSoftTargets, write_shards
+    from pipelines.training.trainer import EpochLengthGroupedSampler
 
     write_shape(folder, WIDTH, LAYERS)
     write_texts(folder / "texts.csv", examples)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.edge.infer import Classifier, available_cores, in_order
+from pipelines.runtime.infer import Classifier, available_cores, in_order
 
 ROWS = ("batches_in_file_order", "batches_of_like_length", "one_on_all_cores", "one_on_each_core")
 Inputs = dict[str, np.ndarray]
@@ -89,8 +89,8 @@ def score(row: str, flags: argparse.Namespace) -> dict[str, Any]:
 
 def write_texts(dataset: str, path: Path, limit: int) -> None:
     """The lines of a data set's test examples, in their order."""
-    from pipelines.config import DataConfig
-    from pipelines.data import load_classification
+    from pipelines.core.config import DataConfig
+    from pipelines.data.examples import load_classification
 
     examples = load_classification(DataConfig(dataset=dataset)).splits["test"]["text"]
     lines = [line for text in examples for line in text.splitlines() if line.strip()]

@@ -53,11 +53,11 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
     import transformers
 
-    from pipelines.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
-    from pipelines.distill import distill_student
-    from pipelines.soft_targets import compute_soft_targets
-    from pipelines.tasks import TextClassification
-    from pipelines.training import TrainingArguments, fine_tune
+    from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
+    from pipelines.tasks.text_classification import TextClassification
+    from pipelines.training.distill import distill_student
+    from pipelines.training.soft_targets import compute_soft_targets
+    from pipelines.training.trainer import TrainingArguments, fine_tune
 
     class TimedTask(TextClassification):
         """Notes when each evaluation of the training is over, and its score."""
@@ -191,13 +191,13 @@ def profile(flags: argparse.Namespace, steps: int = 5) -> dict[str, dict[str, fl
     from torch.profiler import ProfilerActivity
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pipelines.architectures import layer_count
-    from pipelines.config import DataConfig
-    from pipelines.dropout import cheap_dropout
-    from pipelines.first_token import first_token_only
-    from pipelines.memory import keep_freed_memory
-    from pipelines.students import parse_layers, student_from_layers
-    from pipelines.tasks import TextClassification
+    from pipelines.core.config import DataConfig
+    from pipelines.core.memory import keep_freed_memory
+    from pipelines.models.families import layer_count
+    from pipelines.models.students import parse_layers, student_from_layers
+    from pipelines.tasks.text_classification import TextClassification
+    from pipelines.training.dropout import cheap_dropout
+    from pipelines.training.first_token import first_token_only
 
     def milliseconds(call: Callable[[], Any]) -> float:
         times = []

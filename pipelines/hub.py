@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pipelines
-from pipelines.card import format_model_card
-from pipelines.config import DataConfig
-from pipelines.errors import InputError
-from pipelines.markdown import fence
-from pipelines.report import REPORT_FILES, changed_report_files
-from pipelines.run import damaged_files, fingerprint, read_record
+from pipelines.core.config import DataConfig
+from pipelines.core.errors import InputError
+from pipelines.core.run import damaged_files, fingerprint, read_record
+from pipelines.report.card import format_model_card
+from pipelines.report.markdown import fence
+from pipelines.report.report import REPORT_FILES, changed_report_files
 
 MODEL_CARD = "README.md"
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -9,7 +9,7 @@
 
 from pathlib import Path
 
-from pipelines.config import (
+from pipelines.core.config import (
     BundleConfig,
     DataConfig,
     DistillConfig,
@@ -42,17 +42,17 @@ def main() -> None:
     ]
     command, data, teacher, student, distill, prune, quantize, bundle, report, training = parse_config(kinds, DEMO)
 
-    from pipelines.distill import distill_student
+    from pipelines.core.run import Run
     from pipelines.edge.bundle import build_bundle
-    from pipelines.export import export_onnx
     from pipelines.hub import check_access, push_run
-    from pipelines.prune import prune_and_recover
-    from pipelines.quantize import quantize_onnx
-    from pipelines.results import report_run
-    from pipelines.run import Run
-    from pipelines.soft_targets import compute_soft_targets
-    from pipelines.tasks import TextClassification
-    from pipelines.training import arguments_for, fine_tune
+    from pipelines.onnx.export import export_onnx
+    from pipelines.onnx.quantize import quantize_onnx
+    from pipelines.report.results import report_run
+    from pipelines.tasks.text_classification import TextClassification
+    from pipelines.training.distill import distill_student
+    from pipelines.training.prune import prune_and_recover
+    from pipelines.training.soft_targets import compute_soft_targets
+    from pipelines.training.trainer import arguments_for, fine_tune
 
     run = Run(training.output_dir, TextClassification(data), training.seed)
     # A token that the Hub refuses shows now, not after hours of training.

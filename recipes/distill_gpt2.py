@@ -11,7 +11,7 @@ For text classification see distill_bert.py.
 
 from pathlib import Path
 
-from pipelines.config import (
+from pipelines.core.config import (
     BundleConfig,
     DataConfig,
     DistillConfig,
@@ -48,17 +48,17 @@ def main() -> None:
         kinds, DEMO
     )
 
-    from pipelines.distill import distill_student
+    from pipelines.core.run import Run
     from pipelines.edge.bundle import build_bundle
-    from pipelines.export_language import export_language_model
     from pipelines.hub import check_access, push_run
-    from pipelines.language import LanguageModeling
-    from pipelines.prune import can_be_pruned, prune_and_recover
-    from pipelines.quantize_language import quantize_language_model
-    from pipelines.results import report_run
-    from pipelines.run import Run
-    from pipelines.soft_targets import compute_token_soft_targets
-    from pipelines.training import arguments_for, fine_tune
+    from pipelines.report.results import report_run
+    from pipelines.tasks.text_generation.export import export_language_model
+    from pipelines.tasks.text_generation.quantize import quantize_language_model
+    from pipelines.tasks.text_generation.task import LanguageModeling
+    from pipelines.training.distill import distill_student
+    from pipelines.training.prune import can_be_pruned, prune_and_recover
+    from pipelines.training.soft_targets import compute_token_soft_targets
+    from pipelines.training.trainer import arguments_for, fine_tune
 
     run = Run(training.output_dir, LanguageModeling(data, language), training.seed)
     # A token that the Hub refuses shows now, not after hours of training.

@@ -9,7 +9,7 @@
 
 from pathlib import Path
 
-from pipelines.config import (
+from pipelines.core.config import (
     AugmentConfig,
     BundleConfig,
     DataConfig,
@@ -46,17 +46,17 @@ def main() -> None:
         kinds, DEMO
     )
 
-    from pipelines.distill import distill_student
+    from pipelines.core.run import Run
     from pipelines.edge.bundle import build_bundle
-    from pipelines.export import export_onnx
     from pipelines.hub import check_access, push_run
-    from pipelines.images import ImageClassification
-    from pipelines.prune import can_be_pruned, prune_and_recover
-    from pipelines.quantize import quantize_onnx
-    from pipelines.results import report_run
-    from pipelines.run import Run
-    from pipelines.soft_targets import compute_soft_targets
-    from pipelines.training import arguments_for, fine_tune
+    from pipelines.onnx.export import export_onnx
+    from pipelines.onnx.quantize import quantize_onnx
+    from pipelines.report.results import report_run
+    from pipelines.tasks.image_classification import ImageClassification
+    from pipelines.training.distill import distill_student
+    from pipelines.training.prune import can_be_pruned, prune_and_recover
+    from pipelines.training.soft_targets import compute_soft_targets
+    from pipelines.training.trainer import arguments_for, fine_tune
 
     run = Run(training.output_dir, ImageClassification(data, augmentation), training.seed)
     # A token that the Hub refuses shows now, not after hours of training.

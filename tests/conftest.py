@@ -175,8 +175,8 @@ def csv_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def task(csv_file: Path) -> Any:
-    from pipelines.config import DataConfig
-    from pipelines.tasks import TextClassification
+    from pipelines.core.config import DataConfig
+    from pipelines.tasks.text_classification import TextClassification
 
     return TextClassification(DataConfig(dataset=str(csv_file), max_length=32, validation_size=0.2, test_size=0.2))
 
@@ -188,8 +188,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_task(image_folder: Path) -> Any:
-    from pipelines.config import DataConfig
-    from pipelines.images import ImageClassification
+    from pipelines.core.config import DataConfig
+    from pipelines.tasks.image_classification import ImageClassification
 
     return ImageClassification(DataConfig(dataset=str(image_folder), validation_size=0.2, test_size=0.2))
 
@@ -230,7 +230,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 @pytest.fixture
 def training(tmp_path: Path) -> Any:
-    from pipelines.training import TrainingArguments
+    from pipelines.training.trainer import TrainingArguments
 
     return TrainingArguments(
         output_dir=str(tmp_path / "training"), num_train_epochs=1, learning_rate=1e-3, disable_tqdm=True, use_cpu=True
@@ -240,8 +240,8 @@ def training(tmp_path: Path) -> Any:
 @pytest.fixture(scope="session")
 def trained_teacher(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, task: Any) -> Path:
     """A teacher that knows the task of the csv file."""
-    from pipelines.config import TeacherConfig
-    from pipelines.training import TrainingArguments, fine_tune
+    from pipelines.core.config import TeacherConfig
+    from pipelines.training.trainer import TrainingArguments, fine_tune
 
     directory = tmp_path_factory.mktemp("trained_teacher")
     training = TrainingArguments(
@@ -289,8 +289,8 @@ def language_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def language_task(language_text: Path) -> Any:
-    from pipelines.config import DataConfig, LanguageConfig
-    from pipelines.language import LanguageModeling
+    from pipelines.core.config import DataConfig, LanguageConfig
+    from pipelines.tasks.text_generation.task import LanguageModeling
 
     return LanguageModeling(DataConfig(dataset=str(language_text), max_length=32), LanguageConfig(vocabulary_size=300))
 
@@ -306,7 +306,7 @@ def language_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def language_model_dir(tmp_path_factory: pytest.TempPathFactory, language_task: Any) -> Path:
     """A GPT-2 with a tokenizer trained on the documents; its weights are large, but random."""
-    from pipelines.text_data import train_tokenizer
+    from pipelines.data.documents import train_tokenizer
 
     directory = tmp_path_factory.mktemp("language_model")
     train_tokenizer(language_task.data.splits["train"]["text"], 300).save_pretrained(directory)
@@ -316,7 +316,7 @@ def language_model_dir(tmp_path_factory: pytest.TempPathFactory, language_task: 
 
 def make_bundle(source: Path, directory: Path, task: Any) -> Path:
     """The bundle of the ONNX directory `source`, without a page."""
-    from pipelines.config import BundleConfig
+    from pipelines.core.config import BundleConfig
     from pipelines.edge.bundle import build_bundle
 
     directory.mkdir()
@@ -327,9 +327,9 @@ def make_bundle(source: Path, directory: Path, task: Any) -> Path:
 @pytest.fixture(scope="session")
 def text_onnx(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any) -> Path:
     """A classifier of texts, exported and quantized."""
-    from pipelines.config import QuantizeConfig
-    from pipelines.export import export_onnx
-    from pipelines.quantize import quantize_onnx
+    from pipelines.core.config import QuantizeConfig
+    from pipelines.onnx.export import export_onnx
+    from pipelines.onnx.quantize import quantize_onnx
 
     directory = tmp_path_factory.mktemp("text")
     for name in ("onnx", "quantized"):
@@ -347,7 +347,7 @@ def text_bundle(text_onnx: Path, task: Any) -> Path:
 @pytest.fixture(scope="session")
 def image_onnx(tmp_path_factory: pytest.TempPathFactory, image_task: Any) -> Path:
     """A classifier of images, exported."""
-    from pipelines.export import export_onnx
+    from pipelines.onnx.export import export_onnx
 
     directory = tmp_path_factory.mktemp("image")
     model = tiny_model("vit", image_size=8)
@@ -365,7 +365,7 @@ def image_bundle(image_onnx: Path, image_task: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def language_bundle(tmp_path_factory: pytest.TempPathFactory, language_model_dir: Path, language_task: Any) -> Path:
-    from pipelines.export_language import export_language_model
+    from pipelines.tasks.text_generation.export import export_language_model
 
     directory = tmp_path_factory.mktemp("language")
     # With these random weights the likeliest token is not the end.

@@ -15,7 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-IMPORTS = ["conftest", "pipelines.distill", "pipelines.images", "pipelines.language", "pipelines.__main__"]
+IMPORTS = [
+    "conftest",
+    "pipelines.training.distill",
+    "pipelines.data.images",
+    "pipelines.tasks.text_generation.task",
+    "pipelines.cli",
+]
 
 
 class Ended(NamedTuple):

@@ -17,13 +17,13 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from hub_server import HubServer
-from pipelines.card import format_model_card
-from pipelines.edge import generate, infer
-from pipelines.errors import InputError
+from pipelines.core.errors import InputError
+from pipelines.core.run import RECORD, fingerprint, hash_file, sealed
+from pipelines.data.images import read_image
 from pipelines.hub import check_access, check_run, push
-from pipelines.images import read_image
-from pipelines.predict import predict_onnx
-from pipelines.run import RECORD, fingerprint, hash_file, sealed
+from pipelines.onnx.predict import predict_onnx
+from pipelines.report.card import format_model_card
+from pipelines.runtime import generate, infer
 
 REPOSITORY = Path(__file__).parents[1]
 TOKEN, READ_TOKEN = "hf_ThisIsTheSecret", "hf_ThisIsAnotherSecret_read"
@@ -91,8 +91,8 @@ OPTIMUM = [
 
 def report_untimed(run: Any, recipe: str) -> None:
     """What is timed costs a fresh process a stage, and is of no interest here."""
-    from pipelines.config import ReportConfig
-    from pipelines.results import report_run
+    from pipelines.core.config import ReportConfig
+    from pipelines.report.results import report_run
 
     timing = {
         "latency_ms": {"p50": 2.0, "p95": 3.0, "batch_size": 1, "shape": [1, 32]},
@@ -105,7 +105,9 @@ def report_untimed(run: Any, recipe: str) -> None:
     }
     with pytest.MonkeyPatch.context() as patch:
         for measure in ("measure", "measure_decoding"):
-            patch.setattr(f"pipelines.results.{measure}", lambda subjects, **_: {one.name: timing for one in subjects})
+            patch.setattr(
+                f"pipelines.report.results.{measure}", lambda subjects, **_: {one.name: timing for one in subjects}
+            )
         report_run(run, recipe, ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), {"max_length": 32})
     run._lock.release()
 
@@ -113,13 +115,13 @@ def report_untimed(run: Any, recipe: str) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any) -> Path:
     """A verified run with its report: a teacher, cut to half its heads and neurons, exported, quantized and bundled."""
-    from pipelines.config import BundleConfig, DistillConfig, PruneConfig, QuantizeConfig, TeacherConfig
+    from pipelines.core.config import BundleConfig, DistillConfig, PruneConfig, QuantizeConfig, TeacherConfig
+    from pipelines.core.run import Run
     from pipelines.edge.bundle import build_bundle
-    from pipelines.export import export_onnx
-    from pipelines.prune import prune_and_recover
-    from pipelines.quantize import quantize_onnx
-    from pipelines.run import Run
-    from pipelines.training import TrainingArguments, fine_tune
+    from pipelines.onnx.export import export_onnx
+    from pipelines.onnx.quantize import quantize_onnx
+    from pipelines.training.prune import prune_and_recover
+    from pipelines.training.trainer import TrainingArguments, fine_tune
 
     directory = tmp_path_factory.mktemp("runs") / "small_bert"
     run = Run(directory, task, seed=0)
@@ -293,8 +295,8 @@ def test_the_published_model_is_loaded_by_its_name_and_scores_the_same(
 
 @pytest.fixture(scope="module")
 def image_run(tmp_path_factory: pytest.TempPathFactory, image_onnx: Path, image_task: Any) -> Path:
-    from pipelines.export import export_onnx
-    from pipelines.quantize import quantize_onnx
+    from pipelines.onnx.export import export_onnx
+    from pipelines.onnx.quantize import quantize_onnx
 
     directory = tmp_path_factory.mktemp("runs") / "small_vit"
     return make_run(directory, image_task, image_onnx.parent / "model", export_onnx, quantize_onnx, "distill_vit")
@@ -302,8 +304,8 @@ def image_run(tmp_path_factory: pytest.TempPathFactory, image_onnx: Path, image_
 
 @pytest.fixture(scope="module")
 def language_run(tmp_path_factory: pytest.TempPathFactory, language_bundle: Path, language_task: Any) -> Path:
-    from pipelines.export_language import export_language_model
-    from pipelines.quantize_language import quantize_language_model
+    from pipelines.tasks.text_generation.export import export_language_model
+    from pipelines.tasks.text_generation.quantize import quantize_language_model
 
     directory, model = tmp_path_factory.mktemp("runs") / "small_gpt2", language_bundle.parent / "model"
     return make_run(directory, language_task, model, export_language_model, quantize_language_model, "distill_gpt2")
@@ -311,9 +313,9 @@ def language_run(tmp_path_factory: pytest.TempPathFactory, language_bundle: Path
 
 def make_run(directory: Path, task: Any, teacher: Path, export: Any, quantize: Any, recipe: str) -> Path:
     """A verified run with its report: a teacher, exported and quantized."""
-    from pipelines.config import LanguageQuantizeConfig, QuantizeConfig, TeacherConfig
-    from pipelines.run import Run
-    from pipelines.training import TrainingArguments, fine_tune
+    from pipelines.core.config import LanguageQuantizeConfig, QuantizeConfig, TeacherConfig
+    from pipelines.core.run import Run
+    from pipelines.training.trainer import TrainingArguments, fine_tune
 
     run = Run(directory, task, seed=0)
     training = TrainingArguments(
@@ -571,7 +573,7 @@ def test_an_unverified_run_is_refused(stage: str, a_run: Path, hub: HubServer) -
 
 
 def test_a_report_that_changed_is_written_again(a_run: Path) -> None:
-    from pipelines.results import _finished
+    from pipelines.report.results import _finished
 
     made_by = json.loads((a_run / "report.json").read_text())["made_by"]
     assert _finished(a_run, made_by) is not None
@@ -661,7 +663,7 @@ class RecipesRun:
 
 
 def test_a_recipe_asks_for_access_before_it_works(tmp_path: Path, hub: HubServer) -> None:
-    from pipelines.training import TrainingArguments
+    from pipelines.training.trainer import TrainingArguments
 
     run = RecipesRun(tmp_path / "new")
     training = TrainingArguments(output_dir=str(run.directory), push_to_hub=True, hub_token=TOKEN, use_cpu=True)
@@ -673,7 +675,7 @@ def test_a_recipe_asks_for_access_before_it_works(tmp_path: Path, hub: HubServer
 
 def test_a_recipe_that_is_finished_is_published(finished: Path, hub: HubServer) -> None:
     from pipelines.hub import push_run
-    from pipelines.training import TrainingArguments
+    from pipelines.training.trainer import TrainingArguments
 
     training = TrainingArguments(
         output_dir=str(finished), push_to_hub=True, hub_token=TOKEN, hub_model_id="ann/of_recipe", use_cpu=True
@@ -712,8 +714,8 @@ def test_a_recipe_without_a_token_says_so_at_once(
 
 
 def test_flags_of_publishing_are_not_recorded() -> None:
-    from pipelines.config import RunConfig, parse_config
-    from pipelines.training import TrainingArguments
+    from pipelines.core.config import RunConfig, parse_config
+    from pipelines.training.trainer import TrainingArguments
 
     flags = ["--push_to_hub", "true", "--hub_model_id", "ann/x", "--hub_token", TOKEN, "--hub_private_repo", "false"]
     command, training = parse_config([RunConfig, TrainingArguments], argv=[*flags, "--use_cpu", "true"])
@@ -730,8 +732,8 @@ def test_flags_of_publishing_are_not_recorded() -> None:
     ],
 )
 def test_bad_input_on_the_command_line(argv: list[str], named: str, monkeypatch: Any, capsys: Any) -> None:
-    from pipelines.__main__ import main
-    from pipelines.config import run_main
+    from pipelines.cli import main
+    from pipelines.core.config import run_main
 
     monkeypatch.setattr(sys, "argv", ["pipelines", *argv])
     with pytest.raises(SystemExit) as ended:
@@ -741,9 +743,9 @@ def test_bad_input_on_the_command_line(argv: list[str], named: str, monkeypatch:
 
 
 def test_a_run_at_work_is_not_published(a_run: Path, hub: HubServer, monkeypatch: Any, capsys: Any) -> None:
-    from pipelines.__main__ import main
-    from pipelines.config import run_main
-    from pipelines.run import lock
+    from pipelines.cli import main
+    from pipelines.core.config import run_main
+    from pipelines.core.run import lock
 
     held = lock(a_run / ".lock")
     monkeypatch.setattr(sys, "argv", ["pipelines", "push", "--output_dir", str(a_run)])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.__main__ import STAGE_COMMANDS, main
-from pipelines.config import run_main
+from pipelines.cli import STAGE_COMMANDS, main
+from pipelines.core.config import run_main
 
 TRAIN = [
     "--max_length", "32", "--num_train_epochs", "2", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8",

@@ -1,1 +1,1 @@
-"""What a shipped model needs to run: NumPy, ONNX Runtime and tokenizers, no torch. Copied into bundles as it is."""
+"""An ONNX directory enters; a bundle that predicts on a device or in a browser leaves."""

@@ -14,15 +14,15 @@ import numpy as np
 import onnx
 
 import pipelines
-from pipelines.config import BundleConfig
-from pipelines.edge import generate, infer
+from pipelines.core.config import BundleConfig
+from pipelines.core.errors import InputError, VerificationError
+from pipelines.core.run import Outcome, hash_file, read_record, shipped_files, write_json
+from pipelines.data.sources import WEIGHT_SUFFIXES, check_onnx_directory
 from pipelines.edge.web import RUNTIME_LIBRARY, TOKENIZER_LIBRARY, add_page
-from pipelines.errors import InputError, VerificationError
-from pipelines.export import ONNX_FILE
-from pipelines.export_language import prompts_for
-from pipelines.predict import open_session, predict_onnx
-from pipelines.run import Outcome, hash_file, read_record, shipped_files, write_json
-from pipelines.sources import WEIGHT_SUFFIXES, check_onnx_directory
+from pipelines.onnx.export import ONNX_FILE
+from pipelines.onnx.predict import open_session, predict_onnx
+from pipelines.runtime import generate, infer
+from pipelines.tasks.text_generation.export import prompts_for
 
 MANIFEST = "manifest.json"
 RUNTIME = Path(infer.__file__)

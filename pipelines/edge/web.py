@@ -8,11 +8,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from pipelines.config import BundleConfig
-from pipelines.errors import InputError
-from pipelines.run import hash_file
+from pipelines.core.config import BundleConfig
+from pipelines.core.errors import InputError
+from pipelines.core.run import hash_file
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "runtime"
 SECONDS = 60  # that a page which nobody asked for may take
 # The npm packages of the page, each with the version and the licence, and the sha256 of each file that is taken from it.
 RUNTIME_LIBRARY = "onnxruntime-web"

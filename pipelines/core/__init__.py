@@ -1,0 +1,1 @@
+"""Settings and input errors enter; a run directory with its records leaves. Nothing here knows a model or a data set."""

@@ -1,0 +1,228 @@
+"""Images as data and as a task: read, refuse what cannot be read, augment, batch, and classify."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipelines.core.config import AugmentConfig, DataConfig
+from pipelines.core.errors import InputError
+from pipelines.data.examples import Kind, check_fields, read_table
+from pipelines.runtime.infer import available_cores
+
+if TYPE_CHECKING:
+    import datasets
+    import torch
+
+PIXEL_TABLES = (".csv", ".csv.gz")
+# A model sees some hundred pixels a side: an image of more than this is a mistake or an attack (200 MB once decoded).
+MOST_PIXELS = 64_000_000
+
+
+# ---- Reading
+
+
+def read_image(cell: dict[str, Any]) -> Image.Image:
+    """The RGB image of a cell of a data set: its `bytes`, or else the file at its `path`.
+
+    Turned as a camera's orientation tag asks, and converted from grey, palettes and transparency as transformers' own pipelines do,
+    so that the deployed model sees what it was trained on; 16-bit grey keeps its upper 8 bits. Raises InputError.
+    """
+    source = io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
+    try:
+        with Image.open(source) as image:
+            check_size(image)  # before a small file is unpacked into gigabytes
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
+            return upright.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        raise InputError(
+            f"expected an image that Pillow reads at {cell.get('path') or 'a row of the data set'}, found: "
+            f"{type(error).__name__}: {error}. Repair or remove it."
+        ) from error
+
+
+def check_size(image: Image.Image) -> None:
+    """Raise ValueError for an opened, not yet decoded image of more than MOST_PIXELS."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
+
+
+def _content(rows: list[tuple[Any, ...]]) -> list[bytes | None]:
+    """A digest of each image's pixels: two files with the same pixels are the same example."""
+
+    def digest(row: tuple[Any, ...]) -> bytes | None:
+        if row[0] is None:
+            return None
+        try:
+            image = read_image(row[0])
+        except InputError:
+            return None
+        return blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        return list(pool.map(digest, rows))
+
+
+def _encoded(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
+    """The split with the column as encoded images, which are decoded when they are needed; None where it holds something else."""
+    import datasets
+
+    feature = split.features[column]
+    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} == feature.keys()):
+        return split.cast_column(column, datasets.Image(decode=False))
+    return None
+
+
+def _read_files(path: Path, files: list[tuple[Path, str]]) -> datasets.Dataset:
+    import datasets
+
+    columns = {
+        "image": datasets.Image(decode=False),
+        "label": datasets.Value("string"),
+        "file": datasets.Value("string"),
+    }
+    rows = {
+        "image": [str(file) for file, _ in files],
+        "label": [label for _, label in files],
+        "file": [f"{label}/{file.name}" for file, label in files],
+    }
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(columns))
+
+
+def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
+    return _read_pixels(path, config) if path.name.lower().endswith(PIXEL_TABLES) else read_table(path, config)
+
+
+def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
+    """A table whose rows are the pixels of square grey images, and a class.
+
+    The class is in the column --label_column, or in the last one where the file has no header; all other columns are pixels, row
+    by row from the top. 0 is black, and the largest value of the file is white: 255 in most files, 16 in scikit-learn's digits.
+    """
+    import datasets
+    import pandas
+
+    def refuse(found: str) -> InputError:
+        return InputError(
+            f"expected rows of the pixels of square grey images in {path}, whole numbers from 0, with the class in the column "
+            f"{config.label_column!r} (in the last one without a header), found {found}. Name the class with --label_column, or give the "
+            "images as files in one sub-folder per class."
+        )
+
+    try:
+        check_fields(path, ",")
+        with gzip.open(path, "rt") if path.suffix.lower() == ".gz" else path.open() as file:
+            first = file.readline(MOST_PIXELS).split(",")
+        named = not all(cell.strip().lstrip("-").replace(".", "", 1).isdigit() for cell in first)
+        table = pandas.read_csv(path, header=0 if named else None)
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise refuse(f"a file that cannot be read ({error})") from error
+    label = config.label_column if named else table.columns[-1]
+    if label not in table.columns:
+        raise refuse(f"the columns {', '.join(map(str, table.columns[:5]))} …")
+    pixels = table.drop(columns=label).to_numpy()
+    side = math.isqrt(pixels.shape[1])
+    if side < 2 or side * side != pixels.shape[1]:
+        raise refuse(f"{pixels.shape[1]} columns besides the class, which is no square number")
+    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() == 0:
+        raise refuse("empty cells, text, fractions, negative numbers, or nothing but zeros")
+    grey = np.round(pixels * (255 / pixels.max())).astype(np.uint8).reshape(-1, side, side)
+    rows = {
+        config.image_column: [{"bytes": _png(image), "path": None} for image in grey],
+        config.label_column: table[label].tolist(),
+    }
+    images = datasets.Dataset.from_dict(rows)
+    return images.cast_column(config.image_column, datasets.Image(decode=False))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+IMAGES = Kind(
+    noun="images",
+    usable=f"an image that can be read, of at most {MOST_PIXELS // 10**6} million pixels,",
+    columns={"image_column": "image"},
+    suffixes=(*PIXEL_TABLES, ".parquet"),
+    read_file=_read_file,
+    read_files=_read_files,
+    prepare=_encoded,
+    content=_content,
+    content_is_all=True,
+)
+
+
+# ---- Batches
+
+
+def augment(image: Image.Image, config: AugmentConfig) -> Image.Image:
+    """The image shifted, cropped and mirrored at random, at its own size; what comes in from outside repeats the border.
+
+    Draws from torch's generator, whose state the Trainer keeps in its checkpoints.
+    """
+    import torch
+
+    if not config.any:
+        return image
+    shift_x, shift_y, crop, crop_x, crop_y, flip = torch.rand(6).tolist()
+    width, height = image.size
+    scale = 1 - config.random_crop * crop  # the share of each side that stays in the picture
+    left = width * ((1 - scale) * crop_x + config.random_shift * (2 * shift_x - 1))
+    top = height * ((1 - scale) * crop_y + config.random_shift * (2 * shift_y - 1))
+    flips = config.random_flip and flip < 0.5
+    # Pillow asks for each pixel of the result where it comes from: (a x + b y + c, d x + e y + f).
+    origin = (-scale, 0.0, left + scale * width, 0.0, scale, top) if flips else (scale, 0.0, left, 0.0, scale, top)
+    # Pillow fills what lies outside with black; a border as wide as the largest shift repeats the edge instead.
+    border = math.ceil(max(width, height) * config.random_shift) + 1
+    wide = Image.fromarray(np.pad(np.asarray(image), ((border, border), (border, border), (0, 0)), mode="edge"))
+    moved = (origin[0], 0.0, origin[2] + border, 0.0, origin[4], origin[5] + border)
+    return wide.transform(image.size, Image.Transform.AFFINE, moved, resample=Image.Resampling.BILINEAR)
+
+
+def collate(
+    processor: Any, teacher_processor: Any = None, augmentation: AugmentConfig | None = None
+) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """A collator of rows with `image`, `labels` and perhaps `teacher_logits`.
+
+    `pixel_values` (batch, 3, height, width) are what `processor` makes of the images; with a `teacher_processor`,
+    `teacher_pixel_values` are what that makes of the very same images, augmented alike.
+    """
+    return partial(_collate_rows, processor, teacher_processor, augmentation)
+
+
+def _collate_rows(
+    processor: Any, teacher_processor: Any, augmentation: AugmentConfig | None, rows: list[dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    # At module level, so that the workers of a DataLoader can receive it pickled.
+    import torch
+
+    images = [read_image(row["image"]) for row in rows]
+    if augmentation is not None:
+        images = [augment(image, augmentation) for image in images]
+    batch = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+    if teacher_processor is not None:
+        batch["teacher_pixel_values"] = teacher_processor(images, return_tensors="pt")["pixel_values"]
+    for name in rows[0].keys() - {"image"}:
+        batch[name] = torch.as_tensor(np.asarray([row[name] for row in rows]))
+        if batch[name].is_floating_point():
+            batch[name] = batch[name].float()
+    return batch
+
+
+# ---- The task

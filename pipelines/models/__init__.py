@@ -1,0 +1,1 @@
+"""A directory or a Hub id enters; a model with its layers, heads and neurons in known places leaves."""

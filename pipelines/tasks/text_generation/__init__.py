@@ -1,0 +1,1 @@
+"""Text whose every token is predicted from those before it: a causal language model."""

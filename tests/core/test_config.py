@@ -1,0 +1,151 @@
+"""How flags and YAML files are read, and every YAML of the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.core.config import (
+    DataConfig,
+    DistillConfig,
+    PruneConfig,
+    QuantizeConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    parse_config,
+)
+from pipelines.core.errors import InputError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def parse(*argv: str, default: Path | None = None):
+    return parse_config([RunConfig, DistillConfig, PruneConfig], default, list(argv))
+
+
+def test_flags_override_the_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("temperature: 4\nsoft_target_weight: 5.0e-1\nhidden_state_map: null\n")
+    run, distill, _ = parse("--config", str(file), "--temperature", "3")
+    assert (distill.temperature, distill.soft_target_weight) == (3.0, 0.5)
+    assert distill.hidden_state_map is None
+    assert run.given == {"temperature": 3.0, "soft_target_weight": 0.5}
+
+
+def test_the_default_file_is_read_where_none_is_named(tmp_path):
+    file = tmp_path / "demo.yaml"
+    file.write_text("temperature: 4\n")
+    assert parse(default=file)[1].temperature == 4
+    other = tmp_path / "other.yaml"
+    other.write_text("prune_ffn: 0.1\n")
+    _, distill, prune = parse("--config", str(other), default=file)
+    assert (distill.temperature, prune.prune_ffn) == (2.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("temprature: 3", r"temprature.*Did you mean temperature"),
+        ("temperature: hot", "hot"),
+        ("temperature: -1", r"above 0.*found -1"),
+        ("- a\n- b", "found a list"),
+        ("a: [", "YAML file"),
+        ("soft_targets: sometimes", "sometimes"),
+    ],
+)
+def test_a_bad_file_is_bad_input(tmp_path, content, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        parse("--config", str(file))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        parse("--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize("argv", [["--bogus", "1"], ["--temperature", "-1"], ["--temperature", "hot"], ["--temp", "3"]])
+def test_a_bad_flag_exits_with_status_2_and_a_short_message(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(*argv)
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) < 6
+
+
+def test_debug_without_a_value_is_ours_and_with_one_it_is_transformers(tmp_path):
+    from pipelines.training.trainer import TrainingArguments
+
+    kinds = [RunConfig, TrainingArguments]
+    _, training = parse_config(kinds, argv=["--debug", "--output_dir", str(tmp_path)])
+    assert not training.debug
+    _, training = parse_config(kinds, argv=["--output_dir", str(tmp_path), "--debug", "underflow_overflow"])
+    assert training.debug
+
+
+def test_a_token_is_not_recorded(tmp_path):
+    from pipelines.training.trainer import TrainingArguments
+
+    argv = ["--hub_token", "hf_secret", "--output_dir", str(tmp_path), "--weight_decay", "0.3"]
+    run, _ = parse_config([RunConfig, TrainingArguments], argv=argv)
+    assert run.given == {"weight_decay": 0.3}
+
+
+def test_every_config_of_the_bert_recipe_parses():
+    from pipelines.core.config import ReportConfig
+    from pipelines.training.trainer import TrainingArguments
+
+    kinds = [
+        RunConfig, DataConfig, TeacherConfig, StudentConfig, DistillConfig, PruneConfig, QuantizeConfig, ReportConfig,
+        TrainingArguments,
+    ]  # fmt: skip
+    files = sorted((REPOSITORY / "recipes" / "configs").glob("bert_*.yaml"))
+    parsed = [parse_config(kinds, argv=["--config", str(file)]) for file in files]
+    assert len(parsed) == len(files) >= 3
+    for file, (_, data, teacher, *_rest) in zip(files, parsed, strict=True):
+        assert data.dataset, file
+        assert teacher.teacher_model, file
+
+
+def test_every_accelerate_config_is_one_that_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted((REPOSITORY / "accelerate_configs").glob("*.yaml"))
+    assert {file.stem for file in files} == {
+        "cpu", "multi_cpu", "single_gpu", "multi_gpu", "fsdp", "deepspeed_zero2", "multi_node",
+    }  # fmt: skip
+    for file in files:
+        read = load_config_from_file(str(file))
+        written = yaml.safe_load(file.read_text())
+        assert read.num_processes == written["num_processes"], file
+        assert len(file.read_text().splitlines()) <= 15, file
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--seed -1", "--split_seed -1", "--teacher_epochs inf", "--temperature nan", "--per_device_train_batch_size 0"],
+)
+def test_numbers_that_no_setting_can_be_are_refused(flags, tmp_path, capsys):
+    from pipelines.training.trainer import TrainingArguments
+
+    kinds = [DataConfig, TeacherConfig, DistillConfig, TrainingArguments]
+    flag, value = flags.split()
+    with pytest.raises(SystemExit, match="2"):
+        parse_config(kinds, argv=[flag, value])
+    assert flag in capsys.readouterr().err
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"{flag[2:]}: {'.' if value in ('inf', 'nan') else ''}{value}\n")
+    with pytest.raises(InputError, match=f"{flag}.* found .*bad.yaml"):
+        parse_config(kinds, argv=["--config", str(file)])
+
+
+def test_a_token_after_a_misspelt_flag_is_not_told(capsys):
+    token = "hf_" + "a1B2c3D4" * 5
+    with pytest.raises(SystemExit, match="2"):
+        parse_config([RunConfig, DataConfig], argv=["--hub_tokn", token])
+    said = capsys.readouterr().err
+    assert "--hub_tokn" in said
+    assert token not in said

@@ -1,0 +1,42 @@
+"""Freed memory is kept while a training lasts, and given back after it."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, torch
+from pipelines.core.memory import keep_freed_memory
+from contextlib import nullcontext
+
+def faults(steps=20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        torch.zeros(10_000_000).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+torch.set_num_threads(1)
+usual, before = faults(), resident()
+with keep_freed_memory():
+    faults(1)
+    kept = faults()
+print(usual, kept, resident() - before, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_pages_are_kept_while_it_lasts_and_returned_after_it():
+    told = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True).stdout
+    usual, kept, more, after = (int(value) for value in told.split())
+    pages = 40_000_000 // resource.getpagesize()
+    assert usual > 10 * pages  # 20 times the pages of a tensor, or fewer where the system's pages are larger
+    assert kept < pages
+    assert after > 10 * pages
+    assert more < 20_000_000

@@ -1,0 +1,428 @@
+"""Image data sets, the images as models see them, and the stages on them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import make_image, make_image_processor, tiny_config, tiny_model, write_image_folder
+from pipelines.core.config import AugmentConfig, DataConfig, DistillConfig, StudentConfig, TeacherConfig
+from pipelines.core.errors import InputError
+from pipelines.data.examples import load_classification
+from pipelines.data.images import IMAGES, augment, collate, read_image
+from pipelines.models.predict import predict_torch
+from pipelines.onnx.calibrate import CALIBRATIONS, calibration_feeds, quantize_static_int8
+from pipelines.onnx.export import export_onnx
+from pipelines.onnx.predict import predict_onnx
+from pipelines.tasks.image_classification import ImageClassification
+from pipelines.training.distill import distill_student
+from pipelines.training.prune import can_be_pruned
+from pipelines.training.soft_targets import compute_soft_targets
+from pipelines.training.trainer import fine_tune
+
+DIGITS = "package://sklearn/datasets/data/digits.csv.gz"
+
+
+def load(dataset, **settings):
+    return load_classification(DataConfig(dataset=str(dataset), **settings), IMAGES)
+
+
+def refused(dataset, *parts, **settings):
+    with pytest.raises(InputError) as caught:
+        load(dataset, **settings)
+    for part in ("expected", "found", *parts):
+        assert part in str(caught.value), str(caught.value)
+
+
+def pixels(cell):
+    return np.asarray(read_image(cell))
+
+
+# ---- Data
+
+
+def test_the_digits_are_grey_images_with_sixteen_as_white():
+    data = load(DIGITS)
+    assert data.label_names == [str(digit) for digit in range(10)]
+    assert sum(data.details["examples"].values()) == 1797 - data.details["duplicates_removed"]["train"]
+    rows = np.loadtxt(io.BytesIO(gzip.decompress(Path(_digits_path()).read_bytes())), delimiter=",", dtype=int)
+    expected = {(tuple(np.round(row[:64] * 255 / 16).astype(int)), row[64]) for row in rows}
+    for row in data.splits["test"].select(range(20)):
+        image = pixels(row["image"])
+        assert image.shape == (8, 8, 3)
+        assert (tuple(image[..., 0].reshape(-1).tolist()), row["label"]) in expected
+        assert (image == image[..., :1]).all()
+
+
+def _digits_path():
+    from pipelines.data.sources import resolve
+
+    return resolve(DIGITS)
+
+
+def test_a_table_of_pixels_with_a_header_has_its_class_in_the_label_column(tmp_path):
+    generator = np.random.default_rng(0)
+    values, labels = generator.integers(0, 256, (40, 9)), np.arange(40) % 2
+    values[0, 0] = 255
+    lines = ["digit," + ",".join(f"pixel{i}" for i in range(9))]
+    lines += [",".join(map(str, [label, *row])) for label, row in zip(labels, values, strict=True)]
+    path = tmp_path / "pixels.csv"
+    path.write_text("\n".join(lines))
+    data = load(path, label_column="digit")
+    found = {
+        tuple(pixels(row["image"])[..., 0].reshape(-1).tolist()) for split in data.splits.values() for row in split
+    }
+    assert found == {tuple(row) for row in values.tolist()}
+    refused(path, "'label'", "--label_column")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("1,2,3,0\n4,5,6,1\n", "3 columns besides the class"),
+        ("1,2,3,a,0\n4,5,6,7,1\n", "--label_column"),
+        ("1,2,3,4,0\n4,x,6,7,1\n", "text"),
+        ("1,2,3,4,0\n4,5,6,-7,1\n", "negative"),
+        ("1,2,3,4.5,0\n4,5,6,7,1\n", "fractions"),
+        ("1,2,3,4,0\n4,5,6\n", "empty cells"),
+        ("0,0,0,0,0\n0,0,0,0,1\n", "nothing but zeros"),
+        ("", "empty file"),
+    ],
+)
+def test_tables_that_are_no_pixels_are_refused(tmp_path, text, found):
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    refused(path, found)
+
+
+def test_a_compressed_table_that_fills_the_memory_or_is_none_is_refused(tmp_path, monkeypatch):
+    with gzip.open(tmp_path / "table.csv.gz", "wt") as file:
+        file.write("0," * 300_000 + "1\n")
+    refused(tmp_path / "table.csv.gz", "at most 262,144 columns")
+    with gzip.open(tmp_path / "table.csv.gz", "wt") as file:
+        file.writelines(["0,0,0,0,one\n"] * 1000)
+    monkeypatch.setattr("pipelines.data.examples.MOST_UNPACKED", 5000)
+    refused(tmp_path / "table.csv.gz", "5,000 characters")
+    (tmp_path / "table.csv.gz").write_bytes(b"no gzip")
+    refused(tmp_path / "table.csv.gz", "cannot be read")
+    refused(tmp_path / "missing.csv.gz", "does not exist")
+
+
+def test_grey_palette_transparent_deep_and_turned_images_become_rgb(tmp_path):
+    colours = make_image("tech", np.random.default_rng(0))
+    image = Image.fromarray(colours)
+
+    def reread(saved, name, **arguments):
+        saved.save(tmp_path / name, **arguments)
+        return pixels({"path": str(tmp_path / name), "bytes": None})
+
+    assert (reread(image, "a.png") == colours).all()
+    grey = image.convert("L")
+    assert (reread(grey, "grey.png") == np.asarray(grey)[..., None]).all()
+    transparent = image.convert("RGBA")
+    transparent.putalpha(128)
+    assert (reread(transparent, "rgba.png") == colours).all()
+    palette = image.convert("P")
+    assert (reread(palette, "palette.png") == np.asarray(palette.convert("RGB"))).all()
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert (reread(deep, "deep.png") == np.asarray(grey)[..., None]).all()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright: turn by 90 degrees, clockwise
+    assert (reread(image, "turned.png", exif=turned) == np.rot90(colours, -1)).all()
+
+
+def test_a_folder_of_class_folders(image_folder, tmp_path):
+    data = load(image_folder)
+    assert data.label_names == ["sport", "tech", "trade"]
+    assert data.details["examples"] == {"train": 84, "validation": 12, "test": 24}
+    assert data.splits["train"].column_names == ["image", "label"]
+    row = data.splits["train"][0]
+    assert Path(row["image"]["path"]).parent.name == data.label_names[row["label"]]
+    elsewhere = write_image_folder(tmp_path / "copy")
+    assert load(elsewhere).fingerprint == data.fingerprint
+    assert load(elsewhere, split_seed=1).fingerprint != data.fingerprint
+    name = tmp_path / "copy" / "tech" / "001.png"
+    changed = np.asarray(Image.open(name)).copy()
+    changed[3, 3] ^= 1
+    Image.fromarray(changed).save(name)
+    assert load(elsewhere).fingerprint != data.fingerprint
+
+
+def test_folders_named_after_splits(tmp_path):
+    for index, split in enumerate(("train", "val", "test")):
+        write_image_folder(tmp_path / split, 30, seed=index)
+    data = load(tmp_path)
+    assert data.details["examples"] == {"train": 30, "validation": 30, "test": 30}
+    task = ImageClassification(DataConfig(dataset=str(tmp_path)))
+    assert set(task.test_texts()) == {f"{index:03}.png" for index in range(30)}
+
+
+def test_saved_and_parquet_data_sets_with_an_image_column(tmp_path):
+    generator = np.random.default_rng(0)
+    labels = [index % 3 for index in range(60)]
+    images = [Image.fromarray(make_image(["sport", "tech", "trade"][label], generator)) for label in labels]
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["c", "b", "a"])})
+    table = datasets.Dataset.from_dict({"img": images, "kind": labels}, features=features)
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "table.parquet")
+    columns = {"image_column": "img", "label_column": "kind"}
+    saved = load(tmp_path / "saved", **columns)
+    assert saved.label_names == ["c", "b", "a"]
+    assert load(tmp_path / "table.parquet", **columns).fingerprint == saved.fingerprint
+    refused(tmp_path / "saved", "--image_column", label_column="kind")
+    refused(tmp_path / "saved", "expected images", "--image_column", image_column="kind", label_column="kind")
+    task = ImageClassification(DataConfig(dataset=str(tmp_path / "saved"), **columns))
+    assert task.test_texts()[:2] == ["image 0", "image 1"]
+
+
+def test_the_same_pixels_are_in_one_split_only_whatever_the_format(tmp_path):
+    write_image_folder(tmp_path / "train", 30, seed=0)
+    write_image_folder(tmp_path / "test", 12, seed=1)
+    for index in (0, 3, 6):
+        Image.open(tmp_path / "test" / "sport" / f"{index:03}.png").save(tmp_path / "train" / "sport" / f"x{index}.bmp")
+    Image.open(tmp_path / "train" / "tech" / "001.png").save(tmp_path / "train" / "trade" / "same.tiff")
+    data = load(tmp_path)
+    assert data.details["duplicates_removed"] == {"train": 4, "test": 0}
+    assert data.details["conflicting_labels"] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", "cut"])
+def test_an_image_that_cannot_be_read_is_refused_by_name(tmp_path, content):
+    folder = write_image_folder(tmp_path, 30)
+    whole = (folder / "tech" / "001.png").read_bytes()
+    (folder / "tech" / "broken.png").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
+    refused(folder, "tech/broken.png", "an image that can be read", "1 without one")
+
+
+def test_one_class_an_empty_folder_and_texts_are_refused(tmp_path):
+    write_image_folder(tmp_path / "one", 3)
+    for name in ("tech", "trade"):
+        (tmp_path / "one" / name / f"{['tech', 'trade'].index(name) + 1:03}.png").unlink()
+        refused(tmp_path / "one", f"no file in {name}")
+        (tmp_path / "one" / name).rmdir()
+    refused(tmp_path / "one", "at least two classes", "sport")
+    (tmp_path / "table.txt").write_text("words")
+    refused(tmp_path / "table.txt", ".csv.gz", "one sub-folder per class")
+
+
+# ---- What a model sees
+
+
+def test_augmentation_shifts_crops_and_mirrors_at_the_images_own_size():
+    image = Image.fromarray(make_image("sport", np.random.default_rng(0), 16))
+    assert augment(image, AugmentConfig()) is image
+    torch.manual_seed(0)
+    mirrored = {augment(image, AugmentConfig(random_flip=True)).tobytes() for _ in range(20)}
+    assert mirrored == {image.tobytes(), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()}
+    moved = [augment(image, AugmentConfig(random_shift=0.25, random_crop=0.3)) for _ in range(20)]
+    assert {each.size for each in moved} == {(16, 16)}
+    assert len({each.tobytes() for each in moved}) == 20
+    grey = Image.new("RGB", (16, 16), (200, 100, 50))  # the border is repeated, not black
+    assert augment(grey, AugmentConfig(random_shift=0.4, random_crop=0.4)).tobytes() == grey.tobytes()
+    torch.manual_seed(3)
+    once = augment(image, AugmentConfig(random_shift=0.25)).tobytes()
+    torch.manual_seed(3)
+    assert augment(image, AugmentConfig(random_shift=0.25)).tobytes() == once
+    with pytest.raises(InputError, match="random_shift"):
+        AugmentConfig(random_shift=0.5)
+
+
+def test_teacher_and_student_see_the_same_augmented_image_each_by_its_own_processor(image_task):
+    small, bright = make_image_processor(8), make_image_processor(16, mean=0.25)
+    rows = [image_task.features(small)["train"][index] for index in range(4)]
+    batch = collate(small, small, AugmentConfig(random_shift=0.3))(rows)
+    assert torch.equal(batch["pixel_values"], batch["teacher_pixel_values"])
+    assert not torch.equal(batch["pixel_values"], collate(small)(rows)["pixel_values"])
+    batch = collate(small, bright)(rows)
+    assert batch["pixel_values"].shape == (4, 3, 8, 8)
+    assert batch["teacher_pixel_values"].shape == (4, 3, 16, 16)
+    assert batch["labels"].dtype == torch.int64
+    torch.testing.assert_close(
+        batch["teacher_pixel_values"].mean() - batch["pixel_values"].mean(), torch.tensor(0.5), atol=0.05, rtol=0
+    )
+
+
+def test_a_model_whose_processor_makes_images_of_another_size_is_refused(image_task, tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path)
+    make_image_processor(16).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"\[3, 8, 8\].*found \[3, 16, 16\].*preprocessor_config"):
+        image_task.load_model(str(tmp_path))
+
+
+# ---- Stages
+
+
+@pytest.fixture(scope="module")
+def image_teacher(image_task, image_processor, tmp_path_factory):
+    """A ViT trained from random weights, in a shape that only a config.json gives."""
+    shape, directory = tmp_path_factory.mktemp("shape"), tmp_path_factory.mktemp("teacher")
+    tiny_config("vit", initializer_range=0.1).save_pretrained(shape)
+    image_processor.save_pretrained(shape)
+    outcome = fine_tune(
+        str(shape), directory, image_task,
+        TeacherConfig(teacher_epochs=6, teacher_learning_rate=3e-3, teacher_from_scratch=True),
+        arguments(directory),
+    )  # fmt: skip
+    assert outcome.metrics["validation"]["accuracy"] > 0.8
+    return directory
+
+
+@pytest.fixture(scope="module")
+def soft_targets(image_teacher, image_task, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("soft_targets")
+    compute_soft_targets(str(image_teacher), directory, image_task)
+    return directory
+
+
+def arguments(directory, **changes):
+    from pipelines.training.trainer import TrainingArguments
+
+    settings = {
+        "num_train_epochs": 4, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "eval_strategy": "no",
+        "save_strategy": "no", "load_best_model_at_end": False, "disable_tqdm": True, "use_cpu": True,
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(directory), **{**settings, **changes})
+
+
+def test_a_distilled_deit_can_be_fine_tuned(image_task, image_processor, tmp_path):
+    """Its forward takes no labels and gives the logits of each of its two heads beside their mean."""
+    from transformers import DeiTForImageClassificationWithTeacher
+
+    DeiTForImageClassificationWithTeacher(tiny_config("deit", initializer_range=0.1)).save_pretrained(tmp_path)
+    image_processor.save_pretrained(tmp_path)
+    training = arguments(tmp_path / "training", eval_strategy="epoch")
+    teacher = TeacherConfig(teacher_epochs=6, teacher_learning_rate=3e-3)
+    outcome = fine_tune(str(tmp_path), tmp_path, image_task, teacher, training)
+    assert outcome.metrics["validation"]["accuracy"] > 0.6
+    assert len(outcome.details["validation"]) == 6
+
+
+def test_a_directory_without_weights_is_a_model_only_when_asked(image_task, image_processor, tmp_path):
+    tiny_config("vit").save_pretrained(tmp_path)
+    image_processor.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        image_task.load_model(str(tmp_path), "new if other")
+    model = image_task.load_model(str(tmp_path), "new if other", from_scratch=True)
+    assert list(model.config.id2label.values()) == image_task.label_names
+    with pytest.raises(InputError, match="teacher_epochs above 0"):
+        TeacherConfig(teacher_from_scratch=True, teacher_epochs=0)
+    with pytest.raises(InputError, match="student_model"):
+        StudentConfig(student_from_scratch=True)
+
+
+@pytest.mark.parametrize("model_type", ["resnet", "vit"])
+def test_a_student_of_another_kind_and_size_learns_from_stored_answers(
+    model_type, image_task, image_teacher, soft_targets, tmp_path
+):
+    """A convolutional network, and a ViT for larger images of another brightness; both exported, the first quantized, too."""
+    checkpoint, student, onnx = (tmp_path / name for name in ("checkpoint", "student", "onnx"))
+    onnx.mkdir()
+    other = {"image_size": 16} if model_type == "vit" else {}
+    # With a head for other classes, as most published image models have.
+    names = {"id2label": {i: f"imagenet {i}" for i in range(5)}, "label2id": {f"imagenet {i}": i for i in range(5)}}
+    tiny_model(model_type, **other, **names).save_pretrained(checkpoint)
+    make_image_processor(16, mean=0.25).save_pretrained(checkpoint)
+    outcome = distill_student(
+        str(image_teacher), student, image_task, StudentConfig(student_model=str(checkpoint)), DistillConfig(),
+        arguments(student, num_train_epochs=8), soft_targets,
+    )  # fmt: skip
+    assert outcome.metrics["validation"]["accuracy"] > 0.8
+    assert can_be_pruned(student) == (model_type == "vit")
+    exported = export_onnx(str(student), onnx, image_task)
+    assert exported.details["inputs"] == ["pixel_values"]
+    if model_type == "resnet":
+        processor = image_task.load_processor(str(onnx))
+        feeds = calibration_feeds(image_task, processor, 32)
+        details = quantize_static_int8(onnx / "model.onnx", tmp_path / "int8.onnx", feeds, "minmax", True)
+        assert details["quantized"]["Conv"] >= 4  # all but the stem
+        features, own = image_task.features(processor)["validation"], image_task.collate(processor)
+        answers = [predict_onnx(path, features, own) for path in (onnx / "model.onnx", tmp_path / "int8.onnx")]
+        assert image_task.agreement(*answers) > 0.8
+
+
+def test_a_teacher_in_the_loop_sees_what_its_own_processor_makes(
+    image_task, image_teacher, soft_targets, tmp_path, capsys
+):
+    """The first loss of a student for larger images is the same with stored answers and with the teacher in the loop."""
+    checkpoint = tmp_path / "checkpoint"
+    tiny_model("vit", image_size=16).save_pretrained(checkpoint)
+    make_image_processor(16, mean=0.25).save_pretrained(checkpoint)
+    losses = {}
+    for kind, stored in (("stored", soft_targets), ("online", None)):
+        outcome = distill_student(
+            str(image_teacher), tmp_path / kind, image_task, StudentConfig(student_model=str(checkpoint)),
+            DistillConfig(soft_targets=kind), arguments(tmp_path, max_steps=3, logging_steps=1), stored,
+        )  # fmt: skip
+        assert outcome.details["soft_targets"] == kind
+        losses[kind] = [line["loss"] for line in outcome.details["losses"]]
+    assert losses["stored"] == pytest.approx(losses["online"], abs=2e-4)
+
+
+def test_images_are_augmented_for_the_teacher_and_online_but_not_beside_stored_answers(
+    image_folder, image_processor, capsys
+):
+    task = ImageClassification(DataConfig(dataset=str(image_folder)), AugmentConfig(random_shift=0.3))
+    rows = [task.features(image_processor)["train"][0]]
+    plain = task.collate(image_processor)(rows)["pixel_values"]
+    assert not torch.equal(task.training_collate(image_processor, augment=True)(rows)["pixel_values"], plain)
+    assert capsys.readouterr().out == ""
+    assert torch.equal(task.training_collate(image_processor, augment=False)(rows)["pixel_values"], plain)
+    assert "not augmented" in capsys.readouterr().out
+    assert task.describe() != ImageClassification(DataConfig(dataset=str(image_folder))).describe()
+
+
+def test_lora_trains_an_adapter_and_a_new_head(image_task, image_teacher, tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    names = {"id2label": {0: "yes", 1: "no"}, "label2id": {"yes": 0, "no": 1}}
+    source = tmp_path / "source"
+    AutoModelForImageClassification.from_pretrained(
+        image_teacher, ignore_mismatched_sizes=True, **names
+    ).save_pretrained(source)
+    image_task.load_processor(str(image_teacher)).save_pretrained(source)
+    outcome = fine_tune(
+        str(source), tmp_path / "lora", image_task,
+        TeacherConfig(teacher_epochs=6, teacher_learning_rate=1e-2, lora_rank=4), arguments(tmp_path),
+    )  # fmt: skip
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path / "lora")
+    assert outcome.metrics["validation"]["accuracy"] > 0.8
+    assert outcome.details["trainable_parameters"] < sum(p.numel() for p in merged.parameters()) / 2
+
+
+@pytest.fixture(scope="module")
+def exported(image_task, image_teacher, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("onnx")
+    export_onnx(str(image_teacher), directory, image_task)
+    return directory / "model.onnx"
+
+
+@pytest.mark.parametrize(("samples", "sizes"), [(3, [3]), (33, [16, 16, 1]), (10**6, [16, 16, 16, 16, 8])])
+def test_calibration_takes_as_many_examples_as_were_asked_for_or_all(samples, sizes, image_task, image_processor):
+    feeds = calibration_feeds(image_task, image_processor, samples)
+    assert [len(feed["pixel_values"]) for feed in feeds] == sizes
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_static_quantization_keeps_the_answers(calibration, image_task, image_teacher, exported, tmp_path):
+    import onnx
+
+    processor = image_task.load_processor(str(image_teacher))
+    feeds = calibration_feeds(image_task, processor, 40)
+    assert [len(feed["pixel_values"]) for feed in feeds] == [16, 16, 8]
+    details = quantize_static_int8(exported, tmp_path / "int8.onnx", feeds, calibration, reduce_range=True)
+    assert details["quantized"].get("MatMul", 0) + details["quantized"].get("Gemm", 0) == 4 * 6 + 1
+    assert details["calibration_samples"] == 40
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    assert "ConvInteger" not in {node.op_type for node in graph.node}
+    features, own = image_task.features(processor)["validation"], image_task.collate(processor)
+    exact = predict_torch(image_task.load_model(str(image_teacher)), features, own)
+    rounded = predict_onnx(tmp_path / "int8.onnx", features, own)
+    assert 0 < np.abs(rounded - exact).max() < 0.5 * np.abs(exact).max()
+    assert image_task.agreement(rounded, exact) > 0.9

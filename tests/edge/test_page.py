@@ -1,0 +1,482 @@
+"""The page of a bundle: its JavaScript against Pillow and tokenizers in Node, and all of it in a real headless Chromium."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_edge import image_files
+
+from conftest import make_texts
+from pipelines.core.config import BundleConfig, DataConfig, LanguageQuantizeConfig, QuantizeConfig
+from pipelines.core.errors import InputError
+from pipelines.edge.bundle import build_bundle, image_settings, write_manifest
+from pipelines.edge.web import HERE, LIBRARIES, RUNTIME_LIBRARY, add_page
+from pipelines.onnx.quantize import quantize_onnx
+from pipelines.runtime import infer
+from pipelines.runtime.generate import LanguageModel, Sampling
+from pipelines.tasks.text_classification import TextClassification
+from pipelines.tasks.text_generation.quantize import quantize_language_model
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js on the PATH")
+TEXTS = [text for text, _ in make_texts(12, seed=5)]
+ODD_TEXTS = ["goal " * 100, "NAÏVE 東京 🙂 server", "[SEP] goal"]
+
+
+def node(script: str, given: Any) -> Any:
+    """What an ES module prints as JSON, when it finds `model` imported and `given` parsed."""
+    program = f"""
+        import * as model from {json.dumps((HERE / "model.mjs").as_uri())};
+        import {{readFileSync}} from "node:fs";
+        const given = JSON.parse(readFileSync(0, "utf8"));
+        {script}
+    """
+    command = ["node", "--input-type=module", "--eval", program]
+    done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@needs_node
+@pytest.mark.parametrize("resample", [0, 1, 2, 3, 4, 5])
+def test_resampling_is_pillows_to_the_byte(resample):
+    generator = np.random.default_rng(0)
+    cases = []
+    for size, target in [
+        ((37, 53), (24, 24)),
+        ((53, 37), (24, 24)),
+        ((8, 8), (31, 17)),
+        ((19, 19), (25, 4)),
+        ((64, 5), (64, 9)),
+        ((50, 40), (7, 40)),
+        ((9, 9), (9, 9)),
+    ]:
+        image = Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), np.uint8))
+        expected = np.asarray(image.resize(target, resample=resample))
+        cases.append({"data": np.asarray(image).ravel().tolist(), "sizes": [*size, *target], "expected": expected})
+    script = "console.log(JSON.stringify(given.map(({data, sizes, filter}) => [...model.resample(Uint8Array.from(data), ...sizes, filter)])))"
+    found = node(script, [{"data": case["data"], "sizes": case["sizes"], "filter": resample} for case in cases])
+    for case, pixels in zip(cases, found, strict=True):
+        np.testing.assert_array_equal(np.array(pixels, np.uint8), case["expected"].ravel())
+
+
+@needs_node
+def test_pixels_are_those_of_infer_py():
+    import transformers
+
+    processors = [
+        transformers.ViTImageProcessorPil(size={"height": 12, "width": 10}),
+        transformers.DeiTImageProcessorPil(size={"height": 20, "width": 20}, crop_size={"height": 25, "width": 14}),
+        transformers.ConvNextImageProcessorPil(size={"shortest_edge": 15}),
+        transformers.ViTImageProcessorPil(do_resize=False, do_rescale=False),
+    ]
+    generator = np.random.default_rng(0)
+    given, expected = [], []
+    for settings in map(image_settings, processors):
+        for width, height in [(33, 21), (21, 34), (6, 6)]:
+            image = Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
+            rgba = np.asarray(image.convert("RGBA")).ravel().tolist()
+            given.append({"image": {"data": rgba, "width": width, "height": height}, "settings": settings})
+            expected.append(infer.image_pixels(image, settings))
+    script = """
+        for (const {image} of given) image.data = Uint8ClampedArray.from(image.data);
+        console.log(JSON.stringify(given.map(({image, settings}) => [...model.imagePixels(image, settings).data])));
+    """
+    for found, pixels in zip(node(script, given), expected, strict=True):
+        np.testing.assert_array_equal(np.array(found, np.float32), pixels.ravel())
+
+
+@needs_node
+def test_an_image_with_transparency_is_refused():
+    pixels = [[9, 8, 7, 255], [9, 8, 7, 254]]
+    script = """
+        const settings = {resize: null, crop: null, rescale: null, mean: null};
+        console.log(JSON.stringify(given.map((pixel) => {
+            try { return [...model.imagePixels({data: pixel, width: 1, height: 1}, settings).data]; } catch (error) { return error.message; }
+        })));
+    """
+    opaque, refused = node(script, pixels)
+    assert opaque == [9, 8, 7]
+    assert "without transparency" in refused
+
+
+@needs_node
+def test_truncation_is_that_of_tokenizers(tokenizer):
+    room = 12
+    lengths = [(first, second) for first in range(1, 30, 3) for second in range(1, 30, 4)]
+    expected = []
+    for first, second in lengths:
+        types = tokenizer(
+            ["goal"] * first, ["team"] * second, is_split_into_words=True, truncation=True, max_length=room + 3
+        ).token_type_ids
+        kept = sum(types) - 1
+        expected.append([len(types) - kept - 3, kept])
+    script = f"console.log(JSON.stringify(given.map((pair) => model.truncatedLengths(...pair, {room}))))"
+    assert node(script, lengths) == expected
+
+
+def test_libraries_come_from_the_named_directory_and_are_checked(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    library = tmp_path / "node_modules" / RUNTIME_LIBRARY / "dist"
+    library.mkdir(parents=True)
+    config = BundleConfig(web_assets=str(tmp_path / "node_modules"))
+    with pytest.raises(InputError, match=r"ort\.wasm\.min\.mjs of onnxruntime-web .* found no such file"):
+        add_page(tmp_path / "bundle", config, (RUNTIME_LIBRARY,))
+    (library / "ort.wasm.min.mjs").write_text("something else")
+    shutil.rmtree(tmp_path / "bundle" / "web")
+    with pytest.raises(InputError, match="found another version of it"):
+        add_page(tmp_path / "bundle", config, (RUNTIME_LIBRARY,))
+
+
+def test_a_page_that_nobody_asked_for_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    assert add_page(bundle, BundleConfig(web=False), (RUNTIME_LIBRARY,)) == ({}, "--web false")
+    reasons = ["npm error code ECONNREFUSED"] * (shutil.which("npm") is not None)
+    for reason in [*reasons, "No such file or directory: 'npm'"]:
+        page, why = add_page(bundle, BundleConfig(), (RUNTIME_LIBRARY,))
+        assert page == {}
+        assert reason in why
+        monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="or leave the page out with --web false"):
+        add_page(bundle, BundleConfig(web=True), (RUNTIME_LIBRARY,))
+    assert not list(bundle.iterdir())
+
+
+# ---- In a browser
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium: Debian's, or the one that playwright installed."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
+    with api.sync_playwright() as playwright:
+        installed = shutil.which("chromium") or shutil.which("google-chrome") or playwright.chromium.executable_path
+        if not Path(installed).is_file():
+            pytest.skip("needs Chromium: apt-get install chromium, or playwright install chromium")
+        chromium = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A node_modules with the page's libraries, fetched by npm."""
+    if shutil.which("npm") is None:
+        pytest.skip("needs npm on the PATH")
+    folder = tmp_path_factory.mktemp("npm")
+    packages = [f"{name}@{version}" for name, (version, *_) in LIBRARIES.items()]
+    command = ["npm", "install", "--silent", "--ignore-scripts", "--no-audit", "--no-fund", *packages]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs npm to reach its registry: {(done.stderr or done.stdout)[-200:]}")
+    return folder / "node_modules"
+
+
+@contextmanager
+def served(bundle: Path) -> Iterator[str]:
+    """The bundle behind what `python -m http.server` is made of."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+        def end_headers(self) -> None:
+            self.send_header(
+                "Cache-Control", "no-store"
+            )  # a file may change within the second that Last-Modified counts
+            super().end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(bundle)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def opened(browser: Any, source: Path, directory: Path, task: Any, libraries: Path) -> Iterator[Any]:
+    """A page that shows the bundle of an ONNX directory; it may ask no other server for anything."""
+    directory.mkdir()
+    build_bundle(str(source), directory, task, BundleConfig(web_assets=str(libraries)))
+    with served(directory) as address:
+        page = browser.new_page()
+        strangers: list[str] = []
+        page.on(
+            "request",
+            lambda request: request.url.startswith((address, "data:", "blob:")) or strangers.append(request.url),
+        )
+        page.goto(address)
+        page.wait_for_selector("body[data-state]", timeout=120_000)
+        assert page.get_attribute("body", "data-state") == "ready", page.inner_text("body")
+        yield page
+        page.close()
+        assert strangers == []
+
+
+def shown_logits(page: Any, labels: list[str]) -> list[float]:
+    """The logits in the table, which must be sorted, beside their probabilities and the time."""
+    page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+    rows = page.eval_on_selector_all(
+        "tr", "rows => rows.map((row) => [row.cells[0].textContent, row.title, row.cells[1].textContent])"
+    )
+    found = {label: float(title.removeprefix("logit ")) for label, title, _ in rows}
+    assert next(iter(found)) == max(found, key=lambda label: found[label])
+    weights = np.exp(np.array(list(found.values())))
+    shown = [float(text.removesuffix(" %")) for *_, text in rows]
+    np.testing.assert_allclose(shown, 100 * weights / weights.sum(), atol=0.051)
+    milliseconds = re.fullmatch(r"(\d+\.\d) ms", page.inner_text("#time"))
+    assert milliseconds
+    assert 0 < float(milliseconds[1]) < 10_000
+    return [found[label] for label in labels]
+
+
+def drop(page: Any, names: list[str], where: str) -> list[bool]:
+    """Drop files of the server, one right after the other; whether each is left to the browser, which would leave the page."""
+    script = """async ([names, where]) => {
+        const files = await Promise.all(names.map(async (name) => new File([await (await fetch(name)).blob()], name)));
+        return files.map((file) => {
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(file);
+            const event = new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true});
+            return document.querySelector(where).dispatchEvent(event);
+        });
+    }"""
+    return list(page.evaluate(script, [names, where]))
+
+
+@pytest.mark.slow
+def test_texts_in_a_browser(browser, text_onnx, task, tmp_path, libraries):
+    bundle = tmp_path / "bundle"
+    with opened(browser, text_onnx / "quantized", bundle, task, libraries) as page:
+        classifier = infer.Classifier(bundle)
+        for text in [*TEXTS, *ODD_TEXTS]:
+            page.fill("#text", text)
+            found = shown_logits(page, classifier.labels)
+            np.testing.assert_allclose(found, classifier.logits((text,)), atol=1e-3)
+        page.fill("#text", " ")
+        assert page.inner_text("#answers") == page.inner_text("#time") == ""
+
+        # One answer to many keys, or the model would hold up the next of them.
+        page.evaluate(
+            "new MutationObserver(() => (window.answered = (window.answered ?? 0) + 1)).observe(answers, {childList: true})"
+        )
+        page.type("#text", "a goal in the league", delay=5)
+        np.testing.assert_allclose(
+            shown_logits(page, classifier.labels), classifier.logits(("a goal in the league",)), atol=1e-3
+        )
+        assert page.evaluate("window.answered") < 10
+
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        page.set_viewport_size({"width": 360, "height": 640})
+        (bundle / "manifest.json").write_text(json.dumps(manifest | {"labels": ["l" * 200, "long " * 50, "tech"]}))
+        page.reload()
+        page.wait_for_selector("body[data-state=ready]")
+        page.fill("#text", "goal")
+        page.wait_for_selector("tr >> nth=2")
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+        # What infer.py would refuse, and tokens that another library makes otherwise.
+        probes = manifest["text"]["probes"]
+        assert len(probes) == 5
+        probes[2]["ids"] += " 7"
+        write_manifest(bundle, manifest)
+        page.reload()
+        page.wait_for_selector("body[data-state=failed]")
+        assert 'for "[SEP] </s> <|endoftext|>", found others' in page.inner_text("#error")
+        for name, change in [("tokenizer.json", lambda content: content[:-1]), ("model.onnx", bytes.swapcase)]:
+            (bundle / name).write_bytes(change((bundle / name).read_bytes()))
+            page.reload()
+            page.wait_for_selector("body[data-state=failed]")
+            assert f"expected {name} of" in page.inner_text("#error")
+            assert page.is_hidden("#text")
+
+
+@pytest.mark.slow
+def test_pairs_in_a_browser(browser, text_onnx, tmp_path, libraries):
+    texts = make_texts(60)
+    rows = [f'"{text}","{texts[(7 * i) % 60][0]}",{label}\n' for i, (text, label) in enumerate(texts)]
+    (tmp_path / "pairs.csv").write_text("text,other,label\n" + "".join(rows), encoding="utf-8")
+    data = DataConfig(dataset=str(tmp_path / "pairs.csv"), text_pair_column="other", max_length=16)
+    with opened(browser, text_onnx / "quantized", tmp_path / "bundle", TextClassification(data), libraries) as page:
+        classifier = infer.Classifier(tmp_path / "bundle")
+        for pair in [*zip(TEXTS[:4], reversed(TEXTS[:4]), strict=True), ("goal", ODD_TEXTS[0]), ODD_TEXTS[:2]]:
+            page.fill("#text", pair[0])
+            page.fill("#pair", pair[1])
+            np.testing.assert_allclose(shown_logits(page, classifier.labels), classifier.logits(tuple(pair)), atol=1e-3)
+        page.fill("#text", "")
+        assert page.inner_text("#answers") == ""  # until there are two texts again
+
+
+@pytest.mark.slow
+def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_path, libraries):
+    generator = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(33, 90), (200, 151)]):
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    bundle = tmp_path / "bundle"
+    with opened(browser, image_onnx, bundle, image_task, libraries) as page:
+        page.evaluate("""() => {
+            window.held = {images: 0, addresses: 0};
+            const [create, close, show, revoke] = [createImageBitmap, ImageBitmap.prototype.close, URL.createObjectURL, URL.revokeObjectURL];
+            window.createImageBitmap = (...given) => create(...given).then((image) => { held.images++; return image; });
+            ImageBitmap.prototype.close = function () { held.images--; close.call(this); };
+            URL.createObjectURL = (file) => { held.addresses++; return show(file); };
+            URL.revokeObjectURL = (address) => { held.addresses -= address.startsWith("blob:"); revoke(address); };
+        }""")
+        classifier = infer.Classifier(bundle)
+        paths = [*sorted(image_folder.rglob("*.png"))[:10], *tmp_path.glob("*.png")]
+        for number, file in enumerate(image_files()):
+            with Image.open(file) as image:
+                paths.append(tmp_path / f"of_mode_{image.mode.replace(';', '_')}_{number}.{image.format}".lower())
+            paths[-1].write_bytes(file.getvalue())
+        assert {path.suffix for path in paths} == {".png", ".jpeg", ".tiff"}
+        for path in paths:
+            page.set_input_files("#image", path)
+            if path.suffix == ".tiff":
+                page.wait_for_selector("body[data-state=failed]")
+                assert path.name in page.inner_text("#error")
+                continue
+            found = shown_logits(page, classifier.labels)
+            np.testing.assert_allclose(found, classifier.logits((path,)), atol=1e-3, err_msg=path.name)
+        assert page.evaluate("window.held") == {"images": 0, "addresses": 1}
+        (tmp_path / "no.png").write_text("no image")
+        page.set_input_files("#image", tmp_path / "no.png")
+        page.wait_for_selector("body[data-state=failed]")
+        assert "no.png" in page.inner_text("#error")
+        assert page.inner_text("#time") == ""
+        assert page.is_hidden("#picture")
+
+        # Its colours beneath the transparency, which infer.py reads, do not survive a canvas.
+        half = generator.integers(0, 256, (20, 20, 4), np.uint8)
+        half[..., 3] //= 2
+        Image.fromarray(half).save(tmp_path / "half.png")
+        page.set_input_files("#image", sorted(image_folder.rglob("*.png"))[0])
+        shown_logits(page, classifier.labels)
+        page.set_input_files("#image", tmp_path / "half.png")
+        page.wait_for_selector("body[data-state=failed]")
+        assert "without transparency" in page.inner_text("#error")
+        assert page.inner_text("#answers") == ""  # or the last image's would stand beneath this one
+
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == "image"
+        assert page.evaluate("getComputedStyle(document.querySelector('#drop')).outlineStyle") == "solid"
+
+        # The older of two images is decoded after the newer.
+        Image.new("RGB", (4000, 3000)).save(bundle / "large.png")
+        for number, where in enumerate(["#drop", "#title"]):
+            shutil.copyfile(paths[10 + number], bundle / "small.png")
+            assert drop(page, ["large.png", "small.png"], where) == [False, False]
+            page.wait_for_timeout(700)
+            expected = classifier.logits((bundle / "small.png",))
+            np.testing.assert_allclose(shown_logits(page, classifier.labels), expected, atol=1e-3)
+            with Image.open(bundle / "small.png") as image:
+                assert page.evaluate("document.querySelector('#picture').naturalWidth") == image.width
+
+
+@pytest.mark.slow
+def test_quantized_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_path, libraries):
+    (tmp_path / "quantized").mkdir()
+    quantize_onnx(str(image_onnx), tmp_path / "quantized", image_task, QuantizeConfig(max_quality_drop=1.0))
+    with opened(browser, tmp_path / "quantized", tmp_path / "bundle", image_task, libraries) as page:
+        classifier = infer.Classifier(tmp_path / "bundle")
+        for path in sorted(image_folder.rglob("*.png"))[::20]:
+            page.set_input_files("#image", path)
+            found, expected = shown_logits(page, classifier.labels), classifier.logits((path,))
+            assert np.argmax(found) == np.argmax(expected)
+            np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def continued(page: Any, prompt: str) -> str:
+    page.fill("#temperature", "0")
+    page.fill("#text", prompt)
+    page.click("#write")
+    page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+    shown = page.text_content("#continuation")
+    assert shown.startswith(prompt)
+    return str(shown.removeprefix(prompt))
+
+
+# Of the next token after a text; and after one that leaves no token, as for a tokenizer that drops what it does not know.
+FIRST_LOGITS = """async ([prompt, dropped]) => {
+    const model = await import(new URL("web/model.mjs", document.baseURI));
+    const bundle = await model.openBundle(document.baseURI);
+    if (dropped) bundle.tokenizer.encode = () => ({ids: []});
+    let found;
+    const choose = (logits) => { found = Array.from(logits); return 1; };
+    for await (const _ of model.continueText(bundle, prompt, {choose, limit: 1}));
+    return found;
+}"""
+
+
+def native_logits(model: LanguageModel, tokens: list[int]) -> np.ndarray:
+    feed = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64)}
+    cache = {name: np.zeros((1, heads, 0, size), np.float32) for name, (heads, size) in model.cache_shapes.items()}
+    return np.asarray(model.session.run(["logits"], feed | cache)[0][0, -1])
+
+
+@pytest.mark.slow
+def test_continuations_in_a_browser(browser, language_bundle, language_task, tmp_path, libraries):
+    source = language_bundle.parent / "onnx"
+    with opened(browser, source, tmp_path / "bundle", language_task, libraries) as page:
+        writer = infer.Writer(tmp_path / "bundle")
+        page.evaluate("""() => {
+            window.changes = 0;
+            new MutationObserver((changes) => (window.changes += changes.length)).observe(continuation, {childList: true, subtree: true});
+        }""")
+        for prompt in ("the team said", ""):
+            expected = "".join(writer.stream(prompt, Sampling(max_new_tokens=100)))
+            assert continued(page, prompt) == expected
+        assert "tokens" in page.inner_text("#time")
+        assert page.evaluate("window.changes") > 20
+
+        # Every look at this clock takes long, so the page draws after every token.
+        begun, stopped, later, button = page.evaluate("""async () => {
+            let now = 0;
+            performance.now = () => (now += 100);
+            const added = () => document.querySelector("#continuation b").textContent;
+            write.click();
+            const begun = write.textContent;
+            while (!added()) await new Promise((drawn) => setTimeout(drawn));
+            write.click();
+            const stopped = added();
+            await new Promise((drawn) => setTimeout(drawn, 300));
+            return [begun, stopped, added(), write.textContent];
+        }""")
+        assert (begun, button) == ("Stop", "Continue")
+        assert 0 < len(stopped) == len(later) < len(expected) / 2
+
+        model = LanguageModel(tmp_path / "bundle")
+        expected = native_logits(model, model.encode("the team said"))
+        np.testing.assert_allclose(page.evaluate(FIRST_LOGITS, ["the team said", False]), expected, atol=1e-3)
+        expected = native_logits(model, model.end_tokens)
+        np.testing.assert_allclose(page.evaluate(FIRST_LOGITS, ["\u200b", True]), expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_quantized_continuations_in_a_browser(browser, language_bundle, language_task, tmp_path, libraries):
+    (tmp_path / "quantized").mkdir()
+    config = LanguageQuantizeConfig(quantization="int4_blocks_int8_embeddings", block_size=16, max_quality_drop=9.0)
+    quantize_language_model(str(language_bundle.parent / "onnx"), tmp_path / "quantized", language_task, config)
+    with opened(browser, tmp_path / "quantized", tmp_path / "bundle", language_task, libraries) as page:
+        model = LanguageModel(tmp_path / "bundle")
+        # Blocks of weights are multiplied by other kernels here than there, and later near ties may fall otherwise.
+        expected = native_logits(model, model.encode("the team said"))
+        np.testing.assert_allclose(page.evaluate(FIRST_LOGITS, ["the team said", False]), expected, atol=2e-2)
+        first = "".join(infer.Writer(tmp_path / "bundle").stream("the team said", Sampling(max_new_tokens=8)))
+        assert len(first) > 8
+        assert continued(page, "the team said").startswith(first)

@@ -1,0 +1,132 @@
+"""Int8 files must hold each table once, as bytes, within the range asked for, and run in fused integer kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+from conftest import tiny_model
+from pipelines.core.config import QuantizeConfig
+from pipelines.models.removal import cut, with_stock_shapes
+from pipelines.onnx.export import export_onnx
+from pipelines.onnx.fuse import fuse_for_onnxruntime
+from pipelines.onnx.predict import predict_onnx
+from pipelines.onnx.quantize import quantize_dynamic_int8, quantize_onnx
+
+LAYERS = 1
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=128
+    )
+    model = BertForSequenceClassification(config).eval()
+    sample = {name: torch.ones(2, 9, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    shapes = {name: {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=512)} for name in sample}
+    exported = OnnxExporter().export(
+        model, sample, config=OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=20)
+    )
+    directory = tmp_path_factory.mktemp("fused")
+    ir.save(exported.program, directory / "source.onnx")
+    assert fuse_for_onnxruntime(directory / "source.onnx", directory / "model.onnx")["attention"] == LAYERS
+    return directory / "model.onnx"
+
+
+def integer_weights(path: Path) -> dict[str, np.ndarray]:
+    """The weights of the products, by name."""
+    graph = onnx.load(path).graph
+    names = {node.input[1] for node in graph.node if node.op_type == "MatMulInteger"}
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in names}
+
+
+def run(path: Path) -> np.ndarray:
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 33, (16, 1))
+    feeds = {
+        "input_ids": random.integers(2, 300, (16, 32)),
+        "attention_mask": (np.arange(32) < lengths).astype(np.int64),
+    }
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+
+
+@pytest.mark.parametrize("reduce_range", [False, True])
+def test_close_to_the_source_and_counted(fused: Path, tmp_path: Path, reduce_range: bool) -> None:
+    source = fused.read_bytes()
+    details = quantize_dynamic_int8(fused, tmp_path / "model.onnx", reduce_range)
+    # Six products in a layer, the pooler and the classifier; three embeddings, of which the token types are an initializer.
+    assert details["quantized"] == {"MatMul": 6 * LAYERS + 2, "Gather": 3}
+    assert details["operators_after"]["Attention"] == LAYERS
+    assert details["bytes_after"] == (tmp_path / "model.onnx").stat().st_size < 0.4 * details["bytes_before"]
+    expected, found = run(fused), run(tmp_path / "model.onnx")
+    assert 0 < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    assert fused.read_bytes() == source
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_reduced_range_leaves_no_sum_that_saturates(fused: Path, tmp_path: Path) -> None:
+    largest = {}
+    for reduce_range in (False, True):
+        quantize_dynamic_int8(fused, tmp_path / "model.onnx", reduce_range)
+        weights = integer_weights(tmp_path / "model.onnx")
+        assert len(weights) == 6 * LAYERS + 2
+        assert all(weight.dtype == np.int8 for weight in weights.values())
+        largest[reduce_range] = [int(np.abs(weight.astype(int)).max()) for weight in weights.values()]
+    # Kernels without VNNI add two products of an activation (at most 255) and a weight in a signed 16-bit number.
+    assert max(largest[True]) * 255 * 2 <= 2**15 - 1 < min(largest[False]) * 255 * 2
+
+
+def test_onnxruntime_runs_it_in_integer_kernels_and_keeps_embeddings_as_bytes(fused: Path, tmp_path: Path) -> None:
+    quantize_dynamic_int8(fused, tmp_path / "model.onnx", reduce_range=False)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    found = Counter(node.op_type for node in graph.node)
+    assert found["DynamicQuantizeMatMul"] + found["MatMulIntegerToFloat"] == 6 * LAYERS + 2
+    assert found["MatMulInteger"] == found["Cast"] == found["Mul"] == 0
+    # Query, key and value share one quantized input.
+    assert found["DynamicQuantizeLinear"] == LAYERS
+    producers = {output: node.op_type for node in graph.node for output in node.output}
+    assert [producers[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear"] == ["Gather"] * 3
+    table = 300 * 64
+    assert [t.data_type for t in graph.initializer if np.prod(t.dims) == table] == [onnx.TensorProto.UINT8]
+
+
+def test_fp32_has_one_attention_operator_a_layer_whatever_heads_it_kept(task, tokenizer, tmp_path: Path) -> None:
+    model = tiny_model()
+    heads = [np.array([0, 2]), np.array([1]), np.arange(4), np.array([0, 1, 3])]
+    cut(model, heads, [np.arange(10), np.arange(59), np.arange(4), np.arange(64)])
+    with_stock_shapes(model).save_pretrained(tmp_path / "pruned")
+    tokenizer.save_pretrained(tmp_path / "pruned")
+    for name in ("onnx", "quantized"):
+        (tmp_path / name).mkdir()
+    export_onnx(str(tmp_path / "pruned"), tmp_path / "onnx", task)
+    outcome = quantize_onnx(str(tmp_path / "onnx"), tmp_path / "quantized", task, QuantizeConfig(quantization="fp32"))
+    source, target = (tmp_path / name / "model.onnx" for name in ("onnx", "quantized"))
+    assert outcome.details["scheme"] == "fp32"
+    found = onnx.load(target).graph
+    assert sum(node.op_type == "Attention" for node in found.node) == 4
+    operators = {node.op_type for node in found.node}
+    assert not operators & {"MatMulInteger", "DynamicQuantizeLinear", "DequantizeLinear", "QuantizeLinear", "Softmax"}
+    before = sorted(
+        np.prod(t.dims) for t in onnx.load(source).graph.initializer if t.data_type == onnx.TensorProto.FLOAT
+    )
+    after = sorted(np.prod(t.dims) for t in found.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    assert sum(after) == pytest.approx(sum(before), rel=0.01)
+    features, collate = task.features(tokenizer)["validation"], task.collate(tokenizer)
+    expected = predict_onnx(source, features, collate)
+    np.testing.assert_allclose(predict_onnx(target, features, collate), expected, rtol=1e-5, atol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "quantized").iterdir()) == sorted(
+        path.name for path in (tmp_path / "onnx").iterdir()
+    )

@@ -1,0 +1,347 @@
+"""The report: its figures against figures worked out by hand, its pages against the tools that will read them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from onnx import TensorProto, helper, numpy_helper
+
+from pipelines.core.errors import InputError, VerificationError
+from pipelines.report.bootstrap import paired_bootstrap
+from pipelines.report.pages import format_markdown, format_summary
+from pipelines.report.plot import draw_report
+from pipelines.report.report import StageResult, build_report, describe_environment, write_report
+
+LABELS = ["bad", "good"]
+# Ten test examples; the models below answer with LABELS[answer] and a confidence that grows with the margin.
+REFERENCES = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+TEACHER = np.array([0, 0, 0, 0, 1, 1, 1, 1, 0, 0])
+STUDENT = np.array([0, 0, 0, 1, 1, 1, 1, 1, 0, 0])
+SHIPPED = np.array([0, 0, 1, 1, 1, 1, 1, 0, 0, 1])
+HOSTILE = "one | two\n<script>alert(1)</script> *a* _b_ `c` [d](http://e.f) $g$ ~~h~~ \\ & ![i](j) \x07" + " word" * 100
+CONTRACT = {
+    "name", "path", "format", "metrics", "quality_retained", "agreement", "parameters", "bytes", "latency_ms",
+    "samples_per_second", "peak_memory_bytes", "seconds",
+}  # fmt: skip
+
+
+def logits_of(answers: np.ndarray, margins: np.ndarray | float = 2.0) -> np.ndarray:
+    signed = np.where(answers == 1, margins, -np.asarray(margins))
+    return np.stack([np.zeros(len(answers)), signed], axis=1).astype(np.float32)
+
+
+def make_stage(
+    name: str, form: str, logits: np.ndarray, size: int, p50s: list[float], details: dict[str, Any] | None = None
+) -> StageResult:
+    record = {"parameters": size // 4, "bytes": size, "seconds": 1.5, "made_by": {}, "details": details or {}}
+    middle = float(np.median(p50s))
+    timing = {
+        "latency_ms": {"p50": middle, "p95": 2 * middle, "batch_size": 1, "shape": [1, 16]},
+        "samples_per_second": 1000 / middle,
+        "peak_memory_bytes": 50_000_000,
+        "threads": 2,
+        "rounds": [{"p50": p50} for p50 in p50s],
+    }
+    return StageResult(name, name, form, logits, record, timing)
+
+
+def make_stages() -> list[StageResult]:
+    margins = np.array([2.0, 2.0, 1.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    return [
+        make_stage("teacher", "transformers", logits_of(TEACHER), 8_000_000, [40.0, 44.0, 80.0]),
+        make_stage("teacher_onnx", "onnx", logits_of(TEACHER), 8_000_000, [30.0, 33.0, 60.0]),
+        make_stage("student", "transformers", logits_of(STUDENT), 4_000_000, [20.0, 22.0, 40.0]),
+        make_stage("student_labels_only", "transformers", logits_of(STUDENT), 4_000_000, [20.0, 22.0, 40.0]),
+        make_stage("pruned", "transformers", logits_of(STUDENT), 3_000_000, [16.0, 17.6, 32.0]),
+        make_stage("quantized", "onnx", logits_of(SHIPPED, margins), 1_000_000, [10.0, 10.0, 16.0]),
+    ]
+
+
+def make_report(stages: list[StageResult] | None = None, **changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "recipe": "distill_bert",
+        "task": "text-classification",
+        "primary_metric": "accuracy",
+        "label_names": LABELS,
+        "references": REFERENCES,
+        "texts": [HOSTILE, "b", HOSTILE, "d", "e", "f", "g", "h", "i", "j"],
+        "stages": make_stages() if stages is None else stages,
+        "data_details": {"examples": {"train": np.int64(90), "test": 10}, "share": float("nan"), "file": "/a/b/c.csv"},
+        "environment": describe_environment(seed=3),
+        "config": {"teacher_model": "google-bert/bert-base-uncased", "dataset": "/home/somebody/reviews.csv"},
+    }
+    return build_report("runs/reviews", **(arguments | changes))
+
+
+def test_report_has_the_figures_worked_out_by_hand() -> None:
+    report = make_report()
+    stages = {stage["name"]: stage for stage in report["stages"]}
+
+    assert list(stages) == [stage.name for stage in make_stages()]
+    assert all(stage.keys() >= CONTRACT for stage in stages.values())
+    assert report.keys() >= {"recipe", "task", "primary_metric", "environment", "stages", "data", "broken_examples"}
+    teacher, quantized = stages["teacher"], stages["quantized"]
+    # The teacher is wrong on 8 and 9, the shipped model on 2, 3, 7 and 8.
+    assert teacher["metrics"]["accuracy"] == pytest.approx(0.8)
+    assert quantized["metrics"]["accuracy"] == pytest.approx(0.6)
+    assert quantized["quality_retained"] == pytest.approx(0.6 / 0.8)
+    assert quantized["agreement"] == pytest.approx(0.6)
+    assert stages["teacher_onnx"]["agreement"] == teacher["quality_retained"] == 1
+    assert quantized["recall_change_per_class"] == pytest.approx({"bad": -0.5, "good": 0.0})
+    assert quantized["ratios"]["smaller_than_teacher"] == 8
+    # The third round, on a machine twice as slow, changes the times and hardly the ratios.
+    assert quantized["ratios"]["faster_than_teacher"] == pytest.approx({"median": 4.4, "low": 4.0, "high": 5.0})
+    assert quantized["ratios"]["faster_than_teacher_onnx"]["median"] == pytest.approx(3.3)
+    assert teacher["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert quantized["difference"]["value"] == pytest.approx(-0.2)
+    assert quantized["difference"]["low"] < -0.2 < quantized["difference"]["high"]
+    assert report["shipped"] == "quantized"
+
+
+def test_broken_examples_are_the_teachers_alone_most_confident_first() -> None:
+    broken = make_report()["broken_examples"]
+    # 2, 3 and 7 were right and are wrong; 9 was wrong and is right; 8 is wrong in both.
+    assert (broken["stage"], broken["total"], broken["repaired_total"]) == ("quantized", 3, 1)
+    assert [example["index"] for example in broken["examples"]] == [3, 7, 2]
+    first, last = broken["examples"][0], broken["examples"][-1]
+    assert (first["reference"], first["teacher_answer"], first["shipped_answer"]) == ("bad", "bad", "good")
+    assert first["shipped_probability"] == pytest.approx(1 / (1 + np.exp(-3)))
+    assert first["teacher_probability"] == pytest.approx(1 / (1 + np.exp(-2)))
+    assert len(last["text"]) == 200
+
+
+def test_at_most_fifty_broken_examples_are_listed_and_all_are_counted() -> None:
+    references, wrong = np.arange(160) % 2, 1 - np.arange(160) % 2
+    wrong[120:] = references[120:]
+    stages = [
+        make_stage("teacher", "transformers", logits_of(references), 8, [2.0]),
+        make_stage("onnx", "onnx", logits_of(wrong), 8, [1.0]),
+    ]
+    broken = make_report(stages, references=references, texts=["a"] * 160)["broken_examples"]
+    assert broken["total"] == 120
+    assert len(broken["examples"]) == 50
+
+
+def test_the_shipped_stage_is_never_a_baseline() -> None:
+    stages = sorted(make_stages(), key=lambda stage: stage.name == "student_labels_only")
+    assert stages[-1].name == "student_labels_only"
+    assert make_report(stages)["shipped"] == "quantized"
+    only_teacher = make_report(stages[:1])
+    assert only_teacher["broken_examples"]["total"] == 0
+    assert "Nothing was compressed" in format_markdown(only_teacher)
+
+
+def test_bootstrap_agrees_with_every_possible_resample() -> None:
+    references = np.array([0, 0, 1, 1, 1])
+    teacher, student = np.array([0, 0, 1, 1, 0]), np.array([0, 1, 1, 0, 1])
+    gains = (student == references).astype(float) - (teacher == references)
+    every = [np.mean(gains[list(drawn)]) for drawn in itertools.product(range(5), repeat=5)]
+    exact = np.percentile(every, [2.5, 97.5])
+    sampled = paired_bootstrap(student, teacher, references, resamples=20_000)
+    assert sampled == pytest.approx({"value": -0.2, "low": exact[0], "high": exact[1]})
+
+
+def test_bootstrap_agrees_with_the_normal_approximation() -> None:
+    # McNemar's setting: only the examples on which the two differ count, 40 lost and 16 won of 1000.
+    references = np.zeros(1000, int)
+    teacher, student = np.zeros(1000, int), np.zeros(1000, int)
+    student[:40] = 1
+    teacher[40:56] = 1
+    interval = paired_bootstrap(student, teacher, references)
+    error = np.sqrt((40 + 16) / 1000 - (24 / 1000) ** 2) / np.sqrt(1000)
+    assert interval["value"] == pytest.approx(-0.024)
+    assert interval["low"] == pytest.approx(-0.024 - 1.96 * error, abs=0.0015)
+    assert interval["high"] == pytest.approx(-0.024 + 1.96 * error, abs=0.0015)
+    # Seeded; and pairing matters: two models that err alike have no interval, however many their errors.
+    assert paired_bootstrap(student, teacher, references) == interval
+    assert paired_bootstrap(student, student, references) == {"value": 0, "low": 0, "high": 0}
+
+
+def test_bootstrap_takes_any_metric() -> None:
+    def recall_of_ones(predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
+        return np.sum((predictions == 1) & (references == 1), axis=-1) / np.maximum(1, np.sum(references == 1, axis=-1))
+
+    interval = paired_bootstrap(SHIPPED, TEACHER, REFERENCES, recall_of_ones)
+    assert interval["value"] == pytest.approx(4 / 6 - 4 / 6)
+    assert interval["low"] < 0 < interval["high"]
+
+
+def test_pieces_that_do_not_fit_are_refused() -> None:
+    stages = make_stages()
+    with pytest.raises(InputError, match="the teacher that the others are compared with"):
+        make_report(stages[1:])
+    with pytest.raises(InputError, match="primary metric"):
+        make_report(primary_metric="charm")
+    with pytest.raises(InputError, match="as many texts as references"):
+        make_report(texts=["a"])
+    stages[2].answers = stages[2].answers[:-1]
+    with pytest.raises(InputError, match=r"\(10, 2\).* from student, found \(9, 2\)"):
+        make_report(stages)
+    stages = make_stages()
+    stages[5].answers[4, 0] = np.nan
+    with pytest.raises(VerificationError, match="from quantized, found NaN or infinity for 1 of 10"):
+        make_report(stages)
+
+
+def test_files_are_whole_strict_and_private(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in report.json")
+
+    report = make_report()
+    write_report(tmp_path, report)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "report.json", "report.md", "report.png"]
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    written = json.loads(text, parse_constant=refuse)
+    assert {key: written[key] for key in report} == report
+    assert report["data"] == {"examples": {"train": 90, "test": 10}, "share": None, "file": "<local>/c.csv"}
+    for name in ("report.json", "report.md", "README.md"):
+        assert "somebody" not in (tmp_path / name).read_text(encoding="utf-8")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_write_that_fails_leaves_the_old_report(tmp_path: Path) -> None:
+    write_report(tmp_path, make_report())
+    before = (tmp_path / "report.json").read_bytes()
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "README.md").mkdir()
+    with pytest.raises(OSError, match="README.md"):
+        write_report(tmp_path, make_report(recipe="another"))
+    assert (tmp_path / "report.json").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_markdown_shows_hostile_text_literally() -> None:
+    page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(format_markdown(make_report()))
+    cells = [MarkdownIt().utils.unescapeAll(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", page)]
+    expected = " ".join(HOSTILE.replace("\x07", " ")[:200].split())[:150]
+    shown = [cell.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") for cell in cells]
+    assert sum(cell.startswith(expected) for cell in shown) == 1
+    assert "<script" not in page
+    # Every row of every table has as many cells as its header: no pipe broke a row.
+    rows = [len(re.findall("<t[hd]", row)) for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
+    assert rows == [13] * 7 + [5] * 3 + [4] * 4
+
+
+def test_card_is_valid_metadata(tmp_path: Path) -> None:
+    stages = make_stages()
+    stages[0].record["details"]["license"] = "apache-2.0"
+    write_report(tmp_path, make_report(stages))
+    card = ModelCard.load(tmp_path / "README.md")
+    data = card.data.to_dict()
+    assert data["base_model"] == "google-bert/bert-base-uncased"
+    assert data["license"] == "apache-2.0"
+    assert data["pipeline_tag"] == "text-classification"
+    assert set(data["tags"]) == {"pocketformers", "onnx", "distillation", "pruning", "int8"}
+    # A file of one's own is no data set of the Hub.
+    assert "datasets" not in data
+    results = {result.metric_type: result for result in card.data.eval_results or []}
+    assert results["accuracy"].metric_value == pytest.approx(0.6)
+    assert results["accuracy"].dataset_name == "<local>/reviews.csv"
+    assert results.keys() == {"accuracy", "f1", "matthews_correlation"}
+
+    given = {"teacher_model": "package://somewhere/model", "dataset": "nyu-mll/glue", "dataset_config": "sst2"}
+    write_report(tmp_path, make_report(config=given | {"quantization": "none"}))
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert data["datasets"] == ["nyu-mll/glue"]
+    assert "int8" not in data["tags"]
+    write_report(tmp_path, make_report(config=given) | {"quantization": "fp32"})
+    assert "int8" not in ModelCard.load(tmp_path / "README.md").data.to_dict()["tags"]
+    # What is not known is left out, and the page says whose licence counts.
+    assert not {"base_model", "license"} & data.keys()
+    assert "The licence of the teacher (package://somewhere/model) applies" in (tmp_path / "README.md").read_text()
+
+
+def write_onnx_classifier(directory: Path) -> None:
+    """An ONNX model with a BERT's inputs that answers with the third label."""
+    nodes = [
+        helper.make_node("ReduceSum", ["input_ids", "axis"], ["sum"], keepdims=1),
+        helper.make_node("Cast", ["sum"], ["number"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["number", "weight"], ["logits"]),
+    ]
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    graph = helper.make_graph(
+        nodes,
+        "classifier",
+        [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"]) for name in names],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+        [
+            numpy_helper.from_array(np.array([1], np.int64), "axis"),
+            numpy_helper.from_array(np.array([[0, 0, 1]], np.float32), "weight"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, directory / "model.onnx")
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_the_cards_own_code_runs(
+    tmp_path: Path, teacher: Path, pair: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(teacher, tmp_path / "pruned")
+    shutil.copytree(teacher, tmp_path / "quantized", ignore=shutil.ignore_patterns("*.safetensors"))
+    write_onnx_classifier(tmp_path / "quantized")
+    write_report(tmp_path, make_report(config={"max_length": 32} | ({"text_pair_column": "text2"} if pair else {})))
+
+    codes = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+
+    assert len(codes) == 2
+    monkeypatch.chdir(tmp_path)
+    answers = []
+    for code in codes:
+        exec(compile(code, "README.md", "exec"), {})
+        answers.append(capsys.readouterr().out)
+    assert "'score'" in answers[0]
+    assert answers[1].strip() == "trade"
+
+
+def test_names_in_the_plot_cover_nothing() -> None:
+    # All but one of the models coincide, in score, size and latency.
+    stages = make_stages()
+    for stage in stages[:-1]:
+        stage.answers, stage.record["bytes"] = stages[0].answers, 8_000_000
+        stage.timing = stages[0].timing
+    for report in (make_report(), make_report(stages)):
+        figure = draw_report(report)
+        figure.draw_without_rendering()
+        checked = 0
+        for axes in figure.axes:
+            boxes = [text.get_window_extent() for text in axes.texts]
+            assert [text.get_text() for text in axes.texts] == [stage["name"] for stage in report["stages"]]
+            points = [offset for drawn in axes.collections for offset in drawn.get_offsets()]
+            for first, second in itertools.combinations(boxes, 2):
+                assert not first.shrunk(0.98, 0.9).overlaps(second.shrunk(0.98, 0.9))
+            for box, point in itertools.product(boxes, axes.transData.transform(points)):
+                assert not box.contains(*point)
+                checked += 1
+            assert all(axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 for box in boxes)
+        assert checked >= 2 * 6 * 6
+
+
+def test_summary_is_a_table_and_a_sentence() -> None:
+    lines = format_summary(make_report()).splitlines()
+    assert max(len(line) for line in lines[:8]) <= 120
+    assert lines[0].split()[:4] == ["stage", "accuracy", "retained", "agreement"]
+    assert lines[7].split()[:4] == ["quantized", "0.600", "0.750", "0.600"]
+    assert lines[7].endswith("8.0  4.4 (4.0-5.0)")
+    assert "8.0 times smaller and 4.4 times faster than the teacher in torch (3.3 times" in lines[-1]
+    assert "too small a difference to tell from chance" in lines[-1]
+
+
+def test_environment_names_machine_and_versions_but_not_its_owner() -> None:
+    environment = describe_environment(seed=5)
+    assert environment["seed"] == 5
+    assert environment["cores"] >= 1
+    assert environment["cpu"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", environment["packages"]["onnxruntime"])
+    assert isinstance(environment["instruction_sets"], list)
+    assert "hostname" not in environment

@@ -1,0 +1,324 @@
+"""Language models in ONNX: one graph with a KV cache, the torch-free loop around it, and its quantized forms."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from conftest import tiny_language_model
+from pipelines.core.config import DataConfig, LanguageConfig, LanguageQuantizeConfig
+from pipelines.core.errors import InputError, VerificationError
+from pipelines.models.removal import cut, load_model, shape_of, with_stock_shapes
+from pipelines.onnx import file as onnx_file
+from pipelines.onnx.fuse import fuse_language_model
+from pipelines.onnx.measure import paired_ratios
+from pipelines.onnx.predict import empty_cache, open_session, predict_onnx
+from pipelines.runtime.generate import LanguageModel, Sampling, choose, keep_likely, penalize
+from pipelines.tasks.text_generation.export import (
+    export_graph,
+    export_language_model,
+    torch_greedy,
+    verify_generation,
+    verify_logits,
+    verify_same_logits,
+)
+from pipelines.tasks.text_generation.measure import Decoding, measure_decoding
+from pipelines.tasks.text_generation.quantize import SCHEMES, quantize_language_model, quantize_weights
+from pipelines.tasks.text_generation.task import LanguageModeling
+from pipelines.training.trainer import validation_metrics
+
+
+@pytest.fixture(scope="module")
+def exported(language_task, language_model_dir, tmp_path_factory):
+    """A GPT-2 whose layers keep 4, 1 and 3 heads and 128, 20 and 64 neurons, exported."""
+    source, directory = tmp_path_factory.mktemp("pruned"), tmp_path_factory.mktemp("onnx")
+    model = language_task.load_model(str(language_model_dir)).eval()
+    cut(
+        model,
+        [np.arange(4), np.array([2]), np.array([0, 1, 3])],
+        [np.arange(128), np.arange(20) * 5, np.arange(64)],
+    )
+    with_stock_shapes(model).save_pretrained(source)
+    language_task.load_processor(str(language_model_dir)).save_pretrained(source)
+    outcome = export_language_model(str(source), directory, language_task)
+    return source, directory, outcome
+
+
+def test_windows_beyond_the_models_positions_are_refused(language_text, language_model_dir, tmp_path):
+    task = LanguageModeling(DataConfig(dataset=str(language_text), max_length=65), LanguageConfig())
+    with pytest.raises(InputError, match="--max_length of at most 64"):
+        export_language_model(str(language_model_dir), tmp_path, task)
+
+
+def test_weights_that_one_file_cannot_hold_go_beside_it(tmp_path, monkeypatch):
+    """ONNX files are protobuf messages, which end at 2 GB."""
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE", 1000)
+    model = tiny_language_model(n_layer=1)
+    export_graph(model, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx.data").is_file()
+    session, ids = open_session(tmp_path / "model.onnx"), np.arange(3, 11).reshape(1, 8)
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)} | empty_cache(session, 1)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(session.run(["logits"], feed)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_graph_is_the_model_with_and_without_a_past_and_generates_what_torch_generates(exported):
+    _, directory, outcome = exported
+    assert outcome.details["verification"]["logits"]["largest_difference"] < 1e-4
+    assert {case["past"] for case in outcome.details["verification"]["logits"]["compared"]} == {0, 1, 7}
+    generation = outcome.details["verification"]["generation"]
+    assert generation["prompts"] == 20
+    assert generation["tokens"] == 2 * 20 * 16
+    assert generation["ties"] == 0
+    graph = onnx.load(directory / "model.onnx").graph
+    assert {node.domain for node in graph.node} == {""}
+    heads = [value.type.tensor_type.shape.dim[1].dim_value for value in graph.input if value.name.endswith(".key")]
+    assert heads == [4, 1, 3]
+    tables = [tensor for tensor in graph.initializer if 300 in tensor.dims]
+    assert len(tables) == 1  # the head is tied to the embeddings, and stored once
+
+
+def test_a_llama_style_model_exports_the_same_way(language_task, language_model_dir, tmp_path):
+    tiny_language_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "llama")
+    language_task.load_processor(str(language_model_dir)).save_pretrained(tmp_path / "llama")
+    (tmp_path / "onnx").mkdir()
+    outcome = export_language_model(str(tmp_path / "llama"), tmp_path / "onnx", language_task)
+    assert outcome.details["verification"]["generation"]["ties"] == 0
+
+
+def test_onnx_and_torch_score_text_alike(exported, language_task):
+    source, directory, _ = exported
+    processor = language_task.load_processor(str(source))
+    from_torch = validation_metrics(load_model(source), language_task, processor)
+    from_onnx = language_task.score(partial(predict_onnx, directory / "model.onnx"), processor, "validation")
+    assert from_onnx["tokens"] == from_torch["tokens"]
+    for name in ("perplexity", "bits_per_byte", "next_token_accuracy"):
+        assert from_onnx[name] == pytest.approx(from_torch[name], rel=1e-4)
+
+
+def test_every_layer_becomes_one_attention_with_its_own_heads_and_cache(exported, language_task, tmp_path):
+    source, directory, _ = exported
+    original, fused = directory / "model.onnx", tmp_path / "model.onnx"
+    assert fuse_language_model(original, fused) == {"products": 12, "attention": 3, "causal_mask": 1}
+    graph = onnx.load(fused).graph
+    attention = [node for node in graph.node if node.op_type == "Attention"]
+    heads = [next(one.i for one in node.attribute if one.name == "q_num_heads") for node in attention]
+    assert heads == [4, 1, 3]
+    assert {"Softmax", "Gemm", "GatherND"}.isdisjoint(node.op_type for node in graph.node)
+    names = [value.name for value in onnx.load(original).graph.output]
+    assert [value.name for value in graph.output] == names
+    processor = language_task.load_processor(str(source))
+    assert verify_same_logits(fused, original, language_task, processor)["largest_difference"] < 1e-4
+    verify_logits(fused, load_model(source), language_task, processor)
+    sessions = [open_session(path) for path in (original, fused)]
+    generator = np.random.default_rng(0)
+    for batch, past, new, padding in ((1, 0, 1, 0), (1, 9, 1, 0), (3, 9, 1, 4), (2, 5, 3, 2)):
+        feed = {
+            "input_ids": generator.integers(5, 300, (batch, new)),
+            "attention_mask": (np.arange(past + new) >= padding * np.arange(batch)[:, None] / batch).astype(np.int64),
+        }
+        for name, empty in empty_cache(sessions[0], batch).items():
+            feed[name] = generator.standard_normal((batch, empty.shape[1], past, empty.shape[3]), np.float32)
+        for expected, found in zip(*(session.run(names, feed) for session in sessions), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_graph_that_is_another_model_is_refused(exported, language_task, tmp_path):
+    source, directory, _ = exported
+    processor = language_task.load_processor(str(source))
+    other = load_model(source)
+    with torch.no_grad():
+        other.transformer.h[2].mlp.c_proj.weight.mul_(-1)
+    with pytest.raises(VerificationError, match="expected the logits"):
+        verify_logits(directory / "model.onnx", other, language_task, processor)
+    with pytest.raises(VerificationError, match="another token"):
+        verify_generation(directory, other, language_task, processor)
+
+
+# ---- The loop
+
+
+def test_the_loop_needs_neither_torch_nor_this_library(exported, tmp_path):
+    _, directory, _ = exported
+    file = Path(__file__).resolve().parents[2] / "pipelines" / "runtime" / "generate.py"
+    script = (
+        f"import sys, runpy; sys.argv = ['generate.py', {str(directory)!r}, 'team', '--sampling_temperature', '5']\n"
+        f"runpy.run_path({str(file)!r}, run_name='__main__')\n"
+        "assert not {'torch', 'transformers', 'pipelines', 'onnx'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.startswith("team")
+    assert len(ran.stdout) > len("team\n")
+
+
+def test_streamed_pieces_are_the_generated_text_and_stop_tokens_stop(exported):
+    _, directory, _ = exported
+    model = LanguageModel(directory, threads=1)
+    sampling = Sampling(max_new_tokens=20, sampling_temperature=5.0, seed=3)  # hot enough to break characters apart
+    whole = model.generate(["the team"], sampling)[0]
+    assert "".join(model.stream("the team", sampling)) == whole
+    assert model.generate(["the team"], sampling)[0] == whole
+    assert model.generate(["the team"], Sampling(max_new_tokens=20, sampling_temperature=5.0, seed=4))[0] != whole
+    tokens = model.generate_tokens([model.encode("the team")], sampling)[0]
+    stop = tokens[5]
+    stopped = Sampling(max_new_tokens=20, sampling_temperature=5.0, seed=3, stop_tokens=[stop])
+    assert model.generate_tokens([model.encode("the team")], stopped)[0] == tokens[: tokens.index(stop)]
+
+
+def test_generation_ends_where_the_model_has_no_position_left(exported):
+    source, directory, _ = exported
+    model = LanguageModel(directory, threads=1)
+    model.end_tokens = []
+    prompt = list(range(1, 61))
+    assert len(model.generate_tokens([prompt], Sampling(max_new_tokens=50))[0]) == 64 - 60 + 1
+    with pytest.raises(ValueError, match="fewer than 64"):
+        model.generate_tokens([list(range(64))])
+    expected = torch_greedy(load_model(source), [prompt], 5)
+    assert model.generate_tokens([prompt], Sampling(max_new_tokens=5)) == expected
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8), (0.5, 20, 0.4)]
+)
+def test_what_may_be_sampled_is_what_transformers_would_sample_from(temperature, top_k, top_p):
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = np.random.default_rng(0).normal(size=100).astype(np.float32) * 4
+    seen = [3, 7, 50]
+    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.7), TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    expected = warpers(torch.tensor([seen]), torch.from_numpy(logits.copy())[None])[0].numpy()
+    found = keep_likely(penalize(logits, set(seen), 1.7) / temperature, top_k, top_p)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    generator = np.random.default_rng(0)
+    sampling = Sampling(sampling_temperature=1.0, top_p=0.9)
+    drawn = np.bincount([choose(logits, set(), sampling, generator) for _ in range(4000)], minlength=4) / 4000
+    np.testing.assert_allclose(drawn, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03)
+    assert choose(logits, {0}, Sampling(repetition_penalty=3.0), generator) == 1
+
+
+# ---- Quantization
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_quantized_weights_are_those_of_the_blocks_and_tables_are_stored_once(exported, name, tmp_path):
+    _, directory, _ = exported
+    made = quantize_weights(directory / "model.onnx", tmp_path / "model.onnx", SCHEMES[name], block_size=16)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    tables = [tensor for tensor in graph.initializer if list(tensor.dims)[:1] == [300]]
+    assert sorted(tensor.data_type for tensor in tables) == [
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.UINT8,
+    ]  # scales, blocks
+    assert made["operators"]["GatherBlockQuantized"] == 2  # tokens and positions
+    assert made["operators"]["MatMulNBits"] == (1 if name == "dynamic_int8" else 13)
+    assert made["operators"].get("MatMulInteger", 0) == (12 if name == "dynamic_int8" else 0)
+    assert made["bytes_after"] < made["bytes_before"] * 0.6
+
+    # The embedding rows that the graph reads, against the rounding written out.
+    bits = SCHEMES[name].embedding_bits
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    blocks = next(array for array in constants.values() if array.dtype == np.uint8 and len(array) == 300)
+    scales = next(array for array in constants.values() if array.dtype == np.float32 and array.shape == (300, 2))
+    codes = blocks.astype(np.int64) if bits == 8 else np.stack([blocks & 15, blocks >> 4], axis=-1).astype(np.int64)
+    table = (codes.reshape(300, 2, 16) - 2 ** (bits - 1)) * scales[:, :, None]
+    original = next(
+        numpy_helper.to_array(tensor)
+        for tensor in onnx.load(directory / "model.onnx").graph.initializer
+        if list(tensor.dims) == [300, 32]
+    )
+    assert (np.abs(table.reshape(300, 32) - original) <= np.abs(scales).repeat(16, axis=1) * 1.01).all()
+
+    import onnxruntime
+
+    probe = onnx.load(tmp_path / "model.onnx")
+    gathers = [node for node in probe.graph.node if node.op_type == "GatherBlockQuantized"]
+    gather = next(node for node in gathers if constants[node.input[2]].shape == (300, 2))
+    probe.graph.output.append(onnx.helper.make_tensor_value_info(gather.output[0], onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(probe.SerializeToString())
+    ids = np.array([[0, 5, 299]])
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    feed |= {
+        value.name: np.zeros((1, value.shape[1], 0, 8), np.float32)
+        for value in session.get_inputs()
+        if "past" in value.name
+    }
+    rows = session.run([gather.output[0]], feed)[0]
+    np.testing.assert_allclose(rows[0], table.reshape(300, 32)[ids[0]], rtol=1e-5, atol=1e-6)
+
+
+def test_the_fastest_scheme_within_the_limit_is_shipped(exported, language_task, tmp_path, monkeypatch):
+    _, directory, _ = exported
+    short = partial(measure_decoding, seconds=0.05, new_tokens=8, threads=1)
+    monkeypatch.setattr(
+        "pipelines.tasks.text_generation.quantize.measure_decoding", lambda subjects, rounds: short(subjects, rounds=1)
+    )
+    outcome = quantize_language_model(
+        str(directory), tmp_path, language_task, LanguageQuantizeConfig(block_size=16, max_quality_drop=0.2)
+    )
+    assert outcome.details["fused_nodes"]["attention"] == 3
+    tried = outcome.details["tried"]
+    assert set(tried) == set(SCHEMES)
+    kept = {name: found["tokens_per_second"] for name, found in tried.items() if found["kept"]}
+    assert outcome.details["scheme"] == max(kept, key=kept.__getitem__)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model.onnx",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert LanguageModel(tmp_path).generate(["the team"], Sampling(max_new_tokens=3))
+    json.dumps(outcome.details, allow_nan=False)
+    with pytest.raises(VerificationError, match="max_quality_drop"):
+        quantize_language_model(
+            str(directory), tmp_path / "none", language_task,
+            LanguageQuantizeConfig(quantization="int4_blocks", block_size=16, max_quality_drop=0.0),
+        )  # fmt: skip
+
+
+def test_decoding_is_timed_in_fresh_processes(exported):
+    source, directory, _ = exported
+    subjects = [Decoding("torch", source, "transformers"), Decoding("onnx", directory, "onnx")]
+    found = measure_decoding(subjects, prompt_tokens=4, new_tokens=8, rounds=1, threads=1, seconds=0.1)
+    assert found["onnx"]["latency_ms"]["shape"] == [1, 4]
+    assert found["onnx"]["peak_memory_bytes"] < found["torch"]["peak_memory_bytes"]
+    assert paired_ratios(found, "torch", "onnx")["median"] > 1
+    assert shape_of(load_model(source))["heads"] == [4, 1, 3]
+
+
+def test_fp32_is_the_same_text_of_one_attention_operator_a_layer(exported, language_task, tmp_path):
+    _, directory, _ = exported
+    outcome = quantize_language_model(
+        str(directory), tmp_path, language_task, LanguageQuantizeConfig(quantization="fp32")
+    )
+    assert outcome.details["scheme"] == "fp32"
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert operators["Attention"] == 3
+    assert not operators.keys() & {"MatMulNBits", "MatMulInteger", "GatherBlockQuantized", "Softmax"}
+    prompts, sampling = ["the team", "shares"], Sampling(max_new_tokens=8)
+    assert LanguageModel(tmp_path).generate(prompts, sampling) == LanguageModel(directory).generate(prompts, sampling)

@@ -1,0 +1,280 @@
+"""The student, the soft targets and the distillation trainer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import example_inputs, tiny_config, tiny_language_model, tiny_model
+from pipelines.core.config import DistillConfig, StudentConfig
+from pipelines.core.errors import InputError
+from pipelines.core.run import describe, differences
+from pipelines.models.loading import label_order
+from pipelines.models.students import parse_layers, student_from_layers
+from pipelines.training.distill import DistillationTrainer, distil, distill_student, parse_hidden_state_map
+from pipelines.training.soft_targets import WithSoftTargets, compute_soft_targets
+
+
+@pytest.fixture(scope="module")
+def soft_targets(trained_teacher, task, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("soft_targets")
+    compute_soft_targets(str(trained_teacher), directory, task)
+    return directory
+
+
+def test_a_student_is_made_again_where_the_model_it_starts_from_changed(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    before = describe(StudentConfig(student_model=str(tmp_path)))
+    assert before == describe(StudentConfig(student_model=str(tmp_path)))
+    tiny_model(seed=1).save_pretrained(tmp_path)
+    assert differences(before, describe(StudentConfig(student_model=str(tmp_path)))) == ["student_model changed"]
+    assert describe(StudentConfig()) == {"student_model": None, "student_from_scratch": False, "student_layers": "3"}
+
+
+def trainer_for(student, task, tokenizer, training, **arguments):
+    training.remove_unused_columns, training.load_best_model_at_end, training.eval_strategy = False, False, "no"
+    trainer = DistillationTrainer(
+        model=student,
+        args=training,
+        data_collator=task.collate(tokenizer),
+        train_dataset=task.features(tokenizer)["train"],
+        **arguments,
+    )
+    student.train()
+    return trainer
+
+
+def test_a_teacher_in_the_loop_whose_answer_is_not_finite_is_named_with_the_row(task, tokenizer, training):
+    features, teacher = task.features(tokenizer)["train"], tiny_model()
+    used = {token for row in features["input_ids"] for token in row}
+    new = next(token for token in range(1, teacher.config.vocab_size) if token not in used)
+    # One text has a word of its own, which the teacher has no number for.
+    features = features.map(
+        lambda row, index: {"input_ids": [new if index == 57 else row["input_ids"][0], *row["input_ids"][1:]]},
+        with_indices=True,
+    )
+    with torch.no_grad():
+        teacher.base_model.embeddings.word_embeddings.weight[new] = float("nan")
+    training.max_steps, training.learning_rate = -1, 1e-6
+    trainer = trainer_for(
+        tiny_model(), task, tokenizer, training, distill=DistillConfig(soft_targets="online"), teacher=teacher
+    )
+    trainer.train_dataset = features
+    with pytest.raises(
+        InputError, match=r"not finite in teacher_logits \(rows 57 of the training split\).*another teacher"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("3", [0, 2, 5]), ("2", [0, 5]), ("1", [0]), ("6", [0, 1, 2, 3, 4, 5]), ("0,2,5", [0, 2, 5])]
+)
+def test_student_layers_are_spread_or_named(text, layers):
+    assert parse_layers(text, 6) == layers
+
+
+@pytest.mark.parametrize("text", ["0", "7", "2,1", "0,6", "x", "1,1"])
+def test_student_layers_that_cannot_be(text):
+    with pytest.raises(InputError, match="student_layers"):
+        parse_layers(text, 6)
+
+
+def test_a_teacher_in_the_loop_that_has_one_answer_is_refused(task, tokenizer, training, tmp_path):
+    teacher = tiny_model()
+    with torch.no_grad():
+        teacher.classifier.bias[1] = 1e3
+    teacher.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no better than guessing"):
+        distil(tiny_model(), tokenizer, task, str(tmp_path), DistillConfig(), training, None, tmp_path / "checkpoints")
+
+
+def test_the_baseline_depends_on_nothing_of_the_teacher():
+    assert DistillConfig(temperature=4.0, divergence="reverse_kl").labels_only() == DistillConfig().labels_only()
+    assert DistillConfig(soft_targets="online").labels_only().soft_targets == "online"
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "electra", "vit", "deit"])
+def test_a_student_of_all_layers_is_the_teacher_and_one_of_some_runs_those(model_type):
+    teacher, inputs = tiny_model(model_type), example_inputs(model_type)
+    whole = student_from_layers(teacher, [0, 1, 2, 3]).eval()
+    torch.testing.assert_close(whole(**inputs).logits, teacher(**inputs).logits)
+    some = student_from_layers(teacher, [0, 3]).eval()
+    assert some.config.num_hidden_layers == 2
+    from pipelines.models.families import layers_of
+
+    layers = layers_of(teacher)
+    del layers[1:3]
+    torch.testing.assert_close(some(**inputs).logits, teacher(**inputs).logits)
+
+
+def test_stored_and_online_soft_targets_give_the_same_loss(trained_teacher, soft_targets, task, tokenizer, training):
+    distill = DistillConfig(temperature=3.0, soft_target_weight=0.8)
+    teacher, student = task.load_model(str(trained_teacher)), tiny_model(seed=5)
+    features = task.features(tokenizer)["train"]
+    with_logits = WithSoftTargets(features, soft_targets)
+    collate = task.collate(tokenizer)
+    trainer = trainer_for(student, task, tokenizer, training, distill=distill)
+    online = trainer_for(student, task, tokenizer, training, distill=distill, teacher=teacher)
+    for start in (0, 16, 32):
+        rows = range(start, start + 16)
+        stored_loss = trainer.compute_loss(student, collate([with_logits[i] for i in rows]))
+        online_loss = online.compute_loss(student, collate([features[i] for i in rows]))
+        assert stored_loss.item() == pytest.approx(online_loss.item(), rel=1e-5)
+        assert stored_loss.item() > 0
+
+
+def test_soft_targets_are_the_teachers_logits_in_the_order_of_the_data(trained_teacher, soft_targets, task, tokenizer):
+    teacher = task.load_model(str(trained_teacher))
+    features = task.features(tokenizer)["train"]
+    with_logits = WithSoftTargets(features, soft_targets)
+    stored = np.stack([row["teacher_logits"] for row in with_logits])
+    assert stored.shape == (len(features), 3)
+    assert stored.dtype == np.float32
+    for index in (0, 7, len(features) - 1):
+        with torch.no_grad():
+            alone = teacher(torch.tensor([features[index]["input_ids"]])).logits
+        np.testing.assert_allclose(stored[index], alone[0].numpy(), atol=1e-4)
+
+
+def test_the_loss_is_the_weighted_sum_of_labels_soft_targets_and_hidden_states(
+    trained_teacher, task, tokenizer, training
+):
+    """Written out with NumPy from the two models' outputs."""
+    distill = DistillConfig(temperature=2.0, soft_target_weight=0.6, hidden_state_weight=0.5)
+    teacher, student = task.load_model(str(trained_teacher)), tiny_model(seed=6)
+    trainer = trainer_for(
+        student, task, tokenizer, training, distill=distill, teacher=teacher, hidden_state_map=[(1, 2), (4, 4)]
+    )
+    features = task.features(tokenizer)["train"]
+    batch = task.collate(tokenizer)([features[i] for i in range(8)])
+    found = trainer.compute_loss(student, batch).item()
+
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        from_student = student(**inputs, output_hidden_states=True)
+        from_teacher = teacher(**inputs, output_hidden_states=True)
+
+    def log_softmax(logits, temperature=1.0):
+        scaled = logits.double().numpy() / temperature
+        return scaled - np.log(np.exp(scaled).sum(axis=-1, keepdims=True))
+
+    hard = -log_softmax(from_student.logits)[np.arange(8), batch["labels"].numpy()].mean()
+    p, q = log_softmax(from_teacher.logits, 2.0), log_softmax(from_student.logits, 2.0)
+    soft = 4 * (np.exp(p) * (p - q)).sum(axis=-1).mean()
+    mask = batch["attention_mask"].numpy()
+    hidden = 0.0
+    for left, right in [(1, 2), (4, 4)]:
+        squares = ((from_student.hidden_states[left] - from_teacher.hidden_states[right]) ** 2).mean(dim=-1).numpy()
+        hidden += ((squares * mask).sum(axis=1) / mask.sum(axis=1)).mean() / 2
+    assert found == pytest.approx(0.4 * hard + 0.6 * soft + 0.5 * hidden, rel=1e-4)
+
+
+def test_a_narrower_student_learns_projections_that_are_not_saved(trained_teacher, task, tokenizer, training, tmp_path):
+    narrow = tiny_model(hidden_size=16, num_attention_heads=2)
+    distill = DistillConfig(soft_target_weight=0.5, hidden_state_weight=1.0)
+    training.num_train_epochs, training.logging_steps = 4, 4
+    details = distil(narrow, tokenizer, task, str(trained_teacher), distill, training, None, tmp_path / "checkpoints")
+    assert details["soft_targets"] == "online"
+    assert details["losses"][-1]["loss"] < details["losses"][0]["loss"]
+    assert not any("projection" in name for name in narrow.state_dict())
+
+
+def test_hidden_state_map():
+    assert parse_hidden_state_map(None, 3, 6) == [(1, 2), (2, 4), (3, 6)]
+    assert parse_hidden_state_map("0:0,2:6", 3, 6) == [(0, 0), (2, 6)]
+    for text in ("4:6", "1:7", "1", "a:b"):
+        with pytest.raises(InputError, match="hidden_state_map"):
+            parse_hidden_state_map(text, 3, 6)
+
+
+def test_a_student_checkpoint_of_its_own_learns_from_stored_logits(
+    trained_teacher, soft_targets, task, training, tmp_path, tokenizer
+):
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    checkpoint = tmp_path / "checkpoint"
+    AutoModel.from_config(tiny_config("distilbert", n_layers=2, initializer_range=0.1)).save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    training.num_train_epochs, training.learning_rate, training.per_device_train_batch_size = 8, 3e-3, 8
+    outcome = distill_student(
+        str(trained_teacher), tmp_path / "student", task, StudentConfig(student_model=str(checkpoint)), DistillConfig(),
+        training, soft_targets,
+    )  # fmt: skip
+    assert outcome.metrics["validation"]["accuracy"] > 0.7
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert student.config.model_type == "distilbert"
+    assert list(student.config.id2label.values()) == task.label_names
+
+
+def test_a_student_with_other_labels_is_refused(trained_teacher, soft_targets, task, training, tmp_path, tokenizer):
+    other = tmp_path / "other"
+    tiny_model(id2label={0: "yes", 1: "no"}, label2id={"yes": 0, "no": 1}).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    with pytest.raises(InputError, match=r"sport.*yes.*same labels"):
+        distill_student(
+            str(trained_teacher), tmp_path / "student", task, StudentConfig(student_model=str(other)), DistillConfig(),
+            training, soft_targets,
+        )  # fmt: skip
+
+
+def test_a_teacher_that_guesses_is_refused(task, tmp_path, tokenizer):
+    constant = tiny_model()
+    with torch.no_grad():
+        constant.classifier.weight.zero_()
+    constant.save_pretrained(tmp_path / "constant")
+    tokenizer.save_pretrained(tmp_path / "constant")
+    with pytest.raises(InputError, match="no better than guessing"):
+        compute_soft_targets(str(tmp_path / "constant"), tmp_path, task)
+
+
+def test_a_teacher_with_its_labels_in_another_order_is_put_in_the_datas_order(
+    trained_teacher, task, tmp_path, tokenizer
+):
+    straight = task.load_model(str(trained_teacher))
+    order = [2, 0, 1]
+    turned = task.load_model(str(trained_teacher))
+    with torch.no_grad():
+        turned.classifier.weight.copy_(straight.classifier.weight[order])
+        turned.classifier.bias.copy_(straight.classifier.bias[order])
+    names = [task.label_names[index].upper() for index in order]
+    turned.config.id2label = dict(enumerate(names))
+    turned.config.label2id = {name: index for index, name in enumerate(names)}
+    turned.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tokens = torch.arange(3, 23).reshape(2, 10)
+    loaded = task.load_model(str(tmp_path)).eval()
+    torch.testing.assert_close(loaded(tokens).logits, straight.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("head", "labels", "order"),
+    [
+        (["spam", "ham", "Spam"], ["Spam", "ham", "spam"], [2, 1, 0]),
+        (["SPAM", "Ham"], ["ham", "spam"], [1, 0]),
+        (["SPAM", "ham", "spAm"], ["Spam", "ham", "spam"], None),
+        (["LABEL_0", "LABEL_1"], ["ham", "spam"], [0, 1]),
+        (["LABEL_0", "LABEL_1"], ["ham", "Spam", "spam"], None),
+        (["LABEL_0", "LABEL_2", "LABEL_10"], ["LABEL_0", "LABEL_10", "LABEL_2"], [0, 2, 1]),
+    ],
+)
+def test_labels_are_found_by_name_and_without_case_only_where_that_is_one_order(head, labels, order):
+    assert label_order(tiny_config(id2label=dict(enumerate(head))), labels) == order
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_language_student_of_some_layers_runs_those_with_a_cache_of_its_own(model_type):
+    teacher = tiny_language_model(model_type)
+    student = student_from_layers(teacher, [0, 2]).eval()
+    tokens = torch.arange(3, 23).reshape(2, 10)
+    whole = student_from_layers(teacher, [0, 1, 2]).eval()
+    torch.testing.assert_close(whole(tokens).logits, teacher(tokens).logits)
+    found = student(tokens, use_cache=True)
+    assert len(found.past_key_values.layers) == 2
+    continued = student(tokens[:, -1:], past_key_values=student(tokens[:, :-1], use_cache=True).past_key_values)
+    torch.testing.assert_close(continued.logits[:, 0], found.logits[:, -1], atol=1e-5, rtol=1e-5)
+    from pipelines.models.families import layers_of
+
+    del layers_of(teacher)[1]
+    torch.testing.assert_close(found.logits, teacher(tokens, use_cache=False).logits)
