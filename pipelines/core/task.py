@@ -1,11 +1,229 @@
-"""What the stages may ask of a task."""
+"""The protocol of a task: all that the stages may ask of a job, and nothing else.
+
+Stages see a task only through this protocol. The implementations stand in `pipelines/tasks/`, one file each, above all other rooms,
+so that no stage can ask which one it has.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pipelines.core.config import DataConfig, DistillConfig
 
 IGNORED = -100  # a label that takes no part in the loss, as everywhere in transformers
 
 # What becomes of a checkpoint's head: it must be for exactly the task's labels, or a fresh one is made where the checkpoint has
 # none, or also where it has one for other labels.
 Head = Literal["required", "new if none", "new if other"]
+
+Arrays = dict[str, np.ndarray]
+Tensors = dict[str, "Tensor"]
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+# Predictions for features, in their order: a torch model or an ONNX file with everything but the data filled in.
+Predict = Callable[..., np.ndarray]
+
+
+@dataclass
+class Graph:
+    """What the ONNX export traces: a module, a sample of its inputs, and the names of inputs, outputs and dynamic axes.
+
+    Every dynamic axis of the sample has at least 2 entries, since sizes 0 and 1 would be specialised.
+    """
+
+    module: nn.Module
+    inputs: dict[
+        str, Any
+    ]  # by the module's own parameter names; nested where a parameter is (a past of keys and values)
+    dynamic_axes: dict[str, dict[int, str]]  # of each flat input, by the name that it gets in the graph
+    outputs: list[str]
+    attention: str = "sdpa"  # the attention implementation that is exported
+
+
+@dataclass
+class Workload:
+    """What is timed of a model directory: a worker module (`python -m module spec.json`) and its orders.
+
+    The worker writes the figures of one round, `p50`, `p95` (milliseconds), `samples_per_second`, `peak_memory_bytes` and whatever else
+    the task times, to result.json; all are reported as medians over the rounds.
+    """
+
+    module: str
+    settings: dict[str, Any] = field(default_factory=dict)  # ready for JSON
+    feeds: dict[str, Arrays] = field(default_factory=dict)  # written beside the spec as NAME.npz
+    shape: list[int] = field(default_factory=list)  # of one call
+
+
+@dataclass
+class StageResult:
+    """A stage as the report sees it: its record, its predictions for the test split (see Task.predictions), its timing."""
+
+    name: str
+    path: str
+    format: str
+    predictions: np.ndarray
+    record: dict[str, Any]
+    timing: dict[str, Any]
+
+
+class Presentation(Protocol):
+    """How a report speaks of a task: everything here takes the report as the JSON it is, so that it can be read again later."""
+
+    unit: str  # what the test split holds: "examples", "documents"
+    digits: int  # decimals of the primary metric
+    hub_metrics: Mapping[str, str]  # our metrics and the names that the Hub gives them
+    speed_unit: str  # "samples/s"
+    latency_digits: int
+
+    def kind(self, report: dict[str, Any]) -> str:
+        """The job in a few words for the model card: "text-classification with 5 labels (…)"."""
+
+    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
+        """The cells of a stage's row that only this task has, by their titles."""
+
+    def how_scored(self, report: dict[str, Any]) -> str: ...
+
+    def how_timed(self, report: dict[str, Any]) -> str: ...
+
+    def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
+        """The section on what compression broke, with at most `listed` examples."""
+
+    def limitations(self) -> Sequence[str]: ...
+
+    def usage(self, report: dict[str, Any], opened: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
+        """How to run the last transformers directory `opened` and the shipped ONNX directory, as Markdown paragraphs."""
+
+    def published_usage(self, report: dict[str, Any], repo_id: str, files: Mapping[str, Path]) -> list[str]:
+        """How to use what was published under `repo_id`, whose files are named: in Python, in a browser, from the bundle."""
+
+
+class Task(Protocol):
+    """One job: its data, its losses, its scores, its graph, its words."""
+
+    name: str  # as the Hub names it: "text-classification"
+    primary_metric: str
+    greater_is_better: bool
+    config: DataConfig
+    presentation: Presentation
+
+    def describe(self) -> dict[str, Any]:
+        """What of the data a stage's result depends on, as JSON."""
+
+    # ---- Data
+
+    @property
+    def splits(self) -> Mapping[str, Any]:
+        """The data sets train, validation and test, as a person reads them."""
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """How the splits came about, for the report, ready for JSON."""
+
+    def features(self, processor: Any) -> Mapping[str, Any]:
+        """The splits as a model of this processor reads them; column `labels` holds the references, `length` (texts) the tokens."""
+
+    def collate(self, processor: Any) -> Collate:
+        """What makes a batch of rows of the features: tensors, `labels` among them."""
+
+    def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
+        """The collator for training: augmented if asked, with the inputs of an online teacher where that reads others."""
+
+    # ---- Models
+
+    lora_settings: dict[str, Any]
+    student_head: Head  # what becomes of the head of a --student_model
+
+    def load_processor(self, source: str) -> Any:
+        """The tokenizer or image processor of a model. Raises InputError where there is none that can be used."""
+
+    def load_config(self, source: str) -> Any: ...
+
+    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
+        """The model in `source`, in float32, with a head for this task."""
+
+    def check_config(self, config: Any, source: str) -> None:
+        """Raise InputError unless a model with the config that `source` has takes this task's inputs."""
+
+    def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
+        """Raise InputError unless the student can learn from this teacher: the same labels or tokens, online the same inputs."""
+
+    def check_teacher(self, metrics: dict[str, Any], config: Any) -> None:
+        """Raise InputError for a teacher whose scores on the validation split are no better than guessing."""
+
+    def align_labels(self, model: Any, source: str) -> None:
+        """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
+
+    # ---- Losses: sums over examples (or tokens), so that the trainer can divide by the count of the global batch
+
+    def outputs(self, model_output: Any) -> Tensors:
+        """The tensors of a model's output that matter, by the names of the ONNX graph's outputs."""
+
+    def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The loss against the labels, summed, and the number of labels that it is a sum over."""
+
+    def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
+        """What is stored of a teacher's outputs: columns `teacher_…`, whose first axis is the examples."""
+
+    def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
+        """The loss against the teacher, summed: `teacher` are its outputs (online) or its stored soft targets."""
+
+    def hidden_state_loss(self, student: Tensor, teacher: Tensor, inputs: Tensors, labels: Tensor) -> Tensor:
+        """The loss of one pair of hidden states (batch, tokens, width), summed as the other losses are."""
+
+    # ---- Scores
+
+    def predictions(self, outputs: Tensors, labels: Tensor) -> Tensor:
+        """What is kept of a batch's outputs to score it, first axis examples: all, or what fits into memory."""
+
+    def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
+        """The scores of predictions against references; of a whole `split` also those that need its text."""
+
+    # ---- ONNX
+
+    quantization_schemes: Sequence[str]  # that --quantization auto tries; the names of pipelines/onnx/quantize.py
+    default_quantization: str
+
+    def graph(self, model: Any, processor: Any) -> Graph: ...
+
+    def verification_feeds(self, processor: Any) -> list[Arrays]:
+        """Real validation batches of several sizes, ragged ones among them."""
+
+    def run_model(self, model: Any, feed: Arrays) -> Arrays:
+        """The outputs of a torch model for one of the verification feeds, without padding's."""
+
+    def run_graph(self, session: Any, feed: Arrays) -> Arrays:
+        """The same of an ONNX Runtime session."""
+
+    def verify_behaviour(self, directory: Path, model: Any, processor: Any) -> dict[str, Any]:
+        """Compare what an exported directory does beyond single calls (generation) with the torch model; raises VerificationError."""
+
+    def check_graph(self, source: str) -> None:
+        """Raise InputError unless the ONNX model in `source` takes this task's inputs and predicts in the data's order."""
+
+    def workload(self, directory: Path, split: str) -> Workload:
+        """What is timed of the model in `directory`, on examples of a split."""
+
+    # ---- Report
+
+    def references(self, processor: Any, split: str) -> np.ndarray: ...
+
+    def compare(
+        self, stages: list[StageResult], references: np.ndarray, shipped: str, teacher: str = "teacher"
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """Each stage's `metrics`, `agreement` and `difference` (see report/bootstrap.py) with whatever else is compared; and what the
+        report says of all stages together (`test_examples` among it). Raises where the predictions do not fit the references."""
+
+    # ---- Bundle
+
+    def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
+        """The part of a bundle's manifest that is this task's: how inputs are prepared and outputs read. See pipelines/edge/bundle.py."""
+
+    def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
+        """Compare the bundle's own runtime with the pipeline; raises VerificationError."""
