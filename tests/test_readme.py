@@ -100,6 +100,7 @@ def test_every_command_parses(capsys, monkeypatch):
         elif rest[0] == "python" and rest[1].endswith(".py"):
             path = REPOSITORY / ("pipelines/runtime/infer.py" if rest[1] == "infer.py" else rest[1])
             assert path.is_file(), rest[1]
+            monkeypatch.syspath_prepend(path.parent)  # as where Python runs the script
             found = options(rest[1], [str(path)], lambda path=path: runpy.run_path(str(path), run_name="__main__"))
         else:
             continue
