@@ -1,4 +1,4 @@
-"""Kill runs at random moments in every stage, go on with the same command, and require that they end as an undisturbed one did.
+"""Kill runs at random moments in every stage, repeat the command, and require that they end as an undisturbed run did.
 
     python benchmarks/kills.py --moments 10                                                  # tiny BERT, ViT and GPT-2, an hour on one core
     python benchmarks/kills.py --moments 10 -- recipes/distill_bert.py --dataset reviews.csv …      # a run of one's own
@@ -34,11 +34,24 @@ REPORT = "report"
 OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 # What differs between two runs that are the same: times, what is computed from them, and means over the steps since a resume.
 TIMES = {
-    "seconds", "latency_ms", "samples_per_second", "train_samples_per_second", "peak_memory_bytes", "faster_than_teacher",
-    "faster_than_teacher_onnx", "first_token_ms", "tokens_per_second", "tokens_per_second_at_memory_bandwidth",
-    "memory_bandwidth_bytes_per_second", "files", "sha256", "resumed_from_step",
-    "train_loss", "losses",
-}  # fmt: skip
+    "seconds",
+    "latency_ms",
+    "samples_per_second",
+    "train_samples_per_second",
+    "peak_memory_bytes",
+    "faster_than_teacher",
+    "faster_than_teacher_onnx",
+    "first_token_ms",
+    "time_to_first_token_ms",
+    "tokens_per_second",
+    "tokens_per_second_at_memory_bandwidth",
+    "memory_bandwidth_bytes_per_second",
+    "files",
+    "sha256",
+    "resumed_from_step",
+    "train_loss",
+    "losses",
+}
 
 # Stored soft targets, every optional stage, and no choice that is made by measuring time.
 FAST = (
@@ -284,11 +297,9 @@ def main() -> None:
             started = time.perf_counter()
             kills, found = disturb(command, undisturbed, folder / name / "killed", arguments.moments, arguments.seed)
             seconds = time.perf_counter() - started
-        print(
-            f"{name}: killed {sum(kills.values())} times in {len(kills)} stages, {', '.join(kills)}, in {seconds:.0f} s; "
-            + (f"{len(found)} differences from the undisturbed run" if found else "the same as the undisturbed run"),
-            *found, sep="\n  ", flush=True,
-        )  # fmt: skip
+        killed = f"killed {sum(kills.values())} times in {len(kills)} stages, {', '.join(kills)}, in {seconds:.0f} s"
+        ended = f"{len(found)} differences from the undisturbed run" if found else "the same as the undisturbed run"
+        print("\n  ".join([f"{name}: {killed}; {ended}", *found]), flush=True)
         failed |= bool(found)
     sys.exit(int(failed))
 

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py --plot docs/scaling.png
 
 Each series runs in a fresh process. Beside its seconds stand two exponents, slopes of a line through the larger sizes on logarithmic axes:
-that of the seconds, and that of the work, which for a model are its multiplications (products and attention) and for data its examples.
+that of the seconds, and that of the work, which for a model are its multiplications (weights and attention) and for data its examples.
 Seconds with a larger exponent than their work would mean that something is done more often than it need be. Processes train the same
 examples on one thread each; their seconds are those of the training loop, and twice as many should take half as long.
 """
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,11 @@ def model_series(axis: str, size: int, folder: Path, least: float) -> dict[str, 
     tokens = torch.randint(5, 65, (shape["batch"], shape["length"]))
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     feed = {name: value.numpy() for name, value in inputs.items()}
-    products = 12 * shape["length"] * WIDTH**2 + 2 * shape["length"] ** 2 * WIDTH
+    matmuls = 12 * shape["length"] * WIDTH**2 + 2 * shape["length"] ** 2 * WIDTH
     return {
         "int8 model": median_seconds(lambda: session.run(None, feed), least),
         "training step": median_seconds(lambda: model(**inputs).logits.sum().backward(), least),
-        "work": shape["batch"] * shape["layers"] * products,
+        "work": shape["batch"] * shape["layers"] * matmuls,
     }
 
 
@@ -109,13 +109,12 @@ def example_series(examples: int, folder: Path) -> dict[str, float]:
     task = timed("read, check, de-duplicate, split", lambda: TextClassification(config))
     features = timed("tokenize", lambda: task.features(task.load_processor(str(folder)))["train"])
     timed("order of an epoch", lambda: list(EpochLengthGroupedSampler(16, list(features["length"]), 0)))
-    (folder / "answers").mkdir()
-    answers = np.zeros((len(features), 2), np.float32)
-    timed(
-        "store soft targets",
-        lambda: write_shards(features, folder / "answers", 4096, lambda part: {"teacher_logits": answers[: len(part)]}),
-    )
-    stored = WithSoftTargets(features, folder / "answers")
+    targets = folder / "soft_targets"
+    targets.mkdir()
+    logits = np.zeros((len(features), 2), np.float32)
+    write = partial(write_shards, features, targets, 4096, lambda part: {"teacher_logits": logits[: len(part)]})
+    timed("store soft targets", write)
+    stored = WithSoftTargets(features, targets)
     order = np.random.default_rng(0).permutation(len(stored))
     timed("read soft targets", lambda: [stored[int(index)] for index in order])
     guesses = np.random.default_rng(0).integers(0, 2, (3, examples // 5))
@@ -130,10 +129,18 @@ def process_series(processes: int, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
     command += ["--num_cpu_threads_per_process", "1", "-m", "pipelines", "fine-tune", "--teacher_model", str(folder)]
     settings = {
-        "teacher_from_scratch": "true", "teacher_epochs": 1, "teacher_learning_rate": 1e-3, "max_length": LENGTH, "use_cpu": "true",
-        "per_device_train_batch_size": 32 // processes, "eval_strategy": "no", "save_strategy": "no",
-        "load_best_model_at_end": "false", "dataset": folder / "texts.csv", "output_dir": folder / "out",
-    }  # fmt: skip
+        "dataset": folder / "texts.csv",
+        "output_dir": folder / "out",
+        "max_length": LENGTH,
+        "teacher_from_scratch": "true",
+        "teacher_epochs": 1,
+        "teacher_learning_rate": 1e-3,
+        "per_device_train_batch_size": 32 // processes,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": "false",
+        "use_cpu": "true",
+    }
     command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     subprocess.run(
         ["taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:processes])), *command],

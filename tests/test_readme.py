@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import runpy
 import shlex
@@ -184,6 +185,20 @@ def test_every_benchmark_is_cited_by_a_page_or_used_by_one_that_is():
     used = {name for name in scripts for other in cited if re.search(rf"\b{Path(name).stem}\b", scripts[other])}
     assert len(cited) >= 8
     assert set(scripts) == cited | used
+
+
+def test_benchmarks_import_what_exists():
+    """Most of their imports stand in functions, which no test of the library runs."""
+    checked = 0
+    for path in (REPOSITORY / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipelines"):
+                module = importlib.import_module(node.module or "")
+                for name in node.names:
+                    found = hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}")
+                    assert found, f"{path.name}: {node.module}.{name.name}"
+                    checked += 1
+    assert checked > 30
 
 
 def test_the_readme_names_every_task_and_family():
