@@ -2,148 +2,100 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 
 from pipelines.core.config import DataConfig, LanguageConfig
+from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
+from pipelines.core.sources import resolve
 from pipelines.core.task import IGNORED
-from pipelines.data.examples import (
-    FILE_BUILDERS,
-    SPLITS,
-    Rows,
-    Source,
-    choose_splits,
-    content_fingerprint,
-    cut_missing_splits,
-    drop_duplicates,
-    files_by_split,
-    load_source,
-    note_guessed_encodings,
-    read_texts,
-    split_named_by,
-    text_key,
-    visible,
-)
-from pipelines.data.sources import resolve
-
-if TYPE_CHECKING:
-    import datasets
+from pipelines.data.examples import Examples, Given, check_column, hash_of, split_examples
+from pipelines.data.folders import files_by_split, guessed_encodings, load_source, split_named_by, visible
+from pipelines.data.kinds import Source
+from pipelines.data.splits import choose_splits
+from pipelines.data.tables import FILE_BUILDERS
+from pipelines.data.text import TEXTS, content, read_text_files
 
 END_TOKEN = "<|endoftext|>"  # GPT-2's own name for what parts documents
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 
 
 @dataclass
-class TextData:
-    """Documents in three splits (column `text`); `text_bytes` are the UTF-8 bytes of each split, `details` is ready for JSON."""
+class TextData(Examples):
+    """Documents in three splits (column `text`); `text_bytes` are the UTF-8 bytes of each split."""
 
-    splits: datasets.DatasetDict
-    text_bytes: dict[str, int]
-    details: dict[str, Any]
-    fingerprint: str
+    text_bytes: dict[str, int] = field(default_factory=dict)
 
 
 def load_documents(config: DataConfig, language: LanguageConfig) -> TextData:
     """Load documents and give them a train, validation and test split, no document being in two of them.
 
-    Documents are split before they are joined, so that no text of the test was trained on. As in load_classification, splits the data
+    Documents are split before they are joined, so that no text of the test was trained on. As in load_examples, splits the data
     set has are used, missing ones are cut from the training split (seeded), and of equal documents the one in test stays, then the one
     in validation. Empty documents are dropped. --max_train_samples and --max_eval_samples count documents.
 
     Raises InputError where the data cannot be read or leaves a split without text.
     """
-    import datasets
-
     source = _load(config, language)
-    roles = choose_splits(source, config, lambda split: config.text_column in split.column_names)
-    documents: dict[str, list[str]] = {}
+    roles = choose_splits(source.splits, config, lambda split: config.text_column in split.column_names)
+    given: dict[str, Given] = {}
     empty = 0
     for role, name in roles.items():
-        if name is not None:
-            texts = list(_documents(source.splits[name], name, config, language.document_start))
-            documents[role] = [text for text in texts if text.strip()]
-            empty += len(texts) - len(documents[role])
-            if not documents[role]:
-                raise InputError(
-                    f"expected text in the split {name!r}, found {len(texts)} rows and not a word in them. Check the file, or name "
-                    f"another column with --text_column (columns: {', '.join(source.splits[name].column_names)})."
-                )
-    # The same rules as for classification; documents have no classes, so all are of one.
-    rows = {
-        role: Rows(
-            np.array([text_key([" ".join(text.split())]) for text in texts], np.uint64), np.zeros(len(texts), np.int64)
-        )
-        for role, texts in documents.items()
-    }
-    kept, found = drop_duplicates(rows)
-    cut_missing_splits(kept, rows["train"].labels, roles, config)
-    splits = {}
-    for role in SPLITS:
-        origin = documents[role if role in documents else "train"]
-        chosen = kept[role]
-        limit = config.max_train_samples if role == "train" else config.max_eval_samples
-        if role != "test" or role not in documents:
-            chosen = np.random.default_rng(config.split_seed).permutation(chosen)
-        splits[role] = datasets.Dataset.from_dict({"text": [origin[index] for index in chosen[:limit]]})
-    text_bytes = {role: sum(len(text.encode()) for text in split["text"]) for role, split in splits.items()}
-    details = {
-        "dataset": config.dataset,
-        "dataset_config": config.dataset_config,
-        **source.details,
-        "documents": {role: len(split) for role, split in splits.items()},
-        "bytes": text_bytes,
-        "came_from": {
-            role: f"split {roles[role]!r}" if roles[role] else f"cut from split {roles['train']!r}" for role in SPLITS
-        },
-        "duplicates_removed": found["duplicates_removed"],
-        "empty_removed": empty,
-        "split_seed": config.split_seed,
-    }
-    return TextData(datasets.DatasetDict(splits), text_bytes, details, content_fingerprint(splits, []))
+        if name is None:
+            continue
+        documents = list(_documents(source.splits[name], name, config, language.document_start))
+        contents = content([(document,) for document in documents])
+        texts = [document for document, found in zip(documents, contents, strict=True) if found is not None]
+        empty += len(documents) - len(texts)
+        if not texts:
+            raise InputError(
+                f"expected text in the split {name!r}, found {len(documents)} rows and not a word in them. Check the file, or name "
+                f"another column with --text_column (columns: {', '.join(source.splits[name].column_names)})."
+            )
+        hashes = np.array([[hash_of(part) for part in found] for found in contents if found is not None], np.uint64)
+        # Documents have no classes: all are of one.
+        given[role] = Given(name, _rows("text", texts), hashes, np.zeros(len(texts), np.int64))
+    examples = split_examples(given, config, "texts", source.details)
+    text_bytes = {role: sum(len(text.encode()) for text in split["text"]) for role, split in examples.splits.items()}
+    details = examples.details | {"bytes": text_bytes, "empty_removed": empty}
+    details["documents"] = details.pop("examples")
+    del details["conflicting_labels"]
+    return TextData(examples.splits, details, examples.fingerprint, text_bytes=text_bytes)
+
+
+def _rows(column: str, texts: Iterable[str]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({column: list(texts)}, datasets.Features({column: datasets.Value("string")}))
 
 
 def _load(config: DataConfig, language: LanguageConfig) -> Source:
     """Files and folders of plain text; everything else as for classification."""
-    import datasets
-
     path = Path(resolve(config.dataset)) if config.dataset is not None else Path()
-    if config.dataset is None or not path.is_absolute():
-        return load_source(config)
-
-    def rows(texts: Iterable[str]) -> datasets.Dataset:
-        return datasets.Dataset.from_dict(
-            {config.text_column: list(texts)}, datasets.Features({config.text_column: datasets.Value("string")})
-        )
-
-    if path.is_file():
-        is_text = path.suffix.lower() not in FILE_BUILDERS
-        return (
-            Source({"train": rows(_read_text_file(path, language.document_start))}) if is_text else load_source(config)
-        )
-    entries = [entry for entry in visible(path) if entry.is_file()]
+    column, start = config.text_column, language.document_start
+    if path.is_absolute() and path.is_file() and path.suffix.lower() not in FILE_BUILDERS:
+        return Source({"train": _rows(column, _read_text_file(path, start))})
+    entries = [entry for entry in visible(path) if entry.is_file()] if path.is_absolute() and path.is_dir() else []
     texts = [entry for entry in entries if entry.suffix.lower() in TEXT_SUFFIXES]
     if not texts or any(entry.suffix.lower() in FILE_BUILDERS for entry in entries):
-        return load_source(config)
+        return load_source(config, TEXTS)
     if any(map(split_named_by, texts)):
+        by_split = files_by_split(path, texts)
         return Source(
             {
-                split: rows(chain.from_iterable(_read_text_file(file, language.document_start) for file in files))
-                for split, files in files_by_split(path, texts).items()
+                split: _rows(column, chain.from_iterable(_read_text_file(file, start) for file in files))
+                for split, files in by_split.items()
             }
         )
     # One document a file, in the encodings that class folders may have.
-    read = list(read_texts([(str(entry), "", 0, 0) for entry in texts]))
-    guessed = [row["file"] for row in read if row["encoding"] != "utf-8"]
-    return Source({"train": rows(row["text"] for row in read)}, details=note_guessed_encodings(path, guessed))
+    read = read_text_files(path, [(entry, "") for entry in texts])
+    return Source({"train": _rows(column, read["text"])}, details=guessed_encodings({"train": read}))
 
 
 def _read_text_file(path: Path, document_start: str | None) -> list[str]:
@@ -166,11 +118,7 @@ def _read_text_file(path: Path, document_start: str | None) -> list[str]:
 
 def _documents(split: datasets.Dataset, name: str, config: DataConfig, document_start: str | None) -> Iterator[str]:
     """The documents of a split: its rows, or runs of rows of which the first matches `document_start`."""
-    if config.text_column not in split.column_names:
-        raise InputError(
-            f"expected a column {config.text_column!r} in the split {name!r}, found the columns {', '.join(split.column_names)}; name "
-            "the right one with --text_column"
-        )
+    check_column(split, name, config.text_column, "text_column")
     column = split[config.text_column]
     if any(not isinstance(value, (str, type(None))) for value in column[:100]):
         raise InputError(
@@ -250,8 +198,6 @@ def cut_windows(stream: np.ndarray, size: int, stride: int) -> dict[str, Any]:
 
 def tokenize_windows(data: TextData, tokenizer: Any, size: int, stride: int) -> datasets.DatasetDict:
     """Windows of every split: for training they overlap by one token, so each is learnt once; for scoring they begin `stride` apart."""
-    import datasets
-
     splits = {}
     for role, split in data.splits.items():
         windows = cut_windows(token_stream(split["text"], tokenizer), size, size - 1 if role == "train" else stride)
@@ -264,4 +210,4 @@ def tokenize_windows(data: TextData, tokenizer: Any, size: int, stride: int) -> 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
     """Identity of a vocabulary: every token with its id."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return digest(sorted(tokenizer.get_vocab().items()))

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.core.errors import InputError
-from pipelines.core.run import MARKER, RECORD, Outcome, Run, copy_beside, describe, differences, read_record
+from pipelines.core.identity import describe, differences
+from pipelines.core.records import RECORD, Outcome, copy_beside, read_record
+from pipelines.core.run import MARKER, Run
 
 
 @dataclass

@@ -27,7 +27,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
-from pipelines.data.examples import SPLITS, ClassificationData, collate, load_classification, tokenize
+from pipelines.data.examples import Examples, load_examples
+from pipelines.data.kinds import SPLITS
+from pipelines.data.references import read_classes
+from pipelines.data.text import TEXTS, collate, tokenize
 
 Rows = dict[str, list[Any]]
 
@@ -54,11 +57,11 @@ def write_csv(path: Path, rows: Rows, **arguments: Any) -> Path:
     return path
 
 
-def load(path: Path | str, **settings: Any) -> ClassificationData:
-    return load_classification(DataConfig(dataset=str(path), **settings))
+def load(path: Path | str, **settings: Any) -> Examples:
+    return load_examples(DataConfig(dataset=str(path), **settings), TEXTS, read_classes)
 
 
-def contents(data: ClassificationData) -> dict[str, list[tuple[str, int]]]:
+def contents(data: Examples) -> dict[str, list[tuple[str, int]]]:
     return {name: list(zip(split["text"], split["label"], strict=True)) for name, split in data.splits.items()}
 
 
@@ -371,8 +374,8 @@ def test_the_split_seed_and_nothing_else_moves_the_splits(tmp_path: Path) -> Non
     # Another process (with another hash seed), another folder, another cache, another time of writing.
     moved = shutil.copytree(folder, tmp_path / "elsewhere" / "copy", copy_function=shutil.copyfile)
     code = (
-        "from pipelines.core.config import DataConfig; from pipelines.data.examples import load_classification as load;"
-        f"print(load(DataConfig(dataset={str(moved)!r}, max_train_samples=20)).fingerprint)"
+        "from pipelines.core.config import DataConfig; from pipelines.tasks.text_classification import TextClassification;"
+        f"print(TextClassification(DataConfig(dataset={str(moved)!r}, max_train_samples=20)).data.fingerprint)"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONHASHSEED": "7"}
     root = Path(__file__).parents[2]
@@ -441,7 +444,7 @@ def refused(dataset: Path | str, *parts: str, **settings: Any) -> None:
 
 def test_no_data_set_is_refused() -> None:
     with pytest.raises(InputError, match="expected a data set, found none; pass --dataset"):
-        load_classification(DataConfig())
+        load_examples(DataConfig(), TEXTS, read_classes)
 
 
 def test_missing_and_malformed_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -600,13 +603,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> ClassificationData:
+def data(tmp_path: Path) -> Examples:
     rows = make_rows()
     rows["text"] = [text + " something" * (row % 7) for row, text in enumerate(rows["text"])]
     return load(write_csv(tmp_path / "texts.csv", rows))
 
 
-def test_tokens_are_those_of_the_texts_in_order(data: ClassificationData, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokens_are_those_of_the_texts_in_order(data: Examples, tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = tokenize(data, tokenizer, 9)
     assert set(tokens) == set(SPLITS)
     for name, split in tokens.items():
@@ -619,10 +622,10 @@ def test_tokens_are_those_of_the_texts_in_order(data: ClassificationData, tokeni
 
 
 def test_cached_tokens_follow_data_tokenizer_and_length(
-    data: ClassificationData, tokenizer: PreTrainedTokenizerFast, cache: Path
+    data: Examples, tokenizer: PreTrainedTokenizerFast, cache: Path
 ) -> None:
     def files() -> set[Path]:
-        return set((cache / "pocketformers").iterdir())
+        return set((cache / "pocketformers").glob("tokens-*"))
 
     first = tokenize(data, tokenizer, 9)
     known = files()
@@ -638,7 +641,7 @@ def test_cached_tokens_follow_data_tokenizer_and_length(
     assert len(files()) == 9
 
 
-def test_batches_are_padded_to_their_own_longest(data: ClassificationData, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_batches_are_padded_to_their_own_longest(data: Examples, tokenizer: PreTrainedTokenizerFast) -> None:
     split = tokenize(data, tokenizer, 32)["train"]
     logits = np.random.default_rng(0).normal(size=(len(split), 3)).astype(np.float32)
     split = split.add_column("teacher_logits", list(logits))
