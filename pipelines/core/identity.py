@@ -15,7 +15,6 @@ NOT_IN_RESULT = {
     "logging_steps",
     "logging_first_step",
     "logging_nan_inf_filter",
-    "logging_dir",
     "log_level",
     "log_level_replica",
     "log_on_each_node",

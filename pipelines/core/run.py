@@ -108,6 +108,7 @@ class Run:
         quieten_libraries(self.state.is_main_process)
         self.stages: list[str] = []  # those of this run's flags; the directory may hold others of an earlier run
         if self.state.is_main_process:
+            self._task_made_by = task.describe()  # first of all: data that cannot be read leaves the directory as it is
             if only_stage is None:
                 prepare_directory(self.directory)
             else:
@@ -121,6 +122,7 @@ class Run:
                     shutil.rmtree(leftover)
                 else:  # killed between the two renames of a commit
                     leftover.rename(target)
+        wait_for_all()  # the main process may have read the data alone
 
     def stage(
         self, name: str, function: Callable[..., Outcome], source: str, distributed: bool = False, **arguments: Any
@@ -191,7 +193,7 @@ class Run:
             "version": pipelines.__version__,
             "source": source,
             "source_fingerprint": self._identify(source),
-            "task": self.task.describe(),
+            "task": self._task_made_by,
             "seed": self.seed,
             **settings,
         }

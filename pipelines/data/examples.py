@@ -157,11 +157,6 @@ def _prepared(split: datasets.Dataset, name: str, config: DataConfig, kind: Kind
     columns = kind.columns_of(config) | {"label_column": config.label_column}
     for flag, column in columns.items():
         check_column(split, name, column, flag)
-    if len(set(columns.values())) < len(columns):
-        raise InputError(
-            f"expected different columns for {', '.join(columns)}, found {', '.join(columns.values())}; the split "
-            f"{name!r} has the columns {', '.join(split.column_names)}"
-        )
     for flag, column in kind.columns_of(config).items():
         ready = kind.prepare(split, column)
         if ready is None:
@@ -171,6 +166,11 @@ def _prepared(split: datasets.Dataset, name: str, config: DataConfig, kind: Kind
                 f"{', '.join(split.column_names)})"
             )
         split = ready
+    if len(set(columns.values())) < len(columns):
+        raise InputError(
+            f"expected different columns for {', '.join(columns)}, found {', '.join(columns.values())}; the split "
+            f"{name!r} has the columns {', '.join(split.column_names)}"
+        )
     return split
 
 

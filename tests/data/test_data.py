@@ -29,7 +29,7 @@ from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.kinds import SPLITS
-from pipelines.data.references import read_classes
+from pipelines.data.references import read_classes, read_scores
 from pipelines.data.text import TEXTS, collate, tokenize
 
 Rows = dict[str, list[Any]]
@@ -274,6 +274,48 @@ def test_a_class_label_keeps_its_names_and_order(tmp_path: Path) -> None:
     assert data.label_names == ["negative", "positive"]
     assert data.splits["train"].features["label"] == datasets.ClassLabel(names=["negative", "positive"])
     assert data.splits["train"].with_format("numpy")["label"][:].dtype == np.int64
+
+
+# ---- Scores, for a task that asks for them
+
+
+def load_scores(path: Path, **settings: Any) -> Examples:
+    return load_examples(DataConfig(dataset=str(path), **settings), TEXTS, read_scores)
+
+
+@pytest.mark.parametrize(
+    "cells", [[row / 8 for row in range(40)], list(range(40)), [f"{row / 8}" for row in range(40)]]
+)
+def test_scores_are_numbers_and_no_classes(tmp_path: Path, cells: list[Any]) -> None:
+    data = load_scores(write_parquet(tmp_path / "scores", make_rows(40) | {"label": cells}))
+    assert data.label_names == []
+    assert "classes" not in data.details
+    assert data.details["examples"] == {"train": 28, "validation": 4, "test": 8}
+    assert data.splits["train"].features["label"] == datasets.Value("float32")
+    expected = {text: float(cell) for text, cell in zip(make_rows(40)["text"], cells, strict=True)}
+    assert all(expected[text] == score for split in contents(data).values() for text, score in split)
+    limited = load_scores(tmp_path / "scores.parquet", max_train_samples=7, max_eval_samples=3)
+    assert limited.details["examples"] == {"train": 7, "validation": 3, "test": 3}
+
+
+def test_scores_that_are_missing_hidden_or_no_numbers(tmp_path: Path) -> None:
+    def refuse(cells: list[Any], found: str) -> None:
+        with pytest.raises(InputError, match=f"(?s)expected.*{found}"):
+            load_scores(write_parquet(tmp_path / "scores", make_rows(40) | {"label": cells}))
+
+    scores = [row / 8 for row in range(40)]
+    refuse([None, *scores[1:]], r"found 1 of 40 rows.*counted from 0: 0")
+    refuse([str(score) for score in scores[1:]] + ["high"], "found 'high'.*--label_column")
+    refuse([*scores[1:], float("inf")], "found inf")
+    refuse([1.0] * 40, "scores that differ")
+    refuse([[1.0]] * 40, "one number per row")
+    # As GLUE publishes STS-B: the scores of its test split are hidden.
+    for name, prefix in (("train", "a"), ("dev", "b"), ("test", "c")):
+        rows = make_rows(40, prefix=prefix) | {"label": [-1.0] * 40 if name == "test" else scores}
+        write_csv(tmp_path / "stsb" / f"{name}.csv", rows)
+    data = load_scores(tmp_path / "stsb")
+    assert data.details["came_from"]["test"] == "split 'validation'"
+    assert data.splits["test"]["label"][:] == scores
 
 
 # ---- Splits
