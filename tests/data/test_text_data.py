@@ -10,9 +10,9 @@ import pytest
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED
-from pipelines.data.documents import (
+from pipelines.data.documents import load_documents
+from pipelines.data.windows import (
     cut_windows,
-    load_documents,
     token_stream,
     tokenize_windows,
     train_tokenizer,

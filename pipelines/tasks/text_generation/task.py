@@ -11,8 +11,9 @@ import numpy as np
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Head
-from pipelines.data.documents import TextData, load_documents, tokenize_windows, train_tokenizer, vocabulary_fingerprint
+from pipelines.data.documents import TextData, load_documents
 from pipelines.data.sources import check_model, resolve
+from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
 from pipelines.models.predict import predict_torch
 from pipelines.tasks.base import Task
