@@ -80,8 +80,4 @@ def lock(path: Path) -> Any:
         raise InputError(
             f"expected no other run at work in {path.parent}, found one. Wait for it to end, or pass another --output_dir."
         ) from error
-    except OSError as error:
-        raise InputError(
-            f"expected to be able to write to {path.parent}, found: {error}. Pass another --output_dir."
-        ) from error
     return taken

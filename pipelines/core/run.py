@@ -51,43 +51,32 @@ sealed = with_checksum
 MARKER = ".pocketformers"
 
 
-def prepare_directory(directory: Path) -> None:
-    """Make `directory` ready to hold results, and refuse one that holds something else or cannot be written."""
-    if directory.exists() and not directory.is_dir():
+def prepare(directory: Path, only_stage: str | None) -> Any:
+    """Make `directory` ready for a run, or for one stage beside whatever is there; the lock of it, held as long as this process lives.
+
+    Raises InputError where something else is in the way or nothing can be written.
+    """
+    target = directory if only_stage is None else directory / only_stage
+    if target.exists() and not target.is_dir():
+        raise InputError(f"expected a directory for the results, found the file {target}. Pass another --output_dir.")
+    is_run = (directory / MARKER).exists()
+    is_ours = is_run if only_stage is None else read_record(target) is not None
+    if target.exists() and any(target.iterdir()) and not is_ours:
         raise InputError(
-            f"expected a directory for the results, found the file {directory}. Pass another --output_dir."
-        )
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / MARKER).exists():
-        raise InputError(
-            f"expected {directory} to be empty, missing, or of an earlier run; found other files there. Nothing was touched: "
-            "pass another --output_dir."
+            f"expected {target} to be empty, missing, or of an earlier run; found something else there. Nothing was touched: pass another "
+            "--output_dir."
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / MARKER).touch()
+        # One stage of a run's directory may be what that run is at work on.
+        taken = lock(directory / (".lock" if only_stage is None or is_run else f".{only_stage}.lock"))
+        if only_stage is None:
+            (directory / MARKER).touch()
+        return taken
     except OSError as error:
         raise InputError(
             f"expected to be able to write to {directory}, found: {error}. Pass an --output_dir that you may write to."
         ) from error
-
-
-def prepare_stage_directory(target: Path) -> None:
-    """Refuse a directory that holds something else than an earlier result of a stage, or that cannot be written."""
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and read_record(target) is None)):
-        raise InputError(
-            f"expected {target} to be empty, missing, or written by an earlier stage; found something else there. Nothing was touched: "
-            "pass another --output_dir."
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"expected to be able to write to {target.parent}, found: {error}. Pass an --output_dir that you may write to."
-        ) from error
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(
-            f"expected to be able to write to {target.parent}, found that it is read-only. Pass another --output_dir."
-        )
 
 
 class Run:
@@ -109,13 +98,7 @@ class Run:
         self.stages: list[str] = []  # those of this run's flags; the directory may hold others of an earlier run
         if self.state.is_main_process:
             self._task_made_by = task.describe()  # first of all: data that cannot be read leaves the directory as it is
-            if only_stage is None:
-                prepare_directory(self.directory)
-            else:
-                prepare_stage_directory(self.directory / only_stage)
-            # One stage of a run's directory may be what that run is at work on.
-            whole = only_stage is None or (self.directory / MARKER).exists()
-            self._lock = lock(self.directory / (".lock" if whole else f".{only_stage}.lock"))
+            self._lock = prepare(self.directory, only_stage)
             for leftover in self.directory.glob(f".{only_stage or '*'}.old"):
                 target = self.directory / leftover.name[1:].removesuffix(".old")
                 if target.exists():

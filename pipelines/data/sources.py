@@ -144,18 +144,12 @@ def _check_shards(index: Path) -> None:
             f"expected the names of files beside {index} in it, found {outside[0]!r}, which leads elsewhere; download the model again "
             "from where you trust it"
         )
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
+    present = [shard for shard in shards if (index.parent / shard).is_file()]
+    held: set[str] = set().union(*(check_safetensors(index.parent / shard) for shard in present))
+    if lost := sorted(set(weight_map) - held):
         raise InputError(
-            f"expected the {len(shards)} shards named in {index}, found {len(shards) - len(missing)}: "
-            f"{', '.join(missing)} missing; download these files as well"
-        )
-    held: set[str] = set().union(*(check_safetensors(index.parent / shard) for shard in shards))
-    lost = sorted(set(weight_map) - held)
-    if lost:
-        raise InputError(
-            f"expected {len(weight_map)} tensors in the shards of {index}, found {len(lost)} missing, such as "
-            f"{lost[0]!r}; the shards belong to another model: download them together"
+            f"expected the {len(weight_map)} tensors of {index} in its {len(shards)} shards, found {len(present)} shards and {len(lost)} "
+            f"tensors missing, such as {lost[0]!r} of {weight_map[lost[0]]}; download all shards of the model together"
         )
 
 

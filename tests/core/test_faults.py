@@ -376,7 +376,7 @@ def test_a_record_edited_by_hand_is_named_and_nothing_is_made_again(edit, tmp_pa
     edit(record)
     path.write_text(json.dumps(record))
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match=r"record\.json, found a file that cannot be.*Delete that stage's directory"):
+    with pytest.raises(InputError, match=r"record\.json, found a file that.*Delete that stage's directory"):
         finish(tmp_path / "run", source)
     assert contents(tmp_path / "run") == before
 

@@ -63,7 +63,7 @@ def test_package_files_are_found_without_importing_the_package(package: Path) ->
         ("package://no_such_package_here/data", "pip install"),
         ("package://poisoned-package/data", "underscores"),
         ("package://poisoned_package.data/texts.csv", "no dots"),
-        ("package://lonely_module/data", "single module"),
+        ("package://lonely_module/data", "no such package"),
         ("package://", "top-level name"),
     ],
 )
@@ -147,10 +147,10 @@ def test_shards_that_are_refused(model: Path) -> None:
     with pytest.raises(InputError, match="00002.*truncated or corrupt"):
         check_model_directory(model)
     save_file({"c": np.ones(8, np.float32)}, second)
-    with pytest.raises(InputError, match="found 1 missing, such as 'b'.*download them together"):
+    with pytest.raises(InputError, match="1 tensors missing, such as 'b' of model-00002.*download all"):
         check_model_directory(model)
     second.unlink()
-    with pytest.raises(InputError, match="found 1: model-00002-of-00002.safetensors missing.*download"):
+    with pytest.raises(InputError, match="found 1 shards.*such as 'b' of model-00002-of-00002.safetensors; download all"):
         check_model_directory(model)
     (model / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(InputError, match="'weight_map'"):
