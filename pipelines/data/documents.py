@@ -74,41 +74,31 @@ def _rows(column: str, texts: Iterable[str]) -> datasets.Dataset:
 def _load(config: DataConfig, language: LanguageConfig) -> Source:
     """Files and folders of plain text; everything else as for classification."""
     path = Path(resolve(config.dataset)) if config.dataset is not None else Path()
-    column, start = config.text_column, language.document_start
-    if path.is_absolute() and path.is_file() and path.suffix.lower() not in FILE_BUILDERS:
-        return Source({"train": _rows(column, _read_text_file(path, start))})
-    entries = [entry for entry in visible(path) if entry.is_file()] if path.is_absolute() and path.is_dir() else []
-    texts = [entry for entry in entries if entry.suffix.lower() in TEXT_SUFFIXES]
-    if not texts or any(entry.suffix.lower() in FILE_BUILDERS for entry in entries):
+    is_folder = path.is_absolute() and path.is_dir()
+    entries = [entry for entry in visible(path) if entry.is_file()] if is_folder else [path]
+    # A file on its own is text unless it is a table; among others, its name says so.
+    texts = [entry for entry in entries if entry.suffix.lower() in TEXT_SUFFIXES or not is_folder]
+    if not path.is_absolute() or not texts or any(entry.suffix.lower() in FILE_BUILDERS for entry in entries):
         return load_source(config, TEXTS)
-    if any(map(split_named_by, texts)):
-        by_split = files_by_split(path, texts)
-        return Source(
-            {
-                split: _rows(column, chain.from_iterable(_read_text_file(file, start) for file in files))
-                for split, files in by_split.items()
-            }
-        )
-    # One document a file, in the encodings that class folders may have.
-    read = read_text_files(path, [(entry, "") for entry in texts])
-    return Source({"train": _rows(column, read["text"])}, details=guessed_encodings({"train": read}))
+    named = any(map(split_named_by, texts))
+    by_split = files_by_split(path, texts) if is_folder and named else {"train": texts}
+    read = {
+        split: read_text_files(path if is_folder else path.parent, [(file, "") for file in files])
+        for split, files in by_split.items()
+    }
+    splits = {}
+    for split, table in read.items():
+        whole = is_folder and not named  # one document a file
+        parts = ([row["text"]] if whole else _parts(row, language.document_start) for row in table)
+        splits[split] = _rows(config.text_column, chain.from_iterable(parts))
+    return Source(splits, details=guessed_encodings(read))
 
 
-def _read_text_file(path: Path, document_start: str | None) -> list[str]:
+def _parts(file: dict[str, str], document_start: str | None) -> list[str]:
     """The documents of one text file, or its lines where a pattern will make documents of them."""
-    content = path.read_bytes()
-    if not content.strip():
-        raise InputError(f"expected text in {path}, found an empty file. Write it again, or give another file.")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"expected text in UTF-8 in {path}, found the byte 0x{content[error.start]:02x} at position {error.start:,}, which is not. "
-            "Convert the file (iconv -f CP1252 -t UTF-8), or check that it is text."
-        ) from error
-    if "\0" in text:
-        raise InputError(f"expected text in {path}, found NUL bytes. Give a text file.")
-    text = text.replace("\r\n", "\n")
+    text = file["text"].replace("\r\n", "\n")
+    if not text.strip():
+        raise InputError(f"expected text in {file['file']}, found an empty file. Write it again, or give another file.")
     return text.splitlines(keepends=True) if document_start else re.split(r"\n[ \t]*\n\s*", text.strip())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 from sklearn.model_selection import train_test_split
 
 from pipelines.core.config import DataConfig
@@ -21,18 +22,13 @@ def choose_splits(
 
     `has_references` tells whether a split that no flag names can be scored: hidden test labels cannot.
     """
-    for flag in ("validation_split", "test_split"):
-        name = getattr(config, flag)
+    train = config.train_split if config.train_split in splits or len(splits) > 1 else next(iter(splits))
+    named = {"train_split": train, "validation_split": config.validation_split, "test_split": config.test_split}
+    for flag, name in named.items():
         if name is not None and name not in splits:
             raise InputError(
-                f"expected the split {name!r} that --{flag} names, found the splits {', '.join(splits)}; pass one of "
-                "them, or leave the flag out"
+                f"expected the split {name!r} that --{flag} names, found the splits {', '.join(splits)}; pass one of them with --{flag}"
             )
-    train = config.train_split if config.train_split in splits or len(splits) > 1 else next(iter(splits))
-    if train not in splits:
-        raise InputError(
-            f"expected a training split {train!r}, found the splits {', '.join(splits)}; name one with --train_split"
-        )
 
     def usable(name: str, taken: set[str | None]) -> str | None:
         return name if name in splits and name not in taken and has_references(splits[name]) else None
@@ -56,35 +52,23 @@ def drop_duplicates(
 
     `rows` are hashes, equal where two examples are, and labels.
     """
-    kept: dict[str, np.ndarray] = {}
-    removed: dict[str, int] = {}
-    conflicting = 0
-    # What is already taken; test goes first, so it stays whole.
-    taken_hashes, taken_labels = np.empty(0, np.uint64), np.empty(0, rows["train"][1].dtype)
-    for role in ("test", "validation", "train"):
-        if role not in rows:
-            continue
-        hashes = np.concatenate([taken_hashes, rows[role][0]])
-        labels = np.concatenate([taken_labels, rows[role][1]])
-        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        stays = first[inverse] == np.arange(len(hashes))
-        if role == "test":
-            stays[:] = True
-        conflicts = ~stays & (labels != labels[first[inverse]])
-        kept[role] = np.flatnonzero(stays[len(taken_hashes) :])
-        conflicting += int(conflicts[len(taken_hashes) :].sum())
-        removed[role] = len(rows[role][0]) - len(kept[role])
-        if len(kept[role]) == 0:
+    # Test goes first, so it stays whole.
+    tables = {
+        role: pandas.DataFrame({"hash": rows[role][0], "label": rows[role][1]}) for role in SPLITS[::-1] if role in rows
+    }
+    table = pandas.concat(tables, names=["role", "row"]).reset_index()
+    stays = ~table.duplicated("hash") | (table["role"] == "test")
+    conflicts = ~stays & (table["label"] != table.groupby("hash")["label"].transform("first"))
+    kept = {role: table["row"][stays & (table["role"] == role)].to_numpy() for role in tables}
+    removed = {role: len(rows[role][0]) - len(kept[role]) for role in SPLITS if role in rows}
+    for role, numbers in kept.items():
+        if len(numbers) == 0:
             raise InputError(
                 f"expected {noun} in the {role} split that no other split holds, found that all {removed[role]} are "
                 "also in the validation or test split; give splits that differ, or let them be cut (leave the flags "
                 "out)"
             )
-        taken_hashes, taken_labels = hashes, labels
-    return kept, {
-        "duplicates_removed": {role: removed[role] for role in SPLITS if role in removed},
-        "conflicting_labels": conflicting,
-    }
+    return kept, {"duplicates_removed": removed, "conflicting_labels": int(conflicts.sum())}
 
 
 def cut_missing_splits(

@@ -342,10 +342,9 @@ def test_nul_bytes_and_unpaired_surrogates(tmp_path, tokenizer, language_model_d
         for load in (load_classification, load_language):
             with pytest.raises(InputError, match=f"well-formed .*{name}"):
                 load(DataConfig(dataset=str(tmp_path / name)))
-    for content, found in ((b"goal \0 match", "NUL bytes"), (surrogate, "the byte 0xed at position 5")):
-        (tmp_path / "texts.txt").write_bytes(content)
-        with pytest.raises(InputError, match=rf"expected text.*texts\.txt, found {found}"):
-            load_language(DataConfig(dataset=str(tmp_path / "texts.txt")))
+    (tmp_path / "texts.txt").write_bytes(b"goal \0 match")
+    with pytest.raises(InputError, match=r"expected text files.*found other bytes in .*texts\.txt"):
+        load_language(DataConfig(dataset=str(tmp_path / "texts.txt")))
 
 
 def test_an_image_of_a_hundred_megapixels_is_refused_before_it_is_decoded(tmp_path, image_folder):

@@ -150,7 +150,9 @@ def test_shards_that_are_refused(model: Path) -> None:
     with pytest.raises(InputError, match="1 tensors missing, such as 'b' of model-00002.*download all"):
         check_model_directory(model)
     second.unlink()
-    with pytest.raises(InputError, match="found 1 shards.*such as 'b' of model-00002-of-00002.safetensors; download all"):
+    with pytest.raises(
+        InputError, match="found 1 shards.*such as 'b' of model-00002-of-00002.safetensors; download all"
+    ):
         check_model_directory(model)
     (model / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(InputError, match="'weight_map'"):
