@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.core.config import DataConfig, run_main
-from pipelines.data.examples import load_classification
+from pipelines.tasks.text_classification import TextClassification
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="The folder to write.")
     arguments = parser.parse_args()
 
-    data = load_classification(DataConfig(dataset=arguments.dataset))
+    data = TextClassification(DataConfig(dataset=arguments.dataset)).data
     generator, labels = np.random.default_rng(arguments.seed), len(data.label_names)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for name, split in data.splits.items():

@@ -90,9 +90,9 @@ def score(row: str, flags: argparse.Namespace) -> dict[str, Any]:
 def write_texts(dataset: str, path: Path, limit: int) -> None:
     """The lines of a data set's test examples, in their order."""
     from pipelines.core.config import DataConfig
-    from pipelines.data.examples import load_classification
+    from pipelines.tasks.text_classification import TextClassification
 
-    examples = load_classification(DataConfig(dataset=dataset)).splits["test"]["text"]
+    examples = TextClassification(DataConfig(dataset=dataset)).splits["test"]["text"]
     lines = [line for text in examples for line in text.splitlines() if line.strip()]
     path.write_text("\n".join(lines[:limit]) + "\n", encoding="utf-8")
 

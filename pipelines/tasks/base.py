@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from pipelines.core.config import DataConfig
-from pipelines.data.sources import resolve
+from pipelines.core.sources import resolve
+from pipelines.data.examples import Examples
+from pipelines.data.remembered import remembered_fingerprint
 from pipelines.models.loading import load
 from pipelines.models.predict import Answers
 
@@ -28,9 +31,40 @@ class Task(ABC):
     def trust_remote_code(self) -> bool:
         return self.config.trust_remote_code
 
-    def permissions(self) -> dict[str, Any]:
-        """What of describe() says that code from elsewhere was let in."""
-        return {"trust_remote_code": True} if self.trust_remote_code else {}
+    # ---- Data
+
+    @abstractmethod
+    def load_data(self) -> Examples:
+        """The examples: read, checked and split."""
+
+    @cached_property
+    def data(self) -> Examples:
+        """The examples, read when somebody first asks for them: a finished run never does."""
+        return self.load_data()
+
+    @property
+    def read_as(self) -> str:
+        """What the examples depend on besides the flags of the data."""
+        return self.name
+
+    def describe(self) -> dict[str, Any]:
+        """What of the data a stage's result depends on."""
+        if "data" in vars(self):
+            fingerprint = self.data.fingerprint
+        else:
+            fingerprint = remembered_fingerprint(self.config, self.read_as, lambda: self.data.fingerprint)
+        permissions = {"trust_remote_code": True} if self.trust_remote_code else {}
+        return {"name": self.name, "data": fingerprint, **permissions}
+
+    @property
+    def splits(self) -> Mapping[str, Any]:
+        """The data sets train, validation and test, as a person reads them."""
+        return self.data.splits
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """How the splits came about, for the report, ready for JSON."""
+        return self.data.details
 
     def load_config(self, source: str) -> Any:
         """The config of a model."""

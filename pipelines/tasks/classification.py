@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from pipelines.core.errors import InputError
-from pipelines.data import examples as data_module
 from pipelines.data.sources import check_onnx_directory
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.tasks.base import Task
@@ -19,7 +18,6 @@ class Classification(Task):
     """One label out of several, whatever the example is: how answers are scored."""
 
     primary_metric = PRIMARY_METRIC
-    data: data_module.ClassificationData
 
     @property
     def label_names(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from PIL import Image
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import Head
-from pipelines.data.examples import load_classification
+from pipelines.data.examples import Examples, load_examples
 from pipelines.data.images import IMAGES, collate
+from pipelines.data.references import read_classes
 from pipelines.data.sources import resolve
 from pipelines.models.families import FAMILIES
 from pipelines.models.loading import load, load_classifier
@@ -39,17 +41,17 @@ class ImageClassification(Classification):
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         self.config = config
         self.augmentation = AugmentConfig() if augmentation is None else augmentation
-        self.data = load_classification(config, IMAGES)
-        self._features = self.data.splits.rename_column("label", "labels")
+
+    def load_data(self) -> Examples:
+        return load_examples(self.config, IMAGES, read_classes)
+
+    @cached_property
+    def _features(self) -> Any:
+        return self.data.splits.rename_column("label", "labels")
 
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
-        return {
-            "name": self.name,
-            "data": self.data.fingerprint,
-            "augmentation": asdict(self.augmentation),
-            **self.permissions(),
-        }
+        return super().describe() | {"augmentation": asdict(self.augmentation)}
 
     def load_processor(self, source: str) -> Any:
         """The image processor of a model; the one over Pillow, so that an image becomes the same numbers on every machine."""

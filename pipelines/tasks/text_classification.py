@@ -10,7 +10,9 @@ import numpy as np
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import Head
-from pipelines.data import examples as data_module
+from pipelines.data.examples import Examples, load_examples
+from pipelines.data.references import read_classes
+from pipelines.data.text import TEXTS, collate, tokenize
 from pipelines.models.loading import load_classifier, load_tokenizer
 from pipelines.tasks.classification import Classification
 
@@ -25,17 +27,14 @@ class TextClassification(Classification):
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self.data = data_module.load_classification(config)
         self._features: dict[str, Any] = {}
+
+    def load_data(self) -> Examples:
+        return load_examples(self.config, TEXTS, read_classes)
 
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
-        return {
-            "name": self.name,
-            "data": self.data.fingerprint,
-            "max_length": self.config.max_length,
-            **self.permissions(),
-        }
+        return super().describe() | {"max_length": self.config.max_length}
 
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model."""
@@ -60,11 +59,11 @@ class TextClassification(Classification):
         """The tokenized splits; the same tokenizer tokenizes once in a process."""
         key = _tokenizer_key(processor)
         if key not in self._features:
-            self._features[key] = data_module.tokenize(self.data, processor, self.config.max_length)
+            self._features[key] = tokenize(self.data, processor, self.config.max_length)
         return self._features[key]
 
     def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        return data_module.collate(processor)
+        return collate(processor)
 
     def training_collate(
         self, processor: Any, teacher_processor: Any = None, augment: bool = False

@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 
 from conftest import tiny_model
 from pipelines.core.config import DataConfig, TeacherConfig, run_main
+from pipelines.core.disk import no_room
 from pipelines.core.errors import InputError
-from pipelines.core.run import RECORD, Outcome, Run, no_room, read_record
-from pipelines.data.examples import load_classification
+from pipelines.core.records import RECORD, Outcome, read_record
+from pipelines.core.run import Run
+from pipelines.tasks.text_classification import TextClassification
 from pipelines.training import soft_targets
 from pipelines.training.soft_targets import compute_soft_targets
 from pipelines.training.trainer import (
@@ -182,9 +184,9 @@ def test_a_disk_that_is_full_before_the_data_is_read_is_not_taken_for_a_broken_f
     copied.write_text(csv_file.read_text() + "one more goal,sport\n")
     leave_room(5000)
     with pytest.raises(InputError, match=r"room on the disk for a copy of .*texts\.csv.*HF_DATASETS_CACHE"):
-        load_classification(DataConfig(dataset=str(copied)))
+        TextClassification(DataConfig(dataset=str(copied))).load_data()
     leave_room(-1)
-    assert load_classification(DataConfig(dataset=str(copied))).splits
+    assert TextClassification(DataConfig(dataset=str(copied))).splits
 
 
 def test_only_a_full_disk_is_called_one():
@@ -374,7 +376,7 @@ def test_a_record_edited_by_hand_is_named_and_nothing_is_made_again(edit, tmp_pa
     edit(record)
     path.write_text(json.dumps(record))
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match=r"record\.json, found a file that cannot be.*Delete that stage's directory"):
+    with pytest.raises(InputError, match=r"record\.json, found a file that.*Delete that stage's directory"):
         finish(tmp_path / "run", source)
     assert contents(tmp_path / "run") == before
 

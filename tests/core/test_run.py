@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
+from conftest import make_texts, write_csv
 from pipelines.core.errors import InputError
-from pipelines.core.run import MARKER, RECORD, Outcome, Run, copy_beside, describe, differences, read_record
+from pipelines.core.identity import NOT_IN_RESULT, describe, differences
+from pipelines.core.records import RECORD, Outcome, copy_beside, read_record
+from pipelines.core.run import MARKER, Run
 
 
 @dataclass
@@ -252,8 +255,8 @@ def test_two_runs_in_one_directory(tmp_path, source):
     run_both(tmp_path / "run", source)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     script = (
-        "import sys, time; from pathlib import Path; from pipelines.core.run import Run\n"
-        "run = Run(sys.argv[1], None, 0); print('ready', flush=True); time.sleep(60)"
+        "import sys, time; from types import SimpleNamespace; from pipelines.core.run import Run\n"
+        "run = Run(sys.argv[1], SimpleNamespace(describe=dict), 0); print('ready', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     try:
@@ -285,6 +288,58 @@ def test_only_what_changes_a_result_is_part_of_a_stages_identity(training):
     training.weight_decay = 0.5
     assert differences(before, describe(training)) == ["weight_decay changed from 0.01 to 0.5"]
     json.dumps(before)
+
+
+def test_what_redoes_nothing_is_named_exactly(training):
+    """A prefix would take fields along that it was not written for."""
+    assert {field.name for field in fields(training)} >= NOT_IN_RESULT
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataloader_drop_last", True),  # fewer examples an epoch
+        ("dataloader_num_workers", 2),  # each draws augmentations of its own
+        ("dataloader_persistent_workers", True),
+        ("save_strategy", "steps"),  # other checkpoints to take the best of
+        ("save_steps", 7),
+        ("ddp_broadcast_buffers", True),
+    ],
+)
+def test_settings_of_the_loader_and_of_checkpoints_that_change_a_result_redo_its_stage(name, value, training):
+    before = describe(training)
+    assert before[name] != value
+    setattr(training, name, value)
+    assert [difference.split()[0] for difference in differences(before, describe(training))] == [name]
+
+
+def test_a_finished_run_ends_without_reading_its_data(tmp_path, source, capsys):
+    from pipelines.core.config import DataConfig
+    from pipelines.tasks.text_classification import TextClassification
+
+    path = write_csv(tmp_path / "texts.csv", make_texts(30))
+
+    def write(source: str, directory: Path, task) -> Outcome:
+        (directory / "model.txt").write_text(task.splits["train"][0]["text"])
+        return Outcome("transformers")
+
+    for said in ("first: done", "first: finished already"):
+        task = TextClassification(DataConfig(dataset=str(path)))
+        run = Run(tmp_path / "run", task, seed=0)
+        run.stage("first", write, str(source))
+        run._lock.release()
+        assert said in capsys.readouterr().out
+    assert "data" not in vars(task)
+
+
+def test_data_that_cannot_be_read_leaves_no_directory(tmp_path):
+    from pipelines.core.config import DataConfig
+    from pipelines.tasks.text_classification import TextClassification
+
+    (tmp_path / "texts.csv").write_text("text,label\n")
+    with pytest.raises(InputError, match="expected"):
+        Run(tmp_path / "run", TextClassification(DataConfig(dataset=str(tmp_path / "texts.csv"))), seed=0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_depends_on_its_own_epochs_and_learning_rate(tmp_path):

@@ -27,7 +27,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
-from pipelines.data.examples import SPLITS, ClassificationData, collate, load_classification, tokenize
+from pipelines.data.examples import Examples, load_examples
+from pipelines.data.kinds import SPLITS
+from pipelines.data.references import read_classes, read_scores
+from pipelines.data.text import TEXTS, collate, tokenize
 
 Rows = dict[str, list[Any]]
 
@@ -54,11 +57,11 @@ def write_csv(path: Path, rows: Rows, **arguments: Any) -> Path:
     return path
 
 
-def load(path: Path | str, **settings: Any) -> ClassificationData:
-    return load_classification(DataConfig(dataset=str(path), **settings))
+def load(path: Path | str, **settings: Any) -> Examples:
+    return load_examples(DataConfig(dataset=str(path), **settings), TEXTS, read_classes)
 
 
-def contents(data: ClassificationData) -> dict[str, list[tuple[str, int]]]:
+def contents(data: Examples) -> dict[str, list[tuple[str, int]]]:
     return {name: list(zip(split["text"], split["label"], strict=True)) for name, split in data.splits.items()}
 
 
@@ -273,6 +276,48 @@ def test_a_class_label_keeps_its_names_and_order(tmp_path: Path) -> None:
     assert data.splits["train"].with_format("numpy")["label"][:].dtype == np.int64
 
 
+# ---- Scores, for a task that asks for them
+
+
+def load_scores(path: Path, **settings: Any) -> Examples:
+    return load_examples(DataConfig(dataset=str(path), **settings), TEXTS, read_scores)
+
+
+@pytest.mark.parametrize(
+    "cells", [[row / 8 for row in range(40)], list(range(40)), [f"{row / 8}" for row in range(40)]]
+)
+def test_scores_are_numbers_and_no_classes(tmp_path: Path, cells: list[Any]) -> None:
+    data = load_scores(write_parquet(tmp_path / "scores", make_rows(40) | {"label": cells}))
+    assert data.label_names == []
+    assert "classes" not in data.details
+    assert data.details["examples"] == {"train": 28, "validation": 4, "test": 8}
+    assert data.splits["train"].features["label"] == datasets.Value("float32")
+    expected = {text: float(cell) for text, cell in zip(make_rows(40)["text"], cells, strict=True)}
+    assert all(expected[text] == score for split in contents(data).values() for text, score in split)
+    limited = load_scores(tmp_path / "scores.parquet", max_train_samples=7, max_eval_samples=3)
+    assert limited.details["examples"] == {"train": 7, "validation": 3, "test": 3}
+
+
+def test_scores_that_are_missing_hidden_or_no_numbers(tmp_path: Path) -> None:
+    def refuse(cells: list[Any], found: str) -> None:
+        with pytest.raises(InputError, match=f"(?s)expected.*{found}"):
+            load_scores(write_parquet(tmp_path / "scores", make_rows(40) | {"label": cells}))
+
+    scores = [row / 8 for row in range(40)]
+    refuse([None, *scores[1:]], r"found 1 of 40 rows.*counted from 0: 0")
+    refuse([str(score) for score in scores[1:]] + ["high"], "found 'high'.*--label_column")
+    refuse([*scores[1:], float("inf")], "found inf")
+    refuse([1.0] * 40, "scores that differ")
+    refuse([[1.0]] * 40, "one number per row")
+    # As GLUE publishes STS-B: the scores of its test split are hidden.
+    for name, prefix in (("train", "a"), ("dev", "b"), ("test", "c")):
+        rows = make_rows(40, prefix=prefix) | {"label": [-1.0] * 40 if name == "test" else scores}
+        write_csv(tmp_path / "stsb" / f"{name}.csv", rows)
+    data = load_scores(tmp_path / "stsb")
+    assert data.details["came_from"]["test"] == "split 'validation'"
+    assert data.splits["test"]["label"][:] == scores
+
+
 # ---- Splits
 
 
@@ -371,8 +416,8 @@ def test_the_split_seed_and_nothing_else_moves_the_splits(tmp_path: Path) -> Non
     # Another process (with another hash seed), another folder, another cache, another time of writing.
     moved = shutil.copytree(folder, tmp_path / "elsewhere" / "copy", copy_function=shutil.copyfile)
     code = (
-        "from pipelines.core.config import DataConfig; from pipelines.data.examples import load_classification as load;"
-        f"print(load(DataConfig(dataset={str(moved)!r}, max_train_samples=20)).fingerprint)"
+        "from pipelines.core.config import DataConfig; from pipelines.tasks.text_classification import TextClassification;"
+        f"print(TextClassification(DataConfig(dataset={str(moved)!r}, max_train_samples=20)).data.fingerprint)"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONHASHSEED": "7"}
     root = Path(__file__).parents[2]
@@ -441,7 +486,7 @@ def refused(dataset: Path | str, *parts: str, **settings: Any) -> None:
 
 def test_no_data_set_is_refused() -> None:
     with pytest.raises(InputError, match="expected a data set, found none; pass --dataset"):
-        load_classification(DataConfig())
+        load_examples(DataConfig(), TEXTS, read_classes)
 
 
 def test_missing_and_malformed_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -600,13 +645,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> ClassificationData:
+def data(tmp_path: Path) -> Examples:
     rows = make_rows()
     rows["text"] = [text + " something" * (row % 7) for row, text in enumerate(rows["text"])]
     return load(write_csv(tmp_path / "texts.csv", rows))
 
 
-def test_tokens_are_those_of_the_texts_in_order(data: ClassificationData, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokens_are_those_of_the_texts_in_order(data: Examples, tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = tokenize(data, tokenizer, 9)
     assert set(tokens) == set(SPLITS)
     for name, split in tokens.items():
@@ -619,10 +664,10 @@ def test_tokens_are_those_of_the_texts_in_order(data: ClassificationData, tokeni
 
 
 def test_cached_tokens_follow_data_tokenizer_and_length(
-    data: ClassificationData, tokenizer: PreTrainedTokenizerFast, cache: Path
+    data: Examples, tokenizer: PreTrainedTokenizerFast, cache: Path
 ) -> None:
     def files() -> set[Path]:
-        return set((cache / "pocketformers").iterdir())
+        return set((cache / "pocketformers").glob("tokens-*"))
 
     first = tokenize(data, tokenizer, 9)
     known = files()
@@ -638,7 +683,7 @@ def test_cached_tokens_follow_data_tokenizer_and_length(
     assert len(files()) == 9
 
 
-def test_batches_are_padded_to_their_own_longest(data: ClassificationData, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_batches_are_padded_to_their_own_longest(data: Examples, tokenizer: PreTrainedTokenizerFast) -> None:
     split = tokenize(data, tokenizer, 32)["train"]
     logits = np.random.default_rng(0).normal(size=(len(split), 3)).astype(np.float32)
     split = split.add_column("teacher_logits", list(logits))

@@ -15,8 +15,9 @@ from PIL import Image
 from conftest import make_image, make_image_processor, tiny_config, tiny_model, write_image_folder
 from pipelines.core.config import AugmentConfig, DataConfig, DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
-from pipelines.data.examples import load_classification
+from pipelines.data.examples import load_examples
 from pipelines.data.images import IMAGES, augment, collate, read_image
+from pipelines.data.references import read_classes
 from pipelines.models.predict import predict_torch
 from pipelines.onnx.calibrate import CALIBRATIONS, calibration_feeds, quantize_static_int8
 from pipelines.onnx.export import export_onnx
@@ -31,7 +32,7 @@ DIGITS = "package://sklearn/datasets/data/digits.csv.gz"
 
 
 def load(dataset, **settings):
-    return load_classification(DataConfig(dataset=str(dataset), **settings), IMAGES)
+    return load_examples(DataConfig(dataset=str(dataset), **settings), IMAGES, read_classes)
 
 
 def refused(dataset, *parts, **settings):
@@ -62,7 +63,7 @@ def test_the_digits_are_grey_images_with_sixteen_as_white():
 
 
 def _digits_path():
-    from pipelines.data.sources import resolve
+    from pipelines.core.sources import resolve
 
     return resolve(DIGITS)
 
@@ -102,14 +103,7 @@ def test_tables_that_are_no_pixels_are_refused(tmp_path, text, found):
     refused(path, found)
 
 
-def test_a_compressed_table_that_fills_the_memory_or_is_none_is_refused(tmp_path, monkeypatch):
-    with gzip.open(tmp_path / "table.csv.gz", "wt") as file:
-        file.write("0," * 300_000 + "1\n")
-    refused(tmp_path / "table.csv.gz", "at most 262,144 columns")
-    with gzip.open(tmp_path / "table.csv.gz", "wt") as file:
-        file.writelines(["0,0,0,0,one\n"] * 1000)
-    monkeypatch.setattr("pipelines.data.examples.MOST_UNPACKED", 5000)
-    refused(tmp_path / "table.csv.gz", "5,000 characters")
+def test_a_compressed_table_that_is_none_is_refused(tmp_path):
     (tmp_path / "table.csv.gz").write_bytes(b"no gzip")
     refused(tmp_path / "table.csv.gz", "cannot be read")
     refused(tmp_path / "missing.csv.gz", "does not exist")

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from conftest import tiny_model
 from pipelines.core.errors import InputError
-from pipelines.data.sources import check_model_directory, model_fingerprint, resolve
+from pipelines.core.sources import model_fingerprint, resolve
+from pipelines.data.sources import check_model_directory
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_package_files_are_found_without_importing_the_package(package: Path) ->
         ("package://no_such_package_here/data", "pip install"),
         ("package://poisoned-package/data", "underscores"),
         ("package://poisoned_package.data/texts.csv", "no dots"),
-        ("package://lonely_module/data", "single module"),
+        ("package://lonely_module/data", "no such package"),
         ("package://", "top-level name"),
     ],
 )
@@ -146,10 +147,12 @@ def test_shards_that_are_refused(model: Path) -> None:
     with pytest.raises(InputError, match="00002.*truncated or corrupt"):
         check_model_directory(model)
     save_file({"c": np.ones(8, np.float32)}, second)
-    with pytest.raises(InputError, match="found 1 missing, such as 'b'.*download them together"):
+    with pytest.raises(InputError, match="1 tensors missing, such as 'b' of model-00002.*download all"):
         check_model_directory(model)
     second.unlink()
-    with pytest.raises(InputError, match="found 1: model-00002-of-00002.safetensors missing.*download"):
+    with pytest.raises(
+        InputError, match="found 1 shards.*such as 'b' of model-00002-of-00002.safetensors; download all"
+    ):
         check_model_directory(model)
     (model / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(InputError, match="'weight_map'"):
@@ -207,16 +210,3 @@ def test_the_licence_is_that_of_the_model_card(tmp_path):
     assert model_license(str(tmp_path)) == "apache-2.0"
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     assert model_license(str(tmp_path)) is None
-
-
-def test_a_folder_of_a_package_with_a_link_out_of_it_is_refused(tmp_path, monkeypatch):
-    data = tmp_path / "site" / "a_package" / "data"
-    data.mkdir(parents=True)
-    (data.parent / "__init__.py").write_text("")
-    (data / "inside.txt").symlink_to(data.parent / "__init__.py")
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    assert resolve("package://a_package/data") == str(data)
-    (tmp_path / "secret").write_text("outside")
-    (data / "texts.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(InputError, match=r"texts\.txt, a symbolic link that leads out of it"):
-        resolve("package://a_package/data")

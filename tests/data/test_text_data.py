@@ -10,9 +10,9 @@ import pytest
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED
-from pipelines.data.documents import (
+from pipelines.data.documents import load_documents
+from pipelines.data.windows import (
     cut_windows,
-    load_documents,
     token_stream,
     tokenize_windows,
     train_tokenizer,
@@ -110,6 +110,14 @@ def test_rows_are_joined_into_documents_at_a_pattern(tmp_path):
         assert found == [f" = Title {number} = \n\n text {number} \n = = Section = = \n" for number in range(10)]
 
 
+def test_a_text_file_in_cp1252_is_read(tmp_path, caplog):
+    (tmp_path / "all.txt").write_text("\n\n".join(text + " é" for text in DOCUMENTS), encoding="cp1252")
+    data = load(tmp_path / "all.txt")
+    assert data.details["read_as_cp1252"] == 1
+    assert "all.txt" in caplog.text
+    assert all(text.endswith("é") for text in data.splits["train"]["text"])
+
+
 def test_a_class_folder_file_in_cp1252_is_read(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
@@ -125,8 +133,8 @@ def test_a_class_folder_file_in_cp1252_is_read(tmp_path):
     [
         (b"", "empty file"),
         (b" \n\n ", "empty file"),
-        (b"caf\xe9 \xff\n\nb", "UTF-8"),
-        (b"a\0b", "NUL"),
+        (b"caf\x81 \xff\n\nb", "UTF-8"),
+        (b"a\0b", "other bytes"),
         (b"one document", "enough"),
     ],
 )

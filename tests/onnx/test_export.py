@@ -102,7 +102,7 @@ def test_predictions_come_in_the_order_of_the_examples(exported):
 def test_padding_is_verified_even_where_every_text_has_the_same_length(tokenizer):
     import datasets
 
-    from pipelines.data.examples import collate
+    from pipelines.data.text import collate
     from pipelines.onnx.verify import verification_batches
 
     examples = {"input_ids": [[5] * 16] * 9, "attention_mask": [[1] * 16] * 9, "labels": [0] * 9, "length": [16] * 9}

@@ -14,7 +14,7 @@ import yaml
 import processes
 from conftest import tiny_language_model
 from pipelines.core.config import parse_config
-from pipelines.data.documents import train_tokenizer
+from pipelines.data.windows import train_tokenizer
 from pipelines.report import results
 from watched import check_only_the_main_process_wrote, watched_recipe
 

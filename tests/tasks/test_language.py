@@ -13,7 +13,7 @@ from conftest import tiny_language_model
 from pipelines.core.config import DataConfig, DistillConfig, LanguageConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED
-from pipelines.data.documents import token_stream, train_tokenizer
+from pipelines.data.windows import token_stream, train_tokenizer
 from pipelines.tasks.text_generation.task import LanguageModeling, check_knows_language, token_answers
 from pipelines.training.distill import DistillationTrainer, distill_student
 from pipelines.training.soft_targets import WithSoftTargets, compute_token_soft_targets

@@ -11,8 +11,9 @@ import numpy as np
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Head
-from pipelines.data.documents import load_documents, tokenize_windows, train_tokenizer, vocabulary_fingerprint
+from pipelines.data.documents import TextData, load_documents
 from pipelines.data.sources import check_model, resolve
+from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
 from pipelines.models.predict import predict_torch
 from pipelines.tasks.base import Task
@@ -71,20 +72,22 @@ class LanguageModeling(Task):
             raise InputError(
                 f"expected a --stride below --max_length ({config.max_length}), found {self.stride}. Pass a smaller one."
             )
-        self.data = load_documents(config, language)
         self._features: dict[str, Any] = {}
         self._tokenizer: Any = None
 
+    data: TextData
+
+    def load_data(self) -> TextData:
+        return load_documents(self.config, self.language)
+
+    @property
+    def read_as(self) -> str:
+        return f"{self.name} {self.language.document_start}"
+
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
-        return {
-            "name": self.name,
-            "data": self.data.fingerprint,
-            "max_length": self.config.max_length,
-            "stride": self.stride,
-            "vocabulary_size": self.language.vocabulary_size,
-            **self.permissions(),
-        }
+        settings = {"stride": self.stride, "vocabulary_size": self.language.vocabulary_size}
+        return super().describe() | {"max_length": self.config.max_length, **settings}
 
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model, padding on the left, where a continuation does not follow.

@@ -1,0 +1,160 @@
+"""What the reference column becomes, as the task says: classes, or scores. A language model has none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+
+from pipelines.core.config import DataConfig
+from pipelines.core.errors import InputError
+
+
+@dataclass
+class References:
+    """The references of each split that the data set has, by the split's own name; -1 (a class) or NaN (a score) where a row has none."""
+
+    values: dict[str, np.ndarray]
+    feature: datasets.ClassLabel | datasets.Value  # the type of the column `label`
+    names: list[str] = field(default_factory=list)  # of the classes, whose ids the values are; none for scores
+
+
+# Of the splits that are used, by their own names; the first is the training split.
+ReadReferences = Callable[[dict[str, datasets.Dataset], DataConfig], References]
+
+
+def missing(values: np.ndarray) -> np.ndarray:
+    """Which rows have no reference."""
+    return np.isnan(values) if values.dtype.kind == "f" else values < 0
+
+
+def has_references(split: datasets.Dataset, config: DataConfig) -> bool:
+    """Whether a split that no flag names can be scored: hidden test labels (all empty, or -1) cannot."""
+    if config.label_column not in split.column_names:
+        return False
+    if not _is_plain(split, config):
+        return True  # for read_classes or read_scores to refuse
+    return any(not (_is_empty(value) or value == -1) for value in split.unique(config.label_column))
+
+
+def dtype(split: datasets.Dataset, column: str) -> str:
+    """The type of a column's values, in the words of `datasets`."""
+    return str(getattr(split.features[column], "dtype", type(split.features[column]).__name__))
+
+
+def _is_plain(split: datasets.Dataset, config: DataConfig) -> bool:
+    return dtype(split, config.label_column).startswith(
+        ("string", "large_string", "bool", "null", "int", "uint", "float")
+    )
+
+
+def _is_empty(value: Any) -> bool:
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or (isinstance(value, str) and not value.strip())
+
+
+def _check_plain(split: datasets.Dataset, name: str, what: str, config: DataConfig) -> None:
+    if not _is_plain(split, config):
+        raise InputError(
+            f"expected one {what} per row in the column {config.label_column!r} of the split {name!r}, found values of type "
+            f"{dtype(split, config.label_column)}; name a column of them with --label_column (columns: {', '.join(split.column_names)})"
+        )
+
+
+def _map(split: datasets.Dataset, column: str, values: dict[Any, Any], otherwise: Any) -> list[Any]:
+    """The column's cells by what `values` makes of each different one."""
+    batches = split.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+    return [values.get(cell, otherwise) for batch in batches for cell in batch[column].to_pylist()]
+
+
+# ---- Classes
+
+
+def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> References:
+    """The classes' ids: in a ClassLabel's own order, numbers and truth values by size, anything else by alphabet."""
+    column = config.label_column
+    cells = {}
+    for name, split in splits.items():
+        _check_plain(split, name, "class name or number", config)
+        declared = getattr(split.features[column], "names", None)
+        cells[name] = {value: _class_of(value, declared) for value in split.unique(column)}
+    found = {label for by_cell in cells.values() for label in by_cell.values() if label is not None}
+    names = _label_names(found, getattr(next(iter(splits.values())).features[column], "names", None), config)
+    ids = {label: class_id for class_id, label in enumerate(names)}
+    values = {}
+    for name, split in splits.items():
+        by_cell = {value: ids[str(label)] for value, label in cells[name].items() if label is not None}
+        values[name] = np.array(_map(split, column, by_cell, -1), np.int64)
+    return References(values, datasets.ClassLabel(names=names), names)
+
+
+def _class_of(value: Any, declared: list[str] | None) -> Any:
+    """The class that a cell names, None for a cell without; `declared` are the names of a ClassLabel column."""
+    if _is_empty(value) or value == -1:
+        return None
+    if declared is not None:
+        return declared[value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _label_names(found: set[Any], declared: list[str] | None, config: DataConfig) -> list[str]:
+    if declared is not None:
+        unknown = sorted({str(label) for label in found} - set(declared))
+        if unknown:
+            raise InputError(
+                f"expected the classes of the training split ({', '.join(declared)}) in every split, found also "
+                f"{', '.join(unknown[:5])}; add training examples of it, or remove it from the other splits"
+            )
+        return list(declared)
+    fractions = [label for label in found if isinstance(label, float)]
+    if fractions:
+        raise InputError(
+            f"expected classes in the column {config.label_column!r}, found fractions such as {fractions[0]}; name a "
+            "column of classes with --label_column (regression is another task)"
+        )
+    numbers = all(isinstance(label, int) for label in found)
+    names = [str(label) for label in sorted(found, key=lambda label: label if numbers else str(label))]
+    if len(names) < 2:
+        raise InputError(
+            f"expected at least two classes in the column {config.label_column!r}, found {len(names)} "
+            f"({', '.join(names) or 'no label at all'}); name the column of classes with --label_column, or add "
+            "examples of another class"
+        )
+    return list(dict.fromkeys(names))
+
+
+# ---- Scores
+
+
+def read_scores(splits: dict[str, datasets.Dataset], config: DataConfig) -> References:
+    """The column as float32; text that spells a number counts as one."""
+    column = config.label_column
+    values = {}
+    for name, split in splits.items():
+        _check_plain(split, name, "number", config)
+        by_cell = {value: _score_of(value, name, config) for value in split.unique(column)}
+        values[name] = np.array(_map(split, column, by_cell, math.nan), np.float32)
+    if len(np.unique(np.concatenate([column[~missing(column)] for column in values.values()]))) < 2:
+        raise InputError(
+            f"expected scores that differ in the column {column!r}, found one value at most; name the column of scores with --label_column"
+        )
+    return References(values, datasets.Value("float32"))
+
+
+def _score_of(value: Any, split: str, config: DataConfig) -> float:
+    if _is_empty(value):
+        return math.nan
+    try:
+        score = float(value)
+    except ValueError:
+        score = math.inf
+    if math.isinf(score):
+        raise InputError(
+            f"expected a number in every row of the column {config.label_column!r}, found {value!r:.80} in the split {split!r}; name the "
+            "column of scores with --label_column, or correct the row"
+        )
+    return score

@@ -1,0 +1,161 @@
+"""Texts: read from files, compared without their white space, tokenized and padded."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+
+from pipelines.core.disk import digest
+from pipelines.core.errors import InputError
+from pipelines.data.examples import Examples
+from pipelines.data.kinds import Kind
+from pipelines.data.references import dtype
+from pipelines.data.remembered import folder
+from pipelines.data.tables import FILE_BUILDERS, read_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Part of the key of cached tokens: raise it when tokenize() changes what it writes.
+_TOKENS_VERSION = 1
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """The text of a file and its encoding: UTF-8, else a guess."""
+    content = path.read_bytes()
+    for encoding in ("utf-8-sig", "cp1252"):
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text:
+            return text, encoding.removesuffix("-sig")
+    raise InputError(
+        f"expected text files (UTF-8, or at least cp1252), found other bytes in {path}; convert or remove the file"
+    )
+
+
+def read_text_files(folder: Path, files: list[tuple[Path, str]]) -> datasets.Dataset:
+    """Each file as a row; a warning names those whose encoding was guessed."""
+    try:
+        texts = [read_text(path) for path, _ in files]
+    except OSError as error:
+        raise InputError(
+            f"expected readable text files in {folder}, found: {error}; check the files and their permissions"
+        ) from error
+    guessed = [path for (path, _), (_, encoding) in zip(files, texts, strict=True) if encoding != "utf-8"]
+    if guessed:
+        logger.warning(
+            "%d of the text files in %s are not UTF-8 and were read as cp1252, such as %s",
+            len(guessed),
+            folder,
+            guessed[0].relative_to(folder),
+        )
+    rows = {
+        "text": [text for text, _ in texts],
+        "label": [label for _, label in files],
+        "file": [path.name for path, _ in files],
+        "encoding": [encoding for _, encoding in texts],
+    }
+    return datasets.Dataset.from_dict(rows, datasets.Features(dict.fromkeys(rows, datasets.Value("string"))))
+
+
+def _prepare(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
+    return split if dtype(split, column) in ("string", "large_string") else None
+
+
+def content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
+    """Of each row its texts, and the texts with white space folded: what differs in white space only is a duplicate."""
+    folded = [[" ".join((text or "").split()) for text in row] for row in rows]
+    return [
+        (json.dumps(row).encode(), "\0".join(texts).encode()) if all(texts) else None
+        for row, texts in zip(rows, folded, strict=True)
+    ]
+
+
+TEXTS = Kind(
+    noun="texts",
+    usable="a text",
+    columns={"text_column": "text", "text_pair_column": "text_pair"},
+    suffixes=tuple(FILE_BUILDERS),
+    read_file=read_table,
+    read_files=read_text_files,
+    prepare=_prepare,
+    content=content,
+)
+
+
+# ---- Tokens
+
+
+def tokenize(data: Examples, tokenizer: Any, max_length: int) -> datasets.DatasetDict:
+    """Token ids of every split, cut to `max_length` tokens, not padded, in the order of the examples.
+
+    The columns are input_ids, attention_mask, token_type_ids (if the tokenizer gives them), labels and length. Tokens
+    are kept in the cache of `datasets`, keyed by the data's content, the tokenizer and the length.
+    """
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        tokens = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
+        return {
+            **tokens,
+            "labels": batch["label"],
+            "length": [len(input_ids) for input_ids in tokens["input_ids"]],
+        }
+
+    fingerprint = digest([_TOKENS_VERSION, data.fingerprint, tokenizer_content(tokenizer), max_length])[:32]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    truncation = None if backend is None else backend.truncation
+    tokens = datasets.DatasetDict(
+        {
+            name: split.map(
+                encode,
+                batched=True,
+                remove_columns=split.column_names,
+                # Beside the source's own cache files would be inside the user's folder where the data is one.
+                cache_file_name=str(folder() / f"tokens-{fingerprint}-{name}.arrow"),
+                new_fingerprint=f"{fingerprint}-{name}",
+                desc=f"Tokenizing {name}",
+            )
+            for name, split in data.splits.items()
+        }
+    )
+    if backend is not None:
+        # Or the tokenizer.json that is saved later would tell whether the tokens came from the cache.
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+    return tokens
+
+
+def tokenizer_content(tokenizer: Any) -> list[str]:
+    """What decides the tokens, apart from the truncation and padding that the last call left in the tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content = {"vocabulary": tokenizer.get_vocab(), "settings": tokenizer.init_kwargs}
+    else:
+        content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    sides = [tokenizer.truncation_side, *tokenizer.model_input_names]
+    return [type(tokenizer).__name__, *sides, json.dumps(content, sort_keys=True, default=str)]
+
+
+def collate(tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    """A collator that pads a batch of tokenize()'s rows to its own longest, and leaves out `length`.
+
+    Token columns come out as (batch, longest) int64, `labels` as (batch,) int64, and any other column of equally long
+    number lists, such as `teacher_logits`, as (batch, …) in float32 or int64.
+    """
+    from transformers import DataCollatorWithPadding
+
+    return partial(_collate_batch, DataCollatorWithPadding(tokenizer))
+
+
+def _collate_batch(pad: Callable[[list[dict[str, Any]]], Any], rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    # At module level, so that the workers of a DataLoader can receive it pickled.
+    return dict(pad([{name: value for name, value in row.items() if name != "length"} for row in rows]))

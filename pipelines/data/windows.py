@@ -1,0 +1,87 @@
+"""Tokens of documents: a tokenizer of their own, one stream of all, and windows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import datasets
+import numpy as np
+
+from pipelines.core.disk import digest
+from pipelines.core.errors import InputError
+from pipelines.core.task import IGNORED
+from pipelines.data.examples import Examples
+
+END_TOKEN = "<|endoftext|>"  # GPT-2's own name for what parts documents
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
+    """A byte-level BPE tokenizer (as GPT-2's) learnt from `texts`; token 0 ends a document. Nothing is unknown to it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_TOKEN, eos_token=END_TOKEN, pad_token=END_TOKEN, padding_side="left"
+    )
+
+
+def token_stream(texts: Iterable[str], tokenizer: Any) -> np.ndarray:
+    """All documents as one array of token ids, with the end token before the first and after each."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError(
+            "expected a tokenizer with an end token (eos_token) to join documents with, found none. Set one and save it."
+        )
+    texts = list(texts)
+    pieces = [np.array([end], np.int32)]
+    for start in range(0, len(texts), 1000):  # Python's own integers take ten times the memory of the array's
+        # A text that spells the end token out is text.
+        encoded = tokenizer(texts[start : start + 1000], add_special_tokens=False, split_special_tokens=True)
+        pieces += [np.array([*tokens, end], np.int32) for tokens in encoded["input_ids"]]
+    return np.concatenate(pieces)
+
+
+def cut_windows(stream: np.ndarray, size: int, stride: int) -> dict[str, Any]:
+    """Windows of `size` tokens that begin `stride` (less than `size`) apart, as columns input_ids and labels (windows, size).
+
+    Every token but the stream's first is the label of exactly one window: labels of tokens an earlier window had are -100, and so is the
+    first of each, which nothing predicts. All windows are full, the last one by reaching further back; a stream shorter than `size`
+    makes one short window.
+    """
+    size = min(size, len(stream))
+    starts = [*range(0, len(stream) - size, stride), len(stream) - size]
+    ids = np.stack([stream[start : start + size] for start in starts])
+    labels = ids.copy()
+    done = 1
+    for row, start in enumerate(starts):
+        labels[row, : max(done - start, 1)] = IGNORED
+        done = start + size
+    return {"input_ids": ids, "labels": labels}
+
+
+def tokenize_windows(data: Examples, tokenizer: Any, size: int, stride: int) -> datasets.DatasetDict:
+    """Windows of every split: for training they overlap by one token, so each is learnt once; for scoring they begin `stride` apart."""
+    splits = {}
+    for role, split in data.splits.items():
+        windows = cut_windows(token_stream(split["text"], tokenizer), size, size - 1 if role == "train" else stride)
+        if windows["input_ids"].shape[1] < 2:
+            raise InputError(f"expected text of more than one token in the {role} split, found less. Add documents.")
+        length = [windows["input_ids"].shape[1]] * len(windows["input_ids"])
+        splits[role] = datasets.Dataset.from_dict({**windows, "length": length})
+    return datasets.DatasetDict(splits)
+
+
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """Identity of a vocabulary: every token with its id."""
+    return digest(sorted(tokenizer.get_vocab().items()))
