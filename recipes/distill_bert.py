@@ -52,7 +52,8 @@ def main() -> None:
     from pipelines.training.distill import distill_student
     from pipelines.training.prune import prune_and_recover
     from pipelines.training.soft_targets import compute_soft_targets
-    from pipelines.training.trainer import arguments_for, fine_tune
+    from pipelines.training.fine_tune import fine_tune
+    from pipelines.training.trainer import arguments_for
 
     run = Run(training.output_dir, TextClassification(data), training.seed)
     # A token that the Hub refuses shows now, not after hours of training.

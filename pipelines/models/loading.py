@@ -53,6 +53,7 @@ def load_classifier(
         "a model's weights",
         output_loading_info=True,
         use_safetensors=True,  # a pickle runs whatever code is in it
+        dtype="float32",  # whatever it was stored in: mixed precision is the Trainer's
         **code,
         ignore_mismatched_sizes=not keep,
         **({} if keep else {"num_labels": len(labels), **names}),
