@@ -67,7 +67,8 @@ def main() -> None:
     # The teacher answers every training example once; all epochs of the student and of its recovery read these answers.
     soft_targets = None
     if distill.needs_stored_targets:
-        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True)
+        kept = distill.for_soft_targets()
+        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=kept)
 
     # The student starts from the teacher's own layers, so its embeddings and head come trained.
     learning = {"student": student, "training": training, "distributed": True}

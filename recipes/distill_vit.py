@@ -72,7 +72,8 @@ def main() -> None:
     # They are of the images as they are; a student of augmented images needs the teacher in the loop (--soft_targets online).
     soft_targets = None
     if distill.needs_stored_targets:
-        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True)
+        kept = distill.for_soft_targets()
+        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=kept)
 
     # The student starts from the teacher's own layers, or is of another kind altogether (--student_model).
     learning = {"student": student, "training": training, "distributed": True}

@@ -37,7 +37,7 @@ def load_classifier(
             AutoConfig.from_pretrained, located, "a model's config.json", num_labels=len(labels), **names, **code
         )
         shape.architectures = shape.architectures or []  # from_config cannot do without
-        return load(lambda _: model_class.from_config(shape, **code), located, "the shape of a model")
+        return load(lambda _: model_class.from_config(shape, dtype="float32", **code), located, "the shape of a model")
     has_head = any(suffix in name for name in config.architectures or [])
     order = label_order(config, label_names) if has_head else None
     if order is None and (head == "required" or (head == "new if none" and has_head)):

@@ -6,7 +6,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    TrainingArguments,
+)
 
 from conftest import make_texts, make_tokenizer, tiny_language_model, tiny_model
 from pipelines.core.errors import InputError
@@ -119,7 +124,9 @@ def test_a_script_that_distils_a_language_model(tmp_path):
 
     counted = labels[:, 1:] != -100
     with torch.no_grad():
-        logits = [model(torch.from_numpy(ids)).logits[:, :-1][torch.from_numpy(counted)] for model in (student, teacher)]
+        logits = [
+            model(torch.from_numpy(ids)).logits[:, :-1][torch.from_numpy(counted)] for model in (student, teacher)
+        ]
     assert found[0][0] == pytest.approx(expected_loss(*logits, labels[:, 1:][counted]), rel=1e-4)
 
 
@@ -139,7 +146,9 @@ def test_a_narrow_student_of_hidden_states_is_a_stock_model_afterwards(tmp_path)
 def test_no_teacher_at_all_is_refused(tmp_path):
     rows = [{"input_ids": [2, 6, 3], "labels": 1}] * 4
     trainer = DistillationTrainer(
-        model=tiny_model(), args=TrainingArguments(str(tmp_path), **ONE_STEP), train_dataset=datasets.Dataset.from_list(rows)
+        model=tiny_model(),
+        args=TrainingArguments(str(tmp_path), **ONE_STEP),
+        train_dataset=datasets.Dataset.from_list(rows),
     )
     with pytest.raises(InputError, match="a teacher, or a column teacher_logits"):
         trainer.train()

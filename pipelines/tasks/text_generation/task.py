@@ -118,7 +118,7 @@ class LanguageModeling(Task, NextTokenLoss):
             }
             shape = load(AutoConfig.from_pretrained, located, "a model's config.json", **tokens, **code)
             return load(
-                lambda _: AutoModelForCausalLM.from_config(shape, **code),
+                lambda _: AutoModelForCausalLM.from_config(shape, dtype="float32", **code),
                 located,
                 "the shape of a causal language model",
             )
