@@ -50,9 +50,9 @@ def main() -> None:
     from pipelines.report.results import report_run
     from pipelines.tasks.text_classification import TextClassification
     from pipelines.training.distill import distill_student
+    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.prune import prune_and_recover
     from pipelines.training.soft_targets import compute_soft_targets
-    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.trainer import arguments_for
 
     run = Run(training.output_dir, TextClassification(data), training.seed)

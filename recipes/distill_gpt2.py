@@ -56,9 +56,9 @@ def main() -> None:
     from pipelines.tasks.text_generation.quantize import quantize_language_model
     from pipelines.tasks.text_generation.task import LanguageModeling
     from pipelines.training.distill import distill_student
+    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.prune import can_be_pruned, prune_and_recover
     from pipelines.training.soft_targets import compute_soft_targets
-    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.trainer import arguments_for
 
     run = Run(training.output_dir, LanguageModeling(data, language), training.seed)

@@ -54,9 +54,9 @@ def main() -> None:
     from pipelines.report.results import report_run
     from pipelines.tasks.image_classification import ImageClassification
     from pipelines.training.distill import distill_student
+    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.prune import can_be_pruned, prune_and_recover
     from pipelines.training.soft_targets import compute_soft_targets
-    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.trainer import arguments_for
 
     run = Run(training.output_dir, ImageClassification(data, augmentation), training.seed)

@@ -61,7 +61,7 @@ class Classification(Task, ClassifierLoss):
         reorder_labels(model, order, self.label_names)
 
     def check_graph(self, source: str) -> None:
-        """Raise InputError unless the ONNX model in `source` takes this task's inputs and answers in the data's order.
+        """Raise InputError unless the ONNX model in `source` takes this task's inputs and predicts in the data's order.
 
         A graph keeps the order of its export.
         """

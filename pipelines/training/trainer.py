@@ -90,7 +90,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "Refused: a run goes on from the last whole checkpoint of its --output_dir by itself."},
+        metadata={"help": "Refused: a run continues from the last whole checkpoint of its --output_dir by itself."},
     )
     report_to: str = field(default="none", metadata={"help": "Where to log to: none, tensorboard, wandb, …"})
     logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
@@ -98,7 +98,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         if self.resume_from_checkpoint is not None:
             raise InputError(
-                f"expected no --resume_from_checkpoint, found {self.resume_from_checkpoint!r}. Leave it out: the same command goes on from the "
+                f"expected no --resume_from_checkpoint, found {self.resume_from_checkpoint!r}. Leave it out: the same command continues from the "
                 "last whole checkpoint of its --output_dir by itself."
             )
         super().__post_init__()

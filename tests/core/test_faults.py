@@ -23,9 +23,9 @@ from pipelines.core.errors import InputError
 from pipelines.core.run import RECORD, Outcome, Run, no_room, read_record
 from pipelines.data.examples import load_classification
 from pipelines.training import soft_targets
-from pipelines.training.soft_targets import compute_soft_targets
 from pipelines.training.checkpoints import checkpoint_damage, last_whole_checkpoint, write_checksums
 from pipelines.training.fine_tune import fine_tune
+from pipelines.training.soft_targets import compute_soft_targets
 from pipelines.training.trainer import Trainer, train
 
 

@@ -30,9 +30,9 @@ from pipelines.core.run import Outcome, Run
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training import prune, soft_targets
 from pipelines.training.distill import distill_student
+from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
-from pipelines.training.fine_tune import fine_tune
 from pipelines.training.trainer import Trainer, TrainingArguments
 from processes import run_processes, values
 

@@ -23,9 +23,9 @@ from pipelines.onnx.export import export_onnx
 from pipelines.onnx.predict import predict_onnx
 from pipelines.tasks.image_classification import ImageClassification
 from pipelines.training.distill import distill_student
+from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import can_be_pruned
 from pipelines.training.soft_targets import compute_soft_targets
-from pipelines.training.fine_tune import fine_tune
 
 DIGITS = "package://sklearn/datasets/data/digits.csv.gz"
 

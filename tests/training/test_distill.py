@@ -14,6 +14,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.run import describe, differences
 from pipelines.models.loading import label_order
 from pipelines.models.students import parse_layers, student_from_layers
+from pipelines.training import fine_tune
 from pipelines.training.distill import DistillationTrainer, distill_student, parse_hidden_state_map, train_student
 from pipelines.training.soft_targets import WithSoftTargets, compute_soft_targets
 
@@ -308,3 +309,44 @@ def test_a_language_student_of_some_layers_runs_those_with_a_cache_of_its_own(mo
 
     del layers_of(teacher)[1]
     torch.testing.assert_close(found.logits, teacher(tokens, use_cache=False).logits)
+
+
+def test_examples_are_augmented_wherever_the_teacher_is_online(
+    trained_teacher, soft_targets, task, training, tmp_path, monkeypatch
+):
+    """Also where soft targets are asked for as stored ones and none are there; the baseline on labels alone as its student."""
+    seen = []
+
+    def collate(processor, teacher_processor=None, augment=False):
+        seen.append(augment)
+        return task.collate(processor)
+
+    monkeypatch.setattr(task, "training_collate", collate)
+    training.max_steps, training.eval_strategy, training.save_strategy = 1, "no", "no"
+    training.load_best_model_at_end = False
+    for distill, stored in (
+        (DistillConfig(), None),
+        (DistillConfig(), soft_targets),
+        (DistillConfig().labels_only(), None),
+        (DistillConfig(soft_targets="online").labels_only(), None),
+        (DistillConfig(hidden_state_weight=0.1), soft_targets),
+    ):
+        distill_student(str(trained_teacher), tmp_path / "out", task, StudentConfig(), distill, training, stored)
+    assert seen == [True, False, False, True, True]
+
+
+def test_stages_and_online_teachers_are_scored_in_batches_of_the_given_size(
+    trained_teacher, task, training, tmp_path, monkeypatch
+):
+    sizes = []
+    predict = fine_tune.predict_torch
+
+    def watched(model, features, collate, task, batch_size, **keywords):
+        sizes.append(batch_size)
+        return predict(model, features, collate, task, batch_size, **keywords)
+
+    monkeypatch.setattr(fine_tune, "predict_torch", watched)
+    training.max_steps, training.per_device_eval_batch_size = 1, 7
+    distill = DistillConfig(soft_targets="online")
+    distill_student(str(trained_teacher), tmp_path / "out", task, StudentConfig(), distill, training)
+    assert sizes == [7, 7]

@@ -54,14 +54,14 @@ def test_a_run_killed_in_the_soft_targets_continues_with_that_shard(
     """Through Run.stage, whose partial directory keeps the shards; one of these is then damaged in the middle."""
     from pipelines.training import soft_targets
 
-    answered: list[str] = []
+    written: list[str] = []
     real = soft_targets.check_finite
 
-    def killed_at_the_fourth(answers, first):
-        if len(answered) == 3:
+    def killed_at_the_fourth(arrays, first):
+        if len(written) == 3:
             raise KeyboardInterrupt
-        answered.append(str(first))
-        real(answers, first)
+        written.append(str(first))
+        real(arrays, first)
 
     settings = {"distill": DistillConfig(), "shard_examples": 25}
 
@@ -83,9 +83,9 @@ def test_a_run_killed_in_the_soft_targets_continues_with_that_shard(
     shards[1].write_bytes(content)
     before = {path: path.stat().st_mtime_ns for path in shards}
 
-    monkeypatch.setattr(soft_targets, "check_finite", lambda answers, first: answered.append(str(first)))
+    monkeypatch.setattr(soft_targets, "check_finite", lambda arrays, first: written.append(str(first)))
     attempt()
-    assert answered == ["0", "25", "50", "25", "75", "100", "125"]
+    assert written == ["0", "25", "50", "25", "75", "100", "125"]
     assert "shard-00001.safetensors of an interrupted attempt is damaged" in capsys.readouterr().out
     finished = tmp_path / "run" / "soft_targets"
     assert (finished / shards[0].name).stat().st_mtime_ns == before[shards[0]]
@@ -110,7 +110,7 @@ def test_a_shard_is_whole_only_with_its_own_content_and_length(tmp_path, task, t
         assert not shard_is_whole(path, 5)
 
 
-def test_another_runs_shards_in_the_same_place_are_read_anew(tmp_path, task, tokenizer):
+def test_another_runs_shards_in_the_same_place_are_not_mixed_up(tmp_path, task, tokenizer):
     features = task.features(tokenizer)["train"].select(range(5))
     for value in (1.0, 2.0):
         for path in tmp_path.iterdir():
@@ -122,14 +122,14 @@ def test_another_runs_shards_in_the_same_place_are_read_anew(tmp_path, task, tok
 def test_logits_that_are_not_finite_are_refused_by_row(task, tokenizer, tmp_path):
     features = task.features(tokenizer)["train"].select(range(20))
 
-    def answer(rows):
+    def compute(rows):
         logits = np.ones((len(rows), 3), np.float32)
         if rows[0]["input_ids"] == features[10]["input_ids"]:
             logits[3, 1] = np.inf
         return {"teacher_logits": logits}
 
     with pytest.raises(InputError, match=r"teacher_logits for 1 training examples, row 13 of"):
-        write_shards(features, tmp_path, 10, answer)
+        write_shards(features, tmp_path, 10, compute)
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]
 
 
@@ -155,7 +155,7 @@ def test_token_soft_targets_are_the_same_in_any_shards(language_task, language_m
 
 
 def test_memory_is_flat_in_the_number_of_examples(tmp_path):
-    """The short form of the benchmark: twenty times as many examples, whose answers together would break the limit four times over."""
+    """The short form of the benchmark: twenty times as many examples, whose logits together would break the limit four times over."""
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "labelling_memory.py"), "--examples", "400", "8000"]
     command += [
         "--shard_examples",

@@ -294,7 +294,7 @@ def test_any_number_of_processes_trains_to_the_curve_of_one_and_scores_every_exa
         for rows, alone in zip(found, scores[1], strict=True):
             np.testing.assert_allclose(rows, alone, atol=1e-5)
 
-    for kind in ("logits", "pictured", "tokens"):  # batches do not depend on who answers them
+    for kind in ("logits", "pictured", "tokens"):  # batches do not depend on who computes them
         shards = [{path.name: path.read_bytes() for path in (tmp_path / n / kind).iterdir()} for n in ("1", "2", "4")]
         assert len(shards[0]) > 3
         assert shards[0] == shards[1] == shards[2]

@@ -156,7 +156,7 @@ class LanguageModeling(Task, NextTokenLoss):
     def training_collate(
         self, processor: Any, teacher_processor: Any = None, augment: bool = False
     ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """The collator for training, where a teacher in the loop reads the student's own tokens. Texts are not augmented."""
+        """The collator for training, where an online teacher reads the student's own tokens. Texts are not augmented."""
         return collate_windows
 
     def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
