@@ -189,7 +189,8 @@ class DistillConfig:
     temperature: float = _flag(2.0, "Temperature of the soft targets.")
     soft_target_weight: float = _flag(0.9, "Weight of the soft targets in [0, 1]; the labels get the rest.")
     hidden_state_weight: float = _flag(
-        0.0, "Weight of the hidden-state loss, added to the other two; above 0 the teacher runs along (online distillation)."
+        0.0,
+        "Weight of the hidden-state loss, added to the other two; above 0 the teacher runs along (online distillation).",
     )
     hidden_state_map: str | None = _flag(
         None,
@@ -202,7 +203,8 @@ class DistillConfig:
         choices=["stored", "online"],
     )
     soft_target_top_k: int = _flag(
-        32, "Likeliest tokens whose probabilities are stored for each token of text, with the tail mass; for language models."
+        32,
+        "Likeliest tokens whose probabilities are stored for each token of text, with the tail mass; for language models.",
     )
     divergence: str = _flag(
         "forward_kl",

@@ -13,9 +13,15 @@ GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
 
 
 def load_classifier(
-    model_class: Any, suffix: str, source: str, label_names: list[str], head: Head, from_scratch: bool,
-    check_config: Callable[[Any], None], trust_remote_code: bool = False,
-) -> Any:  # fmt: skip
+    model_class: Any,
+    suffix: str,
+    source: str,
+    label_names: list[str],
+    head: Head,
+    from_scratch: bool,
+    check_config: Callable[[Any], None],
+    trust_remote_code: bool = False,
+) -> Any:
     """The model in `source`, by an Auto class, with a head for `label_names` in their order.
 
     A head for exactly these labels, in any order, is kept, and its rows are put in the data's order. Where the checkpoint has

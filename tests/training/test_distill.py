@@ -230,9 +230,14 @@ def test_a_student_checkpoint_of_its_own_learns_from_stored_logits(
     tokenizer.save_pretrained(checkpoint)
     training.num_train_epochs, training.learning_rate, training.per_device_train_batch_size = 8, 3e-3, 8
     outcome = distill_student(
-        str(trained_teacher), tmp_path / "student", task, StudentConfig(student_model=str(checkpoint)), DistillConfig(),
-        training, soft_targets,
-    )  # fmt: skip
+        str(trained_teacher),
+        tmp_path / "student",
+        task,
+        StudentConfig(student_model=str(checkpoint)),
+        DistillConfig(),
+        training,
+        soft_targets,
+    )
     assert outcome.metrics["validation"]["accuracy"] > 0.7
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
     assert student.config.model_type == "distilbert"
@@ -245,9 +250,14 @@ def test_a_student_with_other_labels_is_refused(trained_teacher, soft_targets, t
     tokenizer.save_pretrained(other)
     with pytest.raises(InputError, match=r"sport.*yes.*same labels"):
         distill_student(
-            str(trained_teacher), tmp_path / "student", task, StudentConfig(student_model=str(other)), DistillConfig(),
-            training, soft_targets,
-        )  # fmt: skip
+            str(trained_teacher),
+            tmp_path / "student",
+            task,
+            StudentConfig(student_model=str(other)),
+            DistillConfig(),
+            training,
+            soft_targets,
+        )
 
 
 def test_a_teacher_that_guesses_is_refused(task, tmp_path, tokenizer):

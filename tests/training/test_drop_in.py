@@ -28,9 +28,15 @@ def classifier_script(teacher_dir, student_dir, rows, output_dir, stored=None, *
         data, teacher = data.add_column("teacher_logits", list(stored)), None
     arguments = TrainingArguments(str(output_dir), **settings)
     trainer = DistillationTrainer(
-        model=student, teacher=teacher, args=arguments, train_dataset=data, eval_dataset=data,
-        data_collator=DataCollatorWithPadding(tokenizer), temperature=2.0, soft_target_weight=0.6,
-    )  # fmt: skip
+        model=student,
+        teacher=teacher,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        temperature=2.0,
+        soft_target_weight=0.6,
+    )
     trainer.train()
     return trainer
 
@@ -62,9 +68,17 @@ def expected_loss(student, teacher, labels):
 
 # One step of plain SGD over all 8 rows, so that a wrong scale shows in the weights.
 ONE_STEP = {
-    "max_steps": 1, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", "logging_steps": 1,
-    "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
-}  # fmt: skip
+    "max_steps": 1,
+    "learning_rate": 1e-2,
+    "optim": "sgd",
+    "max_grad_norm": 0,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "save_strategy": "no",
+}
 
 
 def steps(script, folder, *arguments, **changes):
@@ -134,9 +148,13 @@ def test_a_narrow_student_of_hidden_states_is_a_stock_model_afterwards(tmp_path)
     student = tiny_model(hidden_size=16, num_attention_heads=2)
     rows = [{"input_ids": [2, *range(5, 5 + size), 3], "labels": size % 3} for size in range(3, 11)]
     trainer = DistillationTrainer(
-        student, TrainingArguments(str(tmp_path), **ONE_STEP), DataCollatorWithPadding(make_tokenizer()),
-        datasets.Dataset.from_list(rows), teacher=tiny_model(), hidden_state_weight=1.0,
-    )  # fmt: skip
+        student,
+        TrainingArguments(str(tmp_path), **ONE_STEP),
+        DataCollatorWithPadding(make_tokenizer()),
+        datasets.Dataset.from_list(rows),
+        teacher=tiny_model(),
+        hidden_state_weight=1.0,
+    )
     assert trainer.hidden_state_map == [(1, 1), (2, 2), (3, 3), (4, 4)]
     assert any("projection" in name for name in student.state_dict())
     trainer.train()

@@ -211,10 +211,19 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
 
     def arguments(accumulation=1):
         return TrainingArguments(
-            output_dir=str(directory), use_cpu=True, disable_tqdm=True, num_train_epochs=2, logging_steps=1, learning_rate=1e-3,
-            per_device_train_batch_size=max(1, 8 // processes // accumulation), gradient_accumulation_steps=accumulation,
-            eval_strategy="no", save_strategy="no", load_best_model_at_end=False, per_device_eval_batch_size=2,
-        )  # fmt: skip
+            output_dir=str(directory),
+            use_cpu=True,
+            disable_tqdm=True,
+            num_train_epochs=2,
+            logging_steps=1,
+            learning_rate=1e-3,
+            per_device_train_batch_size=max(1, 8 // processes // accumulation),
+            gradient_accumulation_steps=accumulation,
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            per_device_eval_batch_size=2,
+        )
 
     models = {texts: tiny_model, pictures: partial(tiny_model, "vit"), windows: tiny_language_model}
     processors = {texts: tokenizer, pictures: pixels, windows: words}
@@ -258,8 +267,15 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
         details = train(model, task, processor, settings, directory, features.select(range(20)), **trainer)
         curves[way] = [line["loss"] for line in details["losses"]]
     pruned = prune_and_recover(
-        teacher, directory / "pruned", texts, Path(teacher), PruneConfig(prune_steps=1), DistillConfig(), arguments(), logits
-    )  # fmt: skip
+        teacher,
+        directory / "pruned",
+        texts,
+        Path(teacher),
+        PruneConfig(prune_steps=1),
+        DistillConfig(),
+        arguments(),
+        logits,
+    )
     if PartialState().is_main_process:
         curves["texts pruned"] = [line["loss"] for line in pruned.details["steps"][0]["recovery"]["losses"]]
     return curves, rows
@@ -309,9 +325,14 @@ def shard(directory, csv, kind):
         os.environ.update({name.upper(): str(value) for name, value in config.items()})
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     arguments = TrainingArguments(
-        output_dir=str(directory), use_cpu=True, disable_tqdm=True, num_train_epochs=2, logging_steps=1, learning_rate=1e-3,
+        output_dir=str(directory),
+        use_cpu=True,
+        disable_tqdm=True,
+        num_train_epochs=2,
+        logging_steps=1,
+        learning_rate=1e-3,
         per_device_train_batch_size=4 if "RANK" in os.environ else 8,
-    )  # fmt: skip
+    )
     task, tokenizer = TextClassification(DataConfig(dataset=csv, max_length=32)), make_tokenizer()
     features = task.features(tokenizer)["train"].select(range(20))
     student, trainer = tiny_model(seed=1, hidden_size=16, num_attention_heads=2), {}
