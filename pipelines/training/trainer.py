@@ -24,7 +24,6 @@ from pipelines.training.cpu import cpu_speedups
 from pipelines.training.losses import NextTokenLoss, losses_of
 
 WEIGHTS = "model.safetensors"
-WARMUP_SHARE = 0.1
 # The scale of fp16 is halved at every overflow, so that it is found after 16 steps at most; none of these updates the weights.
 HARMLESS_OVERFLOWS = 20
 
@@ -50,10 +49,10 @@ class TrainingArguments(transformers.TrainingArguments):
         default=32, metadata={"help": "Evaluation examples a device takes at a time."}
     )
     warmup_steps: float = field(
-        default=WARMUP_SHARE,
+        default=0.1,
         metadata={
             "help": "Steps of warm-up; below 1, a share of all steps. A number of steps is for the distillation only: the other trainings "
-            f"then warm up for {WARMUP_SHARE} of theirs."
+            "then keep the default."
         },
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
@@ -283,13 +282,17 @@ class Trainer(transformers.Trainer):
         examples = dataset.examples if isinstance(dataset, Filled) else dataset
         global_batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        lengths = list(examples["length"]) if "length" in examples.column_names else [1] * len(examples)
+        lengths = list(examples["length"]) if _has_lengths(examples) else [1] * len(examples)
         return EpochLengthGroupedSampler(global_batch, lengths, seed, fillers=len(dataset) - len(examples))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        if "length" in eval_dataset.column_names:
-            return super()._get_eval_sampler(eval_dataset)
-        return torch.utils.data.SequentialSampler(eval_dataset)  # images have no length to group by
+        if self._groups_lengths() and not _has_lengths(eval_dataset):
+            return torch.utils.data.SequentialSampler(eval_dataset)  # images have no length to group by
+        return super()._get_eval_sampler(eval_dataset)
+
+
+def _has_lengths(examples: Any) -> bool:
+    return "length" in getattr(examples, "column_names", [])
 
 
 def arguments_for(
@@ -299,7 +302,7 @@ def arguments_for(
     arguments = copy.copy(training)
     arguments.max_steps = -1
     if arguments.warmup_steps > 1:
-        arguments.warmup_steps = WARMUP_SHARE
+        arguments.warmup_steps = TrainingArguments.warmup_steps
     if learning_rate is not None:
         arguments.learning_rate = learning_rate
     if epochs is not None:
