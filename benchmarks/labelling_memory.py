@@ -2,10 +2,10 @@
 
     python benchmarks/labelling_memory.py --examples 10000 100000 1000000 --labels 1000 --output memory.json
 
-So many labels that all answers together are far larger than the memory that is counted: 4 bytes each, 4 GB for a million examples of
-1,000. Each size runs in a fresh process: a tiny BERT of random weights answers that many tokenized examples, as the stage of the soft
+So many labels that all logits together are far larger than the memory that is counted: 4 bytes each, 4 GB for a million examples of
+1,000. Each size runs in a fresh process: a tiny BERT of random weights predicts that many tokenized examples, as the stage of the soft
 targets does. Counted is the memory that the process holds for itself (anonymous: arrays, Python's objects, weights), sampled ten times
-a second. Files that are mapped into memory, the tokens and the answers, are apart: the system takes them back when it needs the room.
+a second. Files that are mapped into memory, the tokens and the logits, are apart: the system takes them back when it needs the room.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure(examples: int, arguments: argparse.Namespace, folder: Path) -> dict[
     import datasets
     import torch
 
-    from pipelines.models.predict import predict_torch
+    from pipelines.models.predict import map_batches
     from pipelines.training.soft_targets import WithSoftTargets, write_shards
 
     torch.set_num_threads(1)
@@ -86,15 +86,23 @@ def measure(examples: int, arguments: argparse.Namespace, folder: Path) -> dict[
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    answers = folder / "answers"
-    answers.mkdir()
+    shards = folder / "soft_targets"
+    shards.mkdir()
+    teacher.eval()
+
+    def logits(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        with torch.inference_mode():
+            return {"teacher_logits": teacher(**batch).logits}
+
     write_shards(
-        features, answers, arguments.shard_examples,
-        lambda part: {"teacher_logits": predict_torch(teacher, part, collate, batch_size=256)},
-    )  # fmt: skip
+        features,
+        shards,
+        arguments.shard_examples,
+        lambda part: map_batches(logits, part, collate, 256, "soft targets"),
+    )
     seconds = time.perf_counter() - started
     # Read back in a random order, as training does.
-    stored = WithSoftTargets(features, answers)
+    stored = WithSoftTargets(features, shards)
     for index in np.random.default_rng(0).integers(examples, size=min(examples, arguments.read)):
         stored[int(index)]
     done.set()
@@ -102,7 +110,7 @@ def measure(examples: int, arguments: argparse.Namespace, folder: Path) -> dict[
     return {
         "examples": examples,
         "shards": len(stored.shards),
-        "stored_bytes": sum(path.stat().st_size for path in answers.iterdir()),
+        "stored_bytes": sum(path.stat().st_size for path in shards.iterdir()),
         "before_anonymous_bytes": before["anonymous"],
         "peak_anonymous_bytes": peak["anonymous"],
         "peak_file_bytes": peak["file"],
@@ -115,9 +123,9 @@ def main() -> None:
     parser.add_argument("--examples", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="The sizes.")
     parser.add_argument("--shard_examples", type=int, default=4096, help="Examples of a shard.")
     parser.add_argument("--tokens", type=int, default=16, help="Tokens of the longest example.")
-    parser.add_argument("--labels", type=int, default=2, help="Labels, and so numbers in an answer.")
+    parser.add_argument("--labels", type=int, default=2, help="Labels, and so logits of an example.")
     parser.add_argument("--width", type=int, default=16, help="Hidden units of the tiny teacher.")
-    parser.add_argument("--read", type=int, default=20_000, help="Answers read back in a random order, at most.")
+    parser.add_argument("--read", type=int, default=20_000, help="Examples read back in a random order, at most.")
     parser.add_argument("--output", help="A file for the figures, as JSON.")
     parser.add_argument("--alone", action="store_true", help="Measure the one size in this process.")
     arguments = parser.parse_args()

@@ -5,8 +5,8 @@
 
 The texts are the lines of the file, or of the data set's test examples: headlines and paragraphs. Each row runs in a fresh process, the rows
 in turn: `batches_in_file_order` pads batches of `--batch_size` to their longest text; `batches_of_like_length` are texts sorted by length, so
-many as have `--batch_tokens` tokens with their padding, the answers put back in order; `one_on_all_cores` is one text after the other;
-`one_on_each_core` is what `infer.py --file` and the report do. Counted are tokenizing and answering, after a warm-up on the longest texts.
+many as have `--batch_tokens` tokens with their padding, the logits put back in order; `one_on_all_cores` is one text after the other;
+`one_on_each_core` is what `infer.py --file` and the report do. Counted are tokenizing and predicting, after a warm-up on the longest texts.
 Beside the speed stand the largest difference of a logit from `one_on_all_cores` and the share of other labels: a batch shares its scales
 where activations are quantized as they come.
 """
@@ -60,7 +60,7 @@ def score(row: str, flags: argparse.Namespace) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
 
-    def answers(texts: list[tuple[str]]) -> np.ndarray:
+    def logits_of(texts: list[tuple[str]]) -> np.ndarray:
         if row.startswith("one"):
             at_once = cores if row == "one_on_each_core" else 1
             return np.stack(list(in_order(classifier.logits, texts, at_once)))
@@ -79,9 +79,9 @@ def score(row: str, flags: argparse.Namespace) -> dict[str, Any]:
             logits[places] = classifier.session.run(["logits"], pad([prepared[place] for place in places]))[0]
         return logits
 
-    answers(longest)
+    logits_of(longest)
     started = time.perf_counter()
-    logits = answers(texts)
+    logits = logits_of(texts)
     seconds = time.perf_counter() - started
     np.save(flags.logits, logits)
     return {"texts_per_second": len(texts) / seconds, "seconds": seconds, **found}

@@ -1,19 +1,20 @@
-"""Training against the usual script, and distillation against plain fine-tuning and a teacher in the loop, on the same data.
+"""Training against the usual scripts, and distillation against plain fine-tuning and online distillation, on the same data.
 
     python benchmarks/training.py --max_train_samples 400                # the demo's model and articles, cut to 64 tokens
-    python benchmarks/training.py --max_length 512 --max_train_samples 160 --max_eval_samples 100 --learning_rate 2e-4 --rows usual_script fine_tune_fast
+    python benchmarks/training.py --max_length 512 --max_train_samples 160 --max_eval_samples 100 --rows usual_script_dynamic fine_tune
 
-`usual_script` is transformers' own Trainer, every text padded to `--max_length`, in random order; `fine_tune` is this project's stage on the
-same texts, cut to the same length, with the same batches, learning rate, evaluations and checkpoints; `fine_tune_fast` has `--attention_dropout
-false` too; `usual_script_bf16` and `fine_tune_fast_bf16` have `--bf16 true`, which gains on a CPU with AMX or AVX-512 BF16 only. `student_labels`, `student_stored` and
-`student_online` train the same student of that teacher: on the labels, on soft targets that were stored before, with the teacher in the loop.
+`usual_script_max_length` is transformers' own Trainer, every text padded to `--max_length` (padding="max_length"); `usual_script_dynamic` pads
+each batch to its longest text (DataCollatorWithPadding); both take the texts in random order. `fine_tune` is this project's stage on the same
+texts, cut to the same length, with the same batches, learning rate, evaluations and checkpoints. The rows `…_bf16` have `--bf16 true`, which
+gains on a CPU with AMX or AVX-512 BF16 only. `student_labels`, `student_stored` and `student_online` train the same student of that teacher: on
+the labels, on soft targets that were stored before, by online distillation.
 
 Each row runs in a fresh process. Those that are compared run at the same time and yet alone: every second another one goes on and the rest are
 stopped (SIGSTOP), so that a machine which others slow down slows all of them alike. Counted are the seconds of a row's own turns after its
 imports: reading the data, tokenizing it, training, evaluating on the validation split and a checkpoint every epoch, the last scoring and
 saving. Storing the soft targets happens once for all students and recoveries, so its seconds stand apart. `seconds_to_score` is when a row
 first reached what the worst row of its kind ends with.
-`--profile true` tells instead where the time of a training step goes, by operator, and what the machine's products leave to be gained.
+`--profile true` tells instead where the time of a training step goes, by operator, and what the machine's matmuls leave to be gained.
 """
 
 from __future__ import annotations
@@ -29,23 +30,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 # Of each pair, how many times the samples a second of the second the first trains.
 PAIRS = (
-    ("fine_tune", "usual_script"),
-    ("fine_tune_fast", "usual_script"),
-    ("fine_tune_fast_bf16", "usual_script_bf16"),
+    ("fine_tune", "usual_script_max_length"),
+    ("fine_tune", "usual_script_dynamic"),
+    ("fine_tune_bf16", "usual_script_dynamic_bf16"),
     ("student_stored", "student_labels"),
     ("student_stored", "student_online"),
 )
-ROWS = (
-    "usual_script", "fine_tune", "fine_tune_fast", "usual_script_bf16", "fine_tune_fast_bf16", "student_labels", "student_stored",
-    "student_online",
-)  # fmt: skip
+STUDENTS = ("student_labels", "student_stored", "student_online")
+ROWS = tuple(dict.fromkeys(row for pair in PAIRS[:3] for row in reversed(pair))) + STUDENTS
 
 
 def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -56,49 +55,69 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
     from pipelines.tasks.text_classification import TextClassification
     from pipelines.training.distill import distill_student
+    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.soft_targets import compute_soft_targets
-    from pipelines.training.trainer import TrainingArguments, fine_tune
+    from pipelines.training.trainer import TrainingArguments
 
     class TimedTask(TextClassification):
         """Notes when each evaluation of the training is over, and its score."""
 
-        def numbers(self, answers: Any, references: Any) -> dict[str, float]:
-            scores = super().numbers(answers, references)
-            evaluations.append((time.monotonic(), scores[self.primary_metric]))
+        def scores(self, predictions: Any, references: Any, split: str | None = None) -> dict[str, Any]:
+            scores = super().scores(predictions, references, split)
+            if split is None:  # the stage's own last scoring is of a whole split
+                evaluations.append((time.monotonic(), scores[self.primary_metric]))
             return scores
 
     evaluations: list[tuple[float, float]] = []
     output = folder / row
     settings: dict[str, Any] = {
-        "output_dir": str(output), "num_train_epochs": flags.epochs, "learning_rate": flags.learning_rate, "use_cpu": not torch.cuda.is_available(),
-        "per_device_train_batch_size": flags.batch_size, "per_device_eval_batch_size": 32, "eval_strategy": "epoch",
-        "save_strategy": "epoch", "save_total_limit": 2, "load_best_model_at_end": True, "warmup_steps": 0.1, "weight_decay": 0.01,
-        "metric_for_best_model": "accuracy", "report_to": "none", "disable_tqdm": True, "bf16": row.endswith("bf16"),
-    }  # fmt: skip
-    training = TrainingArguments(**settings, attention_dropout="fast" not in row)
+        "output_dir": str(output),
+        "num_train_epochs": flags.epochs,
+        "learning_rate": flags.learning_rate,
+        "use_cpu": not torch.cuda.is_available(),
+        "per_device_train_batch_size": flags.batch_size,
+        "per_device_eval_batch_size": 32,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "metric_for_best_model": "accuracy",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": row.endswith("bf16"),
+    }
+    training = TrainingArguments(**settings)
 
     transformers.set_seed(42)
     started = time.monotonic()
     labelling = (started, started)
     task = TimedTask(
         DataConfig(
-            dataset=flags.dataset, max_length=flags.max_length, max_train_samples=flags.max_train_samples,
+            dataset=flags.dataset,
+            max_length=flags.max_length,
+            max_train_samples=flags.max_train_samples,
             max_eval_samples=flags.max_eval_samples,
         )
-    )  # fmt: skip
+    )
     output.mkdir()
     if row.startswith("usual_script"):
         processor = task.load_processor(flags.teacher_model)
-        padded = task.data.splits.map(
-            lambda batch: processor(batch["text"], padding="max_length", truncation=True, max_length=flags.max_length),
+        padding = "max_length" if row == "usual_script_max_length" else False
+        tokenized = task.data.splits.map(
+            lambda batch: processor(batch["text"], padding=padding, truncation=True, max_length=flags.max_length),
             batched=True,
         )
         trainer = transformers.Trainer(
             model=task.load_model(flags.teacher_model, "new if other"),
             args=transformers.TrainingArguments(**settings, dataloader_pin_memory=False),
-            train_dataset=padded["train"],
-            eval_dataset=padded["validation"],
-            compute_metrics=lambda prediction: task.numbers(prediction.predictions, prediction.label_ids),
+            train_dataset=tokenized["train"],
+            eval_dataset=tokenized["validation"],
+            data_collator=transformers.DataCollatorWithPadding(processor),
+            compute_metrics=lambda prediction: {
+                "accuracy": task.scores(prediction.predictions, prediction.label_ids)["accuracy"]
+            },
         )
         trainer.train()
         trainer.evaluate()
@@ -116,16 +135,19 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if row == "student_stored":
             distill, soft_targets = DistillConfig(), output / "soft_targets"
             soft_targets.mkdir()
-            # Tokens that the student needs as well, which every other row counts, are made before the teacher answers.
+            # Tokens that the student needs as well, which every other row counts, are made before the soft targets are.
             task.features(task.load_processor(source))
             before = time.monotonic()
-            compute_soft_targets(source, soft_targets, task)
+            compute_soft_targets(source, soft_targets, task, distill)
             labelling = (before, time.monotonic())
         distill_student(source, output, task, student, distill, training, soft_targets)
     return {
-        "examples": len(task.data.splits["train"]) * flags.epochs, "started": started, "labelling": labelling,
-        "evaluations": evaluations, "ended": time.monotonic(),
-    }  # fmt: skip
+        "examples": len(task.data.splits["train"]) * flags.epochs,
+        "started": started,
+        "labelling": labelling,
+        "evaluations": evaluations,
+        "ended": time.monotonic(),
+    }
 
 
 def figures(row: dict[str, Any], turns: list[tuple[float, float]]) -> dict[str, Any]:
@@ -182,22 +204,20 @@ def take_turns(commands: dict[str, list[str]], folder: Path, seconds: float = 1.
 def profile(flags: argparse.Namespace, steps: int = 5) -> dict[str, dict[str, float]]:
     """Milliseconds of a training step of one batch, whole and of its largest operators; and under "limit" what no code can exceed.
 
-    `usual_script`, `fine_tune`, `fine_tune_fast` and `student` are steps of forward pass, backward pass and AdamW; `teacher_in_the_loop` is what
-    its answers add to the student's. The limit is how many times the script's samples a second were left if a step of `fine_tune` were
-    nothing but its matrix products, at the speed of the model's largest alone; and how many times those with a teacher in the loop a
-    student's steps are where the teacher's answers cost nothing.
+    `usual_script_max_length`, `fine_tune` and `student` are steps of forward pass, backward pass and AdamW; `online_teacher` is what its
+    forward pass adds to the student's step. The limit is how many times the script's samples a second were left if a step of `fine_tune`
+    were nothing but its matmuls, at the speed of the model's largest alone; and how many times those of online distillation a student's
+    steps are where the teacher's logits cost nothing.
     """
     import torch
     from torch.profiler import ProfilerActivity
     from torch.utils.flop_counter import FlopCounterMode
 
     from pipelines.core.config import DataConfig
-    from pipelines.core.memory import keep_freed_memory
     from pipelines.models.families import layer_count
     from pipelines.models.students import parse_layers, student_from_layers
     from pipelines.tasks.text_classification import TextClassification
-    from pipelines.training.dropout import cheap_dropout
-    from pipelines.training.first_token import first_token_only
+    from pipelines.training.cpu import cpu_speedups
 
     def milliseconds(call: Callable[[], Any]) -> float:
         times = []
@@ -220,16 +240,10 @@ def profile(flags: argparse.Namespace, steps: int = 5) -> dict[str, dict[str, fl
         optimizer.step()
         optimizer.zero_grad()
 
-    rows: dict[str, tuple[Any, Any, bool | None]] = {
-        "usual_script": (model, padded, None), "fine_tune": (model, ours, True), "fine_tune_fast": (model, ours, False),
-        "student": (student, ours, True),
-    }  # fmt: skip
+    rows = {"usual_script_max_length": (model, padded), "fine_tune": (model, ours), "student": (student, ours)}
     found: dict[str, dict[str, float]] = {}
-    for row, (trained, batch, attention_dropout) in rows.items():
-        with ExitStack() as cheaper:
-            if attention_dropout is not None:
-                for way in (first_token_only(trained), keep_freed_memory(), cheap_dropout(trained, attention_dropout)):
-                    cheaper.enter_context(way)
+    for row, (trained, batch) in rows.items():
+        with nullcontext() if row.startswith("usual") else cpu_speedups(trained):
             call = partial(step, trained, batch, torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True))
             found[row] = {"step": milliseconds(call)}
             with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -238,18 +252,18 @@ def profile(flags: argparse.Namespace, steps: int = 5) -> dict[str, dict[str, fl
                 call()
         operators = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
         found[row] |= {event.key: event.self_cpu_time_total / 1000 for event in operators}
-        found[row]["products_gflop"] = counter.get_total_flops() / 1e9
-    with torch.no_grad(), first_token_only(model.eval()), keep_freed_memory():
-        found["teacher_in_the_loop"] = {"step": milliseconds(lambda: model(**ours))}
+        found[row]["matmul_gflop"] = counter.get_total_flops() / 1e9
+    with torch.no_grad(), cpu_speedups(model.eval()):
+        found["online_teacher"] = {"step": milliseconds(lambda: model(**ours))}
     width, neurons, tokens = model.config.hidden_size, model.config.intermediate_size, ours["input_ids"].numel()
     states, weight = torch.rand(tokens, width), torch.rand(width, neurons)
     gflop_per_millisecond = 2e-9 * tokens * width * neurons / milliseconds(lambda: states @ weight)
-    least = found["fine_tune"]["products_gflop"] / gflop_per_millisecond
+    least = found["fine_tune"]["matmul_gflop"] / gflop_per_millisecond
     found["limit"] = {
-        "products_gflop_per_second": gflop_per_millisecond * 1000,
-        "milliseconds_of_products": least,
-        "fine_tune / usual_script": found["usual_script"]["step"] / least,
-        "student_stored / student_online": 1 + found["teacher_in_the_loop"]["step"] / found["student"]["step"],
+        "matmul_gflop_per_second": gflop_per_millisecond * 1000,
+        "milliseconds_of_matmuls": least,
+        "fine_tune / usual_script_max_length": found["usual_script_max_length"]["step"] / least,
+        "student_stored / student_online": 1 + found["online_teacher"]["step"] / found["student"]["step"],
     }
     return {row: {name: round(value, 2) for name, value in numbers.items()} for row, numbers in found.items()}
 

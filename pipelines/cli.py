@@ -115,7 +115,8 @@ def stage(
 def fine_tune() -> None:
     _, *data, teacher, training = parse("fine-tune", *TASK, TeacherConfig, training_arguments)
 
-    from pipelines.training.trainer import arguments_for, fine_tune
+    from pipelines.training.fine_tune import fine_tune
+    from pipelines.training.trainer import arguments_for
 
     stage(
         training.output_dir, task_of(*data), training.seed, fine_tune, teacher.teacher_model, distributed=True, teacher=teacher,

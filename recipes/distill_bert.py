@@ -50,9 +50,10 @@ def main() -> None:
     from pipelines.report.results import report_run
     from pipelines.tasks.text_classification import TextClassification
     from pipelines.training.distill import distill_student
+    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.prune import prune_and_recover
     from pipelines.training.soft_targets import compute_soft_targets
-    from pipelines.training.trainer import arguments_for, fine_tune
+    from pipelines.training.trainer import arguments_for
 
     run = Run(training.output_dir, TextClassification(data), training.seed)
     # A token that the Hub refuses shows now, not after hours of training.
@@ -66,7 +67,8 @@ def main() -> None:
     # The teacher answers every training example once; all epochs of the student and of its recovery read these answers.
     soft_targets = None
     if distill.needs_stored_targets:
-        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True)
+        kept = distill.for_soft_targets()
+        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=kept)
 
     # The student starts from the teacher's own layers, so its embeddings and head come trained.
     learning = {"student": student, "training": training, "distributed": True}

@@ -56,9 +56,10 @@ def main() -> None:
     from pipelines.tasks.text_generation.quantize import quantize_language_model
     from pipelines.tasks.text_generation.task import LanguageModeling
     from pipelines.training.distill import distill_student
+    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.prune import can_be_pruned, prune_and_recover
-    from pipelines.training.soft_targets import compute_token_soft_targets
-    from pipelines.training.trainer import arguments_for, fine_tune
+    from pipelines.training.soft_targets import compute_soft_targets
+    from pipelines.training.trainer import arguments_for
 
     run = Run(training.output_dir, LanguageModeling(data, language), training.seed)
     # A token that the Hub refuses shows now, not after hours of training.
@@ -72,10 +73,8 @@ def main() -> None:
     # The teacher answers in the loop, or once: then only its likeliest tokens are stored, and the record tells what is lost.
     soft_targets = None
     if distill.needs_stored_targets:
-        soft_targets = run.stage(
-            "soft_targets", compute_token_soft_targets, "teacher", distributed=True, temperature=distill.temperature,
-            top_k=distill.soft_target_top_k,
-        )  # fmt: skip
+        kept = distill.for_soft_targets()
+        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=kept)
 
     # The student starts from the teacher's own layers, so its embeddings and head come trained.
     learning = {"student": student, "training": training, "distributed": True}

@@ -54,9 +54,10 @@ def main() -> None:
     from pipelines.report.results import report_run
     from pipelines.tasks.image_classification import ImageClassification
     from pipelines.training.distill import distill_student
+    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.prune import can_be_pruned, prune_and_recover
     from pipelines.training.soft_targets import compute_soft_targets
-    from pipelines.training.trainer import arguments_for, fine_tune
+    from pipelines.training.trainer import arguments_for
 
     run = Run(training.output_dir, ImageClassification(data, augmentation), training.seed)
     # A token that the Hub refuses shows now, not after hours of training.
@@ -71,7 +72,8 @@ def main() -> None:
     # They are of the images as they are; a student of augmented images needs the teacher in the loop (--soft_targets online).
     soft_targets = None
     if distill.needs_stored_targets:
-        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True)
+        kept = distill.for_soft_targets()
+        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=kept)
 
     # The student starts from the teacher's own layers, or is of another kind altogether (--student_model).
     learning = {"student": student, "training": training, "distributed": True}

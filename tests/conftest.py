@@ -241,7 +241,8 @@ def training(tmp_path: Path) -> Any:
 def trained_teacher(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, task: Any) -> Path:
     """A teacher that knows the task of the csv file."""
     from pipelines.core.config import TeacherConfig
-    from pipelines.training.trainer import TrainingArguments, fine_tune
+    from pipelines.training.fine_tune import fine_tune
+    from pipelines.training.trainer import TrainingArguments
 
     directory = tmp_path_factory.mktemp("trained_teacher")
     training = TrainingArguments(

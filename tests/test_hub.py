@@ -120,8 +120,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any)
     from pipelines.edge.bundle import build_bundle
     from pipelines.onnx.export import export_onnx
     from pipelines.onnx.quantize import quantize_onnx
+    from pipelines.training.fine_tune import fine_tune
     from pipelines.training.prune import prune_and_recover
-    from pipelines.training.trainer import TrainingArguments, fine_tune
+    from pipelines.training.trainer import TrainingArguments
 
     directory = tmp_path_factory.mktemp("runs") / "small_bert"
     run = Run(directory, task, seed=0)
@@ -315,7 +316,8 @@ def make_run(directory: Path, task: Any, teacher: Path, export: Any, quantize: A
     """A verified run with its report: a teacher, exported and quantized."""
     from pipelines.core.config import LanguageQuantizeConfig, QuantizeConfig, TeacherConfig
     from pipelines.core.run import Run
-    from pipelines.training.trainer import TrainingArguments, fine_tune
+    from pipelines.training.fine_tune import fine_tune
+    from pipelines.training.trainer import TrainingArguments
 
     run = Run(directory, task, seed=0)
     training = TrainingArguments(

@@ -188,28 +188,30 @@ class DistillConfig:
     temperature: float = _flag(2.0, "Temperature of the soft targets.")
     soft_target_weight: float = _flag(0.9, "Weight of the soft targets in [0, 1]; the labels get the rest.")
     hidden_state_weight: float = _flag(
-        0.0, "Weight of the hidden-state loss, added to the other two; above 0 the teacher runs in the loop."
+        0.0,
+        "Weight of the hidden-state loss, added to the other two; above 0 the teacher runs along (online distillation).",
     )
     hidden_state_map: str | None = _flag(
         None,
         "Which teacher hidden state each student hidden state is drawn to, such as 1:2,2:4,3:6; 0 is the embeddings. "
-        "Left out: spread evenly.",
+        "Left out: that of the layer it is a copy of; of another student, spread evenly.",
     )
     soft_targets: str = _flag(
         "stored",
-        "Where the teacher's logits come from: 'stored' computes them once, 'online' runs the teacher in the loop.",
+        "Where the teacher's logits come from: 'stored' computes them once, 'online' at every step (online distillation).",
         choices=["stored", "online"],
     )
     soft_target_top_k: int = _flag(
-        32, "Tokens whose probabilities are stored for each token of text, the rest as one; for language models."
+        32,
+        "Likeliest tokens whose probabilities are stored for each token of text, with the tail mass; for language models.",
     )
     divergence: str = _flag(
         "forward_kl",
-        "How far the student's answers are from the teacher's: 'forward_kl' (teacher ‖ student), 'reverse_kl' (student ‖ teacher) or "
+        "How far the student's distribution is from the teacher's: 'forward_kl' (teacher ‖ student), 'reverse_kl' (student ‖ teacher) or "
         "'jensen_shannon', the generalized one of Agarwal et al. (2024).",
         choices=["forward_kl", "reverse_kl", "jensen_shannon"],
     )
-    teacher_share: float = _flag(0.5, "Share of the teacher in the mixture of --divergence jensen_shannon, in (0, 1).")
+    beta: float = _flag(0.5, "Weight of the teacher in the mixture of --divergence jensen_shannon, in (0, 1).")
 
     def __post_init__(self) -> None:
         _check(self.temperature > 0, "a --temperature above 0", self.temperature)
@@ -218,18 +220,23 @@ class DistillConfig:
         _check(self.soft_target_top_k >= 1, "--soft_target_top_k of 1 or more", self.soft_target_top_k)
         kinds = ("forward_kl", "reverse_kl", "jensen_shannon")
         _check(self.divergence in kinds, f"--divergence out of {', '.join(kinds)}", self.divergence)
-        _check(0 < self.teacher_share < 1, "--teacher_share between 0 and 1", self.teacher_share)
+        _check(0 < self.beta < 1, "--beta between 0 and 1", self.beta)
         _check(self.soft_targets in ("stored", "online"), "--soft_targets stored or online", self.soft_targets)
 
     @property
     def needs_stored_targets(self) -> bool:
-        """Whether the teacher's logits are read from disk: hidden states need the teacher in the loop, which then gives both."""
+        """Whether the teacher's logits are read from disk: hidden states need the teacher itself, which then gives both."""
         return self.soft_targets == "stored" and self.soft_target_weight > 0 and self.hidden_state_weight == 0
 
     def labels_only(self) -> DistillConfig:
         """The same training without a teacher."""
-        # All else of a teacher left out, so that it changes nothing here.
-        return DistillConfig(soft_target_weight=0.0, hidden_state_weight=0.0, soft_targets=self.soft_targets)
+        # All else of a teacher left out, so that it changes nothing here; but images are augmented as the student's are.
+        stored = self.soft_targets == "stored" and self.hidden_state_weight == 0
+        return DistillConfig(soft_target_weight=0.0, soft_targets="stored" if stored else "online")
+
+    def for_soft_targets(self) -> DistillConfig:
+        """The settings that stored soft targets depend on, all others left at their defaults: what their stage is keyed by."""
+        return DistillConfig(temperature=self.temperature, soft_target_top_k=self.soft_target_top_k)
 
 
 @dataclass

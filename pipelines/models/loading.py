@@ -13,9 +13,15 @@ GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
 
 
 def load_classifier(
-    model_class: Any, suffix: str, source: str, label_names: list[str], head: Head, from_scratch: bool,
-    check_config: Callable[[Any], None], trust_remote_code: bool = False,
-) -> Any:  # fmt: skip
+    model_class: Any,
+    suffix: str,
+    source: str,
+    label_names: list[str],
+    head: Head,
+    from_scratch: bool,
+    check_config: Callable[[Any], None],
+    trust_remote_code: bool = False,
+) -> Any:
     """The model in `source`, by an Auto class, with a head for `label_names` in their order.
 
     A head for exactly these labels, in any order, is kept, and its rows are put in the data's order. Where the checkpoint has
@@ -37,7 +43,7 @@ def load_classifier(
             AutoConfig.from_pretrained, located, "a model's config.json", num_labels=len(labels), **names, **code
         )
         shape.architectures = shape.architectures or []  # from_config cannot do without
-        return load(lambda _: model_class.from_config(shape, **code), located, "the shape of a model")
+        return load(lambda _: model_class.from_config(shape, dtype="float32", **code), located, "the shape of a model")
     has_head = any(suffix in name for name in config.architectures or [])
     order = label_order(config, label_names) if has_head else None
     if order is None and (head == "required" or (head == "new if none" and has_head)):
@@ -53,6 +59,7 @@ def load_classifier(
         "a model's weights",
         output_loading_info=True,
         use_safetensors=True,  # a pickle runs whatever code is in it
+        dtype="float32",  # whatever it was stored in: mixed precision is the Trainer's
         **code,
         ignore_mismatched_sizes=not keep,
         **({} if keep else {"num_labels": len(labels), **names}),

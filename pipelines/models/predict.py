@@ -1,13 +1,14 @@
-"""The same examples through a model: logits in the order of the examples."""
+"""The same examples through a model: its predictions in the order of the examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from pipelines.core.task import Arrays, Collate, Task
 from pipelines.runtime.infer import in_order
 
 
@@ -17,14 +18,18 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> l
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-# What is kept of a batch's logits, given its labels; all of them where there is none.
-Answers = Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+def map_batches(
+    function: Callable[[dict[str, Any]], Mapping[str, Any]],
+    features: Any,
+    collate: Collate,
+    batch_size: int,
+    name: str,
+    at_once: int = 1,
+) -> Arrays:
+    """What `function` makes of collated batches of all `features`, by name, its first axis in the order of the features.
 
-
-def predict_batches(
-    answer: Callable[[dict[str, Any]], np.ndarray], features: Any, collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    batch_size: int, name: str, keep: Answers, at_once: int = 1,
-) -> np.ndarray:  # fmt: skip
+    Batches are of like length; `at_once` of them are worked on by so many threads.
+    """
     lengths = features["length"] if "length" in features.column_names else [1] * len(features)
     batches = batches_by_length(lengths, batch_size)
 
@@ -32,39 +37,48 @@ def predict_batches(
         for indices in tqdm(batches, desc=name, leave=False, disable=len(features) < 64):
             yield collate([features[int(index)] for index in indices])
 
-    def answer_batch(batch: dict[str, Any]) -> np.ndarray:
-        labels = batch.pop("labels", None)
-        answers = answer(dict(batch))
-        return answers if keep is None else keep(answers, np.asarray(labels))
+    found: Arrays = {}
+    for indices, results in zip(batches, in_order(function, collated(), at_once), strict=True):
+        for column, values in results.items():
+            array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+            if column not in found:
+                found[column] = np.empty((len(features), *array.shape[1:]), dtype=array.dtype)
+            found[column][indices] = array
+    assert found, "no examples"
+    return found
 
-    logits: np.ndarray | None = None
-    for indices, answers in zip(batches, in_order(answer_batch, collated(), at_once), strict=True):
-        if logits is None:
-            logits = np.empty((len(features), *answers.shape[1:]), dtype=np.float32)
-        logits[indices] = answers
-    assert logits is not None, "no examples"
-    return logits
+
+def predict_batches(
+    run: Callable[[dict[str, Any]], Mapping[str, Any]],
+    features: Any,
+    collate: Collate,
+    task: Task,
+    batch_size: int,
+    name: str,
+    at_once: int = 1,
+) -> np.ndarray:
+    """`task.predictions` for all `features`; `run` makes outputs by name, as tensors or arrays, of a batch without its labels."""
+    import torch
+
+    def predict(batch: dict[str, Any]) -> dict[str, Any]:
+        labels = batch.pop("labels", None)
+        outputs = {output: torch.as_tensor(values) for output, values in run(batch).items()}
+        return {"predictions": task.predictions(outputs, labels)}
+
+    return map_batches(predict, features, collate, batch_size, name, at_once)["predictions"]
 
 
 def predict_torch(
-    model: Any,
-    features: Any,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    batch_size: int = 32,
-    name: str = "predict",
-    answers: Answers = None,
+    model: Any, features: Any, collate: Collate, task: Task, batch_size: int = 32, name: str = "predict"
 ) -> np.ndarray:
-    """Logits (examples, labels) of a torch model over tokenized `features`, in their order; the model is left in eval mode.
-
-    `answers(logits, labels)`, where given, is applied to every batch and its result kept instead.
-    """
+    """The predictions of a torch model, on its own device, for `features`, in their order; it is left in eval mode."""
     import torch
 
     model.eval()
     device = next(model.parameters()).device
 
-    def answer(batch: dict[str, Any]) -> np.ndarray:
+    def run(batch: dict[str, Any]) -> Mapping[str, Any]:
         with torch.inference_mode():
-            return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu().numpy()
+            return task.outputs(model(**{key: value.to(device) for key, value in batch.items()}))
 
-    return predict_batches(answer, features, collate, batch_size, name, answers)
+    return predict_batches(run, features, collate, task, batch_size, name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.models.predict import Answers, predict_batches
+from pipelines.core.task import Arrays, Collate, Task
+from pipelines.models.predict import predict_batches
 from pipelines.runtime.infer import available_cores
 
 
@@ -33,26 +33,23 @@ def empty_cache(session: Any, batch_size: int) -> dict[str, np.ndarray]:
 
 
 def predict_onnx(
-    path: Path,
-    features: Any,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    batch_size: int = 1,
-    name: str = "predict",
-    answers: Answers = None,
+    path: Path, features: Any, collate: Collate, task: Task, batch_size: int = 1, name: str = "predict"
 ) -> np.ndarray:
-    """Logits (examples, labels) of an ONNX file over tokenized `features`, in their order.
+    """The predictions of an ONNX file for `features`, in their order.
 
     One example on each core by default: dynamic quantization takes one scale for a whole batch, so only a batch of one gives the
-    answers that a device gives. Larger batches come one after the other, each on all cores.
+    predictions that a device gives. Larger batches come one after the other, each on all cores.
     """
     at_once = available_cores() if batch_size == 1 else 1
     session = open_session(path, threads=1 if batch_size == 1 else None)
     names = [value.name for value in session.get_inputs()]
+    outputs = [value.name for value in session.get_outputs() if not value.name.startswith("present")]
 
-    def answer(batch: dict[str, Any]) -> np.ndarray:
+    def run(batch: dict[str, Any]) -> Arrays:
         feed = {key: np.asarray(batch[key]) for key in names if key in batch}
         if "attention_mask" in names and "attention_mask" not in feed:
             feed["attention_mask"] = np.ones_like(feed["input_ids"])
-        return session.run(["logits"], feed | empty_cache(session, len(feed[next(iter(feed))])))[0]
+        found = session.run(outputs, feed | empty_cache(session, len(feed[next(iter(feed))])))
+        return dict(zip(outputs, found, strict=True))
 
-    return predict_batches(answer, features, collate, batch_size, name, answers, at_once)
+    return predict_batches(run, features, collate, task, batch_size, name, at_once)

@@ -14,7 +14,6 @@ from pipelines.core.sources import resolve
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
 from pipelines.models.loading import load
-from pipelines.models.predict import Answers
 
 
 class Task(ABC):
@@ -23,8 +22,6 @@ class Task(ABC):
     name: str
     primary_metric: str
     greater_is_better = True
-    causal = False  # whether logits at one token are about the next, so that losses shift labels by one
-    answers: Answers = None  # what is kept of a batch's logits, where all of them would fill the memory
     config: DataConfig
 
     @property
@@ -90,14 +87,5 @@ class Task(ABC):
         """What makes a batch of rows of the features."""
 
     @abstractmethod
-    def metrics(self, answers: np.ndarray, references: Any) -> dict[str, Any]:
-        """Scores of a model's answers against the references."""
-
-    def numbers(self, answers: np.ndarray, references: Any) -> dict[str, float]:
-        """The scores that are single numbers, for the Trainer's log."""
-        return {name: value for name, value in self.metrics(answers, references).items() if isinstance(value, float)}
-
-    def score(self, predict: Callable[..., np.ndarray], processor: Any, split: str) -> dict[str, Any]:
-        """The scores on a split of `predict(features, collate, answers=…)`, a torch model or an ONNX file."""
-        features = self.features(processor)[split]
-        return self.metrics(predict(features, self.collate(processor), answers=self.answers), features["labels"])
+    def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
+        """The scores of predictions against references; of a whole `split` also those that need its text."""

@@ -12,10 +12,11 @@ from pipelines.data.sources import check_onnx_directory
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.tasks.base import Task
 from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
+from pipelines.training.losses import ClassifierLoss
 
 
-class Classification(Task):
-    """One label out of several, whatever the example is: how answers are scored."""
+class Classification(Task, ClassifierLoss):
+    """One label out of several, whatever the example is."""
 
     primary_metric = PRIMARY_METRIC
 
@@ -23,11 +24,31 @@ class Classification(Task):
     def label_names(self) -> list[str]:
         return self.data.label_names
 
-    def metrics(self, logits: np.ndarray, references: Any) -> dict[str, Any]:
-        """Scores of logits (examples, labels) against label ids (examples)."""
-        return classification_metrics(np.argmax(logits, axis=-1), np.asarray(references), self.label_names)
+    def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
+        """The scores of logits (examples, labels) against label ids (examples)."""
+        return classification_metrics(np.argmax(predictions, axis=-1), np.asarray(references), self.label_names)
 
-    def order_labels(self, model: Any, source: str) -> None:
+    def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
+        """Student and teacher are loaded with the data's labels in its order, so any two fit that read the same inputs."""
+
+    def check_teacher(self, metrics: dict[str, Any], config: Any) -> None:
+        """Raise InputError for a teacher that does no better than guessing on the validation split, or always predicts one label.
+
+        Its recall counts for the classes that the split holds; of another it says nothing.
+        """
+        present = {self.label_names[index] for index in self.data.splits["validation"]["label"]}
+        recalls = {name: recall for name, recall in metrics["recall_per_class"].items() if name in present}
+        mean = sum(recalls.values()) / len(recalls)
+        always = [name for name, recall in recalls.items() if recall == 1]
+        constant = f" (it predicts {always[0]!r} for everything)" if sorted(recalls.values())[-2:] == [0, 1] else ""
+        if constant or mean <= 1 / len(self.label_names):
+            raise InputError(
+                f"expected a teacher that knows the task, found one whose mean recall on the validation split is {mean:.3f}{constant}, "
+                f"no better than guessing among {len(self.label_names)} labels. Train it longer or slower (--teacher_epochs, "
+                "--teacher_learning_rate), or check that its labels mean what the data set's do."
+            )
+
+    def align_labels(self, model: Any, source: str) -> None:
         """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
         order = label_order(model.config, self.label_names)
         if order is None:
@@ -38,7 +59,7 @@ class Classification(Task):
         reorder_labels(model, order, self.label_names)
 
     def check_graph(self, source: str) -> None:
-        """Raise InputError unless the ONNX model in `source` takes this task's inputs and answers in the data's order.
+        """Raise InputError unless the ONNX model in `source` takes this task's inputs and predicts in the data's order.
 
         A graph keeps the order of its export.
         """

@@ -90,7 +90,7 @@ class ImageClassification(Classification):
     def training_collate(
         self, processor: Any, teacher_processor: Any = None, augment: bool = False
     ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """The collator for training: images augmented if asked, the same ones for a teacher in the loop, by its own processor."""
+        """The collator for training: images augmented if asked, the same ones for an online teacher, by its own processor."""
         if self.augmentation.any and not augment:
             from accelerate import PartialState
 

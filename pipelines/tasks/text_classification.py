@@ -55,6 +55,20 @@ class TextClassification(Classification):
             trust_remote_code=self.trust_remote_code,
         )
 
+    def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
+        """Raise InputError unless an online teacher's tokenizer makes the student's tokens of the same texts."""
+        if online:
+            own, teachers = (
+                self.features(tokenizer)["validation"][:32]
+                for tokenizer in (processor, self.load_processor(teacher_source))
+            )
+            if own != teachers:
+                raise InputError(
+                    "expected teacher and student to read the same tokens, found that their tokenizers differ; online distillation "
+                    "would give the teacher tokens that mean something else to it. Store its soft targets first (python -m pipelines "
+                    "soft-targets, or --soft_targets stored in a recipe) and leave out hidden states (--hidden_state_weight 0)."
+                )
+
     def features(self, processor: Any) -> Any:
         """The tokenized splits; the same tokenizer tokenizes once in a process."""
         key = _tokenizer_key(processor)
@@ -68,17 +82,7 @@ class TextClassification(Classification):
     def training_collate(
         self, processor: Any, teacher_processor: Any = None, augment: bool = False
     ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """The collator for training, where a teacher in the loop, if there is one, reads the student's own tokens.
-
-        Raises InputError where the teacher's tokenizer would have made others of the same text. Texts are not augmented.
-        """
-        if teacher_processor is not None:
-            teacher = self.features(teacher_processor)["validation"][:32]
-            if teacher != self.features(processor)["validation"][:32]:
-                raise InputError(
-                    "expected teacher and student to read the same tokens, found that their tokenizers differ; a teacher in the loop "
-                    "then reads nonsense. Use stored soft targets (--soft_targets stored, --hidden_state_weight 0)."
-                )
+        """The collator for training, where an online teacher reads the student's own tokens. Texts are not augmented."""
         return self.collate(processor)
 
     def test_texts(self) -> list[str]:

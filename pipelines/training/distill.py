@@ -1,8 +1,8 @@
-"""Distillation: the Trainer that learns from a teacher's answers, and the stage that trains a student with it."""
+"""Distillation: the Trainer that learns from a teacher's logits and hidden states, and the stage that trains a student with it."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,189 +13,229 @@ from torch import Tensor, nn
 from pipelines.core.config import DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.run import Outcome
-from pipelines.core.task import IGNORED
+from pipelines.core.task import Task
 from pipelines.models.families import layer_count
 from pipelines.models.students import parse_layers, student_from_layers
-from pipelines.tasks.text_generation.task import check_knows_language, check_same_vocabulary
-from pipelines.training.finite import unfinite_inputs
-from pipelines.training.first_token import first_token_only
-from pipelines.training.losses import distillation_loss, hidden_state_loss, label_loss, top_soft_target_loss
-from pipelines.training.soft_targets import TOP_ANSWERS, WithSoftTargets, check_teacher
-from pipelines.training.trainer import CHECKPOINTS, Trainer, finish_model, train
+from pipelines.training.checkpoints import CHECKPOINTS
+from pipelines.training.fine_tune import finish
+from pipelines.training.soft_targets import WithSoftTargets, check_teacher
+from pipelines.training.trainer import Trainer, train
 
 PROJECTIONS = "hidden_state_projections"
+TEACHER_LAYERS = "teacher_layers"  # in a student's config: the teacher's layers that its own are copies of
+TEACHER_COLUMN = "teacher_"  # how the names of a batch's columns begin that are the teacher's
 
 
 class DistillationTrainer(Trainer):
-    """Learns from the labels, from the teacher's logits (a column of the data, or a teacher in the loop), and from its hidden states."""
+    """A transformers.Trainer whose loss is `(1 - soft_target_weight)` times that of the labels plus `soft_target_weight` times the
+    divergence from the teacher's logits at a `temperature`, plus `hidden_state_weight` times the distance of hidden states.
+
+    The teacher is a model (online distillation), or its logits are a column `teacher_logits` of the training data (stored soft targets).
+    Without a `task` student and teacher have an output `logits` and read the same inputs. The other settings are those of DistillConfig, which
+    may also be given whole as `distill`; `hidden_state_map` pairs hidden states of student and teacher, see parse_hidden_state_map.
+    """
 
     def __init__(
         self,
-        *,
-        distill: DistillConfig,
+        *arguments: Any,
         teacher: Any = None,
-        hidden_state_map: list[tuple[int, int]] | None = None,
-        **kwargs: Any,
+        distill: DistillConfig | None = None,
+        hidden_state_map: Sequence[tuple[int, int]] | str | None = None,
+        temperature: float = DistillConfig.temperature,
+        soft_target_weight: float = DistillConfig.soft_target_weight,
+        hidden_state_weight: float = DistillConfig.hidden_state_weight,
+        divergence: str = DistillConfig.divergence,
+        beta: float = DistillConfig.beta,
+        **keywords: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.distill, self.hidden_state_map = distill, hidden_state_map or []
+        self.distill = distill or DistillConfig(
+            temperature=temperature,
+            soft_target_weight=soft_target_weight,
+            hidden_state_weight=hidden_state_weight,
+            divergence=divergence,
+            beta=beta,
+        )
+        student = arguments[0] if arguments else keywords.get("model")
+        self.hidden_state_map: list[tuple[int, int]] = []
+        if self.distill.hidden_state_weight > 0:
+            if teacher is None:
+                raise InputError("expected a teacher for --hidden_state_weight above 0, found none. Pass the model.")
+            if hidden_state_map is None or isinstance(hidden_state_map, str):
+                hidden_state_map = parse_hidden_state_map(hidden_state_map, student.config, teacher.config)
+            self.hidden_state_map = list(hidden_state_map)
+            add_projections(student, teacher, len(self.hidden_state_map))
+        super().__init__(*arguments, **keywords)
+        self.all_tokens = bool(self.hidden_state_map)
         # The teacher is no part of the student (it would be saved and counted) and is not wrapped: it has no gradients to share.
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device) if teacher is not None else None
 
-    def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Any]:
-        teacher_logits = inputs.pop("teacher_logits", None)
-        # A teacher of images in the loop has its own processor, so the collator adds what that makes of the same images.
-        teacher_pixels = inputs.pop("teacher_pixel_values", None)
-        teacher_inputs = inputs if teacher_pixels is None else {"pixel_values": teacher_pixels}
-        top_answers = [inputs.pop(name) for name in TOP_ANSWERS] if "teacher_ids" in inputs else None
-        smoothing = self.args.label_smoothing_factor
-        if not model.training:  # an evaluation: the labels alone, and no hidden states to gather
-            outputs = model(**inputs)
-            return label_loss(*self.align(outputs.logits, labels), smoothing), outputs
+    def train(self, *arguments: Any, **keywords: Any) -> Any:
+        result = super().train(*arguments, **keywords)
+        if not self.is_fsdp_enabled:  # whose shares are put together first
+            remove_projections(self.model)
+        return result
 
-        outputs = model(**inputs, output_hidden_states=bool(self.hidden_state_map))
-        teacher_outputs: Any = None
+    def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor, Any]:
+        named = {name: inputs.pop(name) for name in list(inputs) if name.startswith(TEACHER_COLUMN)}
+        if not model.training:  # an evaluation: the labels alone, and no hidden states to gather
+            return super().summed_loss(model, inputs, labels)
+
+        found = model(**inputs, output_hidden_states=self.all_tokens)
+        outputs = self.task.outputs(found)
+        loss, count = self.task.label_loss(outputs, labels, self.args.label_smoothing_factor)
+        teacher = named
         if self.teacher is not None:
+            # A teacher of images has its own processor, so the collator adds what that makes of the same images.
+            own = {name: named[TEACHER_COLUMN + name] for name in inputs if TEACHER_COLUMN + name in named}
             with torch.no_grad():
-                teacher_outputs = self.teacher(**teacher_inputs, output_hidden_states=bool(self.hidden_state_map))
-            teacher_logits = teacher_outputs.logits
-            self.unfinite_answers.append(unfinite_inputs({"teacher_logits": teacher_logits}))
-        logits, targets = self.align(outputs.logits, labels)
-        if top_answers is not None:
-            loss = (1 - self.distill.soft_target_weight) * label_loss(logits, targets, smoothing)
-            # What the teacher said at a token is about the next one, as the logits are.
-            ids, log_probabilities, log_rest = (answer[:, :-1] for answer in top_answers)
-            loss = loss + self.distill.soft_target_weight * top_soft_target_loss(
-                logits, ids, log_probabilities, log_rest, self.distill.temperature, targets.ne(IGNORED),
-                self.distill.divergence, self.distill.teacher_share,
-            )  # fmt: skip
-        else:
-            if self.causal and teacher_logits is not None:
-                teacher_logits, _ = self.align(teacher_logits, labels)
-            loss = distillation_loss(
-                logits, targets, teacher_logits, self.distill.temperature, self.distill.soft_target_weight, smoothing,
-                self.distill.divergence, self.distill.teacher_share,
-            )  # fmt: skip
-        projections = getattr(self.accelerator.unwrap_model(model), PROJECTIONS, None)
+                from_teacher = self.teacher(**(own or inputs), output_hidden_states=self.all_tokens)
+            teacher = {TEACHER_COLUMN + name: values for name, values in self.task.outputs(from_teacher).items()}
+        weight = self.distill.soft_target_weight
+        if weight > 0 and not teacher:
+            raise InputError(
+                f"expected a teacher, or a column teacher_logits in the batches, found {', '.join(inputs)}. Pass teacher=model, or "
+                "keep the column (a collator of your own must make a tensor of it)."
+            )
+        if weight > 0:
+            soft = self.task.soft_loss(outputs, teacher, labels, self.distill)
+            loss = (1 - weight) * loss + weight * soft
+        maps = getattr(self.accelerator.unwrap_model(model), PROJECTIONS, None)
         for index, (student_state, teacher_state) in enumerate(self.hidden_state_map):
-            student_hidden = outputs.hidden_states[student_state]
-            if projections is not None:
-                student_hidden = projections[index](student_hidden)
-            teacher_hidden = teacher_outputs.hidden_states[teacher_state]
+            student_hidden = found.hidden_states[student_state]
+            if maps is not None:
+                student_hidden = maps[index](student_hidden)
+            teacher_hidden = from_teacher.hidden_states[teacher_state]
             if student_hidden.shape[:2] != teacher_hidden.shape[:2]:
                 raise InputError(
                     f"expected hidden states of as many positions from teacher and student, found {teacher_hidden.shape[1]} and "
                     f"{student_hidden.shape[1]}. Use --hidden_state_weight 0, or a student with the teacher's image and patch size."
                 )
-            # Examples without a label only fill up a batch.
-            counted = labels.ne(IGNORED).reshape(len(labels), -1).any(dim=1)
-            student_hidden, teacher_hidden = student_hidden[counted], teacher_hidden[counted]
-            valid = None if self.causal or "attention_mask" not in inputs else inputs["attention_mask"][counted]
-            if self.causal:  # its loss is one per token, not one per example
-                student_hidden, teacher_hidden = (
-                    student_hidden.flatten(0, 1)[:, None],
-                    teacher_hidden.flatten(0, 1)[:, None],
-                )
-            hidden_loss = hidden_state_loss(student_hidden, teacher_hidden, valid)
-            loss = loss + self.distill.hidden_state_weight * hidden_loss / len(self.hidden_state_map)
-        return loss, outputs
+            hidden = self.task.hidden_state_loss(student_hidden, teacher_hidden, inputs, labels)
+            loss = loss + self.distill.hidden_state_weight * hidden / len(self.hidden_state_map)
+        return loss, count, outputs
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = getattr(self.train_dataset, "column_names", None) or []
+        known: Any = self._signature_columns
+        known += [name for name in columns if name.startswith(TEACHER_COLUMN) and name not in known]
 
 
-def parse_hidden_state_map(text: str | None, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
-    """Pairs (student hidden state, teacher hidden state); state 0 is the embeddings, state i the output of layer i - 1.
+def add_projections(student: Any, teacher: Any, count: int) -> None:
+    """Give a student of another width than its teacher a linear map for each pair of hidden states.
 
-    Without `text` every student state from 1 on is paired with the teacher's at the same share of the depth.
+    They are part of the student while it trains, so that optimizer, checkpoints and gradient sharing see them.
     """
+    widths = student.config.hidden_size, teacher.config.hidden_size
+    if widths[0] != widths[1] and not hasattr(student, PROJECTIONS):
+        # The same whatever was drawn before: a resumed pruning has not trained its earlier steps.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            student.add_module(PROJECTIONS, nn.ModuleList(nn.Linear(*widths) for _ in range(count)))
+
+
+def remove_projections(student: Any) -> None:
+    if hasattr(student, PROJECTIONS):
+        delattr(student, PROJECTIONS)
+
+
+def parse_hidden_state_map(text: str | None, student: Any, teacher: Any) -> list[tuple[int, int]]:
+    """Pairs (student hidden state, teacher hidden state), of their configs; state 0 is the embeddings, state i the output of layer i - 1.
+
+    Without `text` each layer of a student that was made of the teacher's is paired with the layer that it is a copy of, and each of
+    another student with the teacher's at the same share of the depth.
+    """
+    states, teacher_states = layer_count(student), layer_count(teacher)
     if text is None:
-        return [(state, state * teacher_layers // student_layers) for state in range(1, student_layers + 1)]
+        copied = getattr(student, TEACHER_LAYERS, None)
+        if copied and len(copied) == states and max(copied) < teacher_states:
+            return [(state, layer + 1) for state, layer in enumerate(copied, start=1)]
+        return [(state, state * teacher_states // states) for state in range(1, states + 1)]
     try:
         pairs = [(int(left), int(right)) for left, right in (pair.split(":") for pair in text.split(","))]
     except ValueError as error:
         raise InputError(f"expected --hidden_state_map such as 1:2,2:4,3:6, found {text!r}.") from error
-    if any(not 0 <= left <= student_layers or not 0 <= right <= teacher_layers for left, right in pairs):
+    if any(not 0 <= left <= states or not 0 <= right <= teacher_states for left, right in pairs):
         raise InputError(
-            f"expected --hidden_state_map within the student's states 0 to {student_layers} and the teacher's 0 to {teacher_layers}, "
+            f"expected --hidden_state_map within the student's states 0 to {states} and the teacher's 0 to {teacher_states}, "
             f"found {text!r}."
         )
     return pairs
 
 
-def distil(
-    student: Any, processor: Any, task: Any, teacher_source: str, distill: DistillConfig,
-    training: transformers.TrainingArguments, soft_targets: Path | None, directory: Path,
-) -> dict[str, Any]:  # fmt: skip
+def train_student(
+    student: Any,
+    processor: Any,
+    task: Task,
+    teacher_source: str,
+    distill: DistillConfig,
+    training: transformers.TrainingArguments,
+    soft_targets: Path | None,
+    directory: Path,
+) -> dict[str, Any]:
     """Train `student` in place on the training split, from labels and from the teacher in `teacher_source`; return the details.
 
-    `soft_targets` is the directory of the stored logits; without it, or for hidden states, the teacher runs in the loop.
+    `soft_targets` is the directory of the stored ones; without it, or for hidden states, the teacher runs along (online distillation).
     """
     features = task.features(processor)["train"]
-    with_hidden_states = distill.hidden_state_weight > 0
-    in_the_loop = with_hidden_states or (distill.soft_target_weight > 0 and soft_targets is None)
+    with_hidden_states, weight = distill.hidden_state_weight > 0, distill.soft_target_weight
+    online = with_hidden_states or (weight > 0 and soft_targets is None)
+    # Without a teacher, too, since the report compares student and teacher.
+    task.check_teacher_fits(teacher_source, student, processor, online)
     teacher: Any = None
     teacher_processor: Any = None
-    hidden_state_map: list[tuple[int, int]] = []
-    if task.causal:  # without a teacher, too: the report compares them token by token
-        teacher_size = task.load_config(teacher_source).vocab_size
-        check_same_vocabulary(task.load_processor(teacher_source), processor, teacher_size, student.config.vocab_size)
-    if in_the_loop:
+    if online:
         teacher_processor = task.load_processor(teacher_source)
         teacher = task.load_model(teacher_source)
-        if task.causal:
-            check_knows_language(teacher, task, processor)
-        else:
-            check_teacher(teacher, task, teacher_processor)
-    elif soft_targets is not None and distill.soft_target_weight > 0:
+        check_teacher(teacher, task, teacher_processor, training.per_device_eval_batch_size)
+    elif soft_targets is not None and weight > 0:
         features = WithSoftTargets(features, soft_targets)
-    if with_hidden_states:
-        hidden_state_map = parse_hidden_state_map(
-            distill.hidden_state_map, layer_count(student.config), layer_count(teacher.config)
-        )
-        student_width, teacher_width = student.config.hidden_size, teacher.config.hidden_size
-        if student_width != teacher_width:
-            # The same whatever was drawn before: a resumed pruning has not trained its earlier steps.
-            transformers.set_seed(training.seed)
-            # Part of the student while it trains, so that optimizer, checkpoints and gradient sharing see them.
-            projections = nn.ModuleList(nn.Linear(student_width, teacher_width) for _ in hidden_state_map)
-            student.add_module(PROJECTIONS, projections)
-    # The baseline on labels alone is trained as the student is, so the choice does not depend on the weights of the losses.
-    augment = distill.soft_targets == "online"
-    with ExitStack() as cheaper:
-        if not hidden_state_map:  # which pairs the states of all tokens
-            cheaper.enter_context(first_token_only(student))
-            if teacher is not None:
-                cheaper.enter_context(first_token_only(teacher))
-        details = train(
-            student, task, processor, training, directory, features, DistillationTrainer,
-            train_collate=task.training_collate(processor, teacher_processor, augment), distill=distill, teacher=teacher,
-            hidden_state_map=hidden_state_map,
-        )  # fmt: skip
-    if hasattr(student, PROJECTIONS):
-        delattr(student, PROJECTIONS)
-    details["soft_targets"] = "none" if distill.soft_target_weight == 0 else "online" if in_the_loop else "stored"
-    if hidden_state_map:
-        details["hidden_state_map"] = [list(pair) for pair in hidden_state_map]
+    pairs = (
+        parse_hidden_state_map(distill.hidden_state_map, student.config, teacher.config) if with_hidden_states else []
+    )
+    # Stored soft targets are of the examples as they are; the baseline on labels alone is trained as the student is.
+    augment = online or (weight == 0 and distill.soft_targets == "online")
+    details = train(
+        student,
+        task,
+        processor,
+        training,
+        directory,
+        features,
+        DistillationTrainer,
+        train_collate=task.training_collate(processor, teacher_processor, augment),
+        distill=distill,
+        teacher=teacher,
+        hidden_state_map=pairs,
+    )
+    remove_projections(student)
+    details["soft_targets"] = "none" if weight == 0 else "online" if online else "stored"
+    if pairs:
+        details["hidden_state_map"] = [list(pair) for pair in pairs]
     return details
 
 
 def distill_student(
     source: str,
     directory: Path,
-    task: Any,
+    task: Task,
     student: StudentConfig,
     distill: DistillConfig,
     training: transformers.TrainingArguments,
     soft_targets: Path | None = None,
 ) -> Outcome:
-    """Build a student of the teacher in `source` and train it on the labels and the teacher's answers."""
+    """Build a student of the teacher in `source` and train it on the labels and the teacher's logits."""
     details: dict[str, Any] = {}
     if student.student_model is not None:
         processor = task.load_processor(student.student_model)
         model = task.load_model(student.student_model, task.student_head, student.student_from_scratch)
+        vars(model.config).pop(TEACHER_LAYERS, None)  # those of another teacher
     else:
         processor = task.load_processor(source)
         teacher = task.load_model(source)
         layers = parse_layers(student.student_layers, layer_count(teacher.config))
         model = student_from_layers(teacher, layers)
+        setattr(model.config, TEACHER_LAYERS, layers)
         details["layers"] = layers
-    details |= distil(model, processor, task, source, distill, training, soft_targets, directory / CHECKPOINTS)
-    return finish_model(model, task, processor, directory, details)
+    details |= train_student(model, processor, task, source, distill, training, soft_targets, directory / CHECKPOINTS)
+    return finish(model, task, processor, directory, details, training.per_device_eval_batch_size)

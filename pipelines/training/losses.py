@@ -1,20 +1,27 @@
-"""Losses as pure functions of tensors. Each returns a sum over examples (or tokens); the trainer divides by their number.
+"""Losses as functions of tensors. Each returns a sum over examples (or tokens); the trainer divides by their number.
 
-A sum can be divided by the count of the whole batch, over all accumulation steps and processes; a mean of means cannot be mended.
+A sum can be divided by the count of the global batch, over all accumulation steps and processes; a mean of means cannot.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.core.task import IGNORED
+from pipelines.core.task import IGNORED, Tensors
+
+if TYPE_CHECKING:
+    from pipelines.core.config import DistillConfig
+
+# What is stored of a teacher's logits where all of them are too many: the likeliest classes and the probability of all others.
+TOP_K_COLUMNS = ("teacher_ids", "teacher_log_probabilities", "teacher_log_tail_mass")
 
 
-def label_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Summed cross entropy of `logits` (…, labels) against `labels` (…), in float32; labels of -100 do not count."""
     return F.cross_entropy(
         logits.float().reshape(-1, logits.shape[-1]),
@@ -25,87 +32,80 @@ def label_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> 
     )
 
 
-def next_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (batch, tokens, …) of a causal model and labels (batch, tokens), shifted so that each logit meets the token it is about."""
-    return logits[:, :-1], labels[:, 1:]
-
-
-def divergence(teacher: Tensor, student: Tensor, kind: str = "forward_kl", teacher_share: float = 0.5) -> Tensor:
+def divergence(teacher: Tensor, student: Tensor, kind: str = "forward_kl", beta: float = 0.5) -> Tensor:
     """The divergence (…) of two distributions given as log probabilities (…, classes), summed over the classes.
 
     "forward_kl" is KL(teacher ‖ student), which spreads the student over all that the teacher finds likely; "reverse_kl" is
     KL(student ‖ teacher), which draws it to the likeliest; "jensen_shannon" is the generalized one of Agarwal et al. (2024),
-    β KL(teacher ‖ M) + (1 - β) KL(student ‖ M) with M = β teacher + (1 - β) student and β = `teacher_share` in (0, 1).
+    β KL(teacher ‖ M) + (1 - β) KL(student ‖ M) with M = β teacher + (1 - β) student and β = `beta` in (0, 1).
     """
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
-        return (p.exp() * (p - q)).sum(dim=-1)
+        # A class without any probability adds 0, where 0 times infinity would be NaN.
+        impossible = p == -torch.inf
+        difference = (p - q).masked_fill(impossible, 0.0)
+        return (p.exp() * difference).sum(dim=-1)
 
     if kind == "forward_kl":
         return kl(teacher, student)
     if kind == "reverse_kl":
         return kl(student, teacher)
     assert kind == "jensen_shannon", kind
-    mixture = torch.logaddexp(teacher + math.log(teacher_share), student + math.log(1 - teacher_share))
-    return teacher_share * kl(teacher, mixture) + (1 - teacher_share) * kl(student, mixture)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
 def soft_target_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     temperature: float,
-    valid: Tensor | None = None,
+    valid: Tensor,
     kind: str = "forward_kl",
-    teacher_share: float = 0.5,
+    beta: float = 0.5,
 ) -> Tensor:
     """T² times the summed divergence of the teacher's and the student's distribution at temperature T (Hinton et al., 2015).
 
     Logits are (…, labels), `valid` (…) is true where a position counts. The gradient of soft targets shrinks as 1/T², so the
     factor keeps it comparable to that of the labels. Computed in float32.
     """
-    if valid is not None:
-        # Positions that do not count are left out, not multiplied by 0: of padding even the logits may be infinite.
-        student_logits, teacher_logits = student_logits[valid.bool()], teacher_logits[valid.bool()]
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    return temperature**2 * divergence(teacher, student, kind, teacher_share).sum()
+    # Positions that do not count are left out, not multiplied by 0: of padding even the logits may be infinite.
+    teacher = F.log_softmax(teacher_logits[valid].float() / temperature, dim=-1)
+    student = F.log_softmax(student_logits[valid].float() / temperature, dim=-1)
+    return temperature**2 * divergence(teacher, student, kind, beta).sum()
 
 
-def top_answers(teacher_logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` likeliest classes of logits (…, classes) at a temperature: their ids and log probabilities (…, count), and the log
-    of the probability of all others together (…)."""
+def top_k_targets(teacher_logits: Tensor, count: int, temperature: float) -> Tensors:
+    """The `count` likeliest classes of logits (…, classes) at a temperature: their ids and log probabilities (…, count), and the
+    log of the tail mass (…), the probability of all other classes together."""
     log_probabilities = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     top, ids = log_probabilities.topk(count, dim=-1)
-    return ids, top, _log_rest(log_probabilities, ids)
+    return dict(zip(TOP_K_COLUMNS, (ids, top, _log_tail_mass(log_probabilities, ids)), strict=True))
 
 
-def _log_rest(log_probabilities: Tensor, ids: Tensor) -> Tensor:
+def _log_tail_mass(log_probabilities: Tensor, ids: Tensor) -> Tensor:
     """The log of the probability that all but the classes `ids` have together; summed, since 1 minus the others rounds to 0."""
     return log_probabilities.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
 
 
-def top_soft_target_loss(
+def top_k_loss(
     student_logits: Tensor,
-    ids: Tensor,
-    log_probabilities: Tensor,
-    log_rest: Tensor,
+    targets: Tensors,
     temperature: float,
     valid: Tensor,
     kind: str = "forward_kl",
-    teacher_share: float = 0.5,
+    beta: float = 0.5,
 ) -> Tensor:
-    """`soft_target_loss` from the teacher's `top_answers` at the same temperature, all other classes taken as one.
+    """`soft_target_loss` from the teacher's `top_k_targets` at the same temperature, all other classes taken as one.
 
     What is lost is bounded exactly: it is never more than soft_target_loss, and with forward KL the gradient by the student's
-    (scaled) logits of a position differs by m (p - q), m being the teacher's probability of the rest, p and q the teacher's and the
-    student's distribution within it: by 2 m at most, summed over the classes, and not at all for the classes that are kept.
+    (scaled) logits of a position differs by m (p - q), m being the tail mass, p and q the teacher's and the student's distribution
+    within the tail: by 2 m at most, summed over the classes, and not at all for the classes that are kept.
     """
-    valid = valid.bool()
+    ids, log_probabilities, log_tail_mass = (targets[name][valid] for name in TOP_K_COLUMNS)
     student = F.log_softmax(student_logits[valid].float() / temperature, dim=-1)
-    ids, log_probabilities, log_rest = ids[valid].long(), log_probabilities[valid].float(), log_rest[valid].float()
-    student_top = torch.cat([student.gather(-1, ids), _log_rest(student, ids)[..., None]], dim=-1)
-    teacher_top = torch.cat([log_probabilities, log_rest[..., None]], dim=-1)
-    return temperature**2 * divergence(teacher_top, student_top, kind, teacher_share).sum()
+    student_top = torch.cat([student.gather(-1, ids.long()), _log_tail_mass(student, ids.long()).unsqueeze(-1)], dim=-1)
+    teacher_top = torch.cat([log_probabilities.float(), log_tail_mass.float().unsqueeze(-1)], dim=-1)
+    return temperature**2 * divergence(teacher_top, student_top, kind, beta).sum()
 
 
 def hidden_state_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -113,29 +113,68 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = N
 
     `valid` (batch, tokens) is 1 where a token counts, for instance the attention mask (as in TinyBERT; Jiao et al., 2020).
     """
-    difference = (student.float() - teacher.float()).pow(2).mean(dim=-1)
+    squares = (student.float() - teacher.float()).pow(2).mean(dim=-1)
     if valid is None:
-        return difference.mean(dim=-1).sum()
-    weights = valid.to(difference.dtype)
-    return ((difference * weights).sum(dim=-1) / weights.sum(dim=-1).clamp(min=1)).sum()
+        return squares.mean(dim=-1).sum()
+    weights = valid.to(squares.dtype)
+    return ((squares * weights).sum(dim=-1) / weights.sum(dim=-1).clamp(min=1)).sum()
 
 
-def distillation_loss(
-    student_logits: Tensor,
-    labels: Tensor,
-    teacher_logits: Tensor | None,
-    temperature: float,
-    soft_target_weight: float,
-    label_smoothing: float = 0.0,
-    kind: str = "forward_kl",
-    teacher_share: float = 0.5,
-) -> Tensor:
-    """`(1 - soft_target_weight)` times the label loss plus `soft_target_weight` times the soft-target loss, summed over examples.
+class ClassifierLoss:
+    """The losses (see pipelines/core/task.py) of any model with logits (…, labels) for labels (…): one an example or one a token."""
 
-    Both leave out labels of -100. The teacher's logits may be left out where their weight is 0.
-    """
-    hard_loss = label_loss(student_logits, labels, label_smoothing)
-    if soft_target_weight == 0 or teacher_logits is None:
-        return hard_loss
-    soft_loss = soft_target_loss(student_logits, teacher_logits, temperature, labels.ne(IGNORED), kind, teacher_share)
-    return (1 - soft_target_weight) * hard_loss + soft_target_weight * soft_loss
+    def outputs(self, model_output: Any) -> Tensors:
+        return {"logits": model_output.logits}
+
+    def predictions(self, outputs: Tensors, labels: Tensor) -> Tensor:
+        return outputs["logits"]
+
+    def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        return cross_entropy(outputs["logits"], labels, label_smoothing), labels.ne(IGNORED).sum()
+
+    def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
+        return {"teacher_logits": outputs["logits"].float()}
+
+    def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
+        settings = (distill.temperature, labels.ne(IGNORED), distill.divergence, distill.beta)
+        if "teacher_ids" in teacher:
+            return top_k_loss(outputs["logits"], teacher, *settings)
+        return soft_target_loss(outputs["logits"], teacher["teacher_logits"], *settings)
+
+    def hidden_state_loss(self, student: Tensor, teacher: Tensor, inputs: Tensors, labels: Tensor) -> Tensor:
+        counted = labels.ne(IGNORED)  # examples without a label only fill up a batch
+        if labels.dim() > 1:  # the other losses are one per token, too
+            return hidden_state_loss(student[counted][:, None], teacher[counted][:, None])
+        mask = inputs.get("attention_mask")
+        return hidden_state_loss(student[counted], teacher[counted], None if mask is None else mask[counted])
+
+
+class NextTokenLoss(ClassifierLoss):
+    """The losses of a causal language model: its logits (batch, tokens, vocabulary) at one position are about the next."""
+
+    def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        return super().label_loss({"logits": outputs["logits"][:, :-1]}, labels[:, 1:], label_smoothing)
+
+    def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
+        """Of all logits there are thousands for every token, so the likeliest tokens are stored, and the mass of all others."""
+        logits = outputs["logits"]
+        classes = logits.shape[-1]
+        targets = top_k_targets(logits, min(distill.soft_target_top_k, classes - 1), distill.temperature)
+        targets["teacher_ids"] = targets["teacher_ids"].to(torch.uint16 if classes <= 2**16 else torch.int32)
+        return targets
+
+    def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
+        shifted = {name: column[:, :-1] for name, column in teacher.items()}
+        return super().soft_loss({"logits": outputs["logits"][:, :-1]}, shifted, labels[:, 1:], distill)
+
+    def hidden_state_loss(self, student: Tensor, teacher: Tensor, inputs: Tensors, labels: Tensor) -> Tensor:
+        return super().hidden_state_loss(student[:, :-1], teacher[:, :-1], inputs, labels[:, 1:])
+
+
+def losses_of(model: Any) -> ClassifierLoss:
+    """The losses for a model that no task comes with: those of causal language models by the name of its class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    stock = model.get_base_model() if hasattr(model, "get_base_model") else model  # below a LoRA adapter
+    is_causal = type(stock).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return NextTokenLoss() if is_causal else ClassifierLoss()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from pipelines.core.config import DistillConfig, PruneConfig
@@ -18,26 +19,19 @@ from pipelines.core.processes import wait_for_all
 from pipelines.core.run import Outcome, sealed, write_json
 from pipelines.models.families import FAMILIES, family_of, head_size, input_size, layers_of
 from pipelines.models.removal import cut, part, remove_zeros, shape_of, with_stock_shapes
-from pipelines.training.distill import distil
-from pipelines.training.losses import distillation_loss, next_token
+from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write_checksums
+from pipelines.training.distill import train_student
+from pipelines.training.fine_tune import save, validation_metrics
+from pipelines.training.losses import losses_of
 from pipelines.training.soft_targets import WithSoftTargets
-from pipelines.training.trainer import (
-    CHECKPOINTS,
-    arguments_for,
-    checkpoint_damage,
-    count_parameters,
-    is_main_process,
-    save,
-    seal_checkpoint,
-    validation_metrics,
-)
+from pipelines.training.trainer import arguments_for, count_parameters
 
 STEPS = "steps.json"  # beside what a step left: what the steps before it did
 MINIMUM_NEURONS = 8  # a layer keeps at least these, and at least one head
 
 
 def measure_importance(
-    model: Any, features: Any, collate: Any, distill: DistillConfig, batch_size: int = 16, causal: bool = False
+    model: Any, features: Any, collate: Any, distill: DistillConfig, batch_size: int = 16
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """First-order importance of every head and every feed-forward neuron, one array a layer.
 
@@ -54,6 +48,7 @@ def measure_importance(
     ]
     totals = [np.zeros(input_size(module) // width) for module, width in widths]
     gates: dict[int, Tensor] = {}
+    losses = losses_of(model)
 
     def gate(index: int, width: int) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -72,11 +67,12 @@ def measure_importance(
         for start in range(0, len(features), batch_size):
             batch = collate([features[i] for i in range(start, min(start + batch_size, len(features)))])
             batch = {name: values.to(device) for name, values in batch.items()}
-            labels, teacher_logits = batch.pop("labels"), batch.pop("teacher_logits", None)
-            logits = model(**batch).logits
-            if causal:
-                logits, labels = next_token(logits, labels)
-            loss = distillation_loss(logits, labels, teacher_logits, distill.temperature, distill.soft_target_weight)
+            labels, teacher = batch.pop("labels"), {n: batch.pop(n) for n in list(batch) if n.startswith("teacher_")}
+            outputs = losses.outputs(model(**batch))
+            loss, _ = losses.label_loss(outputs, labels)
+            if teacher:
+                weight = distill.soft_target_weight
+                loss = (1 - weight) * loss + weight * losses.soft_loss(outputs, teacher, labels, distill)
             gradients = torch.autograd.grad(loss, [gates[i] for i in range(len(widths))])
             for total, gradient in zip(totals, gradients, strict=True):
                 total += gradient[:, 0].abs().sum(dim=0).double().cpu().numpy()
@@ -109,7 +105,7 @@ def can_be_pruned(directory: Path) -> bool:
     """Whether the model in `directory` has heads and neurons to remove; says so where it has none."""
     model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
     prunable = model_type in FAMILIES and FAMILIES[model_type].prunable
-    if not prunable and is_main_process():
+    if not prunable and PartialState().is_main_process:
         reason = (
             "shares them among heads"
             if model_type in FAMILIES
@@ -130,8 +126,6 @@ def prune_and_recover(
     soft_targets: Path | None = None,
 ) -> Outcome:
     """Remove the least important heads and neurons of the student in `source`, in steps, recovering by distillation after each."""
-    from accelerate import PartialState
-
     state = PartialState()
     processor = task.load_processor(source)
     model = remove_zeros(task.load_model(source))
@@ -139,7 +133,7 @@ def prune_and_recover(
     before = shape_of(model)
     details: dict[str, Any] = {"before": before, "steps": []}
     arguments = arguments_for(training, prune.prune_learning_rate, prune.prune_epochs)
-    if is_main_process():
+    if PartialState().is_main_process:
         for chosen in (directory / CHECKPOINTS).glob("step-*-cut"):
             if damage := checkpoint_damage(chosen):
                 print(f"{chosen.name}: not used, because {damage}", flush=True)
@@ -149,13 +143,13 @@ def prune_and_recover(
         # The main process chooses and writes what is left, and every process reads that: a rank decided by the last bit of a
         # gradient would otherwise give the processes models of different shapes. A resumed run reads it, too.
         chosen = directory / CHECKPOINTS / f"step-{step}-cut"
-        if is_main_process() and not chosen.is_dir():
+        if PartialState().is_main_process and not chosen.is_dir():
             share = step / prune.prune_steps
             cut_step(model, processor, task, prune, distill, soft_targets, before, share)
             partial = chosen.with_suffix(".partial")
             save(with_stock_shapes(model), processor, partial)
             write_json(partial / STEPS, sealed({"steps": details["steps"]}))
-            seal_checkpoint(partial)
+            write_checksums(partial)
             partial.rename(chosen)
         wait_for_all()
         if (directory / CHECKPOINTS / f"step-{step + 1}-cut").is_dir():
@@ -166,13 +160,13 @@ def prune_and_recover(
         if prune.prune_epochs > 0:
             checkpoints = directory / CHECKPOINTS / f"step-{step}"
             try:
-                recovery = distil(
+                recovery = train_student(
                     model, processor, task, str(teacher), distill, arguments, soft_targets, checkpoints
                 )  # fmt: skip
             except InputError as error:
                 raise InputError(f"{error} What the cut of step {step} left is kept in {chosen}.") from error
         details["steps"].append({**shape_of(model), "recovery": recovery})
-    if not is_main_process():
+    if not PartialState().is_main_process:
         return Outcome("transformers")
     after = shape_of(model)
     details["after"] = after
@@ -197,12 +191,10 @@ def cut_step(
 ) -> None:  # fmt: skip
     """Cut `model` in place down to what `share` of the whole pruning leaves of the shapes `before`."""
     features = task.features(processor)["train"]
-    if soft_targets is not None and not task.causal:  # the next token alone says enough of what matters
+    if soft_targets is not None:
         features = WithSoftTargets(features, soft_targets)
     chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
-    heads, neurons = measure_importance(
-        model, features.select(np.sort(chosen)), task.collate(processor), distill, causal=task.causal
-    )
+    heads, neurons = measure_importance(model, features.select(np.sort(chosen)), task.collate(processor), distill)
     left = shape_of(model)
     remove_heads = round(prune.prune_heads * share * sum(before["heads"])) - (sum(before["heads"]) - sum(left["heads"]))
     remove_neurons = round(prune.prune_ffn * share * sum(before["neurons"])) - (

@@ -1,8 +1,8 @@
-"""The teacher's answers to the training examples, computed once and stored; every epoch and every later stage reads them.
+"""The teacher's soft targets for the training examples, computed once and stored; every epoch and every later stage reads them.
 
-They are a stage like another: the run's record keys them by teacher, data and tokenization, so a changed teacher makes them anew.
-They lie on disk in shards of so many examples each, whatever the number of processes: answers-00000.safetensors and so on. A process
-holds no more than one shard in memory, a run that was killed goes on at the shard it stopped in, and readers map them into memory.
+They are a stage like another: the run's record keys them by teacher, data and tokenization, so a changed teacher invalidates them.
+They lie on disk in shards of so many examples each, whatever the number of processes: shard-00000.safetensors and so on. A process
+holds no more than one shard in memory, a run that was killed continues with the shard it stopped in, and readers map them into memory.
 """
 
 from __future__ import annotations
@@ -16,120 +16,76 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
+from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
 from pipelines.core.run import Outcome
-from pipelines.models.predict import predict_torch
-from pipelines.training.finite import name_rows
-from pipelines.training.losses import top_answers
-from pipelines.training.trainer import check_knows_task, validation_metrics
+from pipelines.core.task import Arrays, Task, Tensors
+from pipelines.models.predict import map_batches
+from pipelines.training.fine_tune import validation_metrics
 
-SHARD = "answers-{:05}.safetensors"
-SHARD_EXAMPLES = 4096
-SHARD_TOKENS = 2**18
+SHARD = "shard-{:05}.safetensors"
+SHARD_BYTES = 2**26
+MOST_SHARD_EXAMPLES = 4096
 OPEN_SHARDS = 512
-
-# What is stored of a language model's logits: the likeliest tokens only, since all of them are thousands of numbers for every token.
-TOP_ANSWERS = ("teacher_ids", "teacher_log_probabilities", "teacher_log_rest")
 
 
 # ---- Writing
 
 
-def compute_soft_targets(source: str, directory: Path, task: Any, shard_examples: int = SHARD_EXAMPLES) -> Outcome:
-    """Write the teacher's logits as `teacher_logits` (training examples, labels), float32, in the order of the training split.
+def compute_soft_targets(
+    source: str,
+    directory: Path,
+    task: Task,
+    distill: DistillConfig,
+    batch_size: int = 8,
+    shard_examples: int | None = None,
+) -> Outcome:
+    """Write what `task.soft_targets` keeps of the teacher's outputs for every training example, in the order of the training split.
 
-    Every process answers its share of the shards. Raises InputError for a teacher no better than chance, before it is asked.
+    Every process computes its share of the shards. Raises InputError for a teacher that does no better than guessing, before that.
     """
     processor = task.load_processor(source)
-    teacher = _teacher(source, task)
+    teacher = task.load_model(source).eval().to(PartialState().device)
     features, collate = task.features(processor)["train"], task.collate(processor)
-    metrics = check_teacher(teacher, task, processor)
+    metrics = check_teacher(teacher, task, processor, batch_size)
 
-    def answer(examples: Any) -> dict[str, np.ndarray]:
-        return {"teacher_logits": predict_torch(teacher, examples, collate, name="soft targets")}
+    def of_batch(batch: dict[str, Any]) -> Tensors:
+        inputs = {name: values.to(teacher.device) for name, values in batch.items() if name != "labels"}
+        with torch.inference_mode():
+            return task.soft_targets(task.outputs(teacher(**inputs)), distill)
 
-    if not write_shards(features, directory, shard_examples, answer):
+    def of_examples(examples: Any) -> Arrays:
+        return map_batches(of_batch, examples, collate, batch_size, "soft targets")
+
+    example = sum(array.nbytes for array in of_examples(features.select([0])).values())
+    if shard_examples is None:
+        shard_examples = max(1, min(MOST_SHARD_EXAMPLES, SHARD_BYTES // example))
+    if not write_shards(features, directory, shard_examples, of_examples):
         return Outcome("soft targets")
-    stored = WithSoftTargets(features, directory)
-    details = {"examples": len(features), "labels": stored[0]["teacher_logits"].shape[-1], "shards": len(stored.shards)}
+    shards = len(WithSoftTargets(features, directory).shards)
+    details = {"examples": len(features), "bytes_per_example": example, "shards": shards}
     return Outcome("soft targets", {"validation": metrics}, details=details)
 
 
-def compute_token_soft_targets(
-    source: str, directory: Path, task: Any, temperature: float, top_k: int, shard_examples: int | None = None
-) -> Outcome:
-    """Write the teacher's `top_k` likeliest tokens at every position of the training windows, at `temperature`, and the mass of the rest.
-
-    The shards hold ids (windows, tokens, k), log probabilities (windows, tokens, k) and the log of the remaining probability
-    (windows, tokens). The record tells the bytes a token takes and the bound on what is lost (see losses.top_soft_target_loss).
-    Every process answers its share of the shards.
-    """
-    processor = task.load_processor(source)
-    teacher = _teacher(source, task)
-    features, collate = task.features(processor)["train"], task.collate(processor)
-    tokens, vocabulary_size = features[0]["length"], teacher.config.vocab_size
-    k = min(top_k, vocabulary_size - 1)
-    kind = np.uint16 if vocabulary_size <= 2**16 else np.int32
-
-    def answer(windows: Any) -> dict[str, np.ndarray]:
-        parts: list[list[np.ndarray]] = [[] for _ in TOP_ANSWERS]
-        for start in range(0, len(windows), 8):
-            batch = collate([windows[row] for row in range(start, min(start + 8, len(windows)))])
-            with torch.inference_mode():
-                found = top_answers(teacher(batch["input_ids"].to(teacher.device)).logits, k, temperature)
-            for part, values in zip(parts, found, strict=True):
-                part.append(values.cpu().numpy().astype(kind if part is parts[0] else np.float32))
-        return {name: np.concatenate(part) for name, part in zip(TOP_ANSWERS, parts, strict=True)}
-
-    if not write_shards(features, directory, shard_examples or max(1, SHARD_TOKENS // tokens), answer):
-        return Outcome("soft targets")
-    stored = WithSoftTargets(features, directory)
-    total, largest = 0.0, 0.0
-    for shard in stored.shards:
-        mass = np.exp(_open(*shard).get_tensor("teacher_log_rest"))
-        total, largest = total + float(mass.sum(dtype=np.float64)), max(largest, float(mass.max()))
-    mean = total / (len(features) * tokens)
-    details = {
-        "top_k": k,
-        "temperature": temperature,
-        "shards": len(stored.shards),
-        "bytes_per_token": k * (np.dtype(kind).itemsize + 4) + 4,
-        "remaining_mass": {"mean": mean, "largest": largest},
-        "gradient_error_bound": {"mean": 2 * mean, "largest": 2 * largest},
-    }
-    return Outcome("soft targets", details=details)
-
-
-def _teacher(source: str, task: Any) -> Any:
-    from accelerate import PartialState
-
-    return task.load_model(source).eval().to(PartialState().device)
-
-
-def check_teacher(teacher: Any, task: Any, processor: Any) -> dict[str, Any]:
-    """The teacher's scores on the validation split, once they are better than chance; the other processes wait for the main one."""
-    from accelerate import PartialState
-
-    state = PartialState()
+def check_teacher(teacher: Any, task: Task, processor: Any, batch_size: int) -> dict[str, Any]:
+    """The teacher's scores on the validation split, once they are better than guessing; the other processes wait for the main one."""
     metrics: dict[str, Any] = {}
-    if state.is_main_process:
-        metrics = validation_metrics(teacher, task, processor)
-        check_knows_task(teacher, task, metrics)
+    if PartialState().is_main_process:
+        metrics = validation_metrics(teacher, task, processor, batch_size)
+        task.check_teacher(metrics, teacher.config)
     wait_for_all()
     return metrics
 
 
-def write_shards(
-    features: Any, directory: Path, shard_examples: int, answer: Callable[[Any], dict[str, np.ndarray]]
-) -> bool:
-    """Write `answer` of every `shard_examples` rows of `features` as a shard, every process its share; true on the main process.
+def write_shards(features: Any, directory: Path, shard_examples: int, compute: Callable[[Any], Arrays]) -> bool:
+    """Write `compute` of every `shard_examples` rows of `features` as a shard, every process its share; true on the main process.
 
     A shard is renamed to its name once it is whole, and says in its header what its content hashes to. Whole ones of an attempt
-    that was interrupted stay; a damaged one is named and made again. Raises InputError for answers that are not finite.
+    that was interrupted stay; a damaged one is named and rebuilt. Raises InputError for logits that are not finite.
     """
-    from accelerate import PartialState
     from safetensors.numpy import save_file
 
     state = PartialState()
@@ -141,27 +97,27 @@ def write_shards(
         if path.exists():
             if shard_is_whole(path, len(rows)):
                 continue
-            print(f"soft targets: {path.name} of an interrupted attempt is damaged, it is made again", flush=True)
-        answers = answer(features.select(rows))
-        _check_finite(answers, first)
+            print(f"soft targets: {path.name} of an interrupted attempt is damaged, it is rebuilt", flush=True)
+        arrays = compute(features.select(rows))
+        check_finite(arrays, first)
         partial = path.with_suffix(".partial")
-        # One entry, since safetensors writes several in an order that changes, and the same answers should be the same bytes.
-        save_file(answers, partial, metadata={"sha256": _digest(answers)})
+        # One entry, since safetensors writes several in an order that changes, and the same arrays should be the same bytes.
+        save_file(arrays, partial, metadata={"sha256": _digest(arrays)})
         partial.replace(path)
     wait_for_all()
     return state.is_main_process
 
 
-def _check_finite(answers: dict[str, np.ndarray], first: int) -> None:
-    for name, values in answers.items():
-        # The rest of the vocabulary may have no probability at all, of which the log is minus infinity.
-        bad = np.isnan(values) | (values == np.inf) if name == "teacher_log_rest" else ~np.isfinite(values)
+def check_finite(arrays: Arrays, first: int) -> None:
+    """Raise InputError for soft targets with a number that is not finite, naming rows of the training split from `first` on."""
+    for name, values in arrays.items():
+        # The log of no probability at all is minus infinity.
+        bad = np.isnan(values) | (values == np.inf) if "log_" in name else ~np.isfinite(values)
         if bad.any():
             rows = (first + np.flatnonzero(bad.reshape(len(values), -1).any(axis=1))).tolist()
             raise InputError(
-                f"expected finite answers of the teacher, found NaN or infinity in its {name.removeprefix('teacher_')} for "
-                f"{len(rows)} training examples, the rows {name_rows(rows)} of the training split. Take another teacher, or one "
-                "trained with a smaller --teacher_learning_rate."
+                f"expected finite soft targets, found NaN or infinity in {name} for {len(rows)} training examples, row {rows[0]} of the "
+                "training split first. Use another teacher, or one trained with a smaller --teacher_learning_rate."
             )
 
 
@@ -199,7 +155,7 @@ def _open(path: Path, sha256: str) -> Any:
 
 
 class WithSoftTargets(torch.utils.data.Dataset):
-    """Training examples, each with the teacher's stored answers to it as further columns, which stay on disk until they are read."""
+    """Training examples, each with its stored soft targets as further columns, which stay on disk until they are read."""
 
     def __init__(self, features: Any, directory: Path, rows: np.ndarray | None = None) -> None:
         """`rows`, where given, are the numbers that the examples of `features` have in the whole training split."""
@@ -210,11 +166,11 @@ class WithSoftTargets(torch.utils.data.Dataset):
         examples = []
         for path in sorted(directory.glob(SHARD.format(0).replace("00000", "*"))):
             with safe_open(path, framework="numpy") as shard:
-                self.answers = list(shard.keys())
+                self.columns = list(shard.keys())
                 self.shards.append((path, shard.metadata()["sha256"]))
-                examples.append(shard.get_slice(self.answers[0]).get_shape()[0])
+                examples.append(shard.get_slice(self.columns[0]).get_shape()[0])
         self.shard_examples = examples[0]
-        self.column_names = [*features.column_names, *self.answers]
+        self.column_names = [*features.column_names, *self.columns]
         assert rows is not None or sum(examples) == len(features), "the record keys soft targets by the data"
 
     def __len__(self) -> int:
@@ -226,7 +182,7 @@ class WithSoftTargets(torch.utils.data.Dataset):
         row = int(index) if self.rows is None else int(self.rows[index])
         shard, place = divmod(row, self.shard_examples)
         opened = _open(*self.shards[shard])
-        return {**self.features[int(index)], **{name: opened.get_slice(name)[place] for name in self.answers}}
+        return {**self.features[int(index)], **{name: opened.get_slice(name)[place] for name in self.columns}}
 
     def select(self, indices: Any) -> WithSoftTargets:
         """The examples at these places, as the method of a data set is."""

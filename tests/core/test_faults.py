@@ -18,22 +18,17 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import tiny_model
-from pipelines.core.config import DataConfig, TeacherConfig, run_main
+from pipelines.core.config import DataConfig, DistillConfig, TeacherConfig, run_main
 from pipelines.core.disk import no_room
 from pipelines.core.errors import InputError
 from pipelines.core.records import RECORD, Outcome, read_record
 from pipelines.core.run import Run
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training import soft_targets
+from pipelines.training.checkpoints import checkpoint_damage, last_whole_checkpoint, write_checksums
+from pipelines.training.fine_tune import fine_tune
 from pipelines.training.soft_targets import compute_soft_targets
-from pipelines.training.trainer import (
-    Trainer,
-    checkpoint_damage,
-    fine_tune,
-    last_whole_checkpoint,
-    seal_checkpoint,
-    train,
-)
+from pipelines.training.trainer import Trainer, train
 
 
 class Task:
@@ -136,9 +131,10 @@ def test_a_disk_that_fills_up_at_work_is_named_and_the_same_command_goes_on(
 ):
     """After the first of two checkpoints, and after the first of three shards."""
     learning = {"teacher": TeacherConfig(teacher_epochs=2, teacher_learning_rate=1e-3), "training": training}
-    stages = {"teacher": (fine_tune, learning), "soft_targets": (compute_soft_targets, {"shard_examples": 50})}
+    storing = {"distill": DistillConfig(), "shard_examples": 50}
+    stages = {"teacher": (fine_tune, learning), "soft_targets": (compute_soft_targets, storing)}
     function, arguments = stages[name]
-    save_checkpoint, check_finite = Trainer._save_checkpoint, soft_targets._check_finite
+    save_checkpoint, check_finite = Trainer._save_checkpoint, soft_targets.check_finite
 
     def save_and_fill(*arguments):
         save_checkpoint(*arguments)
@@ -156,7 +152,7 @@ def test_a_disk_that_fills_up_at_work_is_named_and_the_same_command_goes_on(
             run._lock.release()
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", save_and_fill)
-    monkeypatch.setattr(soft_targets, "_check_finite", check_and_fill)
+    monkeypatch.setattr(soft_targets, "check_finite", check_and_fill)
     with pytest.raises(SystemExit) as exit_:
         run_main(command)
     monkeypatch.undo()
@@ -166,7 +162,7 @@ def test_a_disk_that_fills_up_at_work_is_named_and_the_same_command_goes_on(
     assert [line for line in messages if line.startswith("error: ")] == messages[-1:]
     assert messages[-1].startswith(f"error: expected room on the disk for the stage {name}, found")
     assert "Traceback" not in "".join(messages)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("answers-*.safetensors")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("shard-*.safetensors")}
     assert len(kept) == (0 if name == "teacher" else 1)
 
     command()
@@ -175,7 +171,7 @@ def test_a_disk_that_fills_up_at_work_is_named_and_the_same_command_goes_on(
         assert record["details"]["resumed_from_step"] == record["details"]["steps"] / 2
     else:
         assert record["details"]["shards"] == 3
-        first = tmp_path / "run" / name / "answers-00000.safetensors"
+        first = tmp_path / "run" / name / "shard-00000.safetensors"
         assert [first.stat().st_mtime_ns] == list(kept.values())
 
 
@@ -314,7 +310,7 @@ def make_best(checkpoint: Path, best: str) -> None:
     state = json.loads(path.read_text())
     state["best_model_checkpoint"], state["best_global_step"] = f"/gone/{best}", int(best.split("-")[1])
     path.write_text(json.dumps(state))
-    seal_checkpoint(checkpoint)
+    write_checksums(checkpoint)
 
 
 def test_a_checkpoint_is_not_used_without_the_best_one_before_it(interrupted, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from pipelines.core.memory import keep_freed_memory
+from pipelines.training.cpu import keep_freed_memory
 from contextlib import nullcontext
 
 def faults(steps=20):

@@ -30,9 +30,10 @@ from pipelines.core.run import Outcome, Run
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training import prune, soft_targets
 from pipelines.training.distill import distill_student
+from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
-from pipelines.training.trainer import Trainer, TrainingArguments, fine_tune
+from pipelines.training.trainer import Trainer, TrainingArguments
 from processes import run_processes, values
 
 REPOSITORY = Path(__file__).parents[2]
@@ -61,7 +62,7 @@ def fail_in(place, directory, csv, teacher):
         if place == "main":
             run.stage("onnx", export, teacher)
         if place == "soft targets":
-            run.stage("soft_targets", compute_soft_targets, teacher, distributed=True, shard_examples=20)
+            run.stage("soft_targets", compute_soft_targets, teacher, distributed=True, distill=DistillConfig())
         if place == "cut":
             run.stage(
                 "pruned", prune_and_recover, teacher, distributed=True, teacher=Path(teacher), prune=PruneConfig(),
@@ -86,7 +87,7 @@ def fail_in(place, directory, csv, teacher):
     failing: dict[str, tuple[Any, str, Any]] = {
         **dict.fromkeys(("training", "mistake", "killed"), (Trainer, "training_step", step)),
         "evaluation": (Trainer, "prediction_step", fail),
-        "soft targets": (soft_targets, "predict_torch", fail),
+        "soft targets": (soft_targets, "map_batches", fail),
         "cut": (prune, "cut_step", fail),
     }
     if place in failing:
@@ -146,7 +147,8 @@ def distil_and_prune(directory, csv, teacher, killed):
     run = Run(directory, TextClassification(DataConfig(dataset=csv, max_length=32)), 0)
     training = TrainingArguments(output_dir=str(directory), use_cpu=True, disable_tqdm=True, num_train_epochs=2)
     learning = {"distill": DistillConfig(), "training": training, "distributed": True}
-    learning["soft_targets"] = run.stage("soft_targets", compute_soft_targets, teacher, True, shard_examples=50)
+    settings = {"distill": DistillConfig(), "shard_examples": 50}
+    learning["soft_targets"] = run.stage("soft_targets", compute_soft_targets, teacher, True, **settings)
     run.stage("student", distill_student, teacher, student=StudentConfig(student_layers="2"), **learning)
     prune = PruneConfig(prune_steps=1, prune_epochs=1)
     run.stage("pruned", prune_and_recover, "student", teacher=Path(teacher), prune=prune, **learning)

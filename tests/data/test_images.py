@@ -24,9 +24,9 @@ from pipelines.onnx.export import export_onnx
 from pipelines.onnx.predict import predict_onnx
 from pipelines.tasks.image_classification import ImageClassification
 from pipelines.training.distill import distill_student
+from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import can_be_pruned
 from pipelines.training.soft_targets import compute_soft_targets
-from pipelines.training.trainer import fine_tune
 
 DIGITS = "package://sklearn/datasets/data/digits.csv.gz"
 
@@ -271,7 +271,7 @@ def image_teacher(image_task, image_processor, tmp_path_factory):
 @pytest.fixture(scope="module")
 def soft_targets(image_teacher, image_task, tmp_path_factory):
     directory = tmp_path_factory.mktemp("soft_targets")
-    compute_soft_targets(str(image_teacher), directory, image_task)
+    compute_soft_targets(str(image_teacher), directory, image_task, DistillConfig())
     return directory
 
 

@@ -35,7 +35,7 @@ from pipelines.tasks.text_generation.export import (
 from pipelines.tasks.text_generation.measure import Decoding, measure_decoding
 from pipelines.tasks.text_generation.quantize import SCHEMES, quantize_language_model, quantize_weights
 from pipelines.tasks.text_generation.task import LanguageModeling
-from pipelines.training.trainer import validation_metrics
+from pipelines.training.fine_tune import validation_metrics
 
 
 @pytest.fixture(scope="module")

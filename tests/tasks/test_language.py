@@ -14,17 +14,12 @@ from pipelines.core.config import DataConfig, DistillConfig, LanguageConfig, Stu
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED
 from pipelines.data.windows import token_stream, train_tokenizer
-from pipelines.tasks.text_generation.task import LanguageModeling, check_knows_language, token_answers
+from pipelines.tasks.text_generation.task import LanguageModeling
+from pipelines.training.checkpoints import last_whole_checkpoint
 from pipelines.training.distill import DistillationTrainer, distill_student
-from pipelines.training.soft_targets import WithSoftTargets, compute_token_soft_targets
-from pipelines.training.trainer import (
-    Trainer,
-    TrainingArguments,
-    fine_tune,
-    last_whole_checkpoint,
-    train,
-    validation_metrics,
-)
+from pipelines.training.fine_tune import fine_tune, validation_metrics
+from pipelines.training.soft_targets import WithSoftTargets, check_teacher, compute_soft_targets
+from pipelines.training.trainer import Trainer, TrainingArguments, train
 
 
 def log_softmax(logits):
@@ -55,19 +50,19 @@ def test_perplexity_with_a_strided_window_is_that_of_every_token_alone(language_
     assert metrics["tokens"] == len(stream) - 1
 
 
-def test_token_answers_survive_large_logits_and_skip_what_has_no_label():
+def test_predictions_survive_large_logits_and_skip_what_has_no_label(language_task):
     logits = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32) * 300
     labels = np.array([[IGNORED, 1, 2, IGNORED, 4], [IGNORED, 6, 5, 4, 3]])
-    answers = token_answers(logits, labels)
+    predictions = language_task.predictions({"logits": torch.from_numpy(logits)}, torch.from_numpy(labels)).numpy()
     expected = -log_softmax(logits.astype(np.float64))
     for row in range(2):
         for position in range(5):
             if labels[row, position] == IGNORED:
-                assert answers[row, position].tolist() == [0, -1]
+                assert predictions[row, position].tolist() == [0, -1]
             else:
                 loss = expected[row, position - 1, labels[row, position]]
-                assert answers[row, position, 0] == pytest.approx(loss, rel=1e-5, abs=1e-4)
-                assert answers[row, position, 1] == logits[row, position - 1].argmax()
+                assert predictions[row, position, 0] == pytest.approx(loss, rel=1e-5, abs=1e-4)
+                assert predictions[row, position, 1] == logits[row, position - 1].argmax()
 
 
 def test_the_trainers_loss_is_the_models_own_and_independent_of_accumulation(
@@ -94,7 +89,7 @@ def test_the_trainers_loss_is_the_models_own_and_independent_of_accumulation(
             args=training,
             train_dataset=features,
             data_collator=language_task.collate(tokenizer),
-            causal=True,
+            task=language_task,
         )
         trainer.train()
         found.append((trainer.state.log_history[0]["loss"], model.get_input_embeddings().weight.detach().clone()))
@@ -128,12 +123,12 @@ def test_the_distillation_loss_over_tokens_is_the_formula(language_task, languag
     tokenizer = language_task.load_processor(str(language_model_dir))
     teacher = language_task.load_model(str(language_model_dir))
     student = tiny_language_model(seed=3, n_layer=2).train()
-    distill = DistillConfig(temperature=2.0, soft_target_weight=0.7, divergence=divergence, teacher_share=0.3)
+    distill = DistillConfig(temperature=2.0, soft_target_weight=0.7, divergence=divergence, beta=0.3)
     training.remove_unused_columns, training.load_best_model_at_end, training.eval_strategy = False, False, "no"
     features = language_task.features(tokenizer)["train"]
     trainer = DistillationTrainer(
         model=student, args=training, train_dataset=features, data_collator=language_task.collate(tokenizer),
-        distill=distill, teacher=teacher, causal=True,
+        distill=distill, teacher=teacher, task=language_task,
     )  # fmt: skip
     batch = language_task.collate(tokenizer)([features[row] for row in range(4)])
     batch["labels"][0, :10] = IGNORED
@@ -160,10 +155,10 @@ def test_a_shape_becomes_a_model_and_a_student_of_half_its_layers_learns_from_it
     language_task, language_shape, training, tmp_path
 ):
     training.per_device_train_batch_size, training.num_train_epochs, training.learning_rate = 8, 1, 3e-3
-    training.logging_steps, training.max_steps = 5, 30
+    training.logging_steps = 5
     teacher = fine_tune(
         str(language_shape), tmp_path / "teacher", language_task,
-        TeacherConfig(teacher_from_scratch=True, teacher_epochs=1, teacher_learning_rate=5e-3), training,
+        TeacherConfig(teacher_from_scratch=True, teacher_epochs=4, teacher_learning_rate=5e-3), training,
     )  # fmt: skip
     assert teacher.metrics["validation"]["perplexity"] < 150
     training.max_steps = 8
@@ -186,10 +181,10 @@ def test_a_shape_becomes_a_model_and_a_student_of_half_its_layers_learns_from_it
     model.generate(**tokenizer("team", return_tensors="pt"), max_new_tokens=4)
 
 
-def test_stored_top_answers_teach_what_the_teacher_in_the_loop_teaches(
+def test_stored_soft_targets_teach_what_online_distillation_teaches(
     language_task, language_model_dir, training, tmp_path
 ):
-    """With all but one of the tokens stored nothing is lost; with few, no more than the record says."""
+    """With all but one of the tokens stored nothing is lost; with few, the loss is less."""
     tokenizer = language_task.load_processor(str(language_model_dir))
     teacher = language_task.load_model(str(language_model_dir))
     features = language_task.features(tokenizer)["train"]
@@ -205,7 +200,7 @@ def test_stored_top_answers_teach_what_the_teacher_in_the_loop_teaches(
             train_dataset=features,
             data_collator=collate,
             distill=distill,
-            causal=True,
+            task=language_task,
             **arguments,
         )
 
@@ -213,9 +208,9 @@ def test_stored_top_answers_teach_what_the_teacher_in_the_loop_teaches(
     for top_k in (5, 299):
         directory = tmp_path / str(top_k)
         directory.mkdir()
-        details = compute_token_soft_targets(str(language_model_dir), directory, language_task, 2.0, top_k).details
-        assert details["bytes_per_token"] == top_k * 6 + 4
-        assert 0 < details["remaining_mass"]["mean"] < details["remaining_mass"]["largest"] < 1
+        stored_as = DistillConfig(temperature=2.0, soft_target_top_k=top_k)
+        details = compute_soft_targets(str(language_model_dir), directory, language_task, stored_as).details
+        assert details["bytes_per_example"] == 32 * (top_k * 6 + 4)
         stored = WithSoftTargets(features, directory)
         assert stored["length"] == features["length"]
         student, with_stored = trainer()
@@ -258,7 +253,7 @@ def test_a_teacher_that_guesses_is_refused(language_task, language_model_dir):
         for parameter in guessing.parameters():
             parameter.mul_(30)
     with pytest.raises(InputError, match="no better than guessing"):
-        check_knows_language(guessing, language_task, tokenizer)
+        check_teacher(guessing, language_task, tokenizer, 8)
 
 
 def test_a_tokenizer_is_trained_for_a_shape_alone_and_always_the_same(language_task, language_shape, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,14 +14,15 @@ from pipelines.core.errors import InputError
 from pipelines.core.run import describe, differences
 from pipelines.models.loading import label_order
 from pipelines.models.students import parse_layers, student_from_layers
-from pipelines.training.distill import DistillationTrainer, distil, distill_student, parse_hidden_state_map
+from pipelines.training import fine_tune
+from pipelines.training.distill import DistillationTrainer, distill_student, parse_hidden_state_map, train_student
 from pipelines.training.soft_targets import WithSoftTargets, compute_soft_targets
 
 
 @pytest.fixture(scope="module")
 def soft_targets(trained_teacher, task, tmp_path_factory):
     directory = tmp_path_factory.mktemp("soft_targets")
-    compute_soft_targets(str(trained_teacher), directory, task)
+    compute_soft_targets(str(trained_teacher), directory, task, DistillConfig())
     return directory
 
 
@@ -37,34 +40,13 @@ def trainer_for(student, task, tokenizer, training, **arguments):
     trainer = DistillationTrainer(
         model=student,
         args=training,
+        task=task,
         data_collator=task.collate(tokenizer),
         train_dataset=task.features(tokenizer)["train"],
         **arguments,
     )
     student.train()
     return trainer
-
-
-def test_a_teacher_in_the_loop_whose_answer_is_not_finite_is_named_with_the_row(task, tokenizer, training):
-    features, teacher = task.features(tokenizer)["train"], tiny_model()
-    used = {token for row in features["input_ids"] for token in row}
-    new = next(token for token in range(1, teacher.config.vocab_size) if token not in used)
-    # One text has a word of its own, which the teacher has no number for.
-    features = features.map(
-        lambda row, index: {"input_ids": [new if index == 57 else row["input_ids"][0], *row["input_ids"][1:]]},
-        with_indices=True,
-    )
-    with torch.no_grad():
-        teacher.base_model.embeddings.word_embeddings.weight[new] = float("nan")
-    training.max_steps, training.learning_rate = -1, 1e-6
-    trainer = trainer_for(
-        tiny_model(), task, tokenizer, training, distill=DistillConfig(soft_targets="online"), teacher=teacher
-    )
-    trainer.train_dataset = features
-    with pytest.raises(
-        InputError, match=r"not finite in teacher_logits \(rows 57 of the training split\).*another teacher"
-    ):
-        trainer.train()
 
 
 @pytest.mark.parametrize(
@@ -80,19 +62,24 @@ def test_student_layers_that_cannot_be(text):
         parse_layers(text, 6)
 
 
-def test_a_teacher_in_the_loop_that_has_one_answer_is_refused(task, tokenizer, training, tmp_path):
+def test_an_online_teacher_that_predicts_one_label_is_refused(task, tokenizer, training, tmp_path):
     teacher = tiny_model()
     with torch.no_grad():
         teacher.classifier.bias[1] = 1e3
     teacher.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no better than guessing"):
-        distil(tiny_model(), tokenizer, task, str(tmp_path), DistillConfig(), training, None, tmp_path / "checkpoints")
+        train_student(
+            tiny_model(), tokenizer, task, str(tmp_path), DistillConfig(), training, None, tmp_path / "checkpoints"
+        )
 
 
 def test_the_baseline_depends_on_nothing_of_the_teacher():
     assert DistillConfig(temperature=4.0, divergence="reverse_kl").labels_only() == DistillConfig().labels_only()
+    # Images are augmented where the student's are.
     assert DistillConfig(soft_targets="online").labels_only().soft_targets == "online"
+    assert DistillConfig(hidden_state_weight=1.0).labels_only().soft_targets == "online"
+    assert DistillConfig().labels_only().soft_targets == "stored"
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "electra", "vit", "deit"])
@@ -175,18 +162,62 @@ def test_a_narrower_student_learns_projections_that_are_not_saved(trained_teache
     narrow = tiny_model(hidden_size=16, num_attention_heads=2)
     distill = DistillConfig(soft_target_weight=0.5, hidden_state_weight=1.0)
     training.num_train_epochs, training.logging_steps = 4, 4
-    details = distil(narrow, tokenizer, task, str(trained_teacher), distill, training, None, tmp_path / "checkpoints")
+    details = train_student(
+        narrow, tokenizer, task, str(trained_teacher), distill, training, None, tmp_path / "checkpoints"
+    )
     assert details["soft_targets"] == "online"
     assert details["losses"][-1]["loss"] < details["losses"][0]["loss"]
     assert not any("projection" in name for name in narrow.state_dict())
 
 
 def test_hidden_state_map():
-    assert parse_hidden_state_map(None, 3, 6) == [(1, 2), (2, 4), (3, 6)]
-    assert parse_hidden_state_map("0:0,2:6", 3, 6) == [(0, 0), (2, 6)]
+    student, teacher = tiny_config(num_hidden_layers=3), tiny_config(num_hidden_layers=6)
+    assert parse_hidden_state_map(None, student, teacher) == [(1, 2), (2, 4), (3, 6)]
+    assert parse_hidden_state_map("0:0,2:6", student, teacher) == [(0, 0), (2, 6)]
     for text in ("4:6", "1:7", "1", "a:b"):
         with pytest.raises(InputError, match="hidden_state_map"):
-            parse_hidden_state_map(text, 3, 6)
+            parse_hidden_state_map(text, student, teacher)
+
+
+def test_hidden_states_are_paired_with_those_of_the_layers_that_were_copied(
+    trained_teacher, task, tokenizer, training, tmp_path
+):
+    """Also after the student was saved, so that the recovery of a pruned one pairs the same."""
+    from transformers import AutoConfig
+
+    distill, training.max_steps = DistillConfig(hidden_state_weight=0.1), 1
+    settings = StudentConfig(student_layers="0,1,3")
+    outcome = distill_student(str(trained_teacher), tmp_path / "student", task, settings, distill, training)
+    assert outcome.details["hidden_state_map"] == [[1, 1], [2, 2], [3, 4]]
+    saved = AutoConfig.from_pretrained(tmp_path / "student")
+    assert parse_hidden_state_map(None, saved, tiny_config()) == [(1, 1), (2, 2), (3, 4)]
+    deeper = StudentConfig(student_model=str(tmp_path / "student"))
+    again = distill_student(str(trained_teacher), tmp_path / "again", task, deeper, distill, training)
+    assert again.details["hidden_state_map"] == [[1, 1], [2, 2], [3, 4]]  # at the same share of 4 layers
+
+
+def test_the_best_checkpoint_is_that_of_the_primary_metric(trained_teacher, task, training, tmp_path):
+    """By the loss against labels a student that learnt to be as unsure as its teacher would lose."""
+    seen = {}
+    for metric in (None, "eval_loss"):
+        training.metric_for_best_model, training.num_train_epochs = metric or "loss", 1
+        training.greater_is_better, directory = False, tmp_path / str(metric)
+        student = tiny_model(seed=3)
+        train_student(
+            student,
+            task.load_processor(str(trained_teacher)),
+            task,
+            str(trained_teacher),
+            DistillConfig(),
+            training,
+            None,
+            directory,
+        )
+        state = json.loads(next(directory.glob("checkpoint-*/trainer_state.json")).read_text())
+        last = [line for line in state["log_history"] if "eval_loss" in line][-1]
+        seen[metric] = state["best_metric"], last["eval_accuracy"], last["eval_loss"]
+    assert seen[None][0] == seen[None][1]
+    assert seen["eval_loss"][0] == seen["eval_loss"][2]
 
 
 def test_a_student_checkpoint_of_its_own_learns_from_stored_logits(
@@ -199,9 +230,14 @@ def test_a_student_checkpoint_of_its_own_learns_from_stored_logits(
     tokenizer.save_pretrained(checkpoint)
     training.num_train_epochs, training.learning_rate, training.per_device_train_batch_size = 8, 3e-3, 8
     outcome = distill_student(
-        str(trained_teacher), tmp_path / "student", task, StudentConfig(student_model=str(checkpoint)), DistillConfig(),
-        training, soft_targets,
-    )  # fmt: skip
+        str(trained_teacher),
+        tmp_path / "student",
+        task,
+        StudentConfig(student_model=str(checkpoint)),
+        DistillConfig(),
+        training,
+        soft_targets,
+    )
     assert outcome.metrics["validation"]["accuracy"] > 0.7
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
     assert student.config.model_type == "distilbert"
@@ -214,9 +250,14 @@ def test_a_student_with_other_labels_is_refused(trained_teacher, soft_targets, t
     tokenizer.save_pretrained(other)
     with pytest.raises(InputError, match=r"sport.*yes.*same labels"):
         distill_student(
-            str(trained_teacher), tmp_path / "student", task, StudentConfig(student_model=str(other)), DistillConfig(),
-            training, soft_targets,
-        )  # fmt: skip
+            str(trained_teacher),
+            tmp_path / "student",
+            task,
+            StudentConfig(student_model=str(other)),
+            DistillConfig(),
+            training,
+            soft_targets,
+        )
 
 
 def test_a_teacher_that_guesses_is_refused(task, tmp_path, tokenizer):
@@ -226,7 +267,7 @@ def test_a_teacher_that_guesses_is_refused(task, tmp_path, tokenizer):
     constant.save_pretrained(tmp_path / "constant")
     tokenizer.save_pretrained(tmp_path / "constant")
     with pytest.raises(InputError, match="no better than guessing"):
-        compute_soft_targets(str(tmp_path / "constant"), tmp_path, task)
+        compute_soft_targets(str(tmp_path / "constant"), tmp_path, task, DistillConfig())
 
 
 def test_a_teacher_with_its_labels_in_another_order_is_put_in_the_datas_order(
@@ -278,3 +319,44 @@ def test_a_language_student_of_some_layers_runs_those_with_a_cache_of_its_own(mo
 
     del layers_of(teacher)[1]
     torch.testing.assert_close(found.logits, teacher(tokens, use_cache=False).logits)
+
+
+def test_examples_are_augmented_wherever_the_teacher_is_online(
+    trained_teacher, soft_targets, task, training, tmp_path, monkeypatch
+):
+    """Also where soft targets are asked for as stored ones and none are there; the baseline on labels alone as its student."""
+    seen = []
+
+    def collate(processor, teacher_processor=None, augment=False):
+        seen.append(augment)
+        return task.collate(processor)
+
+    monkeypatch.setattr(task, "training_collate", collate)
+    training.max_steps, training.eval_strategy, training.save_strategy = 1, "no", "no"
+    training.load_best_model_at_end = False
+    for distill, stored in (
+        (DistillConfig(), None),
+        (DistillConfig(), soft_targets),
+        (DistillConfig().labels_only(), None),
+        (DistillConfig(soft_targets="online").labels_only(), None),
+        (DistillConfig(hidden_state_weight=0.1), soft_targets),
+    ):
+        distill_student(str(trained_teacher), tmp_path / "out", task, StudentConfig(), distill, training, stored)
+    assert seen == [True, False, False, True, True]
+
+
+def test_stages_and_online_teachers_are_scored_in_batches_of_the_given_size(
+    trained_teacher, task, training, tmp_path, monkeypatch
+):
+    sizes = []
+    predict = fine_tune.predict_torch
+
+    def watched(model, features, collate, task, batch_size, **keywords):
+        sizes.append(batch_size)
+        return predict(model, features, collate, task, batch_size, **keywords)
+
+    monkeypatch.setattr(fine_tune, "predict_torch", watched)
+    training.max_steps, training.per_device_eval_batch_size = 1, 7
+    distill = DistillConfig(soft_targets="online")
+    distill_student(str(trained_teacher), tmp_path / "out", task, StudentConfig(), distill, training)
+    assert sizes == [7, 7]

@@ -15,11 +15,11 @@ import yaml
 from conftest import make_image_processor, tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
-SMALL = [
-    "--teacher_epochs", "6", "--teacher_learning_rate", "3e-3", "--num_train_epochs", "3", "--learning_rate", "3e-3",
-    "--student_layers", "2", "--label_baseline", "false", "--benchmark_rounds", "1", "--benchmark_seconds", "0.1", "--prune_heads", "0.5", "--prune_steps", "2",
-    "--prune_epochs", "1", "--soft_targets", "online", "--max_quality_drop", "0.2", "--web", "false",
-]  # fmt: skip
+SMALL = """
+    --teacher_epochs 6 --teacher_learning_rate 3e-3 --num_train_epochs 3 --learning_rate 3e-3 --student_layers 2
+    --label_baseline false --benchmark_rounds 1 --benchmark_seconds 0.1 --prune_heads 0.5 --prune_steps 2
+    --prune_epochs 1 --soft_targets online --max_quality_drop 0.2 --web false
+""".split()
 
 
 @pytest.fixture
@@ -62,9 +62,12 @@ def test_a_recipe_on_gpus(recipe, config, flags, tmp_path):
         str(tmp_path / "run"),
     ]
     finished = subprocess.run(
-        [*command, "--per_device_train_batch_size", str(8 // processes)], capture_output=True, text=True, timeout=900,
+        [*command, "--per_device_train_batch_size", str(8 // processes)],
+        capture_output=True,
+        text=True,
+        timeout=900,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     stages = {stage["name"]: stage for stage in report["stages"]}

@@ -11,17 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.run import RECORD, Run
 from pipelines.models.predict import predict_torch
-from pipelines.training.soft_targets import (
-    TOP_ANSWERS,
-    WithSoftTargets,
-    compute_soft_targets,
-    compute_token_soft_targets,
-    shard_is_whole,
-    write_shards,
-)
+from pipelines.training.losses import TOP_K_COLUMNS
+from pipelines.training.soft_targets import WithSoftTargets, compute_soft_targets, shard_is_whole, write_shards
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,15 +28,15 @@ def stored(features, directory, name="teacher_logits"):
 @pytest.fixture
 def teacher_logits(trained_teacher, task, tokenizer):
     teacher = task.load_model(str(trained_teacher))
-    return predict_torch(teacher, task.features(tokenizer)["train"], task.collate(tokenizer))
+    return predict_torch(teacher, task.features(tokenizer)["train"], task.collate(tokenizer), task)
 
 
 def test_shards_hold_the_logits_of_every_example_once(trained_teacher, task, tokenizer, tmp_path, teacher_logits):
     features = task.features(tokenizer)["train"]
-    outcome = compute_soft_targets(str(trained_teacher), tmp_path, task, shard_examples=50)
+    outcome = compute_soft_targets(str(trained_teacher), tmp_path, task, DistillConfig(), shard_examples=50)
     assert len(features) == 144
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"answers-0000{i}.safetensors" for i in range(3)]
-    assert outcome.details == {"examples": 144, "labels": 3, "shards": 3}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"shard-0000{i}.safetensors" for i in range(3)]
+    assert outcome.details == {"examples": 144, "bytes_per_example": 12, "shards": 3}
     np.testing.assert_allclose(stored(features, tmp_path), teacher_logits, atol=1e-5)
 
     some = WithSoftTargets(features, tmp_path).select([100, 3, 143])
@@ -53,52 +48,52 @@ def test_shards_hold_the_logits_of_every_example_once(trained_teacher, task, tok
     np.testing.assert_array_equal(again[1]["teacher_logits"], some[0]["teacher_logits"])
 
 
-def test_a_run_killed_while_the_teacher_answers_goes_on_at_that_shard(
+def test_a_run_killed_in_the_soft_targets_continues_with_that_shard(
     trained_teacher, task, tokenizer, tmp_path, monkeypatch, capsys
 ):
     """Through Run.stage, whose partial directory keeps the shards; one of these is then damaged in the middle."""
     from pipelines.training import soft_targets
 
-    answered: list[str] = []
-    real = soft_targets._check_finite
+    written: list[str] = []
+    real = soft_targets.check_finite
 
-    def killed_at_the_fourth(answers, first):
-        if len(answered) == 3:
+    def killed_at_the_fourth(arrays, first):
+        if len(written) == 3:
             raise KeyboardInterrupt
-        answered.append(str(first))
-        real(answers, first)
+        written.append(str(first))
+        real(arrays, first)
+
+    settings = {"distill": DistillConfig(), "shard_examples": 25}
 
     def attempt() -> None:
         run = Run(tmp_path / "run", task, seed=0)
         try:
-            run.stage("soft_targets", compute_soft_targets, str(trained_teacher), distributed=True, shard_examples=25)
+            run.stage("soft_targets", compute_soft_targets, str(trained_teacher), distributed=True, **settings)
         finally:
             run._lock.release()
 
-    monkeypatch.setattr(soft_targets, "_check_finite", killed_at_the_fourth)
+    monkeypatch.setattr(soft_targets, "check_finite", killed_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         attempt()
     partial = tmp_path / "run" / ".soft_targets.partial"
-    shards = sorted(partial.glob("answers-*.safetensors"))
+    shards = sorted(partial.glob("shard-*.safetensors"))
     assert len(shards) == 3
     content = bytearray(shards[1].read_bytes())
     content[-5] ^= 1
     shards[1].write_bytes(content)
     before = {path: path.stat().st_mtime_ns for path in shards}
 
-    monkeypatch.setattr(soft_targets, "_check_finite", lambda answers, first: answered.append(str(first)))
+    monkeypatch.setattr(soft_targets, "check_finite", lambda arrays, first: written.append(str(first)))
     attempt()
-    assert answered == ["0", "25", "50", "25", "75", "100", "125"]
-    assert "answers-00001.safetensors of an interrupted attempt is damaged" in capsys.readouterr().out
+    assert written == ["0", "25", "50", "25", "75", "100", "125"]
+    assert "shard-00001.safetensors of an interrupted attempt is damaged" in capsys.readouterr().out
     finished = tmp_path / "run" / "soft_targets"
     assert (finished / shards[0].name).stat().st_mtime_ns == before[shards[0]]
-    assert set(json.loads((finished / RECORD).read_text())["files"]) == {
-        f"answers-0000{i}.safetensors" for i in range(6)
-    }
+    assert set(json.loads((finished / RECORD).read_text())["files"]) == {f"shard-0000{i}.safetensors" for i in range(6)}
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     monkeypatch.undo()
-    compute_soft_targets(str(trained_teacher), undisturbed, task, shard_examples=25)
+    compute_soft_targets(str(trained_teacher), undisturbed, task, **settings)
     for path in undisturbed.iterdir():
         assert path.read_bytes() == (finished / path.name).read_bytes()
 
@@ -106,7 +101,7 @@ def test_a_run_killed_while_the_teacher_answers_goes_on_at_that_shard(
 def test_a_shard_is_whole_only_with_its_own_content_and_length(tmp_path, task, tokenizer):
     features = task.features(tokenizer)["train"].select(range(5))
     write_shards(features, tmp_path, 5, lambda rows: {"teacher_logits": np.ones((len(rows), 2), np.float32)})
-    path = tmp_path / "answers-00000.safetensors"
+    path = tmp_path / "shard-00000.safetensors"
     whole = path.read_bytes()
     assert shard_is_whole(path, 5)
     assert not shard_is_whole(path, 4)
@@ -115,7 +110,7 @@ def test_a_shard_is_whole_only_with_its_own_content_and_length(tmp_path, task, t
         assert not shard_is_whole(path, 5)
 
 
-def test_another_runs_shards_in_the_same_place_are_read_anew(tmp_path, task, tokenizer):
+def test_another_runs_shards_in_the_same_place_are_not_mixed_up(tmp_path, task, tokenizer):
     features = task.features(tokenizer)["train"].select(range(5))
     for value in (1.0, 2.0):
         for path in tmp_path.iterdir():
@@ -124,49 +119,43 @@ def test_another_runs_shards_in_the_same_place_are_read_anew(tmp_path, task, tok
         assert stored(features, tmp_path).mean() == value
 
 
-def test_answers_that_are_not_finite_are_refused_by_row(task, tokenizer, tmp_path):
+def test_logits_that_are_not_finite_are_refused_by_row(task, tokenizer, tmp_path):
     features = task.features(tokenizer)["train"].select(range(20))
 
-    def answer(rows):
+    def compute(rows):
         logits = np.ones((len(rows), 3), np.float32)
         if rows[0]["input_ids"] == features[10]["input_ids"]:
             logits[3, 1] = np.inf
         return {"teacher_logits": logits}
 
-    with pytest.raises(InputError, match=r"logits for 1 training examples, the rows 13 of"):
-        write_shards(features, tmp_path, 10, answer)
-    assert [path.name for path in tmp_path.iterdir()] == ["answers-00000.safetensors"]
+    with pytest.raises(InputError, match=r"teacher_logits for 1 training examples, row 13 of"):
+        write_shards(features, tmp_path, 10, compute)
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]
 
 
-def test_token_answers_are_the_same_in_any_shards_and_the_record_adds_them_up(
-    language_task, language_model_dir, tmp_path
-):
+def test_token_soft_targets_are_the_same_in_any_shards(language_task, language_model_dir, tmp_path):
     features = language_task.features(language_task.load_processor(str(language_model_dir)))["train"]
-    details, answers = [], []
+    details, targets = [], []
+    distill = DistillConfig(temperature=2.0, soft_target_top_k=5)
     for size in (1000, 8):
         directory = tmp_path / str(size)
         directory.mkdir()
-        outcome = compute_token_soft_targets(
-            str(language_model_dir), directory, language_task, 2.0, 5, shard_examples=size
-        )
+        outcome = compute_soft_targets(str(language_model_dir), directory, language_task, distill, shard_examples=size)
         details.append(outcome.details)
-        answers.append({name: stored(features, directory, name) for name in TOP_ANSWERS})
+        targets.append({name: stored(features, directory, name) for name in TOP_K_COLUMNS})
     assert details[0]["shards"] == 1
     assert details[1]["shards"] == -(-len(features) // 8) > 2
-    for name in TOP_ANSWERS:
-        np.testing.assert_array_equal(answers[0][name], answers[1][name])
-    assert answers[0]["teacher_ids"].dtype == np.uint16
-    mass = np.exp(answers[0]["teacher_log_rest"].astype(np.float64))
-    for found in details:
-        assert found["remaining_mass"]["mean"] == pytest.approx(mass.mean(), rel=1e-5)
-        assert found["remaining_mass"]["largest"] == pytest.approx(mass.max(), rel=1e-5)
-        assert found["gradient_error_bound"]["mean"] == pytest.approx(2 * mass.mean(), rel=1e-5)
-    total = np.exp(answers[0]["teacher_log_probabilities"]).sum(axis=-1) + mass
+    for name in TOP_K_COLUMNS:
+        np.testing.assert_array_equal(targets[0][name], targets[1][name])
+    assert targets[0]["teacher_ids"].dtype == np.uint16
+    assert details[0]["bytes_per_example"] == 32 * (5 * 6 + 4)
+    mass = np.exp(targets[0]["teacher_log_tail_mass"].astype(np.float64))
+    total = np.exp(targets[0]["teacher_log_probabilities"]).sum(axis=-1) + mass
     np.testing.assert_allclose(total, 1, atol=1e-4)
 
 
 def test_memory_is_flat_in_the_number_of_examples(tmp_path):
-    """The short form of the benchmark: twenty times as many examples, whose answers together would break the limit four times over."""
+    """The short form of the benchmark: twenty times as many examples, whose logits together would break the limit four times over."""
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "labelling_memory.py"), "--examples", "400", "8000"]
     command += [
         "--shard_examples",

@@ -1,4 +1,4 @@
-"""One whole batch gives one gradient, however it is cut into accumulation steps or processes."""
+"""One global batch gives one gradient, however it is cut into accumulation steps or processes."""
 
 from __future__ import annotations
 
@@ -21,23 +21,11 @@ from pipelines.models.predict import predict_torch
 from pipelines.tasks.image_classification import ImageClassification
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.tasks.text_generation.task import LanguageModeling
-from pipelines.training.distill import DistillationTrainer
+from pipelines.training.distill import DistillationTrainer, remove_projections
+from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import prune_and_recover
-from pipelines.training.soft_targets import (
-    WithSoftTargets,
-    compute_soft_targets,
-    compute_token_soft_targets,
-    write_shards,
-)
-from pipelines.training.trainer import (
-    EpochLengthGroupedSampler,
-    Trainer,
-    TrainingArguments,
-    fine_tune,
-    is_main_process,
-    keep_answers,
-    train,
-)
+from pipelines.training.soft_targets import WithSoftTargets, compute_soft_targets, write_shards
+from pipelines.training.trainer import EpochLengthGroupedSampler, Filled, Trainer, TrainingArguments, train
 from processes import run_processes, values
 
 REPOSITORY = Path(__file__).parents[2]
@@ -152,25 +140,65 @@ def test_lora_keeps_the_adapter_beside_a_merged_stock_model(pretrained, task, tr
 
 
 def scored(task, processor, model, arguments):
-    """What the metrics of an evaluation saw of 11 examples, one a row, and the evaluation's loss."""
+    """What the metrics of an evaluation saw of 11 examples, one a row."""
     seen = {}
 
     def compute_metrics(found):
-        seen.update(answers=found.predictions, labels=found.label_ids)
-        return task.numbers(found.predictions, found.label_ids)
+        seen.update(predictions=found.predictions, labels=found.label_ids)
+        return {}
 
     arguments.remove_unused_columns, arguments.label_names = False, ["labels"]
     trainer = Trainer(
-        model=model, args=arguments, data_collator=task.collate(processor), causal=task.causal, compute_metrics=compute_metrics,
-        eval_dataset=task.features(processor)["validation"].select(range(11)), preprocess_logits_for_metrics=keep_answers(task),
-    )  # fmt: skip
-    loss = trainer.evaluate()["eval_loss"]
-    rows = np.column_stack([seen[name].reshape(len(seen[name]), -1) for name in ("answers", "labels")])
-    return np.vstack([rows[np.lexsort(rows.T)], np.full(rows.shape[1], loss)])
+        model=model,
+        args=arguments,
+        task=task,
+        data_collator=task.collate(processor),
+        compute_metrics=compute_metrics,
+        eval_dataset=task.features(processor)["validation"].select(range(11)),
+    )
+    trainer.evaluate()
+    rows = np.column_stack([seen[name].reshape(len(seen[name]), -1) for name in ("predictions", "labels")])
+    return rows[np.lexsort(rows.T)]
+
+
+def test_fillers_have_no_labels_and_real_examples_keep_theirs():
+    """Also where a batch size that was found or a sampling strategy of transformers makes batches of another size."""
+    rows = [{"labels": index, "x": index} for index in range(5)]
+    filled = Filled(rows, 4)
+    assert len(filled) == 8
+    assert [filled[index]["labels"] for index in range(8)] == [*range(5), -100, -100, -100]
+    assert rows[0]["labels"] == 0
+    assert len(Filled(rows, 5)) == 5
+    windows = Filled([{"labels": [1, 2]}], 2)
+    assert windows[1]["labels"] == [-100, -100]
+    sampler = EpochLengthGroupedSampler(4, [3, 1, 2, 5, 4], seed=0, fillers=3)
+    assert len(sampler) == 8
+    assert sorted(list(sampler)[:5]) == [0, 1, 2, 3, 4]
+    assert list(sampler)[5:] == [5, 6, 7]
+
+
+@pytest.mark.parametrize("changes", [{"train_sampling_strategy": "batch_rebalance"}, {"auto_find_batch_size": True}])
+def test_every_label_counts_where_batches_are_not_constant(changes, task, tokenizer, training):
+    seen = []
+
+    class Watched(Trainer):
+        def compute_loss(self, model, inputs, *arguments, **keywords):
+            if len(seen) == 1 and self.args.auto_find_batch_size and self._train_batch_size == 16:
+                seen.clear()
+                raise RuntimeError("CUDA out of memory.")
+            seen.append(int(inputs["labels"].ne(-100).sum()))
+            return super().compute_loss(model, inputs, *arguments, **keywords)
+
+    features = task.features(tokenizer)["train"].select(range(100))
+    for name, value in changes.items():
+        setattr(training, name, value)
+    training.eval_strategy, training.save_strategy, training.load_best_model_at_end = "no", "no", False
+    train(tiny_model(), task, tokenizer, training, Path(training.output_dir), features, Watched)
+    assert sum(seen) == 100
 
 
 def learn_in_many_ways(directory, processes, csv, teacher, images, text, language_teacher):
-    """What one of several processes logs of 20 examples, learnt from twice in whole batches of 8: the last batch is short, texts
+    """What one of several processes logs of 20 examples, learnt from twice in global batches of 8: the last batch is short, texts
     are ragged; and what the metrics saw of 11 validation examples."""
     from peft import LoraConfig, get_peft_model
 
@@ -183,10 +211,19 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
 
     def arguments(accumulation=1):
         return TrainingArguments(
-            output_dir=str(directory), use_cpu=True, disable_tqdm=True, num_train_epochs=2, logging_steps=1, learning_rate=1e-3,
-            per_device_train_batch_size=max(1, 8 // processes // accumulation), gradient_accumulation_steps=accumulation,
-            eval_strategy="no", save_strategy="no", load_best_model_at_end=False, per_device_eval_batch_size=2,
-        )  # fmt: skip
+            output_dir=str(directory),
+            use_cpu=True,
+            disable_tqdm=True,
+            num_train_epochs=2,
+            logging_steps=1,
+            learning_rate=1e-3,
+            per_device_train_batch_size=max(1, 8 // processes // accumulation),
+            gradient_accumulation_steps=accumulation,
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            per_device_eval_batch_size=2,
+        )
 
     models = {texts: tiny_model, pictures: partial(tiny_model, "vit"), windows: tiny_language_model}
     processors = {texts: tokenizer, pictures: pixels, windows: words}
@@ -196,12 +233,12 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
 
     for path in (logits, tokens, pictured):
         path.mkdir(parents=True, exist_ok=True)
-    compute_soft_targets(teacher, logits, texts, shard_examples=5)
-    compute_token_soft_targets(language_teacher, tokens, windows, 2.0, 5, shard_examples=7)
+    compute_soft_targets(teacher, logits, texts, DistillConfig(), shard_examples=5)
+    compute_soft_targets(language_teacher, tokens, windows, DistillConfig(soft_target_top_k=5), shard_examples=7)
     soft = {"trainer_class": DistillationTrainer, "distill": DistillConfig()}
     hidden = {"distill": DistillConfig(hidden_state_weight=0.5), "hidden_state_map": [(1, 2), (4, 4)]}
     online, vit, gpt2 = {"teacher": texts.load_model(teacher)}, tiny_model("vit", seed=2), tiny_language_model(seed=2)
-    seen_by_vit = partial(predict_torch, vit, collate=pictures.collate(pixels))
+    seen_by_vit = partial(predict_torch, vit, collate=pictures.collate(pixels), task=pictures)
     shown = pictures.features(pixels)["train"]
     write_shards(shown, pictured, 20, lambda examples: {"teacher_logits": seen_by_vit(examples)})
     ways = {
@@ -230,9 +267,16 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
         details = train(model, task, processor, settings, directory, features.select(range(20)), **trainer)
         curves[way] = [line["loss"] for line in details["losses"]]
     pruned = prune_and_recover(
-        teacher, directory / "pruned", texts, Path(teacher), PruneConfig(prune_steps=1), DistillConfig(), arguments(), logits
-    )  # fmt: skip
-    if is_main_process():
+        teacher,
+        directory / "pruned",
+        texts,
+        Path(teacher),
+        PruneConfig(prune_steps=1),
+        DistillConfig(),
+        arguments(),
+        logits,
+    )
+    if PartialState().is_main_process:
         curves["texts pruned"] = [line["loss"] for line in pruned.details["steps"][0]["recovery"]["losses"]]
     return curves, rows
 
@@ -240,7 +284,7 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
 def test_any_number_of_processes_trains_to_the_curve_of_one_and_scores_every_example_once(
     trained_teacher, csv_file, image_folder, language_text, language_model_dir, tmp_path
 ):
-    """The same whole batch cut into 2 and 4 processes, and each part in two again, by labels and by distillation."""
+    """The same global batch cut into 2 and 4 processes, and each part in two again, by labels and by distillation."""
     sources = [str(source) for source in (csv_file, trained_teacher, image_folder, language_text, language_model_dir)]
     curves, scores = {}, {}
     for count in (1, 2, 3, 4):
@@ -262,11 +306,11 @@ def test_any_number_of_processes_trains_to_the_curve_of_one_and_scores_every_exa
         assert curves[1][f"{task} stored"] == pytest.approx(curves[1][f"{task} online"], abs=1e-4)
 
     for found in scores.values():
-        assert [len(rows) for rows in found] == [11 + 1] * 3  # of texts, images and windows, each with the loss
+        assert [len(rows) for rows in found] == [11] * 3  # of texts, images and windows
         for rows, alone in zip(found, scores[1], strict=True):
             np.testing.assert_allclose(rows, alone, atol=1e-5)
 
-    for kind in ("logits", "pictured", "tokens"):  # batches do not depend on who answers them
+    for kind in ("logits", "pictured", "tokens"):  # batches do not depend on who computes them
         shards = [{path.name: path.read_bytes() for path in (tmp_path / n / kind).iterdir()} for n in ("1", "2", "4")]
         assert len(shards[0]) > 3
         assert shards[0] == shards[1] == shards[2]
@@ -281,20 +325,24 @@ def shard(directory, csv, kind):
         os.environ.update({name.upper(): str(value) for name, value in config.items()})
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     arguments = TrainingArguments(
-        output_dir=str(directory), use_cpu=True, disable_tqdm=True, num_train_epochs=2, logging_steps=1, learning_rate=1e-3,
+        output_dir=str(directory),
+        use_cpu=True,
+        disable_tqdm=True,
+        num_train_epochs=2,
+        logging_steps=1,
+        learning_rate=1e-3,
         per_device_train_batch_size=4 if "RANK" in os.environ else 8,
-    )  # fmt: skip
+    )
     task, tokenizer = TextClassification(DataConfig(dataset=csv, max_length=32)), make_tokenizer()
     features = task.features(tokenizer)["train"].select(range(20))
     student, trainer = tiny_model(seed=1, hidden_size=16, num_attention_heads=2), {}
     if kind == "online":
         distill = DistillConfig(hidden_state_weight=0.5)
-        student.add_module("hidden_state_projections", torch.nn.ModuleList([torch.nn.Linear(16, 32)]))
         trainer = {"trainer_class": DistillationTrainer, "distill": distill, "teacher": tiny_model(seed=2)}
         trainer["hidden_state_map"] = [(2, 4)]
-    torch.manual_seed(0)
     details = train(student, task, tokenizer, arguments, directory, features, **trainer)
-    weights = student.state_dict() if is_main_process() else {}
+    remove_projections(student)
+    weights = student.state_dict() if PartialState().is_main_process else {}
     return [line["loss"] for line in details["losses"]], {name: value.numpy() for name, value in weights.items()}
 
 

@@ -4,38 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Head
+from pipelines.core.task import IGNORED, Head, Tensors
 from pipelines.data.documents import TextData, load_documents
 from pipelines.data.sources import check_model, resolve
 from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
-from pipelines.models.predict import predict_torch
 from pipelines.tasks.base import Task
+from pipelines.training.losses import NextTokenLoss
 
-
-def token_answers(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """For every token its loss, -log p(token | those before it), and the token that was most likely: (batch, tokens, 2) float32.
-
-    `logits` (batch, tokens, vocabulary) at one position are about the next; `labels` (batch, tokens). Where the label is -100, and at
-    the first position, the loss is 0 and the most likely token -1.
-    """
-    logits = np.asarray(logits, np.float32)[:, :-1]
-    targets = np.asarray(labels)[:, 1:]
-    counted = targets != IGNORED
-    peak = logits.max(axis=-1, keepdims=True)
-    normalizer = np.log(np.exp(logits - peak).sum(axis=-1)) + peak[..., 0]
-    chosen = np.take_along_axis(logits, np.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
-    found = np.zeros((*np.shape(labels), 2), np.float32)
-    found[..., 1] = -1
-    found[:, 1:, 0] = np.where(counted, normalizer - chosen, 0)
-    found[:, 1:, 1] = np.where(counted, logits.argmax(axis=-1), -1)
-    return found
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def collate_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -53,7 +37,7 @@ def collate_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
 
 
-class LanguageModeling(Task):
+class LanguageModeling(Task, NextTokenLoss):
     """Text, of which every token is to be predicted from those before it."""
 
     name = "text-generation"
@@ -61,8 +45,6 @@ class LanguageModeling(Task):
     student_head: Head = "required"
     primary_metric = "perplexity"
     greater_is_better = False
-    causal = True
-    answers = staticmethod(token_answers)  # a thousandth of the logits
     label_names: list[str] = []
 
     def __init__(self, config: DataConfig, language: LanguageConfig) -> None:
@@ -139,7 +121,7 @@ class LanguageModeling(Task):
             }
             shape = load(AutoConfig.from_pretrained, located, "a model's config.json", **tokens, **code)
             return load(
-                lambda _: AutoModelForCausalLM.from_config(shape, **code),
+                lambda _: AutoModelForCausalLM.from_config(shape, dtype="float32", **code),
                 located,
                 "the shape of a causal language model",
             )
@@ -149,6 +131,7 @@ class LanguageModeling(Task):
             "a causal language model",
             output_loading_info=True,
             use_safetensors=True,  # a pickle runs whatever code is in it
+            dtype="float32",  # whatever it was stored in: mixed precision is the Trainer's
             **code,
         )
         check_only_head_is_new(model, info, source, head_may_be_new=False)
@@ -176,59 +159,64 @@ class LanguageModeling(Task):
     def training_collate(
         self, processor: Any, teacher_processor: Any = None, augment: bool = False
     ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """The collator for training, where a teacher in the loop reads the student's own tokens. Texts are not augmented."""
+        """The collator for training, where an online teacher reads the student's own tokens. Texts are not augmented."""
         return collate_windows
 
-    def metrics(self, answers: np.ndarray, references: Any, text_bytes: int | None = None) -> dict[str, Any]:
-        """Scores of token_answers(…) (windows, tokens, 2) for the labels `references` (windows, tokens).
+    def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
+        """Raise InputError for a teacher whose logits are about other tokens than the student's."""
+        ours, theirs = processor.get_vocab(), self.load_processor(teacher_source).get_vocab()
+        if ours != theirs:
+            different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+            raise InputError(
+                f"expected teacher and student with the same vocabulary, found {len(theirs):,} and {len(ours):,} tokens, of which "
+                f"{len(different):,} are missing in one or have another id, such as {different[0]!r}. Distillation over tokens needs one "
+                "vocabulary: take a student made from the teacher (leave --student_model out), or give both one tokenizer."
+            )
+        sizes = self.load_config(teacher_source).vocab_size, student.config.vocab_size
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"expected teacher and student with logits for as many tokens, found {sizes[0]:,} and {sizes[1]:,}. Call "
+                f"resize_token_embeddings({sizes[0]}) on the student and save it."
+            )
 
-        Perplexity is e to the mean loss of a token. Bits per byte divide the loss of the whole text by its UTF-8 bytes, so that models
-        with other vocabularies compare; they need `text_bytes`.
+    def check_teacher(self, metrics: dict[str, Any], config: Any) -> None:
+        """Raise InputError for a teacher that does no better than guessing all tokens alike, or whose perplexity is no number."""
+        if not metrics["perplexity"] < config.vocab_size:
+            raise InputError(
+                f"expected a teacher that knows the language, found a perplexity of {metrics['perplexity']:,.0f} on validation text, no "
+                f"better than guessing among its {config.vocab_size:,} tokens. Train it longer or slower (--teacher_epochs, "
+                "--teacher_learning_rate)."
+            )
+
+    def predictions(self, outputs: Tensors, labels: Tensor) -> Tensor:
+        """For every token its loss, -log p(token | those before it), and the token that was most likely: (batch, tokens, 2) float32.
+
+        The logits themselves are thousands of numbers for every token. Where the label is -100, and at the first position, the loss is 0
+        and the most likely token -1.
+        """
+        import torch
+
+        logits = outputs["logits"].float()
+        # Each position's target is the next token; the last has none. Labels are shifted, since logits would be copied.
+        targets = torch.nn.functional.pad(labels.to(logits.device)[:, 1:], (0, 1), value=IGNORED)
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        likeliest = logits.argmax(dim=-1).masked_fill(targets == IGNORED, -1)
+        found = torch.stack([losses.view(targets.shape), likeliest.float()], dim=-1).roll(1, dims=1)
+        found[:, 0] = torch.tensor([0.0, -1.0])
+        return found
+
+    def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
+        """The scores of predictions (windows, tokens, 2) for the labels `references` (windows, tokens).
+
+        Perplexity is e to the mean loss of a token. Bits per byte divide the loss of a whole split by its UTF-8 bytes, so that models
+        with other vocabularies compare.
         """
         counted = np.asarray(references) != IGNORED
-        losses = answers[..., 0][counted].astype(np.float64)
+        losses = predictions[..., 0][counted].astype(np.float64)
         scores: dict[str, Any] = {"perplexity": float(np.exp(losses.mean())), "loss": float(losses.mean())}
-        if text_bytes is not None:
-            scores["bits_per_byte"] = float(losses.sum() / np.log(2) / text_bytes)
-        accuracy = answers[..., 1][counted] == np.asarray(references)[counted]
+        if split is not None:
+            scores["bits_per_byte"] = float(losses.sum() / np.log(2) / self.data.text_bytes[split])
+        accuracy = predictions[..., 1][counted] == np.asarray(references)[counted]
         return scores | {"next_token_accuracy": float(accuracy.mean()), "tokens": int(counted.sum())}
-
-    def score(self, predict: Callable[..., np.ndarray], processor: Any, split: str) -> dict[str, Any]:
-        """The scores on a split of `predict(features, collate, answers=…)`, a torch model or an ONNX file."""
-        features = self.features(processor)[split]
-        answers = predict(features, self.collate(processor), answers=self.answers)
-        return self.metrics(answers, features["labels"], self.data.text_bytes[split])
-
-
-def check_knows_language(teacher: Any, task: Any, processor: Any) -> None:
-    """Refuse a teacher that does no better than guessing all tokens alike: its answers teach nothing."""
-    features = task.features(processor)["validation"]
-    few = features.select(range(min(8, len(features))))
-    answers = predict_torch(teacher, few, task.collate(processor), answers=task.answers)
-    check_perplexity(task.metrics(answers, few["labels"])["perplexity"], teacher.config.vocab_size)
-
-
-def check_perplexity(perplexity: float, vocabulary_size: int) -> None:
-    """Refuse the perplexity of a teacher that guesses, also one that is no number."""
-    if not perplexity < vocabulary_size:
-        raise InputError(
-            f"expected a teacher that knows the language, found a perplexity of {perplexity:,.0f} on validation text, no better than "
-            f"guessing among its {vocabulary_size:,} tokens. Train it longer or slower (--teacher_epochs, --teacher_learning_rate)."
-        )
-
-
-def check_same_vocabulary(teacher_processor: Any, student_processor: Any, teacher_size: int, student_size: int) -> None:
-    """Refuse a teacher whose logits are about other tokens than the student's; the sizes are those of the models."""
-    ours, theirs = student_processor.get_vocab(), teacher_processor.get_vocab()
-    if ours != theirs:
-        different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-        raise InputError(
-            f"expected teacher and student with the same vocabulary, found {len(theirs):,} and {len(ours):,} tokens, of which "
-            f"{len(different):,} are missing in one or have another id, such as {different[0]!r}. Distillation over tokens needs one "
-            "vocabulary: take a student made from the teacher (leave --student_model out), or give both one tokenizer."
-        )
-    if teacher_size != student_size:
-        raise InputError(
-            f"expected teacher and student with logits for as many tokens, found {teacher_size:,} and {student_size:,}. Call "
-            f"resize_token_embeddings({teacher_size}) on the student and save it."
-        )

@@ -1,4 +1,4 @@
-"""A last layer that computes the first token only gives the logits and the gradients of one that computes all, and is undone."""
+"""A last layer that computes the [CLS] token only gives the logits and the gradients of one that computes all, and is undone."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import example_inputs, tiny_model
 from pipelines.core.config import DistillConfig, StudentConfig
+from pipelines.core.run import describe
 from pipelines.models.families import layers_of
 from pipelines.models.removal import cut
-from pipelines.training.distill import distill_student
-from pipelines.training.dropout import cheap_dropout
-from pipelines.training.first_token import first_token_only
-from pipelines.training.trainer import train
+from pipelines.training.cpu import cls_token_only
+from pipelines.training.distill import DistillationTrainer, distill_student
+from pipelines.training.trainer import TrainingArguments
 
 MODEL_TYPES = ["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "vit", "deit"]
 FFN_INPUTS = {"distilbert": "ffn.lin1", "vit": "mlp.fc1", "deit": "mlp.fc1"}
 
 
-def answer(model, inputs):
+def forward_and_backward(model, inputs):
     """Logits, the gradient of every weight, and how many tokens' neurons each layer has computed."""
     tokens = []
     path = FFN_INPUTS.get(model.config.model_type, "intermediate.dense")
@@ -57,18 +57,16 @@ def test_the_logits_and_all_gradients_are_the_same(model_type, uneven):
             [np.arange(64), np.arange(9), np.arange(5), np.arange(33)],
         )
     inputs = example_inputs(model_type)
-    expected = answer(model, inputs)
-    with first_token_only(model):
-        assert_alike(found := answer(model, inputs), expected)
-        with cheap_dropout(model):  # the attention of a training on a CPU
-            assert_alike(answer(model, inputs), expected)
+    expected = forward_and_backward(model, inputs)
+    with cls_token_only(model):
+        assert_alike(found := forward_and_backward(model, inputs), expected)
         model.gradient_checkpointing_enable()
         model.train()
-        assert_alike(answer(model, inputs), expected)
+        assert_alike(forward_and_backward(model, inputs), expected)
     assert expected[2][:4] == [expected[2][0]] * 4
     assert found[2] == [*expected[2][:3], 1]
     model.gradient_checkpointing_disable()
-    assert answer(model, inputs)[2] == expected[2]
+    assert forward_and_backward(model, inputs)[2] == expected[2]
 
 
 def test_what_reads_other_tokens_is_left_as_it_is():
@@ -92,7 +90,7 @@ def test_what_reads_other_tokens_is_left_as_it_is():
     ]
     models[-1].set_attn_implementation("eager")
     for model in models:
-        with first_token_only(model):
+        with cls_token_only(model):
             assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
@@ -106,7 +104,7 @@ def test_it_drops_out_as_a_whole_layer_does():
         torch.manual_seed(0)
         with torch.no_grad():
             expected = model(**inputs).logits
-            with first_token_only(model):
+            with cls_token_only(model):
                 found = model(**inputs).logits
         # Two samples of 4,000: means within five standard errors, spreads within a tenth.
         errors = (expected.var(0) + found.var(0)).div(4000).sqrt()
@@ -129,7 +127,7 @@ def test_a_lora_adapter_of_the_last_layer_learns_the_same():
         return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
     expected = gradients()
-    with first_token_only(model):
+    with cls_token_only(model):
         assert "forward" in vars(layers_of(model.get_base_model())[-1])
         found = gradients()
     assert found.keys() == expected.keys()
@@ -139,30 +137,42 @@ def test_a_lora_adapter_of_the_last_layer_learns_the_same():
         )
 
 
-@pytest.mark.parametrize("hidden_state_weight", [0.0, 1.0])
-def test_students_use_it_unless_hidden_states_are_asked_for(
-    hidden_state_weight, trained_teacher, task, training, tmp_path, monkeypatch
+@pytest.mark.parametrize(("cpu_speedups", "hidden_state_weight"), [(True, 0.0), (True, 1.0), (False, 0.0)])
+def test_student_and_online_teacher_use_it_unless_all_hidden_states_are_needed(
+    cpu_speedups, hidden_state_weight, trained_teacher, task, training, tmp_path, monkeypatch
 ):
     seen = []
+    step = DistillationTrainer.training_step
 
-    def watched(model, *arguments, **keywords):
-        teacher = keywords["teacher"]
-        seen.extend("forward" in vars(layers_of(each)[-1]) for each in (model, teacher))
-        return train(model, *arguments, **keywords)
+    def watched(self, model, *arguments, **keywords):
+        seen.extend("forward" in vars(layers_of(each)[-1]) for each in (model, self.teacher))
+        return step(self, model, *arguments, **keywords)
 
-    monkeypatch.setattr("pipelines.training.distill.train", watched)
-    training.max_steps = 2
+    monkeypatch.setattr(DistillationTrainer, "training_step", watched)
+    training.max_steps, training.cpu_speedups = 1, cpu_speedups
     distill = DistillConfig(soft_targets="online", hidden_state_weight=hidden_state_weight)
     distill_student(
         str(trained_teacher), tmp_path / "student", task, StudentConfig(student_layers="2"), distill, training
     )
-    assert seen == [hidden_state_weight == 0] * 2
+    assert seen == [cpu_speedups and hidden_state_weight == 0] * 2
+
+
+def test_the_switch_is_part_of_what_made_a_stage_only_where_it_changes_the_result(tmp_path):
+    def key(**settings):
+        return describe(TrainingArguments(str(tmp_path), **settings))
+
+    usual = key(use_cpu=True)
+    assert "cpu_speedups" not in usual
+    assert key(use_cpu=True, cpu_speedups=False) == usual | {"cpu_speedups": False}
+    on_gpu = TrainingArguments(str(tmp_path), use_cpu=True, cpu_speedups=False)
+    on_gpu.__dict__["_setup_devices"] = torch.device("cuda", 0)
+    assert describe(on_gpu) == usual
 
 
 def test_it_is_undone_in_a_copy_that_took_the_models_place():
     """As after a training whose weights were sharded."""
     model = tiny_model()
-    with first_token_only(model):
+    with cls_token_only(model):
         whole = copy.deepcopy(model)
         assert vars(layers_of(whole)[-1])["forward"].args[0] is layers_of(whole)[-1]
         model.__dict__ = whole.__dict__

@@ -1,9 +1,8 @@
-"""Numbers that stop a training: at once, by name, in every process, with nothing saved after them."""
+"""The stage that fine-tunes a teacher: what stops it, in every process alike with nothing saved, and which teacher is refused."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from dataclasses import replace
@@ -16,18 +15,11 @@ from conftest import make_tokenizer, tiny_language_model, tiny_model
 from pipelines.core.config import DataConfig, DistillConfig, PruneConfig, TeacherConfig, run_main
 from pipelines.core.errors import InputError
 from pipelines.tasks.text_classification import TextClassification
+from pipelines.training.checkpoints import checkpoint_damage
 from pipelines.training.distill import DistillationTrainer
-from pipelines.training.finite import has_exploded, likely_cause, name_rows, weights_are_finite
+from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import prune_and_recover
-from pipelines.training.trainer import (
-    Trainer,
-    TrainingArguments,
-    check_above_chance,
-    check_knows_task,
-    checkpoint_damage,
-    fine_tune,
-    train,
-)
+from pipelines.training.trainer import HARMLESS_OVERFLOWS, Trainer, TrainingArguments, arguments_for, train
 from processes import run_processes
 
 POISONED = 57  # a row of the training split
@@ -48,7 +40,7 @@ def steps(training, count, **changes):
     return training
 
 
-def test_a_bad_value_stops_at_its_step_and_names_its_row_and_the_last_good_checkpoint(
+def test_a_value_that_is_not_a_number_stops_at_its_step_and_names_the_last_good_checkpoint(
     task, tokenizer, training, tmp_path
 ):
     features = with_teacher_logits(task.features(tokenizer)["train"], POISONED)
@@ -56,13 +48,8 @@ def test_a_bad_value_stops_at_its_step_and_names_its_row_and_the_last_good_check
     with pytest.raises(InputError) as error:
         train(tiny_model(), task, tokenizer, training, tmp_path, features, DistillationTrainer, distill=DistillConfig())
     message = str(error.value)
-    assert "a loss of nan" in message
-    assert f"not finite in teacher_logits (rows {POISONED} of the training split)" in message
+    assert "a gradient of norm nan" in message
     step = int(re.search(r"at step (\d+)", message)[1])
-    rows = re.search(r"on rows ([\d, ]+?) of the training", message)[1].split(", ")
-    assert str(POISONED) in rows
-    assert len(rows) == 16
-    assert "input_ids (8, " in message
     saved = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
     assert saved[-1] == step - 1 > 0
     assert f"last good checkpoint is {tmp_path / f'checkpoint-{step - 1}'}." in message
@@ -83,7 +70,7 @@ def test_a_language_model_and_an_adapter_are_stopped_alike(
     steps(training, 2, learning_rate=1e39)
     words = language_task.load_processor(str(language_model_dir))
     features = language_task.features(words)["train"]
-    with pytest.raises(InputError, match=r"at step 2 .*input_ids \(8, 32\), .*learning rate too high \(5e\+38"):
+    with pytest.raises(InputError, match=r"at step 2\..*learning rate too high \(1e\+39"):
         train(tiny_language_model(), language_task, words, training, tmp_path / "language", features)
 
     steps(training, 2, save_strategy="steps", save_steps=1)
@@ -101,55 +88,34 @@ def test_a_recovery_that_is_stopped_keeps_the_last_cut(trained_teacher, task, tr
             str(trained_teacher), tmp_path, task, trained_teacher, prune, DistillConfig(), steps(training, 2)
         )
     assert checkpoint_damage(kept) is None
-    assert weights_are_finite(task.load_model(str(kept)))
+    assert all(weights.isfinite().all() for weights in task.load_model(str(kept)).parameters())
 
 
-def test_a_gradient_that_explodes_stops_before_it_is_infinite(task, tokenizer, training, tmp_path):
+def test_a_steep_step_is_clipped_and_the_training_goes_on(task, tokenizer, training, tmp_path):
+    """A batch whose gradient is a million times the others', which clipping is there for."""
+
     class Steep(Trainer):
         def summed_loss(self, model, inputs, labels):
-            loss, outputs = super().summed_loss(model, inputs, labels)
-            return loss * (1e6 if self.step == 4 else 1), outputs
+            loss, *others = super().summed_loss(model, inputs, labels)
+            return loss * (1e6 if self.state.global_step == 4 else 1), *others
 
-    steps(training, 10, save_strategy="steps", save_steps=1)
-    with pytest.raises(InputError, match=r"gradient of norm .*1,000 times.* at step 5 .*checkpoint-4\."):
-        train(tiny_model(), task, tokenizer, training, tmp_path, task.features(tokenizer)["train"], Steep)
-
-
-def test_an_explosion_is_measured_against_what_the_gradients_were():
-    assert not has_exploded(1e9, [])
-    assert not has_exploded(900, [1e-6] * 5)
-    assert has_exploded(1100, [0.5, 0.9, 0.1])
-    assert not has_exploded(5e5, [1000.0, 600.0, 800.0])
-
-
-def test_weights_that_were_broken_before_are_told_from_a_learning_rate(task, tokenizer, training, tmp_path):
-    model = tiny_model()
-    with torch.no_grad():
-        model.classifier.weight[0, 0] = math.inf
-    with pytest.raises(InputError, match="step 1 .*not finite before this training"):
-        train(model, task, tokenizer, steps(training, 2), tmp_path, task.features(tokenizer)["train"])
-
-
-def test_the_cause_in_half_precision_and_long_lists_of_rows():
-    assert "65,504" in likely_cause([], True, False, fp16=True, learning_rate=1e-4)
-    assert "65,504" not in likely_cause([], True, False, fp16=False, learning_rate=1e-4)
-    assert name_rows(list(range(20))).endswith("14, 15 … (20 in all)")
+    steps(training, 6)
+    details = train(tiny_model(), task, tokenizer, training, tmp_path, task.features(tokenizer)["train"], Steep)
+    assert details["steps"] == 6
 
 
 def test_overflows_of_fp16_are_passed_over_while_its_scale_is_sought(task, tokenizer, training):
-    trainer = Trainer(
-        model=tiny_model(), args=steps(training, 3), train_dataset=task.features(tokenizer)["train"],
-        data_collator=task.collate(tokenizer),
-    )  # fmt: skip
-    trainer.create_optimizer_and_scheduler(10)
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    for _ in range(20):
-        trainer.check_step(math.inf)
-    assert not trainer.norms
+    trainer = Trainer(model=tiny_model(), args=steps(training, 3), data_collator=task.collate(tokenizer))
+    trainer._get_grad_norm(trainer.model, 1.0)
     with pytest.raises(InputError, match="norm inf"):
-        trainer.check_step(math.inf)
-    trainer.check_step(1.0)
-    trainer.check_step(math.inf)
+        trainer._get_grad_norm(trainer.model, math.inf)
+    trainer.accelerator.scaler, trainer.overflows = torch.amp.GradScaler("cpu"), 0
+    for _ in range(HARMLESS_OVERFLOWS):
+        trainer._get_grad_norm(trainer.model, math.inf)
+    with pytest.raises(InputError, match="norm inf"):
+        trainer._get_grad_norm(trainer.model, math.inf)
+    trainer._get_grad_norm(trainer.model, 1.0)
+    trainer._get_grad_norm(trainer.model, math.inf)
 
 
 def train_on_a_bad_row(csv, directory):
@@ -173,32 +139,32 @@ def test_two_processes_stop_together_with_one_message(csv_file, tmp_path):
     assert [process.status for process in ended] == [1, 1]
     said = [line for process in ended for line in process.output.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
-    assert f"teacher_logits (rows {POISONED} of the training split)" in said[0]
+    assert "a gradient of norm nan" in said[0]
 
 
-def test_a_teacher_with_one_answer_is_named(task):
-    one, names = {"recall_per_class": {"sport": 0.0, "tech": 1.0, "trade": 0.0}}, ["sport", "tech", "trade"]
+def recalls(**found):
+    return {"recall_per_class": {"sport": 0.3, "tech": 0.3, "trade": 0.3} | found}
+
+
+def test_a_teacher_that_predicts_one_label_is_named(task):
+    config = tiny_model().config
     with pytest.raises(
-        InputError, match=r"0\.333 \(it answers 'tech' to everything\), no better than guessing among 3"
+        InputError, match=r"0\.333 \(it predicts 'tech' for everything\), no better than guessing among 3"
     ):
-        check_above_chance(one, names, {*names})
-    guesses = {"recall_per_class": {"sport": 0.3, "tech": 0.3, "trade": 0.3}}
+        task.check_teacher(recalls(sport=0.0, tech=1.0, trade=0.0), config)
     with pytest.raises(InputError, match=r"0\.300, no better"):
-        check_above_chance(guesses, names, {*names})
-    check_above_chance({"recall_per_class": {"sport": 0.3, "tech": 0.6, "trade": 0.3}}, names, {*names})
+        task.check_teacher(recalls(), config)
+    task.check_teacher(recalls(tech=0.6), config)
 
 
 def test_a_teacher_is_judged_by_the_classes_that_the_validation_split_holds(task):
     """Of a class that it does not hold the recall is 0, whatever the teacher."""
-    only_sport, names = copy.copy(task), task.label_names
-    few = task.data.splits["validation"].filter(lambda row: row["label"] == names.index("sport"))
+    only_sport, config = copy.copy(task), tiny_model().config
+    few = task.data.splits["validation"].filter(lambda row: row["label"] == task.label_names.index("sport"))
     only_sport.data = replace(task.data, splits={"validation": few})
-    perfect = {"recall_per_class": {"sport": 1.0, "tech": 0.0, "trade": 0.0}}
-    check_knows_task(tiny_model(), only_sport, perfect)
+    only_sport.check_teacher(recalls(sport=1.0, tech=0.0, trade=0.0), config)
     with pytest.raises(InputError, match=r"0\.300, no better"):
-        check_knows_task(tiny_model(), only_sport, {"recall_per_class": {**perfect["recall_per_class"], "sport": 0.3}})
-    with pytest.raises(InputError, match=r"0\.500 \(it answers 'sport' to everything\)"):
-        check_above_chance(perfect, names, {"sport", "tech"})
+        only_sport.check_teacher(recalls(sport=0.3, tech=0.0, trade=0.0), config)
 
 
 def test_a_teacher_that_fine_tuning_left_guessing_is_refused_with_its_checkpoints_kept(
@@ -214,8 +180,33 @@ def test_a_teacher_that_fine_tuning_left_guessing_is_refused_with_its_checkpoint
 
 
 def test_a_language_teacher_whose_perplexity_is_no_number_is_refused(language_task):
-    model = tiny_language_model()
+    config = tiny_language_model().config
     for perplexity in (math.nan, math.inf, 300.0):
         with pytest.raises(InputError, match="knows the language"):
-            check_knows_task(model, language_task, {"perplexity": perplexity})
-    check_knows_task(model, language_task, json.loads('{"perplexity": 299}'))
+            language_task.check_teacher({"perplexity": perplexity}, config)
+    language_task.check_teacher({"perplexity": 299.0}, config)
+
+
+def test_a_length_in_steps_is_that_of_the_distillation_only(pretrained, task, training, tmp_path):
+    training.max_steps, training.warmup_steps, training.eval_strategy = 3, 500, "no"
+    training.save_strategy, training.load_best_model_at_end = "no", False
+    settings = TeacherConfig(teacher_epochs=2, teacher_learning_rate=3e-3)
+    # However good it is after so short a training, its length is told.
+    arguments = arguments_for(training, settings.teacher_learning_rate, settings.teacher_epochs)
+    assert (arguments.max_steps, arguments.num_train_epochs, arguments.warmup_steps) == (-1, 2, 0.1)
+    assert (training.max_steps, training.warmup_steps) == (3, 500)
+    training.warmup_steps = 0.3
+    assert arguments_for(training, None, 1).warmup_steps == 0.3
+
+
+def test_a_half_precision_checkpoint_is_loaded_and_trained_in_float32(language_task, task, tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "texts")
+    assert {weights.dtype for weights in task.load_model(str(tmp_path / "texts")).parameters()} == {torch.float32}
+    shape = tmp_path / "shape"
+    tiny_model(dtype=torch.bfloat16).config.save_pretrained(shape)
+    from_scratch = task.load_model(str(shape), "new if none", from_scratch=True)
+    assert {weights.dtype for weights in from_scratch.parameters()} == {torch.float32}
+    tiny_language_model().to(torch.bfloat16).save_pretrained(tmp_path / "language")
+    loaded = language_task.load_model(str(tmp_path / "language"))
+    assert {weights.dtype for weights in loaded.parameters()} == {torch.float32}
+    assert loaded.config.dtype == torch.float32

@@ -1,0 +1,86 @@
+"""The stage that fine-tunes a teacher; and how every training stage ends: scored on the validation split, and saved."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+from accelerate import PartialState
+
+from pipelines.core.config import TeacherConfig
+from pipelines.core.run import Outcome
+from pipelines.core.task import Task
+from pipelines.data.sources import model_license
+from pipelines.models.predict import predict_torch
+from pipelines.training.checkpoints import CHECKPOINTS
+from pipelines.training.trainer import arguments_for, count_parameters, train
+
+
+def fine_tune(
+    source: str, directory: Path, task: Task, teacher: TeacherConfig, training: transformers.TrainingArguments
+) -> Outcome:
+    """Fine-tune a pretrained model into a teacher, or take one that already knows the task as it is (`teacher_epochs` 0).
+
+    With `lora_rank` a LoRA adapter (Hu et al., 2021) is trained in place of all weights, kept in `adapter/`, and merged. A teacher that
+    does no better than guessing is refused, its checkpoints left in place.
+    """
+    processor = task.load_processor(source)
+    details: dict[str, Any] = {"license": model_license(source)}
+    if teacher.teacher_epochs == 0:
+        model = task.load_model(source, head="required")
+    else:
+        model = trained = task.load_model(source, "new if other", teacher.teacher_from_scratch)
+        if teacher.lora_rank:
+            from peft import LoraConfig, get_peft_model
+
+            lora = LoraConfig(r=teacher.lora_rank, lora_alpha=2 * teacher.lora_rank, **task.lora_settings)
+            trained = get_peft_model(model, lora)
+            details["trainable_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+        details |= train(
+            trained,
+            task,
+            processor,
+            arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs),
+            directory / CHECKPOINTS,
+            task.features(processor)["train"],
+            train_collate=task.training_collate(processor, augment=True),
+        )
+        if teacher.lora_rank and PartialState().is_main_process:
+            trained.save_pretrained(directory / "adapter")
+            model = trained.merge_and_unload()
+    return finish(model, task, processor, directory, details, training.per_device_eval_batch_size, is_teacher=True)
+
+
+def finish(
+    model: Any,
+    task: Task,
+    processor: Any,
+    directory: Path,
+    details: dict[str, Any],
+    batch_size: int,
+    is_teacher: bool = False,
+) -> Outcome:
+    """Score a trained model on the validation split and save it, on the main process; the others have nothing left to do."""
+    if not PartialState().is_main_process:
+        return Outcome("transformers")
+    metrics = validation_metrics(model, task, processor, batch_size)
+    if is_teacher:
+        task.check_teacher(metrics, model.config)
+    save(model, processor, directory)
+    return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
+
+
+def validation_metrics(model: Any, task: Task, processor: Any, batch_size: int = 32) -> dict[str, Any]:
+    """Scores on the validation split, computed on this process's device; the test split is the report's."""
+    features = task.features(processor)["validation"]
+    predict = partial(predict_torch, model.to(PartialState().device), name="validate")
+    predictions = predict(features, task.collate(processor), task, batch_size)
+    return task.scores(predictions, features["labels"], "validation")
+
+
+def save(model: Any, processor: Any, directory: Path) -> None:
+    """Write a directory that stock `from_pretrained` opens: weights as safetensors, config, tokenizer or image processor."""
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
