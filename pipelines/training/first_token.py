@@ -10,19 +10,21 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pipelines.models.families import FAMILIES, Family, head_size, layers_of
+from pipelines.models.families import FAMILIES, Family, layers_of, unit_width
 
 
 def _attend(layer: Any, family: Family, hidden: Tensor, mask: Tensor | None, dropout: float, keywords: Any) -> Tensor:
     """What the first token attends to (batch, 1, heads x head size), of the states of all tokens (batch, tokens, width)."""
-    attention = layer.get_submodule(family.query.rpartition(".")[0])
+    assert family.heads is not None
+    query, key, value = (outputs.path for outputs in family.heads.outputs)
+    attention, size = layer.get_submodule(query.rpartition(".")[0]), unit_width(layer, family.heads)
 
     def project(path: str, states: Tensor) -> Tensor:
         states = layer.get_submodule(path)(states)
-        return states.view(*states.shape[:2], -1, head_size(attention.config)).transpose(1, 2)
+        return states.view(*states.shape[:2], -1, size).transpose(1, 2)
 
     output, _ = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation](
-        attention, project(family.query, hidden[:, :1]), project(family.key, hidden), project(family.value, hidden),
+        attention, project(query, hidden[:, :1]), project(key, hidden), project(value, hidden),
         None if mask is None else mask[..., :1, :], dropout=dropout if attention.training else 0.0, scaling=attention.scaling, **keywords,
     )  # fmt: skip
     return output.reshape(len(hidden), 1, -1)
