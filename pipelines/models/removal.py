@@ -88,21 +88,16 @@ def with_stock_shapes(model: Any) -> Any:
 def remove_zeros(model: Any) -> Any:
     """Remove, in place, heads and neurons that contribute nothing because their output weights are all zero."""
     if model.config.model_type in FAMILIES:
-        cut(
-            model,
-            **{
-                kind: [_used(layer, group) for layer in layers_of(model)]
-                for kind, group in groups_of(model.config).items()
-            },
-        )
+        groups = groups_of(model.config)
+        cut(model, **{kind: [_used(layer, groups[kind]) for layer in layers_of(model)] for kind in groups})
     return model
 
 
 def _used(layer: nn.Module, group: Group) -> np.ndarray:
     """The units whose output weights are not all zero; the first one where all are, since no layer can do without any."""
     linear: Any = layer.get_submodule(group.input)
-    size = linear.weight.detach().abs().sum(dim=1 - input_axis(linear)).reshape(-1, unit_width(layer, group)).sum(dim=1)
-    used = np.flatnonzero(size.cpu().numpy())
+    nonzero = linear.weight.detach().ne(0).any(dim=1 - input_axis(linear)).reshape(-1, unit_width(layer, group))
+    used = np.flatnonzero(nonzero.any(dim=1).cpu().numpy())
     return used if len(used) else np.array([0])
 
 

@@ -59,7 +59,7 @@ def measure_importance(
             hidden = inputs[0]
             if place not in gates:  # a layer that is used several times keeps its gate
                 shape = (len(hidden), *[1] * (hidden.dim() - 2), units)
-                gates[place] = torch.ones(shape, device=hidden.device, requires_grad=True)
+                gates[place] = torch.ones(shape, dtype=hidden.dtype, device=hidden.device, requires_grad=True)
             return (hidden * gates[place].repeat_interleave(width, dim=-1), *inputs[1:])
 
         return multiply
@@ -201,9 +201,9 @@ def prune_and_recover(
     steps: list[dict[str, Any]] = []
     for step in range(last, prune.prune_steps):
         if is_main_process() and not cuts[step].is_dir():
-            model.to(training.device)
-            loss, features = _importance_data(model, processor, task, teacher, prune, distill, soft_targets)
-            importance = measure_importance(model, features, loss)
+            importance = _importance(
+                model.to(training.device), processor, task, str(teacher), prune.prune_samples, distill, soft_targets
+            )
             cut(model, **choose_units(importance, before, prune, (step + 1) / prune.prune_steps))
             _write_cut(model, processor, steps, cuts[step])
         wait_for_all()
@@ -228,22 +228,22 @@ def prune_and_recover(
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
 
 
-def _importance_data(
+def _importance(
     model: Any,
     processor: Any,
     task: Task,
-    teacher: Path,
-    prune: PruneConfig,
+    teacher: str,
+    samples: int,
     distill: DistillConfig,
     soft_targets: Path | None,
-) -> tuple[Callable[[list[dict[str, Any]]], Tensor], Any]:
-    """The loss that importance is measured by, and the training examples that it is measured on."""
+) -> dict[str, list[np.ndarray]]:
+    """Importance by the loss of the recovery, of `samples` training examples: with soft targets that are stored, or the teacher's."""
     features: Any = task.features(processor)["train"]
     if soft_targets is not None:
         features = WithSoftTargets(features, soft_targets)
-    chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
-    loss = training_loss(model, processor, task, distill, str(teacher) if soft_targets is None else None)
-    return loss, features.select(np.sort(chosen))
+    chosen = np.random.default_rng(0).permutation(len(features))[:samples]
+    loss = training_loss(model, processor, task, distill, teacher if soft_targets is None else None)
+    return measure_importance(model, features.select(np.sort(chosen)), loss)
 
 
 def choose_units(
