@@ -33,23 +33,24 @@ def products_of(model: Any, feed: dict[str, Any], first_token_only: bool = False
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    from pipelines.models.families import family_of, head_size, layers_of, weight_matrix
-    from pipelines.models.removal import part
+    from pipelines.models.families import family_of, layers_of, unit_width
 
     found: Counter[tuple[int, int, int, int]] = Counter()
-    family, size, last = family_of(model.config), head_size(model.config), list(layers_of(model))[-1]
-    queries = {part(layer, family.query) for layer in layers_of(model)}
-    of_one_token = (
-        set(last.modules()) - {part(last, family.key), part(last, family.value)} if first_token_only else set()
-    )
+    heads, last = family_of(model.config).heads, list(layers_of(model))[-1]
+    assert heads is not None
+    size = unit_width(last, heads)
+    packed = len(heads.outputs) == 1
+    queries = {layer.get_submodule(heads.outputs[0].path) for layer in layers_of(model)}
+    keys_and_values = {last.get_submodule(outputs.path) for outputs in heads.outputs[1:]}
+    of_one_token = set(last.modules()) - keys_and_values if first_token_only else set()
 
     def note(module: Any, inputs: tuple[Any, ...]) -> None:
-        columns, inner = weight_matrix(module).shape
+        columns, inner = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         batch, tokens = inputs[0].shape[0], inputs[0].numel() // inner // inputs[0].shape[0]
         seen = 1 if module in of_one_token else tokens
         found[1, batch * seen, inner, columns] += 1
         if module in queries:
-            heads = columns // size // (3 if family.packed else 1)
+            heads = columns // size // (3 if packed else 1)
             found[batch * heads, seen, size, tokens] += 1
             found[batch * heads, seen, tokens, size] += 1
 

@@ -1,11 +1,18 @@
-"""Where each family of models keeps its layers, attention heads and feed-forward neurons. No other file knows."""
+"""Where each family of models keeps its layers, attention heads and feed-forward neurons. No other file knows.
+
+A family is one entry of FAMILIES. What it does not allow is None there, and `prunable` says so before anything is trained.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,69 +20,96 @@ from pipelines.core.errors import InputError
 
 
 @dataclass(frozen=True)
-class Family:
-    """Paths below the base model (`layers`) and below one layer (the rest), and the config's names for the sizes."""
+class Outputs:
+    """A linear map whose outputs are cut.
 
-    layers: str
-    query: str
-    key: str
-    value: str
-    attention_output: str
-    ffn_input: str
-    ffn_output: str
-    layer_count: str = "num_hidden_layers"
-    packed: bool = False  # query, key and value are one map, side by side in its outputs
-    prunable: bool = True  # each query head has a key and a value head of its own, and one map leads into the neurons
+    A packed map has several parts side by side, such as query, key and value; each part has its share of every unit. `parts` are their
+    relative widths, as numbers or attributes of a layer. An `optional` map is missing in some models of the family.
+    """
+
+    path: str
+    parts: tuple[int | str, ...] = (1,)
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of a layer that can be removed: heads, key/value heads with the query heads that share them, neurons.
+
+    All paths are below one layer. A unit is a slice of the outputs of every map in `outputs`, and of the inputs of the map in `input`.
+    """
+
+    outputs: tuple[Outputs, ...]  # of heads: first query, then key, then value
+    input: str
+    width: tuple[str, ...] = ()  # attributes whose product is the number of inputs of a unit; a neuron is one input
+    counts: tuple[str, ...] = ()  # attributes in proportion to the number of units, which the forward pass reads
+    tables: tuple[
+        str, ...
+    ] = ()  # parameters whose last axis has one entry for each unit, such as a bias of relative positions
+
+
+@dataclass(frozen=True)
+class Family:
+    """The path of the layers below the base model (or a function from the base model to a list of them), and what can be removed."""
+
+    layers: str | Callable[[Any], list[nn.Module]]
+    heads: Group | None = None
+    neurons: Group | None = None
+
+
+def _separate(*paths: str) -> tuple[Outputs, ...]:
+    return tuple(Outputs(path) for path in paths)
 
 
 _BERT = Family(
     layers="encoder.layer",
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    attention_output="attention.output.dense",
-    ffn_input="intermediate.dense",
-    ffn_output="output.dense",
+    heads=Group(
+        outputs=_separate("attention.self.query", "attention.self.key", "attention.self.value"),
+        input="attention.output.dense",
+        width=("attention.self.attention_head_size",),
+        counts=("attention.self.num_attention_heads", "attention.self.all_head_size"),
+    ),
+    neurons=Group(outputs=_separate("intermediate.dense"), input="output.dense"),
 )
 _DISTILBERT = Family(
     layers="transformer.layer",
-    query="attention.q_lin",
-    key="attention.k_lin",
-    value="attention.v_lin",
-    attention_output="attention.out_lin",
-    ffn_input="ffn.lin1",
-    ffn_output="ffn.lin2",
-    layer_count="n_layers",
+    heads=Group(
+        outputs=_separate("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        input="attention.out_lin",
+        width=("attention.attention_head_size",),
+        counts=("attention.n_heads",),
+    ),
+    neurons=Group(outputs=_separate("ffn.lin1"), input="ffn.lin2"),
 )
 _GPT2 = Family(
     layers="h",
-    query="attn.c_attn",
-    key="attn.c_attn",
-    value="attn.c_attn",
-    attention_output="attn.c_proj",
-    ffn_input="mlp.c_fc",
-    ffn_output="mlp.c_proj",
-    layer_count="n_layer",
-    packed=True,
+    heads=Group(
+        outputs=(Outputs("attn.c_attn", parts=(1, 1, 1)),),
+        input="attn.c_proj",
+        width=("attn.head_dim",),
+        counts=("attn.num_heads", "attn.split_size"),
+    ),
+    neurons=Group(outputs=_separate("mlp.c_fc"), input="mlp.c_proj"),
 )
+# The query heads that share a key and a value are one unit, so every key keeps as many queries as the config says.
 _LLAMA = Family(
     layers="layers",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    attention_output="self_attn.o_proj",
-    ffn_input="mlp.up_proj",
-    ffn_output="mlp.down_proj",
-    prunable=False,
+    heads=Group(
+        outputs=_separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        input="self_attn.o_proj",
+        width=("self_attn.head_dim", "self_attn.num_key_value_groups"),
+    ),
+    neurons=Group(outputs=_separate("mlp.gate_proj", "mlp.up_proj"), input="mlp.down_proj"),
 )
 _VIT = Family(
     layers="layers",
-    query="attention.q_proj",
-    key="attention.k_proj",
-    value="attention.v_proj",
-    attention_output="attention.o_proj",
-    ffn_input="mlp.fc1",
-    ffn_output="mlp.fc2",
+    heads=Group(
+        outputs=_separate("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        input="attention.o_proj",
+        width=("attention.head_dim",),
+        counts=("attention.num_attention_heads",),
+    ),
+    neurons=Group(outputs=_separate("mlp.fc1"), input="mlp.fc2"),
 )
 FAMILIES = {
     "bert": _BERT,
@@ -104,60 +138,98 @@ def family_of(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
+def prunable(config: Any) -> dict[str, bool]:
+    """Whether heads, and whether neurons, of a model with this config can be removed; of an unknown family neither can."""
+    family = FAMILIES.get(config.model_type)
+    return {kind: getattr(family, kind, None) is not None for kind in ("heads", "neurons")}
+
+
+def groups_of(config: Any) -> dict[str, Group]:
+    """The groups that can be removed, by the names "heads" and "neurons"."""
+    family = family_of(config)
+    return {kind: getattr(family, kind) for kind, possible in prunable(config).items() if possible}
+
+
 def layers_of(model: Any) -> Any:
-    """The list of transformer layers (a ModuleList) of a model with a head."""
-    return model.base_model.get_submodule(family_of(model.config).layers)
+    """The transformer layers of a model with a head."""
+    layers = family_of(model.config).layers
+    return model.base_model.get_submodule(layers) if isinstance(layers, str) else layers(model.base_model)
 
 
 def layer_count(config: Any) -> int:
-    return int(getattr(config, family_of(config).layer_count))
-
-
-def head_size(config: Any) -> int:
-    """Width of one attention head."""
-    return int(config.hidden_size // config.num_attention_heads)
+    family_of(config)  # of an unknown family the config may count something else
+    return int(config.num_hidden_layers)
 
 
 def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Config changes and the renumbered weights of the model that keeps only `layers` of another, in that order."""
-    family = family_of(config)
-    pattern = re.compile(rf"^(.*?\b{re.escape(family.layers)})\.(\d+)\.(.+)$")
-    kept: dict[str, Any] = {}
-    for name, tensor in state.items():
-        match = pattern.match(name)
-        if match is None:
-            kept[name] = tensor
-        else:
-            for position, layer in enumerate(layers):
-                if int(match[2]) == layer:
-                    kept[f"{match[1]}.{position}.{match[3]}"] = tensor
-    changes: dict[str, Any] = {family.layer_count: len(layers)}
+    path = family_of(config).layers
+    if not isinstance(path, str):
+        raise InputError(
+            f"expected a teacher whose layers are all alike to build a student of some of them, found {config.model_type!r}. Give the "
+            "student by --student_model."
+        )
+    pattern = re.compile(rf"^(.*?\b{re.escape(path)})\.(\d+)\.(.+)$")
+    matches = {name: pattern.match(name) for name in state}
+    changes: dict[str, Any] = {"num_hidden_layers": len(layers)}
     if getattr(config, "layer_types", None):  # what kind of attention each layer has
         changes["layer_types"] = [config.layer_types[layer] for layer in layers]
+    if len({match[2] for match in matches.values() if match}) < layer_count(config):
+        return changes, state  # all layers share their weights, as ALBERT's do
+    kept: dict[str, Any] = {}
+    for name, match in matches.items():
+        if match is None:
+            kept[name] = state[name]
+        elif int(match[2]) in layers:
+            kept[f"{match[1]}.{layers.index(int(match[2]))}.{match[3]}"] = state[name]
     return changes, kept
 
 
-def input_size(linear: nn.Module) -> int:
-    """Inputs of a linear map, an nn.Linear or GPT-2's Conv1D."""
-    return int(weight_matrix(linear).shape[1])
+# ---- Units of one layer
 
 
-def weight_matrix(linear: Any) -> Tensor:
-    """A linear map's weight as (outputs, inputs): Conv1D, which is no convolution, keeps it transposed."""
-    weight: Tensor = linear.weight.detach()
-    return weight.T if isinstance(linear, Conv1D) else weight
+def unit_width(layer: nn.Module, group: Group) -> int:
+    """Inputs of `group.input` that belong to one unit."""
+    return math.prod(attrgetter(path)(layer) for path in group.width)
 
 
-def replace_weights(linear: Any, matrix: Tensor, bias: Tensor | None) -> None:
-    """Give a linear map another weight (outputs, inputs) and bias (outputs), and the sizes that go with them."""
-    transposed = isinstance(linear, Conv1D)
-    linear.weight = nn.Parameter((matrix.T if transposed else matrix).contiguous().clone())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.clone())
-    outputs, inputs = matrix.shape
-    names = ("nf", "nx") if transposed else ("out_features", "in_features")
-    for name, size in zip(names, (outputs, inputs), strict=True):
-        setattr(linear, name, size)
+def unit_count(layer: nn.Module, group: Group) -> int:
+    linear: Any = layer.get_submodule(group.input)
+    return int(linear.weight.shape[input_axis(linear)]) // unit_width(layer, group)
+
+
+def input_axis(linear: Any) -> int:
+    """The axis of a linear map's weight that its inputs are on: GPT-2's Conv1D, which is no convolution, keeps it transposed."""
+    return 0 if isinstance(linear, Conv1D) else 1
+
+
+def slices(layer: nn.Module, group: Group) -> Iterator[tuple[str, int, Tensor]]:
+    """Every parameter that the group's units have a part of: its name, the axis, and the indices (units, …) of each unit along it."""
+    units = unit_count(layer, group)
+    for outputs in group.outputs:
+        try:
+            linear: Any = layer.get_submodule(outputs.path)
+        except AttributeError:
+            if outputs.optional:
+                continue
+            raise
+        axis = 1 - input_axis(linear)
+        shares = [attrgetter(part)(layer) if isinstance(part, str) else part for part in outputs.parts]
+        widths = [linear.weight.shape[axis] // units * share // sum(shares) for share in shares]
+        starts = [units * sum(widths[:part]) for part in range(len(widths))]
+        parts = [_consecutive(start, units, width) for start, width in zip(starts, widths, strict=True)]
+        indices = torch.cat(parts, dim=1)
+        yield f"{outputs.path}.weight", axis, indices
+        if linear.bias is not None:
+            yield f"{outputs.path}.bias", 0, indices
+    inputs = _consecutive(0, units, unit_width(layer, group))
+    yield f"{group.input}.weight", input_axis(layer.get_submodule(group.input)), inputs
+    for table in group.tables:
+        yield table, layer.get_parameter(table).dim() - 1, _consecutive(0, units, 1)
+
+
+def _consecutive(start: int, units: int, width: int) -> Tensor:
+    return torch.arange(start, start + units * width).reshape(units, width)
 
 
 def head_output(model: Any) -> nn.Linear:

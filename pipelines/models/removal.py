@@ -1,4 +1,4 @@
-"""Remove heads and neurons from a model in memory, write what is left in stock shapes, and load it without the zeros.
+"""Remove heads and neurons from a model in memory (physical pruning), write what is left in stock shapes, load it without the zeros.
 
 A stock config cannot express a model whose layers differ in heads or neurons. On disk a pruned model therefore keeps stock shapes with
 zeros, which any `from_pretrained` opens; `load_model` removes the zeros physically, to train, time or export it. This module imports
@@ -8,71 +8,77 @@ little, since a fresh process loads a model through it to be timed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from pipelines.core.errors import InputError
 from pipelines.data.sources import check_model, resolve
-from pipelines.models.families import (
-    FAMILIES,
-    family_of,
-    head_size,
-    input_size,
-    layers_of,
-    replace_weights,
-    weight_matrix,
-)
+from pipelines.models.families import FAMILIES, Group, groups_of, input_axis, layers_of, slices, unit_count, unit_width
+
+Kept = Sequence[np.ndarray] | None  # of each layer the units to keep, in rising order; None keeps all
 
 
-def cut(model: Any, kept_heads: list[np.ndarray], kept_neurons: list[np.ndarray]) -> None:
+def cut(model: Any, heads: Kept = None, neurons: Kept = None) -> None:
     """Remove, in place, every head and neuron that is not kept: fewer rows and columns in the linear maps."""
-    family, size = family_of(model.config), head_size(model.config)
-    for layer, heads, neurons in zip(layers_of(model), kept_heads, kept_neurons, strict=True):
-        columns = torch.tensor((heads[:, None] * size + np.arange(size)).reshape(-1), dtype=torch.long)
-        if family.packed:
-            attention = part(layer, family.query.rpartition(".")[0])
-            _keep_outputs(part(layer, family.query), torch.cat([columns + i * attention.split_size for i in range(3)]))
-            attention.split_size, attention.num_heads = len(columns), len(heads)
-        else:
-            for path in (family.query, family.key, family.value):
-                _keep_outputs(part(layer, path), columns)
-        _keep_inputs(part(layer, family.attention_output), columns)
-        _keep_outputs(part(layer, family.ffn_input), torch.tensor(neurons, dtype=torch.long))
-        _keep_inputs(part(layer, family.ffn_output), torch.tensor(neurons, dtype=torch.long))
+    groups = groups_of(model.config)
+    for kind, kept in (("heads", heads), ("neurons", neurons)):
+        if kept is not None:
+            for layer, units in zip(layers_of(model), kept, strict=True):
+                _keep_units(layer, groups[kind], torch.as_tensor(units))
 
 
-def _keep_outputs(linear: Any, rows: Tensor) -> None:
-    replace_weights(linear, weight_matrix(linear)[rows], None if linear.bias is None else linear.bias.detach()[rows])
+def _keep_units(layer: nn.Module, group: Group, kept: Tensor) -> None:
+    before = unit_count(layer, group)
+    for name, axis, indices in list(slices(layer, group)):
+        # Sorted, the indices of a packed map are again those of one part after the other.
+        left = indices[kept].flatten().sort().values
+        values = layer.get_parameter(name).detach()
+        _replace(layer, name, values.index_select(axis, left.to(values.device)))
+    for path in group.counts:
+        _set_attribute(layer, path, attrgetter(path)(layer) * len(kept) // before)
 
 
-def _keep_inputs(linear: Any, columns: Tensor) -> None:
-    replace_weights(linear, weight_matrix(linear)[:, columns], None)
+def _replace(layer: nn.Module, name: str, values: Tensor) -> None:
+    """Give a module below `layer` another parameter, and a linear map the sizes that go with it."""
+    path, _, attribute = name.rpartition(".")
+    module: Any = layer.get_submodule(path)
+    setattr(module, attribute, nn.Parameter(values))
+    if attribute == "weight":
+        names = ("out_features", "in_features") if isinstance(module, nn.Linear) else ("nx", "nf")
+        for size_name, size in zip(names, values.shape, strict=True):
+            setattr(module, size_name, size)
 
 
-def part(layer: Any, path: str) -> Any:
-    """The linear map at `path` below a layer."""
-    return layer.get_submodule(path)
+def _set_attribute(layer: nn.Module, path: str, value: Any) -> None:
+    parent, _, name = path.rpartition(".")
+    owner: Any = attrgetter(parent)(layer)
+    if not isinstance(owner, nn.Module):  # a config, which all layers share
+        owner = owner if isinstance(owner, _OwnConfig) else _OwnConfig(owner)
+        _set_attribute(layer, parent, owner)
+    setattr(owner, name, value)
 
 
 def with_stock_shapes(model: Any) -> Any:
     """A copy of a cut model in the shapes of its config, zeros where something was removed: the same function."""
     stock = type(model)(model.config)
-    state = stock.state_dict()
-    for name, tensor in model.state_dict().items():
-        # What is left comes first and zeros after it: neither heads nor neurons have an order that matters.
-        padded = torch.zeros_like(state[name])
-        packed = family_of(model.config).packed and f".{family_of(model.config).query}." in name
-        # Query, key and value are filled up each for itself.
-        pieces = zip(padded.chunk(3, dim=-1), tensor.chunk(3, dim=-1), strict=True) if packed else [(padded, tensor)]
-        for target, left in pieces:
-            target[tuple(slice(length) for length in left.shape)] = left
-        state[name] = padded
+    names = {id(parameter): name for name, parameter in stock.named_parameters()}
+    state = model.state_dict()
+    for group in groups_of(model.config).values():
+        for layer, stock_layer in zip(layers_of(model), layers_of(stock), strict=True):
+            left = unit_count(layer, group)
+            for name, axis, indices in slices(stock_layer, group):
+                # What is left comes first and zeros after it: neither heads nor neurons have an order that matters.
+                parameter, places = stock_layer.get_parameter(name), indices[:left].flatten().sort().values
+                values = layer.get_parameter(name).detach().to(parameter)
+                state[names[id(parameter)]] = torch.zeros_like(parameter).index_copy(axis, places, values)
     stock.load_state_dict(state, strict=True)
     if model.can_generate():
         stock.generation_config = copy.deepcopy(model.generation_config)
@@ -81,22 +87,22 @@ def with_stock_shapes(model: Any) -> Any:
 
 def remove_zeros(model: Any) -> Any:
     """Remove, in place, heads and neurons that contribute nothing because their output weights are all zero."""
-    if model.config.model_type not in FAMILIES or not family_of(model.config).prunable:
-        return model
-    family, size = family_of(model.config), head_size(model.config)
-    kept_heads, kept_neurons = [], []
-    for layer in layers_of(model):
-        used = weight_matrix(part(layer, family.attention_output)).abs().sum(dim=0).reshape(-1, size).sum(dim=1)
-        kept_heads.append(np.flatnonzero(used.numpy()))
-        kept_neurons.append(np.flatnonzero(weight_matrix(part(layer, family.ffn_output)).abs().sum(dim=0).numpy()))
-    if any(len(kept) == 0 for kept in (*kept_heads, *kept_neurons)):
-        return model  # a layer without any head or neuron has no shape of its own; zeros say the same
-    cut(model, kept_heads, kept_neurons)
+    if model.config.model_type in FAMILIES:
+        groups = groups_of(model.config)
+        cut(model, **{kind: [_used(layer, groups[kind]) for layer in layers_of(model)] for kind in groups})
     return model
 
 
+def _used(layer: nn.Module, group: Group) -> np.ndarray:
+    """The units whose output weights are not all zero; the first one where all are, since no layer can do without any."""
+    linear: Any = layer.get_submodule(group.input)
+    nonzero = linear.weight.detach().ne(0).any(dim=1 - input_axis(linear)).reshape(-1, unit_width(layer, group))
+    used = np.flatnonzero(nonzero.any(dim=1).cpu().numpy())
+    return used if len(used) else np.array([0])
+
+
 def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
-    """The model in a stage's directory, of the class its config names, in eval mode, without the zeros of pruning.
+    """The model in a stage's directory, of the class that its config names, in float32, in eval mode, without the zeros of pruning.
 
     Raises InputError where the weights are not whole safetensors, the class is not transformers' own and not trusted, or has no head.
     """
@@ -115,7 +121,7 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
             f"expected a model of one of transformers' own classes in {directory}, found another ({' '.join(str(error).split()):.200}). "
             "Where it brings code of its own that you trust, pass --trust_remote_code true."
         ) from error
-    model = model_class.from_pretrained(located, use_safetensors=True).eval()
+    model = model_class.from_pretrained(located, dtype=torch.float32, use_safetensors=True).eval()
     if model.base_model_prefix and model.base_model is model:
         raise InputError(
             f"expected a model with a head for its task in {directory}, found {name}, which has none. Fine-tune it first."
@@ -124,9 +130,20 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def shape_of(model: Any) -> dict[str, list[int]]:
-    """Heads and feed-forward neurons left in each layer."""
-    family, size = family_of(model.config), head_size(model.config)
+    """Heads (of grouped queries: key/value heads) and feed-forward neurons left in each layer, those that can be removed."""
     return {
-        "heads": [input_size(part(layer, family.attention_output)) // size for layer in layers_of(model)],
-        "neurons": [input_size(part(layer, family.ffn_output)) for layer in layers_of(model)],
+        kind: [unit_count(layer, group) for layer in layers_of(model)]
+        for kind, group in groups_of(model.config).items()
     }
+
+
+class _OwnConfig:
+    """A config as one layer sees it: its own sizes, and all other settings, also those that change later, from the config that all share."""
+
+    def __init__(self, shared: Any) -> None:
+        self._shared = shared
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_shared":  # while a copy of this is made
+            raise AttributeError(name)
+        return getattr(self._shared, name)

@@ -1,12 +1,30 @@
-"""Build a student from a teacher: some of its layers, with its embeddings and head."""
+"""Build a student: some of a teacher's layers with its embeddings and head, or a model of its own."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
+from pipelines.core.config import StudentConfig
 from pipelines.core.errors import InputError
-from pipelines.models.families import select_layers
+from pipelines.core.task import Task
+from pipelines.models.families import layer_count, select_layers
+
+
+class Student(NamedTuple):
+    model: Any
+    processor: Any
+    layers: list[int] | None  # of the teacher, that were copied; None for a model of its own
+
+
+def build_student(student: StudentConfig, teacher: str, task: Task) -> Student:
+    """The student, not yet trained, of the teacher in `teacher`: what `student_model` names, or else the teacher's `student_layers`."""
+    if student.student_model is not None:
+        model = task.load_model(student.student_model, task.student_head, student.student_from_scratch)
+        return Student(model, task.load_processor(student.student_model), None)
+    whole = task.load_model(teacher)
+    layers = parse_layers(student.student_layers, layer_count(whole.config))
+    return Student(student_from_layers(whole, layers), task.load_processor(teacher), layers)
 
 
 def parse_layers(text: str, teacher_layers: int) -> list[int]:
@@ -26,8 +44,8 @@ def parse_layers(text: str, teacher_layers: int) -> list[int]:
         raise InputError(f"expected --student_layers between 1 and the teacher's {teacher_layers}, found {count}.")
     if count == 1:
         return [0]
-    # Rounding half down keeps 0, 2, 5 of six layers: the early ones, whose loss costs least to make good.
-    return [int(position * (teacher_layers - 1) / (count - 1)) for position in range(count)]
+    # Rounded down: three of six layers are 0, 2 and 5.
+    return [position * (teacher_layers - 1) // (count - 1) for position in range(count)]
 
 
 def student_from_layers(teacher: Any, layers: list[int]) -> Any:

@@ -1,9 +1,11 @@
-"""Structured pruning: which heads and neurons matter least, and the stage that cuts them and lets the model recover."""
+"""Structured pruning: which heads and neurons matter least, and the stage that removes them and lets the model recover."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,70 +19,102 @@ from pipelines.core.config import DistillConfig, PruneConfig
 from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
 from pipelines.core.run import Outcome, sealed, write_json
-from pipelines.models.families import FAMILIES, family_of, head_size, input_size, layers_of
-from pipelines.models.removal import cut, part, remove_zeros, shape_of, with_stock_shapes
+from pipelines.core.task import Task
+from pipelines.models.families import FAMILIES, groups_of, layers_of, prunable, unit_count, unit_width
+from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write_checksums
-from pipelines.training.distill import train_student
+from pipelines.training.distill import TEACHER_COLUMN, train_student
 from pipelines.training.fine_tune import save, validation_metrics
-from pipelines.training.losses import losses_of
 from pipelines.training.soft_targets import WithSoftTargets
 from pipelines.training.trainer import arguments_for, count_parameters
 
-STEPS = "steps.json"  # beside what a step left: what the steps before it did
-MINIMUM_NEURONS = 8  # a layer keeps at least these, and at least one head
+STEPS = "steps.json"  # beside the weights that a step left: what the steps before it did
+MINIMUM = {"heads": 1, "neurons": 8}  # what every layer keeps
 
 
 def measure_importance(
-    model: Any, features: Any, collate: Any, distill: DistillConfig, batch_size: int = 16
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    model: Any, features: Any, loss: Callable[[list[dict[str, Any]]], Tensor], batch_size: int = 16
+) -> dict[str, list[np.ndarray]]:
     """First-order importance of every head and every feed-forward neuron, one array a layer.
 
-    A gate of 1 multiplies each head's (neuron's) output; the importance is the mean over examples of the size of the loss's gradient
-    by that gate, which estimates how much the loss changes when it closes (Michel et al., 2019; Molchanov et al., 2019). Gates are
-    per example, so gradients of different signs do not cancel.
+    A gate of 1 multiplies each unit where the next linear map reads it; the importance is the mean over examples of the size of the
+    gradient of `loss(rows)`, a sum over examples, by that gate, which estimates how much the loss changes when it closes (Michel et al.,
+    2019; Molchanov et al., 2019). Gates are per example, so gradients of different signs do not cancel.
     """
-    family, size = family_of(model.config), head_size(model.config)
-    layers = list(layers_of(model))
-    head_modules = [part(layer, family.attention_output) for layer in layers]
-    neuron_modules = [part(layer, family.ffn_output) for layer in layers]
-    widths: list[tuple[Any, int]] = [(module, size) for module in head_modules] + [
-        (module, 1) for module in neuron_modules
+    places = [
+        (kind, layer.get_submodule(group.input), unit_count(layer, group), unit_width(layer, group))
+        for kind, group in groups_of(model.config).items()
+        for layer in layers_of(model)
     ]
-    totals = [np.zeros(input_size(module) // width) for module, width in widths]
     gates: dict[int, Tensor] = {}
-    losses = losses_of(model)
 
-    def gate(index: int, width: int) -> Any:
+    def gate(place: int, units: int, width: int) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = inputs[0]
-            gates[index] = torch.ones(
-                hidden.shape[0], 1, hidden.shape[-1] // width, device=hidden.device, requires_grad=True
-            )
-            return (hidden * gates[index].repeat_interleave(width, dim=-1), *inputs[1:])
+            if place not in gates:  # a layer that is used several times keeps its gate
+                shape = (len(hidden), *[1] * (hidden.dim() - 2), units)
+                gates[place] = torch.ones(shape, dtype=hidden.dtype, device=hidden.device, requires_grad=True)
+            return (hidden * gates[place].repeat_interleave(width, dim=-1), *inputs[1:])
 
         return multiply
 
-    hooks = [module.register_forward_pre_hook(gate(i, width)) for i, (module, width) in enumerate(widths)]
+    hooks = [
+        module.register_forward_pre_hook(gate(place, units, width))
+        for place, (_, module, units, width) in enumerate(places)
+    ]
+    totals = [np.zeros(units) for _, _, units, _ in places]
     model.eval()
-    device = next(model.parameters()).device  # a recovery leaves the model where it was trained
     try:
         for start in range(0, len(features), batch_size):
-            batch = collate([features[i] for i in range(start, min(start + batch_size, len(features)))])
-            batch = {name: values.to(device) for name, values in batch.items()}
-            labels, teacher = batch.pop("labels"), {n: batch.pop(n) for n in list(batch) if n.startswith("teacher_")}
-            outputs = losses.outputs(model(**batch))
-            loss, _ = losses.label_loss(outputs, labels)
-            if teacher:
-                weight = distill.soft_target_weight
-                loss = (1 - weight) * loss + weight * losses.soft_loss(outputs, teacher, labels, distill)
-            gradients = torch.autograd.grad(loss, [gates[i] for i in range(len(widths))])
+            gates.clear()
+            rows = [features[row] for row in range(start, min(start + batch_size, len(features)))]
+            value = loss(rows)
+            gradients = torch.autograd.grad(value, [gates[place] for place in range(len(places))])
             for total, gradient in zip(totals, gradients, strict=True):
-                total += gradient[:, 0].abs().sum(dim=0).double().cpu().numpy()
+                total += gradient.flatten(0, -2).abs().sum(dim=0).double().cpu().numpy()
     finally:
         for hook in hooks:
             hook.remove()
-    totals = [total / len(features) for total in totals]
-    return totals[: len(layers)], totals[len(layers) :]
+    importance: dict[str, list[np.ndarray]] = {kind: [] for kind, *_ in places}
+    for (kind, *_), total in zip(places, totals, strict=True):
+        importance[kind].append(total / len(features))
+    return importance
+
+
+def training_loss(
+    model: Any, processor: Any, task: Task, distill: DistillConfig, teacher: str | None
+) -> Callable[[list[dict[str, Any]]], Tensor]:
+    """The loss that the model recovers with, as a function of rows of the features, summed over examples; without the hidden states' part.
+
+    With `teacher` that model predicts soft targets for the rows; without, they are columns of the rows, stored by the teacher.
+    """
+    device, weight = next(model.parameters()).device, distill.soft_target_weight
+    collate = task.collate(processor)
+    if teacher is not None and weight > 0:
+        teacher_model = task.load_model(teacher).eval().to(device)
+        # Images become what the teacher reads by its own processor; texts are tokens already.
+        teacher_collate = task.collate(task.load_processor(teacher))
+
+    def on_device(batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: values.to(device) for name, values in batch.items()}
+
+    def loss(rows: list[dict[str, Any]]) -> Tensor:
+        batch = on_device(collate(rows))
+        labels = batch.pop("labels")
+        soft_targets = {name: batch.pop(name) for name in list(batch) if name.startswith(TEACHER_COLUMN)}
+        outputs = task.outputs(model(**batch))
+        label_loss, _ = task.label_loss(outputs, labels)
+        if weight == 0:
+            return label_loss
+        if teacher is not None:
+            teacher_batch = on_device(teacher_collate(rows))
+            del teacher_batch["labels"]
+            with torch.no_grad():
+                from_teacher = task.outputs(teacher_model(**teacher_batch))
+            soft_targets = {TEACHER_COLUMN + name: values for name, values in from_teacher.items()}
+        return (1 - weight) * label_loss + weight * task.soft_loss(outputs, soft_targets, labels, distill)
+
+    return loss
 
 
 def choose_kept(importance: list[np.ndarray], remove: int, minimum: int) -> list[np.ndarray]:
@@ -101,103 +135,127 @@ def choose_kept(importance: list[np.ndarray], remove: int, minimum: int) -> list
     return [np.flatnonzero(layer) for layer in kept]
 
 
-def can_be_pruned(directory: Path) -> bool:
-    """Whether the model in `directory` has heads and neurons to remove; says so where it has none."""
-    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-    prunable = model_type in FAMILIES and FAMILIES[model_type].prunable
-    if not prunable and PartialState().is_main_process:
-        reason = (
-            "shares them among heads"
-            if model_type in FAMILIES
-            else "has no attention heads and feed-forward neurons to remove"
+def possible_pruning(config: Any, prune: PruneConfig) -> PruneConfig:
+    """`prune` without what the family of a model with this config does not allow; says what that is.
+
+    Called before the first training, it says so before hours of it.
+    """
+    asked = {"heads": prune.prune_heads, "neurons": prune.prune_ffn}
+    impossible = [kind for kind, share in asked.items() if share and not prunable(config)[kind]]
+    if impossible and PartialState().is_main_process:
+        print(
+            f"pruned: the {' and '.join(impossible)} of a {config.model_type} cannot be removed, they stay", flush=True
         )
-        print(f"pruned: skipped, a {model_type} {reason}", flush=True)
-    return prunable
+    return dataclasses.replace(
+        prune,
+        prune_heads=0.0 if "heads" in impossible else prune.prune_heads,
+        prune_ffn=0.0 if "neurons" in impossible else prune.prune_ffn,
+    )
+
+
+def can_be_pruned(directory: Path) -> bool:
+    """Whether the model in `directory` has heads or neurons to remove; says so where it has none."""
+    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type not in FAMILIES and PartialState().is_main_process:
+        print(f"pruned: skipped, a {model_type} has no attention heads or neurons that can be removed", flush=True)
+    return model_type in FAMILIES
 
 
 def prune_and_recover(
     source: str,
     directory: Path,
-    task: Any,
+    task: Task,
     teacher: Path,
     prune: PruneConfig,
     distill: DistillConfig,
     training: transformers.TrainingArguments,
     soft_targets: Path | None = None,
 ) -> Outcome:
-    """Remove the least important heads and neurons of the student in `source`, in steps, recovering by distillation after each."""
-    state = PartialState()
+    """Remove the least important heads and neurons of the student in `source`, in steps, recovering by distillation after each.
+
+    The main process chooses and writes what is left, and every process reads that: a rank decided by the last bit of a gradient would
+    otherwise give the processes models of different shapes. A run that was interrupted goes on from the last step that was written.
+    """
     processor = task.load_processor(source)
+    prune = possible_pruning(task.load_config(source), prune)
+    if prune.prune_heads == prune.prune_ffn == 0:
+        raise InputError(
+            f"expected a model with heads or neurons that can be removed, and a share of them to remove, found none in {source}. Leave "
+            "pruning out (--prune_heads 0 --prune_ffn 0)."
+        )
     model = remove_zeros(task.load_model(source))
-    check_prunable(model)
     before = shape_of(model)
-    details: dict[str, Any] = {"before": before, "steps": []}
-    arguments = arguments_for(training, prune.prune_learning_rate, prune.prune_epochs)
+    cuts = [directory / CHECKPOINTS / f"step-{step}-cut" for step in range(1, prune.prune_steps + 1)]
     if PartialState().is_main_process:
-        for chosen in (directory / CHECKPOINTS).glob("step-*-cut"):
-            if damage := checkpoint_damage(chosen):
-                print(f"{chosen.name}: not used, because {damage}", flush=True)
-                shutil.rmtree(chosen)
-    state.wait_for_everyone()
-    for step in range(1, prune.prune_steps + 1):
-        # The main process chooses and writes what is left, and every process reads that: a rank decided by the last bit of a
-        # gradient would otherwise give the processes models of different shapes. A resumed run reads it, too.
-        chosen = directory / CHECKPOINTS / f"step-{step}-cut"
-        if PartialState().is_main_process and not chosen.is_dir():
-            share = step / prune.prune_steps
-            cut_step(model, processor, task, prune, distill, soft_targets, before, share)
-            partial = chosen.with_suffix(".partial")
-            save(with_stock_shapes(model), processor, partial)
-            write_json(partial / STEPS, sealed({"steps": details["steps"]}))
-            write_checksums(partial)
-            partial.rename(chosen)
+        for damaged, damage in [(path, checkpoint_damage(path)) for path in cuts if path.is_dir()]:
+            if damage is not None:
+                print(f"{damaged.name}: not used, because {damage}", flush=True)
+                shutil.rmtree(damaged)
+    wait_for_all()
+    last = max((step for step, path in enumerate(cuts) if path.is_dir()), default=0)
+    steps: list[dict[str, Any]] = []
+    for step in range(last, prune.prune_steps):
+        if PartialState().is_main_process and not cuts[step].is_dir():
+            importance = _importance(
+                model.to(training.device), processor, task, str(teacher), prune.prune_samples, distill, soft_targets
+            )
+            cut(model, **choose_units(importance, before, prune, (step + 1) / prune.prune_steps))
+            _write_cut(model, processor, steps, cuts[step])
         wait_for_all()
-        if (directory / CHECKPOINTS / f"step-{step + 1}-cut").is_dir():
-            continue
-        details["steps"] = json.loads((chosen / STEPS).read_text(encoding="utf-8"))["steps"]
-        model = remove_zeros(task.load_model(str(chosen)))
+        model = remove_zeros(task.load_model(str(cuts[step]))).to(training.device)
+        steps = json.loads((cuts[step] / STEPS).read_text(encoding="utf-8"))["steps"]
         recovery: dict[str, Any] = {}
         if prune.prune_epochs > 0:
-            checkpoints = directory / CHECKPOINTS / f"step-{step}"
+            arguments = arguments_for(training, prune.prune_learning_rate, prune.prune_epochs)
+            checkpoints = directory / CHECKPOINTS / f"step-{step + 1}"
             try:
-                recovery = train_student(
-                    model, processor, task, str(teacher), distill, arguments, soft_targets, checkpoints
-                )  # fmt: skip
+                recovery = train_student(model, processor, task, str(teacher), distill, arguments, soft_targets, checkpoints)
             except InputError as error:
-                raise InputError(f"{error} What the cut of step {step} left is kept in {chosen}.") from error
-        details["steps"].append({**shape_of(model), "recovery": recovery})
+                raise InputError(f"{error} What the cut of step {step + 1} left is kept in {cuts[step]}.") from error
+        steps.append({**shape_of(model), "recovery": recovery})
     if not PartialState().is_main_process:
         return Outcome("transformers")
     after = shape_of(model)
-    details["after"] = after
-    details["heads_removed"] = 1 - sum(after["heads"]) / sum(before["heads"])
-    details["neurons_removed"] = 1 - sum(after["neurons"]) / sum(before["neurons"])
+    removed = {f"{kind}_removed": 1 - sum(left) / sum(before[kind]) for kind, left in after.items()}
     metrics = validation_metrics(model, task, processor)
     save(with_stock_shapes(model), processor, directory)
+    details = {"before": before, "after": after, **removed, "steps": steps}
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
 
 
-def check_prunable(model: Any) -> None:
-    if not family_of(model.config).prunable:
-        raise InputError(
-            f"expected a model whose attention heads can be removed one by one, found {model.config.model_type!r}, where query heads share "
-            "keys and values. Leave pruning out (--prune_heads 0 --prune_ffn 0)."
-        )
-
-
-def cut_step(
-    model: Any, processor: Any, task: Any, prune: PruneConfig, distill: DistillConfig, soft_targets: Path | None,
-    before: dict[str, list[int]], share: float,
-) -> None:  # fmt: skip
-    """Cut `model` in place down to what `share` of the whole pruning leaves of the shapes `before`."""
-    features = task.features(processor)["train"]
+def _importance(
+    model: Any,
+    processor: Any,
+    task: Task,
+    teacher: str,
+    samples: int,
+    distill: DistillConfig,
+    soft_targets: Path | None,
+) -> dict[str, list[np.ndarray]]:
+    """Importance by the loss of the recovery, of `samples` training examples: with soft targets that are stored, or the teacher's."""
+    features: Any = task.features(processor)["train"]
     if soft_targets is not None:
         features = WithSoftTargets(features, soft_targets)
-    chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
-    heads, neurons = measure_importance(model, features.select(np.sort(chosen)), task.collate(processor), distill)
-    left = shape_of(model)
-    remove_heads = round(prune.prune_heads * share * sum(before["heads"])) - (sum(before["heads"]) - sum(left["heads"]))
-    remove_neurons = round(prune.prune_ffn * share * sum(before["neurons"])) - (
-        sum(before["neurons"]) - sum(left["neurons"])
-    )
-    cut(model, choose_kept(heads, remove_heads, 1), choose_kept(neurons, remove_neurons, MINIMUM_NEURONS))
+    chosen = np.random.default_rng(0).permutation(len(features))[:samples]
+    loss = training_loss(model, processor, task, distill, teacher if soft_targets is None else None)
+    return measure_importance(model, features.select(np.sort(chosen)), loss)
+
+
+def choose_units(
+    importance: dict[str, list[np.ndarray]], before: dict[str, list[int]], prune: PruneConfig, share: float
+) -> dict[str, list[np.ndarray]]:
+    """The units of each layer that stay once `share` of the whole pruning is done to a model that had the shapes `before`."""
+    wanted = {"heads": prune.prune_heads, "neurons": prune.prune_ffn}
+    kept = {}
+    for kind, layers in importance.items():
+        left = sum(before[kind]) - round(wanted[kind] * share * sum(before[kind]))
+        kept[kind] = choose_kept(layers, sum(map(len, layers)) - left, MINIMUM[kind])
+    return kept
+
+
+def _write_cut(model: Any, processor: Any, steps: list[dict[str, Any]], directory: Path) -> None:
+    partial = directory.with_suffix(".partial")
+    save(with_stock_shapes(model), processor, partial)
+    write_json(partial / STEPS, sealed({"steps": steps}))
+    write_checksums(partial)
+    partial.rename(directory)

@@ -88,7 +88,7 @@ def fail_in(place, directory, csv, teacher):
         **dict.fromkeys(("training", "mistake", "killed"), (Trainer, "training_step", step)),
         "evaluation": (Trainer, "prediction_step", fail),
         "soft targets": (soft_targets, "map_batches", fail),
-        "cut": (prune, "cut_step", fail),
+        "cut": (prune, "measure_importance", fail),
     }
     if place in failing:
         owner, name, instead = failing[place]
