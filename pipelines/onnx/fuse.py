@@ -19,7 +19,8 @@ from onnx_ir.passes import common as passes
 from onnxscript.rewriter.ort_fusions.erfgelu import fuse_erfgelu
 from onnxscript.version_converter import ConvertVersionPass
 
-from pipelines.onnx.file import drop_weights, save
+from pipelines.onnx.file import save
+from pipelines.onnx.predict import PAST
 
 # onnx_ir.Graph, Node and Value: their types call nearly everything optional, for graphs that are still being built.
 Graph: TypeAlias = Any
@@ -62,29 +63,27 @@ def simplify(model: ir.Model) -> dict[str, int]:
 def fuse_for_onnxruntime(source: Path, target: Path) -> dict[str, int]:
     """Read the standard fp32 graph `source`, write it to the one file `target` with one operator for each attention block and GELU.
 
-    Returns what simplify() returns, of what was still to do.
+    Returns "attention_blocks" (every softmax inside the graph, fused or not) and what simplify() returns, of what was still to do. A
+    graph with a KV cache has other masks, and matmuls of flattened tokens: then "matmuls" counts those that are no longer
+    flattened, and "causal_mask" the masks now computed in ten steps. Its attention operators update the cache, too.
     """
     model = _load(source)
-    _, counts = _rewrite(model)
+    blocks = sum(node.op_type in ("Softmax", "Attention") for node in model.graph)
+    if has_cache(model.graph):
+        counts = {"matmuls": _unflatten_matmuls(model.graph)}
+        passes.RemoveUnusedNodesPass()(model)
+        attentions = _fuse_attentions(model)
+        counts |= {"attention": len(attentions), "causal_mask": _simplify_causal_masks(model.graph, attentions)}
+    else:
+        _, counts = _rewrite(model)
     _tidy(model)
     save(model, target)
-    drop_weights(model)
-    return counts
+    return {"attention_blocks": blocks, **counts}
 
 
-def fuse_language_model(source: Path, target: Path) -> dict[str, int]:
-    """The same for a causal model with a KV cache: each attention block, its cache included, becomes one operator.
-
-    "products": products of tokens that are no longer flattened for them; "causal_mask": masks now computed in ten steps.
-    """
-    model = _load(source)
-    counts = {"products": _unflatten_products(model.graph)}
-    passes.RemoveUnusedNodesPass()(model)
-    attentions = _fuse_attentions(model)
-    counts |= {"attention": len(attentions), "causal_mask": _simplify_causal_masks(model.graph, attentions)}
-    _tidy(model)
-    save(model, target)
-    return counts
+def has_cache(graph: Graph) -> bool:
+    """Whether a graph takes the keys and values of earlier tokens."""
+    return any(value.name.startswith(PAST) for value in graph.inputs)
 
 
 def _load(source: Path) -> ir.Model:
@@ -402,7 +401,7 @@ def _add_causal_mask(graph: Graph, padding: Value, ids: Value) -> Value:
 # Around attention
 
 
-def _unflatten_products(graph: Graph) -> int:
+def _unflatten_matmuls(graph: Graph) -> int:
     """Write Reshape, Gemm, Reshape as MatMul and Add on (batch, tokens, width); return how many."""
     changed = 0
     for gemm in [node for node in graph if node.op_type == "Gemm"]:

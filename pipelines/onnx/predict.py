@@ -1,15 +1,20 @@
-"""The same examples through a torch model or an ONNX file: logits in the order of the examples."""
+"""The same examples through an ONNX file: predictions in the order of the examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.models.predict import Answers, predict_batches
+from pipelines.core.errors import InputError
+from pipelines.models.predict import predict_batches
 from pipelines.runtime.infer import available_cores
+
+if TYPE_CHECKING:
+    from pipelines.core.task import Arrays, Collate, Task
+
+PAST, PRESENT = "past_key_values.", "present."  # how the names of a KV cache begin, among inputs and outputs
 
 
 def open_session(path: Path, threads: int | None = None) -> Any:
@@ -23,36 +28,67 @@ def open_session(path: Path, threads: int | None = None) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def empty_cache(session: Any, batch_size: int) -> dict[str, np.ndarray]:
+def empty_cache(session: Any, batch_size: int) -> Arrays:
     """The keys and values of no tokens at all (batch, heads, 0, head size), for each input of a graph with a KV cache."""
     return {
         value.name: np.zeros((batch_size, value.shape[1], 0, value.shape[3]), np.float32)
         for value in session.get_inputs()
-        if value.name.startswith("past_key_values.")
+        if value.name.startswith(PAST)
     }
 
 
+def complete_feed(session: Any, batch: dict[str, Any]) -> Arrays:
+    """What of a batch the graph takes, with what it takes besides: a mask that hides nothing, an empty cache.
+
+    A tokenizer may give more than that, such as the token types of a model that has none.
+    """
+    names = [value.name for value in session.get_inputs()]
+    feed = {name: np.asarray(batch[name]) for name in names if name in batch}
+    if "attention_mask" in names and "attention_mask" not in feed:
+        feed["attention_mask"] = np.ones_like(feed["input_ids"])
+    missing = [name for name in names if name not in feed and not name.startswith(PAST)]
+    if missing:
+        raise InputError(f"expected feeds for the inputs {names}, found none for {missing}. Add them to the feeds.")
+    return feed | empty_cache(session, len(next(iter(feed.values()))))
+
+
+def run_session(session: Any, batch: dict[str, Any]) -> Arrays:
+    """The outputs of a graph for a batch, by name, without the cache."""
+    names = [value.name for value in session.get_outputs() if not value.name.startswith(PRESENT)]
+    return dict(zip(names, session.run(names, complete_feed(session, batch)), strict=True))
+
+
 def predict_onnx(
-    path: Path,
-    features: Any,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    batch_size: int = 1,
-    name: str = "predict",
-    answers: Answers = None,
+    path: Path, features: Any, collate: Collate, task: Task, batch_size: int = 1, name: str = "predict"
 ) -> np.ndarray:
-    """Logits (examples, labels) of an ONNX file over tokenized `features`, in their order.
+    """The task's predictions of an ONNX file for `features`, in their order.
 
     One example on each core by default: dynamic quantization takes one scale for a whole batch, so only a batch of one gives the
-    answers that a device gives. Larger batches come one after the other, each on all cores.
+    predictions that a device gives. Larger batches come one after the other, each on all cores.
     """
     at_once = available_cores() if batch_size == 1 else 1
     session = open_session(path, threads=1 if batch_size == 1 else None)
-    names = [value.name for value in session.get_inputs()]
+    return _predict_batches(
+        lambda batch: run_session(session, batch), features, collate, task, batch_size, name, at_once
+    )
 
-    def answer(batch: dict[str, Any]) -> np.ndarray:
-        feed = {key: np.asarray(batch[key]) for key in names if key in batch}
-        if "attention_mask" in names and "attention_mask" not in feed:
-            feed["attention_mask"] = np.ones_like(feed["input_ids"])
-        return session.run(["logits"], feed | empty_cache(session, len(feed[next(iter(feed))])))[0]
 
-    return predict_batches(answer, features, collate, batch_size, name, answers, at_once)
+def _predict_batches(run: Any, features: Any, collate: Any, task: Any, batch_size: int, name: str, at_once: int) -> Any:
+    # The adapter to models/predict.py as it is: goes once predict_batches takes `run` and `task` itself.
+    return predict_batches(
+        lambda batch: run(batch)["logits"], features, collate, batch_size, name, task.answers, at_once
+    )
+
+
+def score_onnx(path: Path, task: Task, processor: Any, split: str, name: str) -> dict[str, Any]:
+    """The scores of an ONNX file on a split."""
+    features: Any = task.features(processor)[split]
+    predictions = predict_onnx(path, features, task.collate(processor), task, name=name)
+    return _scores(task, predictions, features["labels"], split)
+
+
+def _scores(task: Any, predictions: np.ndarray, references: Any, split: str) -> Any:
+    # The adapter to tasks as they are: goes once they have `scores`.
+    if task.causal:
+        return task.metrics(predictions, references, task.data.text_bytes[split])
+    return task.metrics(predictions, references)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.core.config import DataConfig
-from pipelines.data.sources import resolve
+from pipelines.core.task import Arrays, Workload
+from pipelines.data.sources import check_onnx_directory, resolve
 from pipelines.models.loading import load
 from pipelines.models.predict import Answers
+from pipelines.onnx.measure import encoder_workload, timing_feeds
+from pipelines.onnx.predict import run_session
+from pipelines.onnx.verify import verification_batches
 
 
 class Task(ABC):
@@ -58,6 +63,46 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, answers: np.ndarray, references: Any) -> dict[str, Any]:
         """Scores of a model's answers against the references."""
+
+    # ---- ONNX
+
+    quantization_schemes: Sequence[str] = (
+        "dynamic_int8",
+        "static_int8_minmax",
+        "static_int8_entropy",
+        "static_int8_percentile",
+    )
+    default_quantization = "dynamic_int8"
+
+    def verification_feeds(self, processor: Any) -> list[Arrays]:
+        """Real validation batches of several sizes, ragged ones among them."""
+        return list(verification_batches(self.features(processor)["validation"], self.collate(processor)))
+
+    def run_model(self, model: Any, feed: Arrays) -> Arrays:
+        """The logits of a torch model for one of the verification feeds."""
+        import torch
+
+        with torch.inference_mode():
+            output = model(**{name: torch.from_numpy(array) for name, array in feed.items()})
+        return {"logits": output.logits.numpy()}
+
+    def run_graph(self, session: Any, feed: Arrays) -> Arrays:
+        """The same of an ONNX Runtime session."""
+        return run_session(session, feed)
+
+    def verify_behaviour(self, directory: Path, model: Any, processor: Any) -> dict[str, Any]:
+        """Nothing: a model that only predicts does nothing beyond single calls."""
+        return {}
+
+    def check_graph(self, source: str) -> None:
+        """Raise InputError unless the ONNX model in `source` takes this task's inputs."""
+        check_onnx_directory(Path(source))
+        self.check_config(self.load_config(source), source)
+
+    def workload(self, directory: Path, split: str) -> Workload:
+        """The longest example of a split alone, and a sample of it in batches."""
+        processor = self.load_processor(str(directory))
+        return encoder_workload(*timing_feeds(self.features(processor)[split], self.collate(processor)))
 
     def numbers(self, answers: np.ndarray, references: Any) -> dict[str, float]:
         """The scores that are single numbers, for the Trainer's log."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.core.errors import InputError
 from pipelines.data import examples as data_module
-from pipelines.data.sources import check_onnx_directory
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.tasks.base import Task
 from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
@@ -29,7 +27,7 @@ class Classification(Task):
         """Scores of logits (examples, labels) against label ids (examples)."""
         return classification_metrics(np.argmax(logits, axis=-1), np.asarray(references), self.label_names)
 
-    def order_labels(self, model: Any, source: str) -> None:
+    def align_labels(self, model: Any, source: str) -> None:
         """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
         order = label_order(model.config, self.label_names)
         if order is None:
@@ -40,13 +38,12 @@ class Classification(Task):
         reorder_labels(model, order, self.label_names)
 
     def check_graph(self, source: str) -> None:
-        """Raise InputError unless the ONNX model in `source` takes this task's inputs and answers in the data's order.
+        """Raise InputError unless the ONNX model in `source` takes this task's inputs and predicts in the data's order.
 
         A graph keeps the order of its export.
         """
-        check_onnx_directory(Path(source))
+        super().check_graph(source)
         config = self.load_config(source)
-        self.check_config(config, source)
         if label_order(config, self.label_names) != list(range(len(self.label_names))):
             raise InputError(
                 f"expected an ONNX model for the labels {self.label_names}, in this order, found {list(config.id2label.values())} in "

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Head
+from pipelines.core.task import Graph, Head
 from pipelines.data import examples as data_module
 from pipelines.models.loading import load_classifier, load_tokenizer
 from pipelines.tasks.classification import Classification
@@ -89,17 +89,13 @@ class TextClassification(Classification):
             return [f"{text} ‖ {pair}" for text, pair in zip(test["text"], test["text_pair"], strict=True)]
         return list(test["text"])
 
-    def export_sample(self, processor: Any) -> dict[str, Any]:
-        """Two real examples of different length as a batch, so that the export sees padding and no axis of size 1."""
+    def graph(self, model: Any, processor: Any) -> Graph:
+        """Two real examples of different length as the sample, so that the export sees padding and no axis of size 1."""
         features = self.features(processor)["train"]
         lengths = np.asarray(features["length"])
         batch = self.collate(processor)([features[int(np.argmin(lengths))], features[int(np.argmax(lengths))]])
-        batch.pop("labels")
-        return dict(batch)
-
-    def dynamic_axes(self, sample: dict[str, Any]) -> dict[str, dict[int, str]]:
-        """The axes of the inputs that vary from call to call."""
-        return {name: {0: "batch", 1: "sequence"} for name in sample}
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ["logits"])
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model has a position for every token."""
