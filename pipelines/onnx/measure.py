@@ -174,7 +174,7 @@ def run_worker(
             raise InputError(message)
         tail = "\n".join(errors.strip().splitlines()[-15:])
         raise InputError(
-            f"expected to time {name} in {orders['path']}, found that its process ended with status {status} (-9 usually means that "
+            f"expected {orders['path']} to run, found that the process timing {name} ended with status {status} (-9 usually means that "
             f"memory ran out):\n{tail}\nVerify the stage, or benchmark it without the others."
         )
     result: dict[str, float] = json.loads((spec.parent / "result.json").read_text(encoding="utf-8"))

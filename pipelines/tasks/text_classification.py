@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,9 @@ class TextClassification(Classification):
         features = self.features(processor)["train"]
         lengths = np.asarray(features["length"])
         batch = self.collate(processor)([features[int(np.argmin(lengths))], features[int(np.argmax(lengths))]])
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        # A tokenizer may give more than the model takes, such as token types.
+        taken = signature(model.forward).parameters.keys() - {"labels"}
+        inputs = {name: value for name, value in batch.items() if name in taken}
         return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ["logits"])
 
     def check_config(self, config: Any, source: str) -> None:

@@ -173,7 +173,13 @@ def test_what_is_exported_is_simple_and_standard_and_fuses_to_the_same(
     assert found["Transpose"] == 4 * layers + (family == "vit")
     assert_same_as_torch(model, tmp_path / "simple.onnx")
     again = fuse_for_onnxruntime(tmp_path / "simple.onnx", tmp_path / "again.onnx")
-    assert again == {"attention_blocks": layers, "attention": layers, "padding_mask": 0, "residual": 0, "first_token": 0}
+    assert again == {
+        "attention_blocks": layers,
+        "attention": layers,
+        "padding_mask": 0,
+        "residual": 0,
+        "first_token": 0,
+    }
     assert operators(tmp_path / "again.onnx") == operators(tmp_path / "fused.onnx")
     assert_same(tmp_path / "again.onnx", tmp_path / "fused.onnx", batch(model, 3, 17))
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, ConvNextConfig, ConvNextForImageClassification
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from conftest import tiny_model
@@ -130,3 +130,21 @@ def test_fp32_has_one_attention_operator_a_layer_whatever_heads_it_kept(task, to
     assert sorted(path.name for path in (tmp_path / "quantized").iterdir()) == sorted(
         path.name for path in (tmp_path / "onnx").iterdir()
     )
+
+
+def test_a_convolutional_network_has_no_attention_to_fuse(image_task, image_processor, tmp_path: Path, capsys) -> None:
+    """Its config's num_hidden_layers is its number of stages."""
+    config = ConvNextConfig(hidden_sizes=[16, 16], depths=[1, 1], num_stages=2, image_size=8, patch_size=2)
+    config.id2label = dict(enumerate(image_task.label_names))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    ConvNextForImageClassification(config).save_pretrained(tmp_path / "model")
+    image_processor.save_pretrained(tmp_path / "model")
+    for name in ("onnx", "quantized"):
+        (tmp_path / name).mkdir()
+    export_onnx(str(tmp_path / "model"), tmp_path / "onnx", image_task)
+    quantize = QuantizeConfig(quantization="int8_blocks", block_size=16, max_quality_drop=1.0)
+    outcome = quantize_onnx(str(tmp_path / "onnx"), tmp_path / "quantized", image_task, quantize)
+    assert outcome.details["fused_nodes"]["attention_blocks"] == outcome.details["fused_nodes"]["attention"] == 0
+    assert "attention" not in capsys.readouterr().out
+    # Schemes are for graphs, not for tasks: two matmuls in a block, and the classifier.
+    assert outcome.details["candidates"]["int8_blocks"]["operators"]["MatMulNBits"] == 2 * 2 + 1
