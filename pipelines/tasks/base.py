@@ -49,6 +49,10 @@ class Task(ABC):
         )
 
     @abstractmethod
+    def load_processor(self, source: str) -> Any:
+        """The tokenizer or image processor of a model."""
+
+    @abstractmethod
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless a model with the config that `source` has takes this task's inputs."""
 
