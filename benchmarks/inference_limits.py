@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.tasks.text_generation.measure import memory_bandwidth
-
 # (how often, matrices, rows, inner size, columns); more than one matrix: both sides change from call to call, as in attention.
 Product = tuple[int, int, int, int, int]
 BANDWIDTH_WIDTH = 8192  # a weight of 256 MB, read once a call
@@ -130,7 +128,7 @@ def measure_limits(sizes: list[tuple[int, int, int, int]], threads: int, seconds
     }
     large = (1, 1, BANDWIDTH_WIDTH, BANDWIDTH_WIDTH)
     bandwidth = 4 * BANDWIDTH_WIDTH**2 / product_seconds(large, "fp32", threads, 1.0)
-    return timed | {"batch_1_bandwidth": bandwidth, "one_core_bandwidth": memory_bandwidth()}
+    return timed | {"batch_1_bandwidth": bandwidth}
 
 
 def limit_seconds(products: list[Product], sizes: list[tuple[int, int, int, int]], seconds: list[float]) -> float:

@@ -25,11 +25,10 @@ def markdown(measured: dict[str, Any]) -> str:
     for model in measured["models"]:
         parts += [f"## {model['name']}", described(model)]
         for threads in model["timings"]:
-            parts += [
-                f"### {counted(threads)}: milliseconds a call, and the share of the limit", times_table(model, threads),
-                f"### {counted(threads)}: how many times the time of ours in the same precision", ratios_table(model, threads),
-                f"### {counted(threads)}: against the best", best_table(model, threads),
-            ]  # fmt: skip
+            title = f"### {counted(threads)}: "
+            parts += [title + "milliseconds a call, and the share of the limit", times_table(model, threads)]
+            parts += [title + "how many times the time of ours in the same precision", ratios_table(model, threads)]
+            parts += [title + "against the best", best_table(model, threads)]
             if model["limits"]:
                 parts += [f"### {counted(threads)}: the limit", limits_table(model, threads)]
         if model["profile"]:
@@ -75,12 +74,12 @@ def described(model: dict[str, Any]) -> str:
 
 
 def share_of_limit(model: dict[str, Any], threads: str, shape: str, row: str) -> str:
-    """The time of the row's products alone, as a share of its time; nothing for a language model, nor for what may be bfloat16."""
+    """The time of the row's matmuls alone, as a share of its time; nothing for a language model, nor for what may be bfloat16."""
     precision = model["rows"][row]["precision"]
     if not model["limits"] or precision not in ("fp32", "int8"):
         return ""
     limits = model["limits"][threads]["shapes"][shape]
-    # Of ours, which do without the products that nobody reads, those that are left.
+    # Of ours, which do without the matmuls that nobody reads, those that are left.
     limit = limits.get(f"ours_{precision}_ms" if row.startswith("ours") else "", limits[f"{precision}_ms"])
     return f" ({limit / model['timings'][threads][shape][row]['p50']:.0%})"
 
@@ -130,11 +129,9 @@ def best_table(model: dict[str, Any], threads: str) -> str:
     }
     rows = []
     for label, (kind, ours) in kinds.items():
-        candidates = [
-            row
-            for row, found in model["rows"].items()
-            if row.startswith(ENGINE) and (row == kind or row.startswith(f"{kind}_") and kind != "exporters" or found["precision"] == kind)
-        ]  # fmt: skip
+        engine = {row: found["precision"] for row, found in model["rows"].items() if row.startswith(ENGINE)}
+        presets = () if kind == "exporters" else tuple(row for row in engine if row.startswith(f"{kind}_"))
+        candidates = [row for row in engine if row == kind or row in presets or engine[row] == kind]
         if not candidates or ours not in model["rows"]:
             continue
         cells = []
@@ -156,12 +153,11 @@ def limits_table(model: dict[str, Any], threads: str) -> str:
         ]
         for shape, one in limits["shapes"].items()
     ]
-    header = ["shape", "GOP of products", "fp32 ms", "fp32 GOP/s", "int8 ms", "int8 GOP/s"]
+    header = ["shape", "GOP of matmuls", "fp32 ms", "fp32 GOP/s", "int8 ms", "int8 GOP/s"]
     bandwidth = limits["bytes_per_second"]
     return markdown_table(header, rows) + (
-        f"\n\nMemory: {bandwidth['batch_1_bandwidth'] / 1e9:.1f} GB/s by a product of batch 1 with a weight of 256 MB, "
-        f"{bandwidth['one_core_bandwidth'] / 1e9:.1f} GB/s by one core that sums. Int8 products are those with weights; the products inside "
-        "attention are fp32 in every row."
+        f"\n\nMemory: {bandwidth['batch_1_bandwidth'] / 1e9:.1f} GB/s by a matmul of batch 1 with a weight of 256 MB. Int8 matmuls are "
+        "those with weights; the matmuls inside attention are fp32 in every row."
     )
 
 

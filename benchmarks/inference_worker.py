@@ -1,6 +1,6 @@
 """One row of `inference.py` in a fresh process of the environment it belongs to: `python -m benchmarks.inference_worker SPEC`.
 
-The spec says what to load ("format", "path", "threads") and what to do with its feeds ("job"): time them, answer them, or profile them.
+The spec says what to load ("format", "path", "threads") and what to do with its feeds ("job"): time them, predict them, or profile them.
 Nothing is imported that the row does not need: other libraries' threads would be in its way.
 """
 
@@ -15,22 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.onnx.measure import Feed, be_a_worker, peak_memory_bytes, time_batches, time_calls
+from pipelines.core.task import Arrays
+from pipelines.onnx.measure import peak_memory_bytes, time_batches, time_calls
 from pipelines.onnx.predict import open_session
 
 # Fewer than the report's: the largest batches take a second a call, and rounds tell the spread.
 MINIMUM_REPETITIONS = 3
-Loaded = tuple[Callable[[Feed], Any], Callable[[Any], np.ndarray]]
+Loaded = tuple[Callable[[Arrays], Any], Callable[[Any], np.ndarray]]
 
 
-def write_feeds(file: Path, feeds: list[Feed]) -> None:
+def write_feeds(file: Path, feeds: list[Arrays]) -> None:
     """Several feeds in one .npz file."""
     arrays = {f"{index}/{name}": array for index, feed in enumerate(feeds) for name, array in feed.items()}
     np.savez(file, allow_pickle=False, **arrays)
 
 
-def read_feeds(file: Path) -> list[Feed]:
-    feeds: dict[int, Feed] = {}
+def read_feeds(file: Path) -> list[Arrays]:
+    feeds: dict[int, Arrays] = {}
     with np.load(file) as arrays:
         for name in arrays.files:
             index, _, key = name.partition("/")
@@ -73,7 +74,7 @@ def load_openvino(path: Path, threads: int, precision: str | None = None) -> Loa
     names = {name: value for value in model.inputs for name in value.names}
     output = model.output("logits")
 
-    def run(feed: Feed) -> np.ndarray:
+    def run(feed: Arrays) -> np.ndarray:
         return request.infer(feed, share_inputs=True)[output]
 
     return lambda feed: {name: array for name, array in feed.items() if name in names}, run
@@ -88,7 +89,7 @@ def load(spec: dict[str, Any]) -> Loaded:
     return load_torch(path, threads, compiled=spec["format"] == "torch_compile")
 
 
-def profile(path: Path, threads: int, feeds: list[Feed], folder: Path, repetitions: int = 20) -> dict[str, Any]:
+def profile(path: Path, threads: int, feeds: list[Arrays], folder: Path, repetitions: int = 20) -> dict[str, Any]:
     """Milliseconds a call that each type of operator takes, by ONNX Runtime's own profiler."""
     import onnxruntime
 
@@ -125,8 +126,8 @@ def work(spec_file: Path) -> None:
     else:
         prepare, run = load(spec)
         prepared = [prepare(feed) for feed in feeds]
-        if spec["job"] == "answer":
-            np.save(folder / "answers.npy", np.concatenate([run(feed) for feed in prepared]))
+        if spec["job"] == "predict":
+            np.save(folder / "logits.npy", np.concatenate([run(feed) for feed in prepared]))
             result = {}
         elif len(prepared) == 1:
             result = time_calls(run, prepared[0], spec["seconds"], MINIMUM_REPETITIONS)
@@ -139,4 +140,4 @@ def work(spec_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    be_a_worker(work, sys.argv[1])
+    work(Path(sys.argv[1]))

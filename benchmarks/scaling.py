@@ -72,6 +72,7 @@ def make_model(layers: int, folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import BertForSequenceClassification
 
+    from pipelines.core.task import Graph
     from pipelines.onnx.export import export_graph
     from pipelines.onnx.fuse import fuse_for_onnxruntime
     from pipelines.onnx.predict import open_session
@@ -81,7 +82,8 @@ def make_model(layers: int, folder: Path) -> tuple[Any, Any]:
     sample = {"input_ids": torch.randint(5, 65, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.int64)}
     sample["attention_mask"][0, 9:] = 0
     standard, fused, int8 = (folder / f"{name}.onnx" for name in ("standard", "fused", "int8"))
-    export_graph(model, sample, {name: {0: "batch", 1: "sequence"} for name in sample}, standard)
+    axes = {name: {0: "batch", 1: "sequence"} for name in sample}
+    export_graph(Graph(model, sample, axes, ["logits"]), standard)
     fuse_for_onnxruntime(standard, fused)
     quantize_dynamic_int8(fused, int8, reduce_range=True)
     return model, open_session(int8)

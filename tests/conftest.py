@@ -366,12 +366,12 @@ def image_bundle(image_onnx: Path, image_task: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def language_bundle(tmp_path_factory: pytest.TempPathFactory, language_model_dir: Path, language_task: Any) -> Path:
-    from pipelines.tasks.text_generation.export import export_language_model
+    from pipelines.onnx.export import export_onnx
 
     directory = tmp_path_factory.mktemp("language")
     # With these random weights the likeliest token is not the end.
     tiny_language_model(seed=1).save_pretrained(directory / "model")
     language_task.load_processor(str(language_model_dir)).save_pretrained(directory / "model")
     (directory / "onnx").mkdir()
-    export_language_model(str(directory / "model"), directory / "onnx", language_task)
+    export_onnx(str(directory / "model"), directory / "onnx", language_task)
     return make_bundle(directory / "onnx", directory / "bundle", language_task)

@@ -35,24 +35,24 @@ Predict = Callable[..., np.ndarray]
 class Graph:
     """What the ONNX export traces: a module, a sample of its inputs, and the names of inputs, outputs and dynamic axes.
 
-    Every dynamic axis of the sample has at least 2 entries, since sizes 0 and 1 would be specialised.
+    `inputs` are keyed by the module's own parameter names, nested where a parameter is (a past of keys and values); `dynamic_axes` has
+    an entry for each of their tensors, in their order, by the name that it gets in the graph. Every dynamic axis of the sample has at
+    least 2 entries, since the exporter takes sizes 0 and 1 for constants.
     """
 
     module: nn.Module
-    inputs: dict[
-        str, Any
-    ]  # by the module's own parameter names; nested where a parameter is (a past of keys and values)
-    dynamic_axes: dict[str, dict[int, str]]  # of each flat input, by the name that it gets in the graph
+    inputs: dict[str, Any]
+    dynamic_axes: dict[str, dict[int, str]]
     outputs: list[str]
-    attention: str = "sdpa"  # the attention implementation that is exported
 
 
 @dataclass
 class Workload:
     """What is timed of a model directory: a worker module (`python -m module spec.json`) and its orders.
 
-    The worker writes the figures of one round, `p50`, `p95` (milliseconds), `samples_per_second`, `peak_memory_bytes` and whatever else
-    the task times, to result.json; all are reported as medians over the rounds.
+    The worker writes the figures of one round, `p50`, `p95` (milliseconds; no p95 of fewer than 20 numbers), `samples_per_second`,
+    `peak_memory_bytes` and whatever else the task times, to result.json; all are reported as medians over the rounds, memory as the
+    largest. The module has a function `work(spec_file)`, too, which is what a fork of a process with torch calls.
     """
 
     module: str
@@ -196,7 +196,7 @@ class Task(Protocol):
         """Real validation batches of several sizes, ragged ones among them."""
 
     def run_model(self, model: Any, feed: Arrays) -> Arrays:
-        """The outputs of a torch model for one of the verification feeds, without padding's."""
+        """The outputs of a torch model for one of the verification feeds, without those of padding."""
 
     def run_graph(self, session: Any, feed: Arrays) -> Arrays:
         """The same of an ONNX Runtime session."""

@@ -9,16 +9,18 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.core.memory import give_memory_back
 from pipelines.core.run import Outcome
 from pipelines.models.removal import load_model
-from pipelines.onnx.file import drop_weights, save
-from pipelines.onnx.fuse import simplify
+from pipelines.onnx.file import save
+from pipelines.onnx.fuse import has_cache, simplify
 from pipelines.onnx.predict import open_session
 from pipelines.onnx.verify import verify_against_torch
-from pipelines.training.trainer import count_parameters
+
+if TYPE_CHECKING:
+    from pipelines.core.task import Graph, Task
 
 ONNX_FILE = "model.onnx"
 OPSET = 18  # old enough for every runtime that reads dynamic shapes; the standard Attention operator (23) is not
@@ -37,32 +39,49 @@ def quiet_exporters() -> Iterator[None]:
             logging.disable(previous)
 
 
-def export_graph(
-    model: Any, inputs: dict[str, Any], dynamic_axes: dict[str, dict[int, str]], path: Path
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Write `model` as one simplified ONNX file at `path`; return how many nodes of each operator it has, and what was simplified.
+@contextmanager
+def eager_attention(module: Any) -> Iterator[None]:
+    """Attention in single steps, which can be fused and has no rows of NaN where all is padding; sdpa's graph has both faults."""
+    model: Any = next(part for part in module.modules() if hasattr(part, "set_attn_implementation"))
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if before != "eager":  # convolutional networks have no other
+            model.set_attn_implementation(before)
 
-    `inputs` is a sample of at least 2 along every dynamic axis (sizes 0 and 1 would be specialised), `dynamic_axes` names them.
-    """
+
+def export_graph(graph: Graph, path: Path) -> dict[str, dict[str, int]]:
+    """Write `graph` as one ONNX file; return how many nodes of each operator it has ("operators"), and what was "simplified"."""
+    import torch
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from torch.export import Dim
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from torch.utils import _pytree
 
-    dims = {name: Dim.DYNAMIC for axes in dynamic_axes.values() for name in axes.values()}
-    shapes = {name: {axis: dims[label] for axis, label in axes.items()} for name, axes in dynamic_axes.items()}
-    config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=OPSET)
-    with quiet_exporters():
-        program = OnnxExporter().export(model, inputs, config=config).program
-    name_axes(program.graph, dynamic_axes)
+    axes = [dict.fromkeys(named, Dim.DYNAMIC) for named in graph.dynamic_axes.values()]
+    shapes = _pytree.tree_unflatten(axes, _pytree.tree_structure(graph.inputs))
+    with eager_attention(graph.module), quiet_exporters():
+        program: Any = torch.onnx.export(
+            graph.module.eval(),
+            kwargs=graph.inputs,
+            dynamic_shapes=shapes,
+            input_names=list(graph.dynamic_axes),
+            output_names=graph.outputs,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    model = program.model
+    name_axes(model.graph, graph.dynamic_axes)
     # The exporter notes for every node the lines of Python it came from: half a megabyte that names this machine's folders.
-    ClearMetadataAndDocStringPass()(program)
-    simplified = simplify(program)
-    save(program, path)
-    drop_weights(program)
+    ClearMetadataAndDocStringPass()(model)
+    simplified = {} if has_cache(model.graph) else simplify(model)
     operators = Counter(
-        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in program.graph.all_nodes()
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes()
     )
-    return dict(sorted(operators.items())), simplified
+    save(model, path)
+    return {"operators": dict(sorted(operators.items())), "simplified": simplified}
 
 
 def name_axes(graph: Any, dynamic_axes: dict[str, dict[int, str]]) -> None:
@@ -74,41 +93,29 @@ def name_axes(graph: Any, dynamic_axes: dict[str, dict[int, str]]) -> None:
         for value in graph.inputs
         for axis, label in dynamic_axes.get(value.name, {}).items()
     }
-    for node in graph.all_nodes():
-        for value in node.outputs:
-            _rename_axes(value, renamed, onnx_ir)
-    for value in (*graph.inputs, *graph.outputs):
-        _rename_axes(value, renamed, onnx_ir)
+    computed = [value for node in graph.all_nodes() for value in node.outputs]
+    for value in (*computed, *graph.inputs, *graph.outputs):
+        if value.shape is not None and any(str(axis) in renamed for axis in value.shape):
+            value.shape = onnx_ir.Shape(
+                [axis if isinstance(axis, int) else renamed.get(str(axis), str(axis)) for axis in value.shape]
+            )
 
 
-def _rename_axes(value: Any, renamed: dict[str, str], onnx_ir: Any) -> None:
-    if value.shape is not None and any(str(axis) in renamed for axis in value.shape):
-        value.shape = onnx_ir.Shape(
-            [axis if isinstance(axis, int) else renamed.get(str(axis), str(axis)) for axis in value.shape]
-        )
-
-
-def export_onnx(source: str, directory: Path, task: Any) -> Outcome:
-    """Export the model in `source`, without the zeros of pruning and in the data's order of labels; verify the file on validation batches."""
+def export_onnx(source: str, directory: Path, task: Task) -> Outcome:
+    """Export the model in `source`, without the zeros of pruning and in the data's order of labels; verify the file on validation examples."""
     processor = task.load_processor(source)
-    model = load_model(source, task.trust_remote_code)
+    model = load_model(source, task.config.trust_remote_code)
     task.check_config(model.config, source)
-    task.order_labels(model, source)
-    sample = task.export_sample(processor)
-    operators, simplified = export_graph(model, sample, task.dynamic_axes(sample), directory / ONNX_FILE)
+    task.align_labels(model, source)
+    exported = export_graph(task.graph(model, processor), directory / ONNX_FILE)
     processor.save_pretrained(directory)
     model.config.save_pretrained(directory)
     give_memory_back()
     verification = verify_against_torch(directory / ONNX_FILE, model, task, processor)
+    verification |= task.verify_behaviour(directory, model, processor)
     inputs = [value.name for value in open_session(directory / ONNX_FILE).get_inputs()]
     return Outcome(
         "onnx",
-        parameters=count_parameters(model),
-        details={
-            "opset": OPSET,
-            "inputs": inputs,
-            "operators": operators,
-            "simplified": simplified,
-            "verification": verification,
-        },
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        details={"opset": OPSET, "inputs": inputs, **exported, "verification": verification},
     )

@@ -1,9 +1,8 @@
 """Rewrite an exported encoder into a graph that ONNX Runtime runs faster on a CPU: the same function, less work.
 
-The exporter writes attention as some twenty operators, in forms that change with the opset, the versions and the model.
+The exporter writes attention as a dozen operators, in forms that change with the opset, the versions and the model.
 So an attention block is found by its Softmax and by the shapes around it, and believed only when the operator that
-replaces it gives the same numbers on random inputs; a block that does not is left as it was. So are masks. What is
-exported is then written out in basic operators again, the fewest that do the same; what is quantized keeps the operator.
+replaces it gives the same numbers on random inputs; a block that does not is left as it was. So are masks.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from onnx_ir.passes import common as passes
 from onnxscript.rewriter.ort_fusions.erfgelu import fuse_erfgelu
 from onnxscript.version_converter import ConvertVersionPass
 
-from pipelines.onnx.file import drop_weights, save
+from pipelines.onnx.file import save
+from pipelines.onnx.predict import PAST
 
 # onnx_ir.Graph, Node and Value: their types call nearly everything optional, for graphs that are still being built.
 Graph: TypeAlias = Any
@@ -43,15 +43,12 @@ TOKENWISE = {"Add", "Sum", "Sub", "Mul", "Div", "Gelu", "Relu", "Sigmoid", "Tanh
 def simplify(model: ir.Model) -> dict[str, int]:
     """Bring a standard fp32 graph to fewer standard operators, all of its own opset, that compute the same.
 
-    Returns what was done: "attention", blocks brought to two products and a softmax, each with its own number of heads;
-    "padding_mask", masks now computed straight from `attention_mask`, or dropped because they hide nothing; "residual",
-    additions kept from ONNX Runtime's slow SkipLayerNormalization; "first_token", operators that now see only the token
-    that the classifier reads. Rows whose mask hides every token are the one exception to equality: they mean nothing in
+    Returns what was done: "padding_mask", masks now computed straight from `attention_mask`, or dropped because they hide nothing;
+    "residual", additions kept from ONNX Runtime's slow SkipLayerNormalization; "first_token", operators that now see only the [CLS]
+    token that the classifier reads. Rows whose mask hides every token are the one exception to equality: they mean nothing in
     either graph.
     """
-    attentions, counts = _rewrite(model)
-    for attention in attentions:
-        _write_out_attention(attention)
+    counts = _rewrite(model, [add for node in model.graph if (add := _masking(node)) is not None])
     for gelu in [node for node in model.graph if node.op_type == "Gelu" and node.domain == MICROSOFT]:
         _write_out_gelu(gelu)
     model.graph.opset_imports.pop(MICROSOFT, None)
@@ -62,29 +59,28 @@ def simplify(model: ir.Model) -> dict[str, int]:
 def fuse_for_onnxruntime(source: Path, target: Path) -> dict[str, int]:
     """Read the standard fp32 graph `source`, write it to the one file `target` with one operator for each attention block and GELU.
 
-    Returns what simplify() returns, of what was still to do.
+    Returns "attention_blocks" (every softmax inside the graph, fused or not) and what simplify() returns, of what was still to do. A
+    graph with a KV cache has other masks, and matmuls of flattened tokens: then "matmuls" counts those that are no longer
+    flattened, and "causal_mask" the masks now computed in ten steps. Its attention operators update the cache, too.
     """
     model = _load(source)
-    _, counts = _rewrite(model)
+    blocks = sum(node.op_type == "Softmax" for node in model.graph)
+    if has_cache(model.graph):
+        counts = {"matmuls": _unflatten_matmuls(model.graph)}
+        passes.RemoveUnusedNodesPass()(model)
+        attentions = _fuse_attentions(model)
+        counts |= {"attention": len(attentions), "causal_mask": _simplify_causal_masks(model.graph, attentions)}
+    else:
+        attentions = _fuse_attentions(model)
+        counts = {"attention": len(attentions), **_rewrite(model, [(node, 3) for node in attentions if _mask(node)])}
     _tidy(model)
     save(model, target)
-    drop_weights(model)
-    return counts
+    return {"attention_blocks": blocks, **counts}
 
 
-def fuse_language_model(source: Path, target: Path) -> dict[str, int]:
-    """The same for a causal model with a KV cache: each attention block, its cache included, becomes one operator.
-
-    "products": products of tokens that are no longer flattened for them; "causal_mask": masks now computed in ten steps.
-    """
-    model = _load(source)
-    counts = {"products": _unflatten_products(model.graph)}
-    passes.RemoveUnusedNodesPass()(model)
-    attentions = _fuse_attentions(model)
-    counts |= {"attention": len(attentions), "causal_mask": _simplify_causal_masks(model.graph, attentions)}
-    _tidy(model)
-    save(model, target)
-    return counts
+def has_cache(graph: Graph) -> bool:
+    """Whether a graph takes the keys and values of earlier tokens."""
+    return any(value.name.startswith(PAST) for value in graph.inputs)
 
 
 def _load(source: Path) -> ir.Model:
@@ -95,13 +91,12 @@ def _load(source: Path) -> ir.Model:
     return model
 
 
-def _rewrite(model: ir.Model) -> tuple[list[Node], dict[str, int]]:
-    attentions = _fuse_attentions(model)
-    counts = {"attention": len(attentions), "padding_mask": _simplify_masks(model.graph, attentions)}
+def _rewrite(model: ir.Model, masked: list[tuple[Node, int]]) -> dict[str, int]:
+    counts = {"padding_mask": _simplify_masks(model.graph, masked)}
     fuse_erfgelu(model)
     counts["residual"] = _keep_residuals_apart(model.graph)
     counts["first_token"] = _select_first_token_early(model.graph)
-    return attentions, counts
+    return counts
 
 
 def _tidy(model: ir.Model) -> None:
@@ -114,8 +109,8 @@ def _tidy(model: ir.Model) -> None:
 
 
 def _fuse_attentions(model: ir.Model) -> list[Node]:
-    cores = [node for node in model.graph if node.op_type in ("Softmax", "Attention")]
-    attentions = [attention for attention in map(_fuse_attention, cores) if attention is not None]
+    softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
+    attentions = [attention for attention in map(_fuse_attention, softmaxes) if attention is not None]
     passes.RemoveUnusedNodesPass()(model)
     return attentions
 
@@ -125,25 +120,31 @@ def _mask(attention: Node) -> Value | None:
     return attention.inputs[3] if len(attention.inputs) > 3 else None
 
 
-def _fuse_attention(core: Node) -> Node | None:
-    """Replace the block around a Softmax (or around an Attention with split heads) by one Attention, if it is the same.
+def _masking(softmax: Node) -> tuple[Node, int] | None:
+    """What adds a mask to the scores that a Softmax reads, and which of its inputs is the mask."""
+    scores, mask = _scores_and_mask(softmax.inputs[0]) if softmax.op_type == "Softmax" else (None, None)
+    if scores is None or mask is None:
+        return None
+    add = softmax.inputs[0].producer()
+    return add, list(add.inputs).index(mask)
+
+
+def _fuse_attention(softmax: Node) -> Node | None:
+    """Replace the block around a Softmax by one Attention, if it is the same.
 
     Query, key, value and output are (batch, tokens, heads x head size); the mask, which may be missing, is added to the
     scores, (batch, heads, query tokens, key tokens). Past and present keys and values, which only a model with a KV cache
     has, are (batch, heads, tokens, head size).
     """
-    if core.op_type == "Attention":
-        product, split_heads, mask = core, core.inputs[:3], _mask(core)
-    else:
-        scores, mask = _scores_and_mask(core.inputs[0])
-        product = _only_reader(core.outputs[0])
-        if scores is None or product is None or product.op_type != "MatMul":
-            return None
-        split_heads = [scores.inputs[0], scores.inputs[1], product.inputs[1]]
-    context = product.outputs[0]
+    scores, mask = _scores_and_mask(softmax.inputs[0])
+    weighted = _only_reader(softmax.outputs[0])
+    if scores is None or weighted is None or weighted.op_type != "MatMul":
+        return None
+    split_heads = [scores.inputs[0], scores.inputs[1], weighted.inputs[1]]
+    context = weighted.outputs[0]
     heads = context.shape[1] if _rank(context) == 4 else None
     output = context
-    while (reader := _only_reader(output)) is not None and reader.op_type in ("Reshape", "Transpose", "Where"):
+    while (reader := _only_reader(output)) is not None and reader.op_type in ("Reshape", "Transpose"):
         output = reader.outputs[0]
     inputs = [_before_splitting_heads(value) for value in split_heads]
     caches = [value.producer() for value in inputs[1:] if value is not None and _joins_cache(value.producer())]
@@ -185,9 +186,9 @@ def _scores_and_mask(value: Value) -> tuple[Node | None, Value | None]:
     if node is not None and node.op_type == "Add":
         added = [(node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])]
     for scores, mask in added:
-        product = _before_scaling(scores).producer()
-        if product is not None and product.op_type == "MatMul":
-            return product, mask
+        matmul = _before_scaling(scores).producer()
+        if matmul is not None and matmul.op_type == "MatMul":
+            return matmul, mask
     return None, None
 
 
@@ -239,45 +240,6 @@ def _is_same(found: np.ndarray, expected: np.ndarray | None) -> bool:
     return np.allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def _write_out_attention(attention: Node) -> None:
-    """Put basic operators in the place of an Attention: the fewest, without the steps that exporters add for rows of padding."""
-    graph, heads = attention.graph, attention.attributes.get_int("q_num_heads")
-    query, key, value = attention.inputs[:3]
-    mask = _mask(attention)
-    split = _constant(graph, f"split_{heads}_heads", np.array([0, 0, heads, -1]))
-
-    def add(op_type: str, inputs: list[Value], shape: list[Any], attributes: dict[str, Any] | None = None) -> Value:
-        node = ir.node(op_type, inputs, attributes or {})
-        node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(shape)
-        graph.insert_before(attention, node)
-        return node.outputs[0]
-
-    def split_heads(tokens: Value, order: list[int]) -> Value:
-        batch, length, width = tokens.shape
-        shape = [batch, length, heads, width // heads]
-        return add(
-            "Transpose", [add("Reshape", [tokens, split], shape)], [shape[axis] for axis in order], {"perm": order}
-        )
-
-    query, key, value = (
-        split_heads(query, [0, 2, 1, 3]),
-        split_heads(key, [0, 2, 3, 1]),
-        split_heads(value, [0, 2, 1, 3]),
-    )
-    batch, _, length, size = query.shape
-    scores_shape = [batch, heads, length, key.shape[3]]
-    scale = _constant(graph, f"scale_of_{size}", np.float32(size**-0.5))
-    scores = add("MatMul", [add("Mul", [query, scale], query.shape), key], scores_shape)
-    if mask is not None:
-        scores = add("Add", [scores, mask], scores_shape)
-    context_shape = [batch, heads, length, value.shape[3]]
-    context = add("MatMul", [add("Softmax", [scores], scores_shape, {"axis": -1}), value], context_shape)
-    order = [0, 2, 1, 3]
-    merged = add("Transpose", [context], [context_shape[axis] for axis in order], {"perm": order})
-    _replace(attention.outputs[0], ir.node("Reshape", [merged, _constant(graph, "merge_heads", np.array([0, 0, -1]))]))
-    graph.remove(attention, safe=True)
-
-
 def _write_out_gelu(gelu: Node) -> None:
     graph, [value] = gelu.graph, gelu.inputs
     root, one, half = (
@@ -298,12 +260,15 @@ def _write_out_gelu(gelu: Node) -> None:
 # Masks
 
 
-def _simplify_masks(graph: Graph, attentions: list[Node]) -> int:
-    """Compute masks that hide just the padding in six steps instead of some twenty; drop masks that hide nothing."""
+def _simplify_masks(graph: Graph, masked: list[tuple[Node, int]]) -> int:
+    """Compute masks that hide just the padding in six steps instead of some twenty; drop masks that hide nothing.
+
+    `masked` are the nodes that read a mask, each an Add of the scores or an Attention, with the position of that input.
+    """
     padding = next((value for value in graph.inputs if value.name == PADDING_MASK), None)
     simple = None
     simplified = 0
-    for mask in {mask: None for mask in map(_mask, attentions) if mask is not None}:
+    for mask in dict.fromkeys(node.inputs[position] for node, position in masked):
         if mask.name == SIMPLE_MASK:
             continue
         hides_nothing = hides_padding = True
@@ -315,9 +280,13 @@ def _simplify_masks(graph: Graph, attentions: list[Node]) -> int:
             continue
         if hides_padding and simple is None:
             simple = _add_padding_mask(graph, padding)
-        for attention in attentions:
-            if _mask(attention) is mask:
-                attention.replace_input_with(3, None if hides_nothing else simple)
+        for node, position in masked:
+            if node.inputs[position] is not mask:
+                continue
+            if hides_nothing and node.op_type == "Add":
+                _take_place(node.outputs[0], node.inputs[1 - position])
+            else:
+                node.replace_input_with(position, None if hides_nothing else simple)
         simplified += 1
     return simplified
 
@@ -402,7 +371,7 @@ def _add_causal_mask(graph: Graph, padding: Value, ids: Value) -> Value:
 # Around attention
 
 
-def _unflatten_products(graph: Graph) -> int:
+def _unflatten_matmuls(graph: Graph) -> int:
     """Write Reshape, Gemm, Reshape as MatMul and Add on (batch, tokens, width); return how many."""
     changed = 0
     for gemm in [node for node in graph if node.op_type == "Gemm"]:
@@ -423,10 +392,10 @@ def _unflatten_products(graph: Graph) -> int:
             merge.outputs[0].shape = ir.Shape([*before.shape[:2], gemm.inputs[1].shape[0]])
             graph.insert_before(flatten, merge)
             tokens = merge.outputs[0]
-        product = ir.node("MatMul", [tokens, gemm.inputs[1]])
-        product.outputs[0].dtype, product.outputs[0].shape = after.dtype, after.shape
-        graph.insert_before(gemm, product)
-        _replace(after, ir.node("Add", [product.outputs[0], gemm.inputs[2]]))
+        matmul = ir.node("MatMul", [tokens, gemm.inputs[1]])
+        matmul.outputs[0].dtype, matmul.outputs[0].shape = after.dtype, after.shape
+        graph.insert_before(gemm, matmul)
+        _replace(after, ir.node("Add", [matmul.outputs[0], gemm.inputs[2]]))
         graph.remove([restore, gemm], safe=True)
         changed += 1
     return changed
@@ -436,7 +405,7 @@ def _keep_residuals_apart(graph: Graph) -> int:
     """Write a residual addition as a subtraction, so that ONNX Runtime does not fuse it with the LayerNormalization behind it.
 
     Its SkipLayerNormalization is a scalar loop on the CPU, 3 to 5 times slower than the two by themselves (in 1.31). What is
-    subtracted is a product whose weights changed their sign, which changes no digit. Where no product is added, Sum does
+    subtracted is a matmul whose weights changed their sign, which changes no digit. Where no matmul is added, Sum does
     the same on one thread.
     """
     changed = 0
@@ -460,7 +429,7 @@ def _keep_residuals_apart(graph: Graph) -> int:
 
 
 def _negate(value: Value) -> bool:
-    """Change the sign of `value` by that of the weights behind it, if it is a product (and a bias) that nothing else reads."""
+    """Change the sign of `value` by that of the weights behind it, if it is a matmul (and a bias) that nothing else reads."""
     weights = []
     while _only_reader(value) is not None:
         node = value.producer()
@@ -484,16 +453,16 @@ def _negate(value: Value) -> bool:
 
 
 def _select_first_token_early(graph: Graph) -> int:
-    """Where only token 0 of the last layer is read, compute only token 0 behind the last attention, and its query.
+    """Where only the [CLS] token of the last layer is read, compute only this one behind the last attention, and its query.
 
-    Going up from the Gather that selects the token, an operator moves behind the selection if it treats each token by
-    itself and if all its readers have moved. Where that ends, the values are cut to (batch, 1, width). Returns how many
-    operators moved.
+    Going up from the Gathers that select the token (there are two in a graph that was rewritten before its attention was fused), an
+    operator moves behind the selection if it treats each token by itself and if all its readers have moved. Where that ends, the
+    values are cut to (batch, 1, width). Returns how many operators moved.
     """
-    select = next((node for node in reversed(graph) if _selects_first_token(node)), None)
-    if select is None:
-        return 0
-    moved: dict[Node, list[int]] = {select: [0]}  # with the positions of the inputs that hold tokens
+    selections = [node for node in graph if _selects_first_token(node)]
+    moved: dict[Node, list[int]] = {
+        node: [0] for node in selections
+    }  # with the positions of the inputs that hold tokens
     for node in reversed(list(graph)):
         output = node.outputs[0]
         readers = list(output.uses())
@@ -501,11 +470,10 @@ def _select_first_token_early(graph: Graph) -> int:
         positions = _token_inputs(node) if behind and not output.is_graph_output() else []
         if positions:
             moved[node] = positions
-    if len(moved) == 1:
-        return 0
 
     first = _constant(graph, "first_token", np.array([0]))
-    cut: dict[tuple[Value, int], Value] = {}
+    kept = [node for node in selections if _rank(node.inputs[1]) == 1]
+    cut: dict[tuple[Value, int], Value] = {(node.inputs[0], 1): node.outputs[0] for node in kept}
 
     def cut_input(node: Node, position: int, axis: int) -> None:
         value = node.inputs[position]
@@ -518,15 +486,18 @@ def _select_first_token_early(graph: Graph) -> int:
         node.replace_input_with(position, cut[value, axis])
 
     for node, positions in moved.items():
+        if node in selections:
+            if node in kept and node.inputs[0].producer() in moved:
+                node.outputs[0].replace_all_uses_with(node.inputs[0])
+            continue
         for position in positions:
             if node.inputs[position].producer() not in moved:
                 cut_input(node, position, axis=1)
         if node.op_type == "Attention" and _mask(node) is not None:
             cut_input(node, 3, axis=2)
-        if node is not select:
-            batch, _, width = node.outputs[0].shape
-            node.outputs[0].shape = ir.Shape([batch, 1, width])
-    return len(moved) - 1
+        batch, _, width = node.outputs[0].shape
+        node.outputs[0].shape = ir.Shape([batch, 1, width])
+    return len(moved) - len(selections)
 
 
 def _selects_first_token(node: Node) -> bool:

@@ -1,15 +1,21 @@
-"""The same examples through a torch model or an ONNX file: logits in the order of the examples."""
+"""The same examples through an ONNX file: predictions in the order of the examples."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.core.errors import InputError
 from pipelines.core.task import Arrays, Collate, Task
 from pipelines.models.predict import predict_batches
 from pipelines.runtime.infer import available_cores
+
+if TYPE_CHECKING:
+    from pipelines.core.task import Arrays, Collate, Task
+
+PAST, PRESENT = "past_key_values.", "present."  # how the names of a KV cache begin, among inputs and outputs
 
 
 def open_session(path: Path, threads: int | None = None) -> Any:
@@ -23,13 +29,34 @@ def open_session(path: Path, threads: int | None = None) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def empty_cache(session: Any, batch_size: int) -> dict[str, np.ndarray]:
+def empty_cache(session: Any, batch_size: int) -> Arrays:
     """The keys and values of no tokens at all (batch, heads, 0, head size), for each input of a graph with a KV cache."""
     return {
         value.name: np.zeros((batch_size, value.shape[1], 0, value.shape[3]), np.float32)
         for value in session.get_inputs()
-        if value.name.startswith("past_key_values.")
+        if value.name.startswith(PAST)
     }
+
+
+def complete_feed(session: Any, batch: dict[str, Any]) -> Arrays:
+    """What of a batch the graph takes, with what it takes besides: a mask that hides nothing, an empty cache.
+
+    A tokenizer may give more than that, such as the token types of a model that has none.
+    """
+    names = [value.name for value in session.get_inputs()]
+    feed = {name: np.asarray(batch[name]) for name in names if name in batch}
+    if "attention_mask" in names and "attention_mask" not in feed:
+        feed["attention_mask"] = np.ones_like(feed["input_ids"])
+    missing = [name for name in names if name not in feed and not name.startswith(PAST)]
+    if missing:
+        raise InputError(f"expected feeds for the inputs {names}, found none for {missing}. Add them to the feeds.")
+    return feed | empty_cache(session, len(next(iter(feed.values()))))
+
+
+def run_session(session: Any, batch: dict[str, Any]) -> Arrays:
+    """The outputs of a graph for a batch, by name, without the cache."""
+    names = [value.name for value in session.get_outputs() if not value.name.startswith(PRESENT)]
+    return dict(zip(names, session.run(names, complete_feed(session, batch)), strict=True))
 
 
 def predict_onnx(
@@ -42,14 +69,13 @@ def predict_onnx(
     """
     at_once = available_cores() if batch_size == 1 else 1
     session = open_session(path, threads=1 if batch_size == 1 else None)
-    names = [value.name for value in session.get_inputs()]
-    outputs = [value.name for value in session.get_outputs() if not value.name.startswith("present")]
+    return predict_batches(
+        lambda batch: run_session(session, batch), features, collate, task, batch_size, name, at_once
+    )
 
-    def run(batch: dict[str, Any]) -> Arrays:
-        feed = {key: np.asarray(batch[key]) for key in names if key in batch}
-        if "attention_mask" in names and "attention_mask" not in feed:
-            feed["attention_mask"] = np.ones_like(feed["input_ids"])
-        found = session.run(outputs, feed | empty_cache(session, len(feed[next(iter(feed))])))
-        return dict(zip(outputs, found, strict=True))
 
-    return predict_batches(run, features, collate, task, batch_size, name, at_once)
+def score_onnx(path: Path, task: Task, processor: Any, split: str, name: str) -> dict[str, Any]:
+    """The scores of an ONNX file on a split."""
+    features: Any = task.features(processor)[split]
+    predictions = predict_onnx(path, features, task.collate(processor), task, name=name)
+    return task.scores(predictions, features["labels"], split)

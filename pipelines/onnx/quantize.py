@@ -1,200 +1,188 @@
-"""Make an ONNX graph smaller and faster: operators fused; weights and embeddings in int8, activations quantized as they come."""
+"""Make an ONNX graph smaller and faster: operators fused, weights and embeddings in int8 or int4; verified, chosen by quality and speed."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from pipelines.core.config import QuantizeConfig
 from pipelines.core.memory import give_memory_back
 from pipelines.core.run import Outcome, copy_beside, read_record
-from pipelines.onnx.export import ONNX_FILE
-from pipelines.onnx.file import drop_weights, save
+from pipelines.onnx.blocks import quantize_blocks, tied_tables
+from pipelines.onnx.calibrate import calibration_feeds, quantize_static_int8
+from pipelines.onnx.export import ONNX_FILE, quiet_exporters
+from pipelines.onnx.file import save, size_of
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.measure import Subject, measure
-from pipelines.onnx.predict import predict_onnx
-from pipelines.onnx.verify import verify_quality, verify_same_graph
-from pipelines.report.results import timing_feeds
+from pipelines.onnx.predict import score_onnx
+from pipelines.onnx.verify import quality_lost, verify_quality, verify_same_graph
 
-# Products with weights, and embeddings (Gather), whose tables stay bytes: only the rows that are read are dequantized.
-# Not Attention, which would become an invalid QAttention, nor Conv, whose ConvInteger is slower than the float kernel.
-_QUANTIZED_TYPES = ["MatMul", "Gather"]
+if TYPE_CHECKING:
+    from pipelines.core.task import Arrays, Task
+
 CANDIDATES = ".candidates"  # one folder for each scheme that was tried, until one is chosen
+SAME_TIME = 1.05  # times this close to the fastest count as equal
+Feeds = Callable[[], "list[Arrays]"]
 
 
-def quantize_onnx(source: str, directory: Path, task: Any, quantize: QuantizeConfig) -> Outcome:
-    """Make the shipped model: the fp32 file in `source` fused for ONNX Runtime, then int8 where asked for; verified on validation examples."""
+def _fp32(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) -> dict[str, Any]:
+    save(ir.load(source), target)
+    return {}
+
+
+def _dynamic_int8(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) -> dict[str, Any]:
+    return quantize_dynamic_int8(source, target, quantize.reduce_range, quantize.block_size)
+
+
+def _static_int8(
+    source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds, calibration: str
+) -> dict[str, Any]:
+    return quantize_static_int8(source, target, feeds(), calibration, quantize.reduce_range)
+
+
+def _blocks(
+    source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds, table_bits: int, weight_bits: int
+) -> dict[str, Any]:
+    quantize_blocks(source, target, table_bits, weight_bits, quantize.block_size)
+    return {"block_size": quantize.block_size}
+
+
+# How a fused graph becomes a quantized one, by the names that tasks, records and --quantization use.
+SCHEMES: dict[str, Callable[[Path, Path, QuantizeConfig, Feeds], dict[str, Any]]] = {
+    "fp32": _fp32,
+    "dynamic_int8": _dynamic_int8,
+    "static_int8_minmax": partial(_static_int8, calibration="minmax"),
+    "static_int8_entropy": partial(_static_int8, calibration="entropy"),
+    "static_int8_percentile": partial(_static_int8, calibration="percentile"),
+    "int8_blocks": partial(_blocks, table_bits=8, weight_bits=8),
+    "int4_blocks": partial(_blocks, table_bits=4, weight_bits=4),
+    "int4_blocks_int8_embeddings": partial(_blocks, table_bits=8, weight_bits=4),
+}
+
+
+def schemes_to_try(task: Task, quantize: QuantizeConfig) -> list[str]:
+    """The names of SCHEMES that the settings ask for."""
+    asked = quantize.quantization or task.default_quantization
+    if asked == "auto":
+        return list(task.quantization_schemes)
+    return [f"static_int8_{quantize.calibration}" if asked == "static_int8" else asked]
+
+
+def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeConfig) -> Outcome:
+    """Make the shipped model: the fp32 file in `source`, fused for ONNX Runtime and quantized; verified on validation examples."""
     task.check_graph(source)
-    original, fused = Path(source) / ONNX_FILE, directory / "fused.onnx"
-    copy_beside(Path(source), directory)
+    original, candidates = Path(source) / ONNX_FILE, directory / CANDIDATES
     processor = task.load_processor(source)
+    candidates.mkdir()
+    fused = candidates / "fused.onnx"
     fused_nodes = fuse_for_onnxruntime(original, fused)
-    layers = getattr(task.load_config(source), "num_hidden_layers", None)
-    if layers is not None and fused_nodes["attention"] < layers:
-        print(
-            f"quantized: {fused_nodes['attention']} of {layers} attention blocks fused; the rest is right but slower",
-            flush=True,
-        )
+    if fused_nodes["attention"] < fused_nodes["attention_blocks"]:
+        found = f"{fused_nodes['attention']} of {fused_nodes['attention_blocks']} attention blocks"
+        print(f"quantized: {found} fused; the rest is right but slower", flush=True)
     fusion = verify_same_graph(fused, original, task, processor)
     give_memory_back()
-    quantized = make_candidates(fused, directory, task, processor, quantize)
-    fused.unlink()
-    _data_beside(fused).unlink(missing_ok=True)
-    give_memory_back()
-    chosen, measured = choose(quantized, directory, original, task, processor, quantize.max_quality_drop)
-    for path in (directory / CANDIDATES / chosen).iterdir():
+    before = score_onnx(original, task, processor, "validation", "score fp32")
+    feeds = cache(partial(calibration_feeds, task, processor, quantize.calibration_samples))
+    tried: dict[str, dict[str, Any]] = {}
+    for name in schemes_to_try(task, quantize):
+        folder = candidates / name
+        folder.mkdir()
+        copy_beside(Path(source), folder)
+        made = SCHEMES[name](fused, folder / ONNX_FILE, quantize, feeds)
+        give_memory_back()
+        after = score_onnx(folder / ONNX_FILE, task, processor, "validation", f"score {name}")
+        lost = quality_lost(before[task.primary_metric], after[task.primary_metric], task.greater_is_better)
+        tried[name] = {
+            **made,
+            "operators": _operators(folder / ONNX_FILE),
+            "bytes": size_of(folder / ONNX_FILE),
+            "metrics": after,
+            "quality_lost": lost,
+            "within_limit": bool(lost <= quantize.max_quality_drop),
+        }
+    chosen = choose(tried, candidates, task)
+    metrics = tried[chosen]["metrics"]
+    verification = verify_quality(before, metrics, task, quantize.max_quality_drop, chosen)
+    for path in (candidates / chosen).iterdir():
         path.rename(directory / path.name)
-    shutil.rmtree(directory / CANDIDATES)
-    verification = verify_quality(directory / ONNX_FILE, original, task, processor, quantize.max_quality_drop)
-    metrics = {"validation": verification.pop("metrics")}
+    shutil.rmtree(candidates)
     details = {
         "fused_nodes": fused_nodes,
         "fused_equals_source": fusion,
         "scheme": chosen,
-        "quantized": quantized[chosen],
-        "candidates": measured,
-        "verification": verification,
+        "candidates": tried,
+        "verification": verification | {"examples": len(task.features(processor)["validation"])},
     }
-    return Outcome("onnx", metrics, (read_record(Path(source)) or {}).get("parameters"), details)
+    return Outcome("onnx", {"validation": metrics}, (read_record(Path(source)) or {}).get("parameters"), details)
 
 
-def make_candidates(
-    fused: Path, directory: Path, task: Any, processor: Any, quantize: QuantizeConfig
-) -> dict[str, dict[str, Any]]:
-    """Write a quantized model for each scheme that the flags ask for, in a folder of its own; return what was done, by scheme."""
-    from pipelines.onnx.calibrate import CALIBRATIONS, calibration_feeds, quantize_static_int8
+def choose(tried: dict[str, dict[str, Any]], candidates: Path, task: Task) -> str:
+    """The fastest scheme of those that lose little enough; of those that are as fast as it the best; where all lose too much the best.
 
-    schemes = {
-        "dynamic_int8": ["dynamic_int8"],
-        "static_int8": [quantize.calibration],
-        "auto": ["dynamic_int8", *CALIBRATIONS],
-        "fp32": ["fp32"],
-    }
-    feeds = None
-    made = {}
-    for scheme in schemes[quantize.quantization]:
-        name = f"static_int8_{scheme}" if scheme in CALIBRATIONS else scheme
-        target = directory / CANDIDATES / name / ONNX_FILE
-        target.parent.mkdir(parents=True)
-        if scheme == "dynamic_int8":
-            made[name] = quantize_dynamic_int8(fused, target, quantize.reduce_range)
-        elif scheme == "fp32":
-            made[name] = keep_fp32(fused, target)
-        else:
-            feeds = feeds or calibration_feeds(task, processor, quantize.calibration_samples)
-            made[name] = quantize_static_int8(fused, target, feeds, scheme, quantize.reduce_range)
-    return made
-
-
-def choose(
-    schemes: Iterable[str], directory: Path, original: Path, task: Any, processor: Any, max_quality_drop: float
-) -> tuple[str, dict[str, dict[str, float]]]:
-    """The fastest scheme of those that lose little enough on the validation split, and what was measured of each.
-
-    Times within a twentieth of the fastest are the same, and then the higher score wins; where all lose too much, too.
+    Where there is a choice, each candidate's "p50_ms" is noted in `tried`.
     """
-    names = list(schemes)
-    if len(names) == 1:
-        return names[0], {}
-    features, collate = task.features(processor)["validation"], task.collate(processor)
-    sign = 1 if task.greater_is_better else -1
+    allowed = [name for name in tried if tried[name]["within_limit"]]
+    if len(allowed) > 1:
+        subjects = [
+            Subject(name, candidates / name, "onnx", task.workload(candidates / name, "validation")) for name in allowed
+        ]
+        for name, timing in measure(subjects, seconds=0.5).items():
+            tried[name]["p50_ms"] = timing["latency_ms"]["p50"]
+        fastest = min(tried[name]["p50_ms"] for name in allowed)
+        allowed = [name for name in allowed if tried[name]["p50_ms"] <= SAME_TIME * fastest]
+    return min(allowed or tried, key=lambda name: tried[name]["quality_lost"])
 
-    def score(path: Path, name: str) -> float:
-        logits = predict_onnx(path, features, collate, name=f"score {name}")
-        return float(task.metrics(logits, features["labels"])[task.primary_metric])
 
-    before = score(original, "fp32")
-    single, batches = timing_feeds(features, collate)
-    folders = {name: directory / CANDIDATES / name for name in names}
-    timings = measure(
-        [Subject(name, folder, "onnx", single, batches[:1]) for name, folder in folders.items()], seconds=0.5
+def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool, block_size: int = 32) -> dict[str, Any]:
+    """Quantize the matmuls (a scale for each output column) and embeddings of `source` into the one file `target`.
+
+    `reduce_range` keeps the weights of matmuls within 7 bits, as x86 processors without VNNI need: their kernels add pairs of 8-bit
+    products in 16 bits, which saturate. Embeddings stay bytes, of which only the rows that are read are dequantized; those with a tied
+    head are blocks of int8, which both read. On loading, ONNX Runtime merges each MatMulInteger with what converts around it.
+    Returns "quantized", how many nodes have int8 weights: "MatMul" (Gemm among them) and "Gather".
+    """
+    from onnxruntime.quantization import QuantType
+    from transformers.exporters.configs import ExportFormat
+    from transformers.exporters.quantizers import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
+    config = OnnxRuntimeDynamicConfig(
+        # Not Attention, which would become an invalid QAttention, nor Conv, whose ConvInteger is slower than the float kernel.
+        op_types_to_quantize=["MatMul", "Gather"],
+        per_channel=True,
+        reduce_range=reduce_range,
+        weight_type=QuantType.QInt8,
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
     )
-    measured = {}
-    for name, folder in folders.items():
-        after = score(folder / ONNX_FILE, name)
-        measured[name] = {
-            task.primary_metric: after,
-            "drop": (before - after) * sign,
-            "p50_ms": timings[name]["latency_ms"]["p50"],
-            "bytes": (folder / ONNX_FILE).stat().st_size,
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".quantize-") as scratch, quiet_exporters():
+        prepared = source
+        if tied_tables(onnx.load(source, load_external_data=False).graph):
+            prepared = Path(scratch) / ONNX_FILE
+            quantize_blocks(source, prepared, 8, None, block_size)
+        model = ir.load(prepared)
+        for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
+            value.shape = None  # the quantizer transposes weights, and then finds the shapes behind them wrong
+        quantized = OnnxRuntimeQuantizer(config).quantize(model, {}, ExportFormat.ONNX)
+    int8 = (ir.DataType.INT8, ir.DataType.UINT8)
+    graph: Any = quantized.graph
+    operators = Counter(node.op_type for node in graph)
+    rows = [node for node in graph if node.op_type == "Gather" and node.inputs[0].dtype in int8]
+    save(quantized, target)
+    return {
+        "quantized": {
+            "MatMul": operators["MatMulInteger"] + operators["MatMulNBits"],
+            "Gather": len(rows) + operators["GatherBlockQuantized"],
         }
-    allowed = [name for name in names if measured[name]["drop"] <= max_quality_drop]
-    if allowed:
-        fastest = min(measured[name]["p50_ms"] for name in allowed)
-        allowed = [name for name in allowed if measured[name]["p50_ms"] <= 1.05 * fastest]
-    return min(allowed or names, key=lambda name: measured[name]["drop"]), measured
-
-
-def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool) -> dict[str, Any]:
-    """Quantize the products (a scale for each output column) and embeddings of `source` into the one file `target`.
-
-    `reduce_range` keeps the weights of products within 7 bits, as x86 processors without VNNI need: their kernels add
-    pairs of 8-bit products in 16 bits, which saturate. Returns "quantized" (counts: "MatMul", with Gemm among them, and
-    "Gather"), "operators_before" and "operators_after" (counts by type), "bytes_before" and "bytes_after". On loading,
-    ONNX Runtime merges each MatMulInteger with what converts around it.
-    """
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".quantize-") as scratch:
-        prepared = Path(scratch) / "model.onnx"
-        operators_before = _prepare(source, prepared)
-        quantize_dynamic(
-            prepared,
-            target,
-            op_types_to_quantize=_QUANTIZED_TYPES,
-            per_channel=True,
-            reduce_range=reduce_range,
-            weight_type=QuantType.QInt8,
-            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
-        )
-    graph = onnx.load(target).graph
-    operators_after = Counter(node.op_type for node in graph.node)
-    tables = {
-        tensor.name
-        for tensor in graph.initializer
-        if tensor.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
-    }
-    embeddings = [node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables]
-    return {
-        "quantized": {"MatMul": operators_after["MatMulInteger"], "Gather": len(embeddings)},
-        "operators_before": dict(operators_before),
-        "operators_after": dict(operators_after),
-        "bytes_before": source.stat().st_size,
-        "bytes_after": target.stat().st_size,
     }
 
 
-def keep_fp32(source: Path, target: Path) -> dict[str, Any]:
-    """Write the fused graph `source` as it is to `target`; return what quantize_dynamic_int8() returns, nothing of it quantized."""
-    model = ir.load(source)
-    save(model, target)
-    operators = dict(Counter(node.op_type for node in model.graph))
-    drop_weights(model)
-    return {
-        "quantized": {},
-        "operators_before": operators,
-        "operators_after": operators,
-        "bytes_before": source.stat().st_size,
-        "bytes_after": target.stat().st_size,
-    }
-
-
-def _data_beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.data")
-
-
-def _prepare(source: Path, prepared: Path) -> Counter[str]:
-    """Copy the model without its inner shapes: the quantizer transposes weights and then finds their shapes wrong."""
-    model = onnx.load(source)
-    del model.graph.value_info[:]
-    add_pre_process_metadata(model)
-    # The weights of a model above 2 GB are beside it, and so must those of the copy be.
-    onnx.save(model, prepared, save_as_external_data=_data_beside(source).exists())
-    return Counter(node.op_type for node in model.graph.node)
+def _operators(path: Path) -> dict[str, int]:
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    return dict(sorted(Counter(node.op_type for node in nodes).items()))

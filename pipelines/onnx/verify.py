@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipelines.core.errors import VerificationError
-from pipelines.onnx.predict import open_session, predict_onnx
+from pipelines.onnx.predict import open_session, score_onnx
 
-TOLERANCE = (
-    1e-4  # largest difference of a logit, as a share of the largest logit (or of 1); fp32 graphs stay below 1e-5
-)
+if TYPE_CHECKING:
+    from pipelines.core.task import Arrays, Task
+
+# Largest difference of an output, as a share of its largest number (or of 1); fp32 graphs stay below 1e-5.
+TOLERANCE = 1e-4
 BATCH_SIZES = (1, 2, 7)
 
 
-def verification_batches(features: Any, collate: Any) -> Iterator[dict[str, Any]]:
+def verification_batches(features: Any, collate: Any) -> Iterator[Arrays]:
     """Real batches of several sizes: the shortest examples, the longest, and, where examples have a length, ragged ones.
 
     In a ragged batch each example is cut to another length, since real ones may all have been cut to the same: without it no
@@ -33,8 +35,8 @@ def verification_batches(features: Any, collate: Any) -> Iterator[dict[str, Any]
             yield _batch([_shortened(example, (i + 1) / len(examples)) for i, example in enumerate(examples)], collate)
 
 
-def _batch(examples: list[dict[str, Any]], collate: Any) -> dict[str, Any]:
-    return {name: value for name, value in collate(examples).items() if name != "labels"}
+def _batch(examples: list[dict[str, Any]], collate: Any) -> Arrays:
+    return {name: np.asarray(value) for name, value in collate(examples).items() if name != "labels"}
 
 
 def _shortened(example: dict[str, Any], share: float) -> dict[str, Any]:
@@ -43,116 +45,93 @@ def _shortened(example: dict[str, Any], share: float) -> dict[str, Any]:
     return {name: value[:length] if isinstance(value, list) else value for name, value in example.items()}
 
 
-def verify_against_torch(path: Path, model: Any, task: Any, processor: Any) -> dict[str, Any]:
-    """Compare the logits of an fp32 ONNX file with those of `model` on real validation batches; return what was compared.
+def verify_against_torch(path: Path, model: Any, task: Task, processor: Any) -> dict[str, Any]:
+    """Compare the outputs of an fp32 ONNX file with those of `model` on the task's feeds; return what was compared.
 
     Raises VerificationError where they differ by more than rounding.
     """
-    import torch
-
     model.eval()
-
-    def expected(batches: list[dict[str, Any]]) -> list[np.ndarray]:
-        with torch.inference_mode():
-            return [model(**batch).logits.numpy() for batch in batches]
-
-    return _compare(path, expected, "the model it was made from", task, processor)
+    feeds = task.verification_feeds(processor)
+    return _compare(path, [task.run_model(model, feed) for feed in feeds], "the model it was made from", task, feeds)
 
 
-def verify_same_graph(path: Path, original: Path, task: Any, processor: Any) -> dict[str, Any]:
+def verify_same_graph(path: Path, original: Path, task: Task, processor: Any) -> dict[str, Any]:
     """The same comparison with the fp32 ONNX file that `path` was rewritten from."""
-
-    def expected(batches: list[dict[str, Any]]) -> list[np.ndarray]:
-        session = open_session(original)
-        return [_run(session, batch) for batch in batches]
-
-    return _compare(path, expected, f"{original}, which it was rewritten from", task, processor)
+    session, feeds = open_session(original), task.verification_feeds(processor)
+    expected = [task.run_graph(session, feed) for feed in feeds]
+    del session  # one after the other, since each of the two takes more memory than its weights
+    return _compare(path, expected, f"{original}, which it was rewritten from", task, feeds)
 
 
-def verify_directory(directory: Path, reference: Path, task: Any, max_quality_drop: float) -> dict[str, Any]:
+def _compare(path: Path, expected: list[Arrays], origin: str, task: Task, feeds: list[Arrays]) -> dict[str, Any]:
+    session = open_session(path)
+    largest_difference = largest_output = 0.0
+    for feed, wanted in zip(feeds, expected, strict=True):
+        found = task.run_graph(session, feed)
+        for name, numbers in wanted.items():
+            if found[name].shape != numbers.shape or not np.isfinite(found[name]).all():
+                raise VerificationError(
+                    f"expected finite {name} of shape {numbers.shape} from {path}, found shape {found[name].shape} with "
+                    f"{int((~np.isfinite(found[name])).sum())} that are not finite. The graph is broken and must not be used; export it "
+                    "again."
+                )
+            difference, scale = float(np.abs(found[name] - numbers).max()), float(np.abs(numbers).max())
+            if difference > TOLERANCE * max(1.0, scale):
+                raise VerificationError(
+                    f"expected the {name} of {path} to equal those of {origin}, within {TOLERANCE:g} of the largest ({scale:.3g}), found "
+                    f"a difference of {difference:.3g}. The graph is not that model and must not be used; export it again, and report "
+                    "the model if it happens again."
+                )
+            largest_difference, largest_output = max(largest_difference, difference), max(largest_output, scale)
+    return {
+        "largest_difference": largest_difference,
+        "largest_output": largest_output,
+        "shapes": [list(next(iter(feed.values())).shape) for feed in feeds],
+        "padded_tokens": sum(int((feed["attention_mask"] == 0).sum()) for feed in feeds if "attention_mask" in feed),
+    }
+
+
+def quality_lost(before: float, after: float, greater_is_better: bool) -> float:
+    """The share of a metric that is lost: 0.01 where an accuracy of 0.90 becomes 0.891, or a perplexity of 19.8 becomes 20.
+
+    Less than 0 where it is gained. (A metric that was 0 has no shares: then it is the difference.)
+    """
+    whole, kept = (before, after) if greater_is_better else (after, before)
+    return float((whole - kept) / (abs(whole) or 1.0))
+
+
+def verify_quality(
+    before: dict[str, Any], after: dict[str, Any], task: Task, max_quality_drop: float, name: str
+) -> dict[str, Any]:
+    """Compare the scores of a quantized model with those of the fp32 one it was made from; return both and what was lost.
+
+    Raises VerificationError where more than `max_quality_drop` was lost. A score that is not a number loses everything.
+    """
+    metric = task.primary_metric
+    lost = quality_lost(before[metric], after[metric], task.greater_is_better)
+    if not lost <= max_quality_drop:
+        raise VerificationError(
+            f"expected quantization to cost at most {max_quality_drop:.1%} of {metric} on the validation split, found {before[metric]:.4f} "
+            f"before and {after[metric]:.4f} after ({lost:.1%}) with {name}. Allow more with --max_quality_drop, name the CPU it will run "
+            "on with --target_cpu, take smaller blocks with --block_size, prune less or train the student longer, or ship fp32 with "
+            "--quantization fp32."
+        )
+    return {"fp32": before[metric], "quantized": after[metric], "quality_lost": lost}
+
+
+def verify_directory(directory: Path, reference: Path, task: Task, max_quality_drop: float) -> dict[str, Any]:
     """Verify the ONNX model in `directory` against the model directory it was exported from, or the ONNX directory it was quantized from."""
     from pipelines.models.removal import load_model
 
     task.check_graph(str(directory))
     processor = task.load_processor(str(directory))
-    if (reference / "model.onnx").is_file():
+    path, original = directory / "model.onnx", reference / "model.onnx"
+    if original.is_file():
         task.check_graph(str(reference))
-        return verify_quality(directory / "model.onnx", reference / "model.onnx", task, processor, max_quality_drop)
-    model = load_model(reference, task.trust_remote_code)
-    task.order_labels(model, str(reference))
-    return verify_against_torch(directory / "model.onnx", model, task, processor)
-
-
-def _run(session: Any, batch: dict[str, Any]) -> np.ndarray:
-    return session.run(["logits"], {value.name: batch[value.name].numpy() for value in session.get_inputs()})[0]
-
-
-def _compare(
-    path: Path,
-    expected_logits: Callable[[list[dict[str, Any]]], list[np.ndarray]],
-    origin: str,
-    task: Any,
-    processor: Any,
-) -> dict[str, Any]:
-    batches = list(verification_batches(task.features(processor)["validation"], task.collate(processor)))
-    # One after the other, since each of the two models takes more memory than its weights.
-    answers = expected_logits(batches)
-    session = open_session(path)
-    largest_difference = largest_logit = 0.0
-    shapes, padded = [], 0
-    for batch, expected in zip(batches, answers, strict=True):
-        found = _run(session, batch)
-        shape = list(next(iter(batch.values())).shape)
-        if found.shape != expected.shape or not np.isfinite(found).all():
-            raise VerificationError(
-                f"expected finite logits of shape {expected.shape} from {path} for a batch of shape {shape}, found shape {found.shape} "
-                f"with {int((~np.isfinite(found)).sum())} that are not finite. The graph is broken and must not be used; export it again."
-            )
-        shapes.append(shape)
-        padded += int((batch["attention_mask"] == 0).sum()) if "attention_mask" in batch else 0
-        largest_difference = max(largest_difference, float(np.abs(found - expected).max()))
-        largest_logit = max(largest_logit, float(np.abs(expected).max()))
-    if largest_difference > TOLERANCE * max(1.0, largest_logit):
-        raise VerificationError(
-            f"expected the logits of {path} to equal those of {origin}, within {TOLERANCE:g} of the largest ({largest_logit:.3g}), found "
-            f"a difference of {largest_difference:.3g}. The graph is not that model and must not be used; export it again, and report the "
-            "model if it happens again."
+        before, after = (
+            score_onnx(file, task, processor, "validation", f"score {file.parent.name}") for file in (original, path)
         )
-    return {
-        "largest_difference": largest_difference,
-        "largest_logit": largest_logit,
-        "batch_shapes": shapes,
-        "padded_tokens": padded,
-    }
-
-
-def verify_quality(path: Path, reference: Path, task: Any, processor: Any, max_quality_drop: float) -> dict[str, Any]:
-    """Score a quantized ONNX file and the fp32 one it was made from on the validation split; return both scores and the agreement.
-
-    Raises VerificationError where the primary metric falls by more than `max_quality_drop`.
-    """
-    features, collate = task.features(processor)["validation"], task.collate(processor)
-    logits = predict_onnx(path, features, collate, name="verify quantized")
-    reference_logits = predict_onnx(reference, features, collate, name="verify fp32")
-    if not np.isfinite(logits).all():
-        raise VerificationError(
-            f"expected finite logits from {path}, found {int((~np.isfinite(logits)).sum())} that are not. The file is broken and must not "
-            "be used; quantize again, or ship fp32 with --quantization fp32."
-        )
-    metrics = task.metrics(logits, features["labels"])
-    before = task.metrics(reference_logits, features["labels"])[task.primary_metric]
-    drop = (before - metrics[task.primary_metric]) * (1 if task.greater_is_better else -1)
-    if drop > max_quality_drop:
-        raise VerificationError(
-            f"expected quantization to cost at most {max_quality_drop:g} of {task.primary_metric} on the validation split, found "
-            f"{before:.4f} before and {metrics[task.primary_metric]:.4f} after. Allow more with --max_quality_drop, name the CPU it will "
-            "run on with --target_cpu, prune less or train the student longer, or ship fp32 with --quantization fp32."
-        )
-    return {
-        "metrics": metrics,
-        "fp32": before,
-        "drop": drop,
-        "agreement": float(task.agreement(logits, reference_logits)),
-        "largest_difference": float(np.abs(logits - reference_logits).max()),
-        "examples": len(features),
-    }
+        return verify_quality(before, after, task, max_quality_drop, str(path)) | {"metrics": after}
+    model = load_model(reference, task.config.trust_remote_code)
+    task.align_labels(model, str(reference))
+    return verify_against_torch(path, model, task, processor) | task.verify_behaviour(directory, model, processor)

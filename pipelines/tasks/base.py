@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.sources import resolve
+from pipelines.core.task import Arrays, Workload
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
+from pipelines.data.sources import check_onnx_directory
 from pipelines.models.loading import load
+from pipelines.onnx.measure import encoder_workload, timing_feeds
+from pipelines.onnx.predict import run_session
+from pipelines.onnx.verify import verification_batches
 
 
 class Task(ABC):
@@ -75,6 +81,10 @@ class Task(ABC):
         )
 
     @abstractmethod
+    def load_processor(self, source: str) -> Any:
+        """The tokenizer or image processor of a model."""
+
+    @abstractmethod
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless a model with the config that `source` has takes this task's inputs."""
 
@@ -89,3 +99,43 @@ class Task(ABC):
     @abstractmethod
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
         """The scores of predictions against references; of a whole `split` also those that need its text."""
+
+    # ---- ONNX
+
+    quantization_schemes: Sequence[str] = (
+        "dynamic_int8",
+        "static_int8_minmax",
+        "static_int8_entropy",
+        "static_int8_percentile",
+    )
+    default_quantization = "dynamic_int8"
+
+    def verification_feeds(self, processor: Any) -> list[Arrays]:
+        """Real validation batches of several sizes, ragged ones among them."""
+        return list(verification_batches(self.features(processor)["validation"], self.collate(processor)))
+
+    def run_model(self, model: Any, feed: Arrays) -> Arrays:
+        """The logits of a torch model for one of the verification feeds."""
+        import torch
+
+        with torch.inference_mode():
+            output = model(**{name: torch.from_numpy(array) for name, array in feed.items()})
+        return {"logits": output.logits.numpy()}
+
+    def run_graph(self, session: Any, feed: Arrays) -> Arrays:
+        """The same of an ONNX Runtime session."""
+        return run_session(session, feed)
+
+    def verify_behaviour(self, directory: Path, model: Any, processor: Any) -> dict[str, Any]:
+        """Nothing: a model that only predicts does nothing beyond single calls."""
+        return {}
+
+    def check_graph(self, source: str) -> None:
+        """Raise InputError unless the ONNX model in `source` takes this task's inputs."""
+        check_onnx_directory(Path(source))
+        self.check_config(self.load_config(source), source)
+
+    def workload(self, directory: Path, split: str) -> Workload:
+        """The longest example of a split alone, and a sample of it in batches."""
+        processor = self.load_processor(str(directory))
+        return encoder_workload(*timing_feeds(self.features(processor)[split], self.collate(processor)))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.core.errors import InputError
-from pipelines.data.sources import check_onnx_directory
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.tasks.base import Task
 from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
@@ -63,9 +61,8 @@ class Classification(Task, ClassifierLoss):
 
         A graph keeps the order of its export.
         """
-        check_onnx_directory(Path(source))
+        super().check_graph(source)
         config = self.load_config(source)
-        self.check_config(config, source)
         if label_order(config, self.label_names) != list(range(len(self.label_names))):
             raise InputError(
                 f"expected an ONNX model for the labels {self.label_names}, in this order, found {list(config.id2label.values())} in "

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Head
+from pipelines.core.task import Graph, Head
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.images import IMAGES, collate
 from pipelines.data.references import read_classes
@@ -103,14 +103,10 @@ class ImageClassification(Classification):
         paths = (cell["path"] for cell in self.data.splits["test"]["image"])
         return [Path(path).name if path else f"image {index}" for index, path in enumerate(paths)]
 
-    def export_sample(self, processor: Any) -> dict[str, Any]:
-        """Two real examples as a batch, so that no axis has size 1."""
+    def graph(self, model: Any, processor: Any) -> Graph:
+        """Two real examples as the sample; a model has one image size, so only the batch varies."""
         batch = self.collate(processor)([self._features["train"][index] for index in (0, 1)])
-        return {"pixel_values": batch["pixel_values"]}
-
-    def dynamic_axes(self, sample: dict[str, Any]) -> dict[str, dict[int, str]]:
-        """The axes of the inputs that vary from call to call; a model has one image size."""
-        return {name: {0: "batch"} for name in sample}
+        return Graph(model, {"pixel_values": batch["pixel_values"]}, {"pixel_values": {0: "batch"}}, ["logits"])
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model takes what its own image processor makes."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Head
+from pipelines.core.task import Graph, Head
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_classes
 from pipelines.data.text import TEXTS, collate, tokenize
@@ -92,17 +93,15 @@ class TextClassification(Classification):
             return [f"{text} ‖ {pair}" for text, pair in zip(test["text"], test["text_pair"], strict=True)]
         return list(test["text"])
 
-    def export_sample(self, processor: Any) -> dict[str, Any]:
-        """Two real examples of different length as a batch, so that the export sees padding and no axis of size 1."""
+    def graph(self, model: Any, processor: Any) -> Graph:
+        """Two real examples of different length as the sample, so that the export sees padding and no axis of size 1."""
         features = self.features(processor)["train"]
         lengths = np.asarray(features["length"])
         batch = self.collate(processor)([features[int(np.argmin(lengths))], features[int(np.argmax(lengths))]])
-        batch.pop("labels")
-        return dict(batch)
-
-    def dynamic_axes(self, sample: dict[str, Any]) -> dict[str, dict[int, str]]:
-        """The axes of the inputs that vary from call to call."""
-        return {name: {0: "batch", 1: "sequence"} for name in sample}
+        # A tokenizer may give more than the model takes, such as token types.
+        taken = signature(model.forward).parameters.keys() - {"labels"}
+        inputs = {name: value for name, value in batch.items() if name in taken}
+        return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ["logits"])
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model has a position for every token."""

@@ -209,7 +209,9 @@ def prune_and_recover(
             arguments = arguments_for(training, prune.prune_learning_rate, prune.prune_epochs)
             checkpoints = directory / CHECKPOINTS / f"step-{step + 1}"
             try:
-                recovery = train_student(model, processor, task, str(teacher), distill, arguments, soft_targets, checkpoints)
+                recovery = train_student(
+                    model, processor, task, str(teacher), distill, arguments, soft_targets, checkpoints
+                )
             except InputError as error:
                 raise InputError(f"{error} What the cut of step {step + 1} left is kept in {cuts[step]}.") from error
         steps.append({**shape_of(model), "recovery": recovery})

@@ -29,11 +29,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher: Path, csv_file: Path)
     """A whole run; the environment of OpenVINO is a stranger's folder, so that row cannot be made."""
     directory = tmp_path_factory.mktemp("inference")
     (directory / "environments" / "openvino").mkdir(parents=True)
-    command = [
-        "inference.py", "--models", str(teacher), "--dataset", str(csv_file),
-        "--max_length", "32", "--rows", *ROWS, "--shapes", "2x8", "mix", "--threads", "1", "--rounds", "1", "--seconds", "0.02",
-        "--max_quality_drop", "1", "--output_dir", str(directory), "--environments", str(directory / "environments"),
-    ]  # fmt: skip
+    small = "--max_length 32 --shapes 2x8 mix --threads 1 --rounds 1 --seconds 0.02 --max_quality_drop 1".split()
+    folders = ["--output_dir", str(directory), "--environments", str(directory / "environments")]
+    data = ["--models", str(teacher), "--dataset", str(csv_file)]
+    command = ["inference.py", *data, "--rows", *ROWS, *small, *folders]
     # In this process, which spares the seconds that the imports take; test_readme.py starts the file as a script.
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", command)
@@ -125,10 +124,10 @@ def test_a_product_takes_the_time_of_its_size() -> None:
 def test_every_loop_of_a_language_model_writes_the_same(
     tmp_path: Path, language_model_dir: Path, language_task: Any
 ) -> None:
-    from pipelines.tasks.text_generation.export import export_language_model
+    from pipelines.onnx.export import export_onnx
 
     (tmp_path / "ours").mkdir()
-    export_language_model(str(language_model_dir), tmp_path / "ours", language_task)
+    export_onnx(str(language_model_dir), tmp_path / "ours", language_task)
     inference.make_exporters(language_model_dir, tmp_path, language_task, "exporters")
     windows = np.random.default_rng(0).integers(0, 300, (2, 9))
     loaders = inference_language_worker.LOADERS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,7 +18,7 @@ from pipelines.models.removal import cut, load_model, with_stock_shapes
 from pipelines.onnx.export import export_onnx
 from pipelines.onnx.predict import open_session, predict_onnx
 from pipelines.onnx.quantize import quantize_onnx
-from pipelines.onnx.verify import verify_against_torch, verify_directory, verify_quality
+from pipelines.onnx.verify import quality_lost, verify_against_torch, verify_directory, verify_quality
 from pipelines.tasks.text_classification import TextClassification
 
 HEADS = [np.array([0, 3]), np.array([1]), np.array([0, 1, 2, 3]), np.array([2])]
@@ -58,7 +57,7 @@ def test_the_file_has_standard_operators_and_dynamic_axes(exported):
 
 
 def test_removal_is_physical(exported):
-    """Fewer columns in the products, not zeros: the file is as small as the cut model."""
+    """Fewer columns in the matmuls, not zeros: the file is as small as the cut model."""
     source, target, outcome, _ = exported
     small = load_model(source)
     model = onnx.load(target / "model.onnx")
@@ -91,8 +90,8 @@ def test_predictions_come_in_the_order_of_the_examples(exported):
     source, target, _, task = exported
     processor = task.load_processor(str(source))
     features, collate = task.features(processor)["test"], task.collate(processor)
-    one = predict_onnx(target / "model.onnx", features, collate)
-    many = predict_onnx(target / "model.onnx", features, collate, batch_size=7)
+    one = predict_onnx(target / "model.onnx", features, collate, task)
+    many = predict_onnx(target / "model.onnx", features, collate, task, batch_size=7)
     from_torch = predict_torch(load_model(source), features, collate, batch_size=5)
     np.testing.assert_allclose(one, from_torch, atol=1e-4)
     np.testing.assert_allclose(many, from_torch, atol=1e-4)
@@ -126,7 +125,7 @@ def test_labels_in_another_order_are_exported_in_the_datas_and_a_graph_in_anothe
     assert list(config.id2label.values()) == task.label_names
     features, collate = task.features(processor)["validation"], task.collate(processor)
     expected = predict_torch(task.load_model(str(source)), features, collate)
-    np.testing.assert_allclose(predict_onnx(target / "model.onnx", features, collate), expected, atol=1e-4)
+    np.testing.assert_allclose(predict_onnx(target / "model.onnx", features, collate, task), expected, atol=1e-4)
     verify_directory(target, source, task, 0.01)
 
     for names in (turned, others):
@@ -224,16 +223,38 @@ def test_a_quantized_model_that_lost_too_much_raises_and_names_the_remedies(trai
     target = tmp_path / "onnx"
     target.mkdir()
     export_onnx(str(trained_teacher), target, task)
-    processor = task.load_processor(str(trained_teacher))
     proto = onnx.load(target / "model.onnx")
     for tensor in proto.graph.initializer:  # one bit a weight
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
             values = onnx.numpy_helper.to_array(tensor)
             coarse = (np.sign(values) * np.abs(values).max()).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(coarse, tensor.name))
-    onnx.save(proto, tmp_path / "coarse.onnx")
+    shutil.copytree(target, tmp_path / "coarse")
+    onnx.save(proto, tmp_path / "coarse" / "model.onnx")
     with pytest.raises(VerificationError, match=r"max_quality_drop.*target_cpu.*quantization fp32"):
-        verify_quality(tmp_path / "coarse.onnx", target / "model.onnx", task, processor, 0.01)
-    kept = verify_quality(Path(target / "model.onnx"), target / "model.onnx", task, processor, 0.0)
-    assert kept["drop"] == 0
-    assert kept["agreement"] == 1
+        verify_directory(tmp_path / "coarse", target, task, 0.01)
+    kept = verify_directory(target, target, task, 0.0)
+    assert kept["quality_lost"] == 0
+    assert kept["metrics"]["accuracy"] == kept["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "greater_is_better", "expected"),
+    [
+        (0.90, 0.891, True, 0.01),
+        (0.5, 0.55, True, -0.1),
+        (20.0, 25.0, False, 0.2),
+        (25.0, 20.0, False, -0.25),
+        (0.0, 0.0, True, 0.0),
+        (0.0, 0.3, True, -0.3),
+        (-0.2, -0.3, True, 0.5),  # a correlation
+        (0.4, 0.0, False, -0.4),
+    ],
+)
+def test_a_loss_is_the_share_of_the_metric(before, after, greater_is_better, expected):
+    assert quality_lost(before, after, greater_is_better) == pytest.approx(expected)
+
+
+def test_a_score_that_is_not_a_number_is_lost(task):
+    with pytest.raises(VerificationError, match="nan after"):
+        verify_quality({"accuracy": 0.5}, {"accuracy": float("nan")}, task, 1.0, "dynamic_int8")

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +15,24 @@ import torch
 from onnx import numpy_helper
 
 from conftest import tiny_language_model
-from pipelines.core.config import DataConfig, LanguageConfig, LanguageQuantizeConfig
+from pipelines.core.config import DataConfig, LanguageConfig, QuantizeConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.models.removal import cut, load_model, shape_of, with_stock_shapes
 from pipelines.onnx import file as onnx_file
-from pipelines.onnx.fuse import fuse_language_model
-from pipelines.onnx.measure import paired_ratios
-from pipelines.onnx.predict import empty_cache, open_session, predict_onnx
+from pipelines.onnx.export import export_graph, export_onnx
+from pipelines.onnx.fuse import fuse_for_onnxruntime
+from pipelines.onnx.measure import Subject, measure, paired_ratios
+from pipelines.onnx.predict import empty_cache, open_session, score_onnx
+from pipelines.onnx.quantize import SCHEMES, quantize_onnx
+from pipelines.onnx.verify import verify_against_torch, verify_directory, verify_same_graph
 from pipelines.runtime.generate import LanguageModel, Sampling, choose, keep_likely, penalize
-from pipelines.tasks.text_generation.export import (
-    export_graph,
-    export_language_model,
-    torch_greedy,
-    verify_generation,
-    verify_logits,
-    verify_same_logits,
-)
-from pipelines.tasks.text_generation.measure import Decoding, measure_decoding
-from pipelines.tasks.text_generation.quantize import SCHEMES, quantize_language_model, quantize_weights
+from pipelines.tasks.text_generation.export import graph_with_cache, torch_greedy, verify_generation
+from pipelines.tasks.text_generation.measure import time_generation
 from pipelines.tasks.text_generation.task import LanguageModeling
 from pipelines.training.fine_tune import validation_metrics
+
+# Bits of the embeddings, and of a head tied to them.
+TABLE_BITS = {"dynamic_int8": 8, "int8_blocks": 8, "int4_blocks": 4, "int4_blocks_int8_embeddings": 8}
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +47,21 @@ def exported(language_task, language_model_dir, tmp_path_factory):
     )
     with_stock_shapes(model).save_pretrained(source)
     language_task.load_processor(str(language_model_dir)).save_pretrained(source)
-    outcome = export_language_model(str(source), directory, language_task)
+    outcome = export_onnx(str(source), directory, language_task)
     return source, directory, outcome
 
 
 def test_windows_beyond_the_models_positions_are_refused(language_text, language_model_dir, tmp_path):
     task = LanguageModeling(DataConfig(dataset=str(language_text), max_length=65), LanguageConfig())
     with pytest.raises(InputError, match="--max_length of at most 64"):
-        export_language_model(str(language_model_dir), tmp_path, task)
+        export_onnx(str(language_model_dir), tmp_path, task)
 
 
 def test_weights_that_one_file_cannot_hold_go_beside_it(tmp_path, monkeypatch):
     """ONNX files are protobuf messages, which end at 2 GB."""
     monkeypatch.setattr(onnx_file, "LARGEST_FILE", 1000)
     model = tiny_language_model(n_layer=1)
-    export_graph(model, tmp_path / "model.onnx")
+    export_graph(graph_with_cache(model), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx.data").is_file()
     session, ids = open_session(tmp_path / "model.onnx"), np.arange(3, 11).reshape(1, 8)
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)} | empty_cache(session, 1)
@@ -75,8 +72,8 @@ def test_weights_that_one_file_cannot_hold_go_beside_it(tmp_path, monkeypatch):
 
 def test_the_graph_is_the_model_with_and_without_a_past_and_generates_what_torch_generates(exported):
     _, directory, outcome = exported
-    assert outcome.details["verification"]["logits"]["largest_difference"] < 1e-4
-    assert {case["past"] for case in outcome.details["verification"]["logits"]["compared"]} == {0, 1, 7}
+    assert outcome.details["verification"]["largest_difference"] < 1e-4
+    assert outcome.details["verification"]["padded_tokens"] == 5 + 4
     generation = outcome.details["verification"]["generation"]
     assert generation["prompts"] == 20
     assert generation["tokens"] == 2 * 20 * 16
@@ -93,7 +90,7 @@ def test_a_llama_style_model_exports_the_same_way(language_task, language_model_
     tiny_language_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "llama")
     language_task.load_processor(str(language_model_dir)).save_pretrained(tmp_path / "llama")
     (tmp_path / "onnx").mkdir()
-    outcome = export_language_model(str(tmp_path / "llama"), tmp_path / "onnx", language_task)
+    outcome = export_onnx(str(tmp_path / "llama"), tmp_path / "onnx", language_task)
     assert outcome.details["verification"]["generation"]["ties"] == 0
 
 
@@ -101,7 +98,7 @@ def test_onnx_and_torch_score_text_alike(exported, language_task):
     source, directory, _ = exported
     processor = language_task.load_processor(str(source))
     from_torch = validation_metrics(load_model(source), language_task, processor)
-    from_onnx = language_task.score(partial(predict_onnx, directory / "model.onnx"), processor, "validation")
+    from_onnx = score_onnx(directory / "model.onnx", language_task, processor, "validation", "score")
     assert from_onnx["tokens"] == from_torch["tokens"]
     for name in ("perplexity", "bits_per_byte", "next_token_accuracy"):
         assert from_onnx[name] == pytest.approx(from_torch[name], rel=1e-4)
@@ -110,7 +107,8 @@ def test_onnx_and_torch_score_text_alike(exported, language_task):
 def test_every_layer_becomes_one_attention_with_its_own_heads_and_cache(exported, language_task, tmp_path):
     source, directory, _ = exported
     original, fused = directory / "model.onnx", tmp_path / "model.onnx"
-    assert fuse_language_model(original, fused) == {"products": 12, "attention": 3, "causal_mask": 1}
+    counts = fuse_for_onnxruntime(original, fused)
+    assert counts == {"attention_blocks": 3, "matmuls": 12, "attention": 3, "causal_mask": 1}
     graph = onnx.load(fused).graph
     attention = [node for node in graph.node if node.op_type == "Attention"]
     heads = [next(one.i for one in node.attribute if one.name == "q_num_heads") for node in attention]
@@ -119,8 +117,8 @@ def test_every_layer_becomes_one_attention_with_its_own_heads_and_cache(exported
     names = [value.name for value in onnx.load(original).graph.output]
     assert [value.name for value in graph.output] == names
     processor = language_task.load_processor(str(source))
-    assert verify_same_logits(fused, original, language_task, processor)["largest_difference"] < 1e-4
-    verify_logits(fused, load_model(source), language_task, processor)
+    assert verify_same_graph(fused, original, language_task, processor)["largest_difference"] < 1e-4
+    verify_against_torch(fused, load_model(source), language_task, processor)
     sessions = [open_session(path) for path in (original, fused)]
     generator = np.random.default_rng(0)
     for batch, past, new, padding in ((1, 0, 1, 0), (1, 9, 1, 0), (3, 9, 1, 4), (2, 5, 3, 2)):
@@ -141,7 +139,7 @@ def test_a_graph_that_is_another_model_is_refused(exported, language_task, tmp_p
     with torch.no_grad():
         other.transformer.h[2].mlp.c_proj.weight.mul_(-1)
     with pytest.raises(VerificationError, match="expected the logits"):
-        verify_logits(directory / "model.onnx", other, language_task, processor)
+        verify_against_torch(directory / "model.onnx", other, language_task, processor)
     with pytest.raises(VerificationError, match="another token"):
         verify_generation(directory, other, language_task, processor)
 
@@ -225,23 +223,27 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 # ---- Quantization
 
 
-@pytest.mark.parametrize("name", list(SCHEMES))
+@pytest.mark.parametrize("name", TABLE_BITS)
 def test_quantized_weights_are_those_of_the_blocks_and_tables_are_stored_once(exported, name, tmp_path):
     _, directory, _ = exported
-    made = quantize_weights(directory / "model.onnx", tmp_path / "model.onnx", SCHEMES[name], block_size=16)
-    graph = onnx.load(tmp_path / "model.onnx").graph
+    fused, target = tmp_path / "fused.onnx", tmp_path / "model.onnx"
+    fuse_for_onnxruntime(directory / "model.onnx", fused)
+    SCHEMES[name](fused, target, QuantizeConfig(block_size=16), list)
+    graph = onnx.load(target).graph
     tables = [tensor for tensor in graph.initializer if list(tensor.dims)[:1] == [300]]
     assert sorted(tensor.data_type for tensor in tables) == [
         onnx.TensorProto.FLOAT,
         onnx.TensorProto.UINT8,
     ]  # scales, blocks
-    assert made["operators"]["GatherBlockQuantized"] == 2  # tokens and positions
-    assert made["operators"]["MatMulNBits"] == (1 if name == "dynamic_int8" else 13)
-    assert made["operators"].get("MatMulInteger", 0) == (12 if name == "dynamic_int8" else 0)
-    assert made["bytes_after"] < made["bytes_before"] * 0.6
+    operators = Counter(node.op_type for node in graph.node)
+    assert operators["GatherBlockQuantized"] == 2  # tokens and positions
+    assert operators["MatMulNBits"] == (1 if name == "dynamic_int8" else 13)
+    assert operators["MatMulInteger"] == (12 if name == "dynamic_int8" else 0)
+    assert operators["Attention"] == 3
+    assert target.stat().st_size < (directory / "model.onnx").stat().st_size * 0.6
 
     # The embedding rows that the graph reads, against the rounding written out.
-    bits = SCHEMES[name].embedding_bits
+    bits = TABLE_BITS[name]
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     blocks = next(array for array in constants.values() if array.dtype == np.uint8 and len(array) == 300)
     scales = next(array for array in constants.values() if array.dtype == np.float32 and array.shape == (300, 2))
@@ -272,20 +274,28 @@ def test_quantized_weights_are_those_of_the_blocks_and_tables_are_stored_once(ex
     np.testing.assert_allclose(rows[0], table.reshape(300, 32)[ids[0]], rtol=1e-5, atol=1e-6)
 
 
+def fake_measure(subjects, seconds):
+    """A model that is twice as large is twice as slow."""
+    size = {subject.name: (subject.path / "model.onnx").stat().st_size / 1000 for subject in subjects}
+    return {name: {"latency_ms": {"p50": milliseconds}} for name, milliseconds in size.items()}
+
+
 def test_the_fastest_scheme_within_the_limit_is_shipped(exported, language_task, tmp_path, monkeypatch):
     _, directory, _ = exported
-    short = partial(measure_decoding, seconds=0.05, new_tokens=8, threads=1)
-    monkeypatch.setattr(
-        "pipelines.tasks.text_generation.quantize.measure_decoding", lambda subjects, rounds: short(subjects, rounds=1)
-    )
-    outcome = quantize_language_model(
-        str(directory), tmp_path, language_task, LanguageQuantizeConfig(block_size=16, max_quality_drop=0.2)
+    monkeypatch.setattr("pipelines.onnx.quantize.measure", fake_measure)
+    outcome = quantize_onnx(
+        str(directory), tmp_path, language_task, QuantizeConfig(block_size=16, max_quality_drop=0.2)
     )
     assert outcome.details["fused_nodes"]["attention"] == 3
-    tried = outcome.details["tried"]
-    assert set(tried) == set(SCHEMES)
-    kept = {name: found["tokens_per_second"] for name, found in tried.items() if found["kept"]}
-    assert outcome.details["scheme"] == max(kept, key=kept.__getitem__)
+    tried = outcome.details["candidates"]
+    assert list(tried) == list(TABLE_BITS)  # auto is what a language model is quantized by
+    assert all(
+        found["within_limit"] == (found["quality_lost"] <= 0.2) == ("p50_ms" in found) for found in tried.values()
+    )
+    allowed = {name: found["p50_ms"] for name, found in tried.items() if found["within_limit"]}
+    assert len(allowed) > 1
+    as_fast = [name for name in allowed if allowed[name] <= 1.05 * min(allowed.values())]
+    assert outcome.details["scheme"] == min(as_fast, key=lambda name: tried[name]["quality_lost"])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
         "model.onnx",
@@ -294,28 +304,75 @@ def test_the_fastest_scheme_within_the_limit_is_shipped(exported, language_task,
     ]
     assert LanguageModel(tmp_path).generate(["the team"], Sampling(max_new_tokens=3))
     json.dumps(outcome.details, allow_nan=False)
+    verified = verify_directory(tmp_path, directory, language_task, 0.2)
+    assert verified["quality_lost"] == tried[outcome.details["scheme"]]["quality_lost"]
     with pytest.raises(VerificationError, match="max_quality_drop"):
-        quantize_language_model(
-            str(directory), tmp_path / "none", language_task,
-            LanguageQuantizeConfig(quantization="int4_blocks", block_size=16, max_quality_drop=0.0),
-        )  # fmt: skip
+        verify_directory(tmp_path, directory, language_task, -1.0)
+    (tmp_path / "none").mkdir()
+    none = QuantizeConfig(quantization="int4_blocks", block_size=16, max_quality_drop=0.0)
+    with pytest.raises(VerificationError, match="int4_blocks.*max_quality_drop"):
+        quantize_onnx(str(directory), tmp_path / "none", language_task, none)
 
 
-def test_decoding_is_timed_in_fresh_processes(exported):
+@pytest.mark.parametrize("name", ["dynamic_int8", "int8_blocks", "static_int8_minmax", "fp32"])
+def test_a_model_above_what_one_file_holds_is_quantized_to_the_same(
+    exported, language_task, name, tmp_path, monkeypatch
+):
+    _, directory, _ = exported
+    quantize = QuantizeConfig(
+        quantization=name.removesuffix("_minmax"), calibration="minmax", max_quality_drop=9.0, calibration_samples=8
+    )
+    scores = []
+    for limit in (onnx_file.LARGEST_FILE, 1000):
+        monkeypatch.setattr(onnx_file, "LARGEST_FILE", limit)
+        target = tmp_path / str(limit)
+        target.mkdir()
+        outcome = quantize_onnx(str(directory), target, language_task, quantize)
+        assert list(outcome.details["candidates"]) == [name]
+        assert (target / "model.onnx.data").exists() == (limit == 1000)
+        scores.append(outcome.metrics["validation"]["perplexity"])
+    assert scores[0] == pytest.approx(scores[1])
+
+
+def test_decoding_is_timed_in_fresh_processes(exported, language_task):
     source, directory, _ = exported
-    subjects = [Decoding("torch", source, "transformers"), Decoding("onnx", directory, "onnx")]
-    found = measure_decoding(subjects, prompt_tokens=4, new_tokens=8, rounds=1, threads=1, seconds=0.1)
-    assert found["onnx"]["latency_ms"]["shape"] == [1, 4]
+    workload = language_task.workload(directory, "test")
+    assert workload.settings == {"prompt_tokens": 8, "new_tokens": 16}
+    workload.settings["new_tokens"] = 8
+    subjects = [
+        Subject("torch", source, "transformers", workload),
+        Subject("onnx", directory, "onnx", workload),
+    ]
+    found = measure(subjects, rounds=1, threads=1, seconds=0.1)
+    for result in found.values():
+        assert result["latency_ms"]["shape"] == [1, 8]
+        assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p95"]
+        assert result["time_to_first_token_ms"] > 0
+        assert result["samples_per_second"] == result["tokens_per_second"] > 0
     assert found["onnx"]["peak_memory_bytes"] < found["torch"]["peak_memory_bytes"]
     assert paired_ratios(found, "torch", "onnx")["median"] > 1
     assert shape_of(load_model(source))["heads"] == [4, 1, 3]
 
 
+def test_percentiles_are_of_tokens_and_none_is_taken_of_a_few():
+    def generate(prompt, new):
+        """The prompt takes 5 seconds, then every token 1, the last one 3."""
+        return (4 + np.arange(1, new + 1) + np.eye(new)[-1] * 2 + start).tolist()
+
+    start = 0.0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("time.perf_counter", lambda: start)
+        found = time_generation(generate, 4, 4, seconds=0.0)
+        assert found["time_to_first_token_ms"] == pytest.approx(5000)
+        assert found["p50"] == pytest.approx(2000)  # of 5, 1, 1, 3, over and over
+        assert found["p95"] == pytest.approx(5000)
+        assert found["tokens_per_second"] == pytest.approx(0.4)
+        assert "p95" not in time_generation(generate, 4, 3, seconds=0.0)  # 15 numbers
+
+
 def test_fp32_is_the_same_text_of_one_attention_operator_a_layer(exported, language_task, tmp_path):
     _, directory, _ = exported
-    outcome = quantize_language_model(
-        str(directory), tmp_path, language_task, LanguageQuantizeConfig(quantization="fp32")
-    )
+    outcome = quantize_onnx(str(directory), tmp_path, language_task, QuantizeConfig(quantization="fp32"))
     assert outcome.details["scheme"] == "fp32"
     operators = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
     assert operators["Attention"] == 3

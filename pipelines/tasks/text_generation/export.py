@@ -8,9 +8,6 @@ transformers.js, which makes its empty past from the graph's shapes and knows th
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.core.errors import VerificationError
-from pipelines.core.run import Outcome
-from pipelines.models.removal import load_model
-from pipelines.onnx.export import ONNX_FILE, OPSET, name_axes, quiet_exporters
-from pipelines.onnx.file import save
-from pipelines.onnx.predict import empty_cache, open_session
+from pipelines.core.task import Arrays, Graph
+from pipelines.onnx.predict import PAST, PRESENT, empty_cache
 from pipelines.onnx.verify import TOLERANCE
 from pipelines.runtime.generate import LanguageModel, Sampling
-from pipelines.training.trainer import count_parameters
 
 VERIFIED_PROMPTS = 20
 
@@ -56,146 +49,70 @@ class WithCache(nn.Module):
         return outputs.logits, present
 
 
-@contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
-    """Attention written out in single steps, which gives the smaller graph and has no rows of NaN where all is padding."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+def cache_names(layers: int) -> list[str]:
+    return [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
 
 
-def sample_inputs(model: Any) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+def graph_with_cache(model: Any) -> Graph:
     """Two sequences, one of them padded, that continue a past of five tokens by three; the past has each layer's own heads."""
     with torch.inference_mode():
         layers = model(torch.zeros((2, 5), dtype=torch.long), use_cache=True).past_key_values.layers
     past = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
     mask = torch.ones((2, 8), dtype=torch.long)
     mask[0, :2] = 0
-    return torch.arange(6).reshape(2, 3), mask, past
-
-
-def export_graph(model: Any, path: Path) -> dict[str, int]:
-    """Write `model` as one ONNX file with a KV cache; return how many nodes of each operator it has."""
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-    from torch.export import Dim
-
-    model.eval()
-    input_ids, mask, past = sample_inputs(model)
+    caches = cache_names(len(layers))
     axes = {"input_ids": {0: "batch_size", 1: "sequence"}, "attention_mask": {0: "batch_size", 1: "total"}}
-    caches = [f"{layer}.{kind}" for layer in range(len(past)) for kind in ("key", "value")]
-    axes |= {f"past_key_values.{name}": {0: "batch_size", 2: "past"} for name in caches}
-    dynamic = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
-    first_two = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    with eager_attention(model), quiet_exporters():
-        program: Any = torch.onnx.export(
-            WithCache(model),
-            (input_ids, mask, past),
-            dynamic_shapes=(first_two, first_two, [(dynamic, dynamic)] * len(past)),
-            input_names=list(axes),
-            output_names=["logits", *(f"present.{name}" for name in caches)],
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    graph = program.model.graph
-    name_axes(graph, axes)
-    # The exporter notes for every node the lines of Python it came from: half a megabyte that names this machine's folders.
-    ClearMetadataAndDocStringPass()(program.model)
-    save(program.model, path)
-    operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.all_nodes())
-    return dict(sorted(operators.items()))
-
-
-def export_language_model(source: str, directory: Path, task: Any) -> Outcome:
-    """Export the causal model in `source`, without the zeros of pruning, and verify its logits and the text it generates."""
-    processor = task.load_processor(source)
-    model = load_model(source, task.trust_remote_code)
-    task.check_config(model.config, source)
-    operators = export_graph(model, directory / ONNX_FILE)
-    processor.save_pretrained(directory)
-    model.config.save_pretrained(directory)
-    verification = {
-        "logits": verify_logits(directory / ONNX_FILE, model, task, processor),
-        "generation": verify_generation(directory, model, task, processor),
-    }
-    inputs = [value.name for value in open_session(directory / ONNX_FILE).get_inputs()]
-    return Outcome(
-        "onnx",
-        parameters=count_parameters(model),
-        details={"opset": OPSET, "inputs": inputs, "operators": operators, "verification": verification},
+    return Graph(
+        WithCache(model),
+        {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": mask, "past": past},
+        axes | {f"{PAST}{name}": {0: "batch_size", 2: "past"} for name in caches},
+        ["logits", *(f"{PRESENT}{name}" for name in caches)],
     )
 
 
-def verify_logits(path: Path, model: Any, task: Any, processor: Any) -> dict[str, Any]:
-    """Compare the logits of validation windows, whole and in two parts joined by the cache, with and without padding on the left.
-
-    Raises VerificationError where they differ by more than rounding.
-    """
-
-    def expected(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        no_past: list[tuple[Tensor, Tensor]] = []
-        with torch.inference_mode():
-            logits: np.ndarray = WithCache(model)(torch.from_numpy(ids), torch.from_numpy(mask), no_past)[0].numpy()
-        return logits
-
-    return _compare_logits(path, expected, "the model it was made from", task, processor)
+# ---- Verification
 
 
-def verify_same_logits(path: Path, original: Path, task: Any, processor: Any) -> dict[str, Any]:
-    """The same comparison with the fp32 ONNX file that `path` was rewritten from."""
-    session = open_session(original)
-
-    def expected(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        feed = {"input_ids": ids, "attention_mask": mask} | empty_cache(session, len(ids))
-        logits: np.ndarray = session.run(["logits"], feed)[0]
-        return logits
-
-    return _compare_logits(path, expected, f"{original}, which it was rewritten from", task, processor)
-
-
-def _compare_logits(
-    path: Path, expected_logits: Callable[[np.ndarray, np.ndarray], np.ndarray], origin: str, task: Any, processor: Any
-) -> dict[str, Any]:
-    session = open_session(path)
-    outputs = [value.name for value in session.get_outputs()]
-    features = task.features(processor)["validation"]
-    largest_difference = largest_logit = 0.0
-    compared = []
+def verification_feeds(windows: Any) -> list[Arrays]:
+    """Windows of tokens, whole and to be run in two parts joined by the cache ("split"), with and without padding on the left."""
+    feeds = []
     for batch, padding, split in ((1, 0, 0), (3, 0, 1), (2, 5, 0), (3, 4, 7)):
-        windows = np.array(features[: min(batch, len(features))]["input_ids"])
-        ids = windows.copy()
-        mask = np.ones_like(ids)
+        whole = np.array(windows[: min(batch, len(windows))]["input_ids"])
+        ids, mask = whole.copy(), np.ones_like(whole)
         # The first of the batch is a shorter sequence: padding, then only its beginning.
-        ids[0, padding:] = windows[0, : ids.shape[1] - padding]
+        ids[0, padding:] = whole[0, : ids.shape[1] - padding]
         mask[0, :padding] = 0
-        expected = expected_logits(ids, mask)
-        cache = empty_cache(session, len(ids))
-        found = []
-        for part in [slice(0, split), slice(split, None)] if split else [slice(None)]:
-            feed = {"input_ids": ids[:, part], "attention_mask": mask[:, : part.stop]}
-            logits, *present = session.run(outputs, feed | cache)
-            cache = dict(zip(cache, present, strict=True))
-            found.append(logits)
-        logits = np.concatenate(found, axis=1)
-        counted = mask.astype(bool)
-        if logits.shape != expected.shape or not np.isfinite(logits[counted]).all():
-            raise VerificationError(
-                f"expected finite logits of shape {expected.shape} from {path}, found shape {logits.shape} with "
-                f"{int((~np.isfinite(logits)).sum())} that are not finite. The graph is broken and must not be used; export it again."
-            )
-        largest_difference = max(largest_difference, float(np.abs(logits - expected)[counted].max()))
-        largest_logit = max(largest_logit, float(np.abs(expected[counted]).max()))
-        compared.append({"shape": list(ids.shape), "padding": padding, "past": split})
-    if largest_difference > TOLERANCE * max(1.0, largest_logit):
-        raise VerificationError(
-            f"expected the logits of {path} to equal those of {origin}, within {TOLERANCE:g} of the largest ({largest_logit:.3g}), found "
-            f"a difference of {largest_difference:.3g}. The graph is not that model and must not be used; export it again, and report the "
-            "model if it happens again."
-        )
-    return {"largest_difference": largest_difference, "largest_logit": largest_logit, "compared": compared}
+        feeds.append({"input_ids": ids, "attention_mask": mask, "split": np.array(split)})
+    return feeds
+
+
+def run_model(model: Any, feed: Arrays) -> Arrays:
+    """The logits and the cache of a torch model for a feed, those of padding left out."""
+    ids, mask = (torch.from_numpy(feed[name]) for name in ("input_ids", "attention_mask"))
+    with torch.inference_mode():
+        logits, present = WithCache(model)(ids, mask, [])
+    names = cache_names(len(present) // 2)
+    caches = {f"{PRESENT}{name}": tensor.numpy() for name, tensor in zip(names, present, strict=True)}
+    return _without_padding({"logits": logits.numpy()} | caches, feed["attention_mask"])
+
+
+def run_graph(session: Any, feed: Arrays) -> Arrays:
+    """The same of an ONNX Runtime session, in two calls where the feed is split."""
+    ids, mask, split = feed["input_ids"], feed["attention_mask"], int(feed["split"])
+    cache, logits = empty_cache(session, len(ids)), []
+    names = [value.name for value in session.get_outputs()]
+    for part in [slice(0, split), slice(split, None)] if split else [slice(None)]:
+        inputs = {"input_ids": ids[:, part], "attention_mask": mask[:, : part.stop]}
+        outputs = dict(zip(names, session.run(names, inputs | cache), strict=True))
+        logits.append(outputs["logits"])
+        cache = {name: outputs[name.replace(PAST, PRESENT)] for name in cache}
+    return _without_padding(outputs | {"logits": np.concatenate(logits, axis=1)}, mask)
+
+
+def _without_padding(outputs: Arrays, mask: np.ndarray) -> Arrays:
+    tokens = mask.astype(bool)
+    # A cache is (batch, heads, tokens, head size).
+    return {name: (one if name == "logits" else one.swapaxes(1, 2))[tokens] for name, one in outputs.items()}
 
 
 def prompts_for(task: Any, processor: Any, count: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Head, Tensors
+from pipelines.core.task import IGNORED, Arrays, Graph, Head, Tensors, Workload
 from pipelines.data.documents import TextData, load_documents
 from pipelines.data.sources import check_model, resolve
 from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
@@ -35,6 +35,8 @@ def collate_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 # How the names of a tokenizer's files begin.
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 64  # what a language model is timed on, at most
 
 
 class LanguageModeling(Task, NextTokenLoss):
@@ -220,3 +222,44 @@ class LanguageModeling(Task, NextTokenLoss):
             scores["bits_per_byte"] = float(losses.sum() / np.log(2) / self.data.text_bytes[split])
         accuracy = predictions[..., 1][counted] == np.asarray(references)[counted]
         return scores | {"next_token_accuracy": float(accuracy.mean()), "tokens": int(counted.sum())}
+
+    def align_labels(self, model: Any, source: str) -> None:
+        """Nothing: tokens are those of the model's own tokenizer."""
+
+    # ---- ONNX. Its imports bring torch, so they wait until they are needed.
+
+    quantization_schemes = ("dynamic_int8", "int8_blocks", "int4_blocks", "int4_blocks_int8_embeddings")
+    default_quantization = "auto"
+
+    def graph(self, model: Any, processor: Any) -> Graph:
+        from pipelines.tasks.text_generation.export import graph_with_cache
+
+        return graph_with_cache(model)
+
+    def verification_feeds(self, processor: Any) -> list[Arrays]:
+        """Windows of validation text, whole and in two parts joined by the cache, with and without padding on the left."""
+        from pipelines.tasks.text_generation.export import verification_feeds
+
+        return verification_feeds(self.features(processor)["validation"])
+
+    def run_model(self, model: Any, feed: Arrays) -> Arrays:
+        from pipelines.tasks.text_generation.export import run_model
+
+        return run_model(model, feed)
+
+    def run_graph(self, session: Any, feed: Arrays) -> Arrays:
+        from pipelines.tasks.text_generation.export import run_graph
+
+        return run_graph(session, feed)
+
+    def verify_behaviour(self, directory: Path, model: Any, processor: Any) -> dict[str, Any]:
+        """Compare the text that the exported directory generates with what torch generates."""
+        from pipelines.tasks.text_generation.export import verify_generation
+
+        return {"generation": verify_generation(directory, model, self, processor)}
+
+    def workload(self, directory: Path, split: str) -> Workload:
+        """A continuation of a prompt, whatever the split."""
+        prompt, new = min(PROMPT_TOKENS, self.config.max_length // 4), min(NEW_TOKENS, self.config.max_length // 2)
+        settings = {"prompt_tokens": prompt, "new_tokens": new}
+        return Workload("pipelines.tasks.text_generation.measure", settings, shape=[1, prompt])
