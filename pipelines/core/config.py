@@ -350,7 +350,7 @@ class ReportConfig:
         _check(self.benchmark_seconds > 0, "--benchmark_seconds above 0", self.benchmark_seconds)
 
     def timing(self) -> dict[str, Any]:
-        """What `measure` and `measure_decoding` are told."""
+        """What `measure` is told."""
         return {"rounds": self.benchmark_rounds, "threads": self.benchmark_threads, "seconds": self.benchmark_seconds}
 
 

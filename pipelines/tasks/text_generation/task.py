@@ -10,12 +10,13 @@ import numpy as np
 
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Head
+from pipelines.core.task import IGNORED, Comparison, Head, StageResult
 from pipelines.data.documents import load_documents, tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.data.sources import check_model, resolve
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
 from pipelines.models.predict import predict_torch
 from pipelines.tasks.base import Task
+from pipelines.tasks.text_generation.report import GenerationPresentation, compare_language_models
 
 
 def token_answers(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -56,6 +57,7 @@ class LanguageModeling(Task):
     """Text, of which every token is to be predicted from those before it."""
 
     name = "text-generation"
+    presentation = GenerationPresentation()
     lora_settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     student_head: Head = "required"
     primary_metric = "perplexity"
@@ -195,6 +197,17 @@ class LanguageModeling(Task):
         features = self.features(processor)[split]
         answers = predict(features, self.collate(processor), answers=self.answers)
         return self.metrics(answers, features["labels"], self.data.text_bytes[split])
+
+    # ---- Report
+
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = "teacher") -> Comparison:
+        references = np.asarray(self.features(processor)["test"]["labels"])
+        texts = [processor.decode(labels[labels != IGNORED]) for labels in references]
+
+        def score(predictions: np.ndarray) -> dict[str, Any]:
+            return self.scores(predictions, references, "test")
+
+        return compare_language_models(stages, references, score, texts, processor.eos_token_id, shipped, teacher)
 
 
 def check_knows_language(teacher: Any, task: Any, processor: Any) -> None:
