@@ -111,7 +111,9 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
     ]
     if report["delta_to_labels_only"]:
         delta = describe_delta(report["delta_to_labels_only"], report, presentation)
-        sentences.append(f"The student's {name} minus that of the same student trained without a teacher is {delta}.")
+        sentences.append(
+            f"Against the same student trained on labels only, the teacher changed the student's {name} by {delta}."
+        )
     return " ".join(sentences)
 
 

@@ -126,7 +126,6 @@ def _broken_examples(
                 "index": int(index),
                 "text": clip(texts[index], CLIPPED_TEXT),
                 "reference": label_names[references[index]],
-                "teacher_prediction": label_names[before[index]],
                 "teacher_probability": float(confidence_before[index]),
                 "shipped_prediction": label_names[after[index]],
                 "shipped_probability": float(confidence[index]),
@@ -199,17 +198,17 @@ class ClassifierPresentation:
             parts.append(f"The other {len(classes) - 20} classes are in report.json.")
         examples = broken["examples"][:listed]
         parts.append(
-            f"Of {report['test_examples']:,} test examples, {broken['total']:,} are right in the teacher and wrong in {name}, and "
-            f"{broken['repaired_total']:,} are wrong in the teacher and right in {name}."
+            f"Test examples that the teacher predicts right and {name} wrong: {broken['total']:,} of {report['test_examples']:,}. The other "
+            f"way round: {broken['repaired_total']:,}."
             + (f" The {len(examples)} most confident mistakes:" if len(examples) < broken["total"] else "")
         )
         if examples:
-            header = ["example", self.example, "label, as the teacher predicts it", f"{name}'s prediction"]
+            header = ["example", self.example, "label (teacher's probability)", f"{name}'s prediction"]
             rows = [
                 [
                     str(example["index"]),
                     example["text"],
-                    f"{example['teacher_prediction']} ({example['teacher_probability']:.2f})",
+                    f"{example['reference']} ({example['teacher_probability']:.2f})",
                     f"{example['shipped_prediction']} ({example['shipped_probability']:.2f})",
                 ]
                 for example in examples

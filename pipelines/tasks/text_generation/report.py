@@ -128,8 +128,8 @@ class GenerationPresentation:
         broken, name = report["broken_examples"], shipped["name"]
         examples = broken["examples"][:listed]
         text = (
-            f"{broken['total']:,} windows of the test text are less likely to {name} than to the teacher, and "
-            f"{broken['repaired_total']:,} are more likely."
+            f"{name} finds {broken['total']:,} windows of the test text less likely than the teacher does, and "
+            f"{broken['repaired_total']:,} more likely."
         )
         if not examples:
             return text
