@@ -111,13 +111,15 @@ def _score_and_time(
 
 
 def _predict(directory: Path, form: str, task: Task, batch_size: int) -> np.ndarray:
-    """What a stage predicts for the test split."""
+    """What a stage predicts for the test split: in torch on the device of the process, in ONNX Runtime on the CPU."""
+    from accelerate import PartialState
+
     processor = task.load_processor(str(directory))
     features, collate = task.features(processor)["test"], task.collate(processor)
     name = f"test {directory.name}"
     if form == "onnx":
         return predict_onnx(directory / ONNX_FILE, features, collate, task, name=name)
-    model = load_model(directory, task.config.trust_remote_code)
+    model = load_model(directory, task.config.trust_remote_code).to(PartialState().device)
     return predict_torch(model, features, collate, task, batch_size, name=name)
 
 
