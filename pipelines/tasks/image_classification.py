@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Head
+from pipelines.core.task import Head, Presentation
 from pipelines.data.examples import load_classification
 from pipelines.data.images import IMAGES, collate
 from pipelines.data.sources import resolve
@@ -66,7 +66,7 @@ class ImageClassification(Classification):
     """One image, and one label out of several."""
 
     name = "image-classification"
-    presentation = ImagePresentation()
+    presentation: Presentation = ImagePresentation()
     # No task type of adapters fits images, so the new head, which has no use for a low rank, is named.
     lora_settings: dict[str, Any] = {
         "target_modules": "all-linear",

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Head
+from pipelines.core.task import Head, Presentation
 from pipelines.data import examples as data_module
 from pipelines.models.loading import load_classifier, load_tokenizer
 from pipelines.tasks.classification import Classification, ClassifierPresentation
@@ -74,7 +74,7 @@ class TextClassification(Classification):
     """One text, or a pair of texts, and one label out of several."""
 
     name = "text-classification"
-    presentation = TextPresentation()
+    presentation: Presentation = TextPresentation()
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"

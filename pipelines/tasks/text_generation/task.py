@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Comparison, Head, StageResult
+from pipelines.core.task import IGNORED, Comparison, Head, Presentation, StageResult
 from pipelines.data.documents import load_documents, tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.data.sources import check_model, resolve
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
@@ -57,7 +57,7 @@ class LanguageModeling(Task):
     """Text, of which every token is to be predicted from those before it."""
 
     name = "text-generation"
-    presentation = GenerationPresentation()
+    presentation: Presentation = GenerationPresentation()
     lora_settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     student_head: Head = "required"
     primary_metric = "perplexity"
