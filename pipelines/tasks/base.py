@@ -16,6 +16,28 @@ from pipelines.models.loading import load
 from pipelines.models.predict import Answers
 
 
+def check_predictions(stages: list[StageResult], shape: tuple[int, ...], meaning: str, teacher: str) -> None:
+    """Refuse stages without a teacher to compare with, with predictions of another shape, or with such as are not finite."""
+    names = [stage.name for stage in stages]
+    if names.count(teacher) != 1 or len(set(names)) < len(names):
+        raise InputError(
+            f"expected different stages, one of them the teacher that the others are compared with, found {names}. "
+            "Run the missing stages first."
+        )
+    for stage in stages:
+        if stage.predictions.shape != shape:
+            raise InputError(
+                f"expected predictions of shape {shape} ({meaning}) from {stage.name}, found {stage.predictions.shape}. Run it over the "
+                "whole test split of the data that the teacher was trained on; it must have the teacher's labels or vocabulary."
+            )
+        infinite = ~np.isfinite(stage.predictions).reshape(len(stage.predictions), -1).all(axis=1)
+        if infinite.any():
+            raise VerificationError(
+                f"expected finite predictions from {stage.name}, found NaN or infinity in {infinite.sum()} of {len(infinite)} rows of the "
+                "test split. Do not use this model; export or quantize it again, in fp32 if need be."
+            )
+
+
 class Task(ABC):
     """What is the same for every kind of task."""
 
@@ -70,25 +92,3 @@ class Task(ABC):
         """The scores on a split of `predict(features, collate, answers=…)`, a torch model or an ONNX file."""
         features = self.features(processor)[split]
         return self.metrics(predict(features, self.collate(processor), answers=self.answers), features["labels"])
-
-
-def check_predictions(stages: list[StageResult], shape: tuple[int, ...], meaning: str, teacher: str) -> None:
-    """Refuse stages without a teacher to compare with, with predictions of another shape, or with such as are not finite."""
-    names = [stage.name for stage in stages]
-    if names.count(teacher) != 1 or len(set(names)) < len(names):
-        raise InputError(
-            f"expected different stages, one of them the teacher that the others are compared with, found {names}. "
-            "Run the missing stages first."
-        )
-    for stage in stages:
-        if stage.predictions.shape != shape:
-            raise InputError(
-                f"expected predictions of shape {shape} ({meaning}) from {stage.name}, found {stage.predictions.shape}. Run it over the "
-                "whole test split of the data that the teacher was trained on; it must have the teacher's labels or vocabulary."
-            )
-        infinite = ~np.isfinite(stage.predictions).reshape(len(stage.predictions), -1).all(axis=1)
-        if infinite.any():
-            raise VerificationError(
-                f"expected finite predictions from {stage.name}, found NaN or infinity in {infinite.sum()} of {len(infinite)} rows of the "
-                "test split. Do not use this model; export or quantize it again, in fp32 if need be."
-            )
