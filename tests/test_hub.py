@@ -115,7 +115,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any)
     from pipelines.onnx.export import export_onnx
     from pipelines.onnx.quantize import quantize_onnx
     from pipelines.training.prune import prune_and_recover
-    from pipelines.training.trainer import TrainingArguments, fine_tune
+    from pipelines.training.fine_tune import fine_tune
+    from pipelines.training.trainer import TrainingArguments
 
     directory = tmp_path_factory.mktemp("runs") / "small_bert"
     run = Run(directory, task, seed=0)
@@ -289,41 +290,58 @@ def test_the_published_model_is_loaded_by_its_name_and_scores_the_same(
 
 @pytest.fixture(scope="module")
 def image_run(tmp_path_factory: pytest.TempPathFactory, image_onnx: Path, image_task: Any) -> Path:
-    from pipelines.onnx.export import export_onnx
-    from pipelines.onnx.quantize import quantize_onnx
-
-    directory = tmp_path_factory.mktemp("runs") / "small_vit"
-    return make_run(directory, image_task, image_onnx.parent / "model", export_onnx, quantize_onnx, "distill_vit")
+    return make_run(
+        tmp_path_factory.mktemp("runs") / "small_vit", image_task, image_onnx.parent / "model", "distill_vit"
+    )
 
 
 @pytest.fixture(scope="module")
 def language_run(tmp_path_factory: pytest.TempPathFactory, language_bundle: Path, language_task: Any) -> Path:
-    from pipelines.tasks.text_generation.export import export_language_model
-    from pipelines.tasks.text_generation.quantize import quantize_language_model
-
     directory, model = tmp_path_factory.mktemp("runs") / "small_gpt2", language_bundle.parent / "model"
-    return make_run(directory, language_task, model, export_language_model, quantize_language_model, "distill_gpt2")
+    # Random weights guess classes often enough, and words never.
+    return make_run(directory, language_task, model, "distill_gpt2", epochs=1)
 
 
-def make_run(directory: Path, task: Any, teacher: Path, export: Any, quantize: Any, recipe: str) -> Path:
+def make_run(directory: Path, task: Any, teacher: Path, recipe: str, epochs: float = 0) -> Path:
     """A verified run with its report: a teacher, exported and quantized."""
-    from pipelines.core.config import LanguageQuantizeConfig, QuantizeConfig, TeacherConfig
+    from pipelines.core.config import QuantizeConfig, TeacherConfig
     from pipelines.core.run import Run
-    from pipelines.training.trainer import TrainingArguments, fine_tune
+    from pipelines.onnx.export import export_onnx
+    from pipelines.onnx.quantize import quantize_onnx
+    from pipelines.training.fine_tune import fine_tune
+    from pipelines.training.trainer import TrainingArguments
 
     run = Run(directory, task, seed=0)
-    training = TrainingArguments(
-        output_dir=str(directory), use_cpu=True, disable_tqdm=True, eval_strategy="no", save_strategy="no",
-        load_best_model_at_end=False,
-    )  # fmt: skip
-    # Random weights guess classes often enough, and words never.
-    config = TeacherConfig(teacher_epochs=float(task.causal), teacher_learning_rate=1e-2)
+    untouched = {"disable_tqdm": True, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    training = TrainingArguments(output_dir=str(directory), use_cpu=True, **untouched)
+    config = TeacherConfig(teacher_epochs=epochs, teacher_learning_rate=1e-2)
     run.stage("teacher", fine_tune, str(teacher), distributed=True, teacher=config, training=training)
-    run.stage("onnx", export, "teacher")
-    settings = (LanguageQuantizeConfig if task.causal else QuantizeConfig)(max_quality_drop=1)
-    run.stage("quantized", quantize, "onnx", quantize=settings)
+    run.stage("onnx", export_onnx, "teacher")
+    run.stage("quantized", quantize_onnx, "onnx", quantize=QuantizeConfig(max_quality_drop=1))
     report_untimed(run, recipe)
     return directory
+
+
+@pytest.mark.parametrize(
+    ("run", "metric", "line"),
+    [
+        ("image_run", "accuracy", 'const classify = await pipeline("image-classification", "ann/small"'),
+        ("language_run", "perplexity", 'const generate = await pipeline("text-generation", "ann/small"'),
+    ],
+)
+def test_a_run_of_another_task_is_reported_and_published_in_its_words(
+    run: str, metric: str, line: str, hub: HubServer, request: Any
+) -> None:
+    directory = request.getfixturevalue(run)
+    push(directory, "ann/small", token=TOKEN)
+    text = hub.content(hub.files("ann/small")["README.md"]).decode()
+    report = json.loads((directory / "report.json").read_text())
+    shipped = report["stages"][-1]
+    results = {result.metric_type: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert results[metric] == pytest.approx(shipped["metrics"][metric], abs=5e-5)
+    assert line in text
+    assert report["stages"][0]["agreement"] == report["stages"][0]["quality_retained"] == 1
+    assert 0 < shipped["agreement"] <= 1
 
 
 @pytest.fixture(scope="module", params=["transformers.js", "optimum"])
@@ -568,6 +586,32 @@ def test_an_unverified_run_is_refused(stage: str, a_run: Path, hub: HubServer) -
     change_record(a_run, stage, lambda record: record["details"].pop("verification"))
     assert f"{stage}/record.json" in refusal(a_run)
     assert not hub.requests
+
+
+def test_a_finished_report_reads_no_data_and_no_model(
+    a_run: Path, monkeypatch: pytest.MonkeyPatch, task: Any, capsys: Any
+) -> None:
+    from pipelines.core.config import ReportConfig
+    from pipelines.core.run import Run
+    from pipelines.report.results import finished_stages, report_run
+
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("a finished report needs none of it")
+
+    class Described:
+        """All that a finished report may ask of its task."""
+
+        describe, presentation = task.describe, task.presentation
+
+    run = Run(a_run, Described(), seed=0)
+    run.stages = finished_stages(run)
+    for name in ("predict_onnx", "predict_torch", "load_model", "measure", "write_report"):
+        monkeypatch.setattr(f"pipelines.report.results.{name}", refuse)
+    report_run(run, "distill_bert", ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), {"max_length": 32})
+    out = capsys.readouterr().out
+    assert "report: finished already" in out
+    assert "no measurable difference" in out or "too few test examples to tell" in out
+    run._lock.release()
 
 
 def test_a_report_that_changed_is_known_by_its_file(a_run: Path) -> None:
