@@ -114,8 +114,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any)
     from pipelines.edge.bundle import build_bundle
     from pipelines.onnx.export import export_onnx
     from pipelines.onnx.quantize import quantize_onnx
-    from pipelines.training.prune import prune_and_recover
     from pipelines.training.fine_tune import fine_tune
+    from pipelines.training.prune import prune_and_recover
     from pipelines.training.trainer import TrainingArguments
 
     directory = tmp_path_factory.mktemp("runs") / "small_bert"
