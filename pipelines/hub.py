@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pipelines
-from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.run import damaged_files, fingerprint, read_record
+from pipelines.core.run import check_files, fingerprint, read_record
+from pipelines.core.task import Presentation
 from pipelines.report.card import format_model_card
 from pipelines.report.markdown import fence
-from pipelines.report.report import REPORT_FILES, changed_report_files
+from pipelines.report.report import REPORT_FILES, read_report
+from pipelines.tasks import TASKS
 
 MODEL_CARD = "README.md"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 BUNDLE = "bundle"
 # Where a graph of a stage is published, after the names that transformers.js and optimum look for.
 GRAPHS = {"onnx": "onnx/{name}.onnx", "quantized": "onnx/{name}_quantized.onnx"}
-AGAIN = "Run the recipe's command again: it makes anew what is missing or changed, and nothing else."
+AGAIN = "Run the recipe's command again: it rebuilds what is missing or changed, and nothing else."
 
 
 def push(directory: Path, repo_id: str | None = None, private: bool = True, token: str | None = None) -> str:
@@ -42,6 +43,7 @@ def push(directory: Path, repo_id: str | None = None, private: bool = True, toke
 
     directory = Path(directory)
     report, files = check_run(directory)
+    presentation = TASKS[report["task"]].presentation
     repo_id = repo_id or directory.resolve().name
     token = find_token(repo_id, token)
     api = HfApi(token=token, library_name="pocketformers", library_version=pipelines.__version__)
@@ -58,17 +60,17 @@ def push(directory: Path, repo_id: str | None = None, private: bool = True, toke
         held = [sibling.rfilename for sibling in before.siblings or []]
         # These two folders are ours: a graph or a page of an earlier push was never verified with this run.
         stale = [name for name in held if name.startswith(("onnx/", f"{BUNDLE}/")) and name not in files]
-        card = format_model_card(report | {"name": repo_id.split("/")[-1]}, usage_section(report, repo_id, files))
-        content: dict[str, Path | bytes] = {**files, MODEL_CARD: card.encode(), **readable_tokenizer(report, files)}
+        usage = usage_section(report, presentation, repo_id, files)
+        card = format_model_card(report | {"name": repo_id.split("/")[-1]}, presentation, usage)
+        tokenizer = published_tokenizer(files, presentation.tokenizer_settings(report))
+        content: dict[str, Path | bytes] = {**files, MODEL_CARD: card.encode(), **tokenizer}
         operations: list[Any] = [CommitOperationAdd(name, data) for name, data in content.items()]
         operations += [CommitOperationDelete(name) for name in stale]
         message = f"{report['recipe']} by Pocketformers {pipelines.__version__}"
         # What came in between was not looked at: the Hub refuses a commit on another parent.
         commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=before.sha)
-    print(
-        f"push: {repo_id} is as this run already" if commit.oid == before.sha else f"push: {commit.commit_url}",
-        flush=True,
-    )
+    is_new = commit.oid != before.sha
+    print(f"push: {commit.commit_url}" if is_new else f"push: {repo_id} is as this run already", flush=True)
     return commit.commit_url
 
 
@@ -102,12 +104,11 @@ def check_run(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
         raise InputError(
             f"expected a finished run in {directory}, found no report.json there. Run a recipe to its end, and pass its --output_dir."
         )
-    changed = changed_report_files(directory)
+    report, changed = read_report(directory)
     if changed:
         raise InputError(
             f"expected the report in {directory} as it was written, found {', '.join(changed)} changed or missing. {AGAIN}"
         )
-    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     reported_stages = report.get("made_by", {}).get("stages", {})
     records = {name: check_stage(directory, name, reported) for name, reported in reported_stages.items()}
     files = {name: directory / name for name in REPORT_FILES if name != MODEL_CARD}
@@ -124,7 +125,7 @@ def check_run(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     if bundle is None and (directory / BUNDLE).exists():
         raise InputError(f"expected {BUNDLE}/record.json in {directory}, found {BUNDLE}/ without it. {AGAIN}")
     if bundle is not None:
-        check_files(directory, BUNDLE, bundle)
+        check_files(directory / BUNDLE, bundle)
         check_evidence(directory, BUNDLE, bundle)
         if bundle["made_by"].get("source_fingerprint") != fingerprint(records[report["shipped"]]):
             raise InputError(f"expected {BUNDLE}/ to be made from {report['shipped']}/, found one of another. {AGAIN}")
@@ -139,21 +140,12 @@ def check_stage(directory: Path, name: str, reported: str) -> dict[str, Any]:
         raise InputError(
             f"expected the stage {name!r} of the report in {directory}, found no {name}/record.json. {AGAIN}"
         )
-    check_files(directory, name, record)
+    check_files(directory / name, record)
     if fingerprint(record) != reported:
         raise InputError(
-            f"expected report.json to be of the stage {name!r} in {directory}, found that {name}/ was made anew after it. {AGAIN}"
+            f"expected report.json to be of the stage {name!r} in {directory}, found that {name}/ was rebuilt after it. {AGAIN}"
         )
     return record
-
-
-def check_files(directory: Path, name: str, record: dict[str, Any]) -> None:
-    changed = damaged_files(directory / name, record)
-    if changed:
-        named = ", ".join(f"{name}/{file}" for file in changed)
-        raise InputError(
-            f"expected the files of {directory} as they were verified, found {named} changed or missing. {AGAIN}"
-        )
 
 
 def check_evidence(directory: Path, name: str, record: dict[str, Any]) -> None:
@@ -185,13 +177,11 @@ def check_verified(directory: Path, records: dict[str, dict[str, Any]]) -> str:
     return torch_stages[records["onnx"]["made_by"]["source_fingerprint"]]
 
 
-def readable_tokenizer(report: dict[str, Any], files: dict[str, Path]) -> dict[str, bytes]:
-    """The tokenizer_config.json as others need it: transformers.js cuts texts at its limit, transformers 4 asks for its class."""
+def published_tokenizer(files: dict[str, Path], changes: dict[str, Any]) -> dict[str, bytes]:
+    """The tokenizer_config.json with a task's changes, and as transformers 4 can read it."""
     if TOKENIZER_CONFIG not in files:
         return {}
-    settings = json.loads(files[TOKENIZER_CONFIG].read_text(encoding="utf-8"))
-    if report["task"] == "text-classification":
-        settings["model_max_length"] = report["config"].get("max_length", DataConfig.max_length)
+    settings = json.loads(files[TOKENIZER_CONFIG].read_text(encoding="utf-8")) | changes
     # Transformers 5's new name for a class whose old one it reads, too.
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -246,102 +236,45 @@ def explain(error: BaseException, repo_id: str, again: str) -> str:
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     answered = next((part for part in chain if isinstance(part, HfHubHTTPError)), None)
-    status = answered.response.status_code if answered is not None else None
-    told = " ".join(str(answered.server_message or answered if answered is not None else chain[-1]).split())[
-        :500
-    ].rstrip(".")
-    host = constants.ENDPOINT
+    cause, host = chain[-1] if answered is None else answered, constants.ENDPOINT
+    status = 0 if answered is None else answered.response.status_code
+    told = " ".join(str(getattr(cause, "server_message", None) or cause).split())[:500].rstrip(".")
+    found = f"{status or type(cause).__name__}: {told}"
     if status == 401:
-        return (
-            f"expected a token that {host} accepts, found that it refuses this one (401: {told}). Log in again with "
-            f"'hf auth login', or set HF_TOKEN, then repeat: {again}"
-        )
-    if status in (402, 403):
-        return (
-            f"expected write access to {repo_id} on {host}, found that it is refused ({status}: {told}). Use a token with write "
-            f"permission and a --hub_model_id in a namespace of yours, then repeat: {again}"
-        )
-    if status is not None and status != 429 and status < 500:
-        return (
-            f"expected {host} to take {repo_id}, found that it does not ({status}: {told}). Mend what it names, then "
-            f"repeat: {again}"
-        )
-    found = f"status {status} ({told})" if status is not None else f"{type(chain[-1]).__name__}: {told}"
-    return (
-        f"expected {host} to answer, found {found}. The run is whole on disk: check the network (and that HF_HUB_OFFLINE is "
-        f"not set), or wait, then repeat: {again}"
-    )
+        expected, remedy = f"a token that {host} accepts", "Log in again with 'hf auth login', or set HF_TOKEN"
+    elif status in (402, 403):
+        expected = f"write access to {repo_id} on {host}"
+        remedy = "Use a token with write permission and a --hub_model_id in a namespace of yours"
+    elif 0 < status < 500 and status != 429:
+        expected, remedy = f"{host} to accept {repo_id}", "Correct what it names"
+    else:
+        expected = f"{host} to respond"
+        remedy = "The run is whole on disk: check the network (and that HF_HUB_OFFLINE is not set), or wait"
+    return f"expected {expected}, found an error ({found}). {remedy}, then repeat: {again}"
 
 
 # The model card
 
 
-def has_other_heads(files: dict[str, Path]) -> bool:
-    """Whether a layer of a language model's graph has not as many heads as config.json says, which has one number for all."""
-    import onnx
-
-    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or config.get("n_head")
-    inputs = onnx.load(files["onnx/model.onnx"], load_external_data=False).graph.input
-    caches = [value for value in inputs if value.name.startswith("past_key_values.")]
-    return heads is not None and any(value.type.tensor_type.shape.dim[1].dim_value != heads for value in caches)
-
-
-def usage_section(report: dict[str, Any], repo_id: str, files: dict[str, Path]) -> str:
+def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: str, files: dict[str, Path]) -> str:
     """How to use the published model, in three lines each: in Python, in a browser, and from the bundle where there is one."""
-    name, task = json.dumps(repo_id), json.dumps(report["task"])
-    of_images, is_pair = report["task"] == "image-classification", bool(report["config"].get("text_pair_column"))
-    writes = report["task"] == "text-generation"
-    limit = report["config"].get("max_length", DataConfig.max_length)
-    example = '"image.png"' if of_images else '"A text."'
-    pair = '{"text": "A first text.", "text_pair": "A second text."}'
-    function = "write" if writes else "classify"
-    in_python = (
-        f"{example}, max_new_tokens=40"
-        if writes
-        else example
-        if of_images
-        else f"{pair if is_pair else example}, truncation=True, max_length={limit}"
-    )
-    in_shell = '--pair "A first text." "A second text."' if is_pair else example
     dtype = "q8" if "onnx/model_quantized.onnx" in files else "fp32"
-    browser = f"""
-        import {{ pipeline }} from "@huggingface/transformers";
-        const {function} = await pipeline({task}, {name}, {{ dtype: "{dtype}" }});
-        console.log(await {function}({example}{", { max_new_tokens: 40 }" if writes else ""}));
-    """
-    if is_pair:  # transformers.js's own pipeline takes single texts
-        browser = f"""
-            import {{ AutoModelForSequenceClassification as Model, AutoTokenizer }} from "@huggingface/transformers";
-            const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
-            console.log((await model(tokenizer("A first text.", {{ text_pair: "A second text." }}))).logits.tolist());
-        """
     parts = [
         "In Python, with transformers (`hf auth login` first while the repository is private):",
-        fence(
-            f"""
-            from transformers import pipeline
-            {function} = pipeline({task}, model={name})
-            print({function}({in_python}))
-            """,
-            "python",
-        ),
+        fence(presentation.in_python(report, repo_id), "python"),
         "In a browser, where the repository is public, or in Node (`HF_TOKEN` where it is private), with transformers.js "
         "(`npm install @huggingface/transformers`), which needs no torch:",
-        fence(browser, "js"),
+        fence(presentation.in_javascript(report, repo_id, dtype), "js"),
     ]
     if any(file.startswith(f"{BUNDLE}/") for file in files):
         shell = f"""
             python3 -m venv .venv && . .venv/bin/activate && pip install huggingface_hub
             hf download {repo_id} --include "{BUNDLE}/*" --local-dir . && pip install -r {BUNDLE}/requirements.txt
-            python {BUNDLE}/infer.py {in_shell}
+            python {BUNDLE}/infer.py {presentation.in_shell(report)}
         """
-        from pipelines.edge.bundle import PYTHON
-
-        python = PYTHON["image" if of_images else "text"]
         parts += [
-            f"From the bundle, on a small computer without torch (64-bit, Python {python} or newer; `hf auth login` before the "
-            "second line while the repository is private):",
+            f"From the bundle, on a small 64-bit computer without torch (`{BUNDLE}/requirements.txt` names the Python it needs; "
+            "`hf auth login` before the second line while the repository is private):",
             fence(shell, "bash"),
         ]
         if f"{BUNDLE}/index.html" in files:
@@ -349,14 +282,10 @@ def usage_section(report: dict[str, Any], repo_id: str, files: dict[str, Path]) 
             parts.append(f"`{server}` serves the bundle's page at http://127.0.0.1:8000.")
     if "onnx/model_quantized.onnx" in files:
         parts.append(
-            "`onnx/model_quantized.onnx` is the shipped model of the results below; it has operators of ONNX Runtime's own. "
-            "`onnx/model.onnx` keeps to standard ones."
+            "`onnx/model_quantized.onnx` is the shipped model of the results below, with operators of ONNX Runtime. "
+            "`onnx/model.onnx` has standard operators only."
         )
-    if writes and has_other_heads(files):
-        parts.append(
-            "Pruning left layers with fewer heads than `config.json` says. transformers.js takes each layer's from the graph; optimum-onnx "
-            "0.1.0 takes the config's for all, and cannot run the ONNX files."
-        )
+    parts += presentation.remarks(files)
     if any(stage["name"] == "pruned" for stage in report["stages"]):
-        parts.append("What was pruned is zeros in `model.safetensors`, and gone from the ONNX files.")
+        parts.append("The pruned weights are zeros in `model.safetensors`. The ONNX files do not have them.")
     return "\n\n".join(parts)

@@ -73,14 +73,32 @@ class StageResult:
     timing: dict[str, Any]
 
 
+@dataclass
+class Comparison:
+    """What the predictions of all stages say of the test split; all but `samples` and `metric` is ready for JSON.
+
+    A sample is what the primary metric of a stage is computed from: arrays (units,), a unit being what is independent of the others,
+    such as an example or a whole document. `metric(*sample)` works over the last axis, so that many resamples are scored at once.
+    """
+
+    stages: dict[
+        str, dict[str, Any]
+    ]  # by name: `metrics`, `agreement` with the teacher, and whatever else the task compares
+    report: dict[str, Any]  # of all stages together, `test_examples` among it
+    samples: Mapping[str, tuple[np.ndarray, ...]]
+    metric: Callable[..., np.ndarray]
+
+
 class Presentation(Protocol):
-    """How a report speaks of a task: everything here takes the report as the JSON it is, so that it can be read again later."""
+    """A task in words and code for people; what a report says is taken from the report as JSON, so that it can be written again later."""
 
     unit: str  # what the test split holds: "examples", "documents"
     digits: int  # decimals of the primary metric
-    hub_metrics: Mapping[str, str]  # our metrics and the names that the Hub gives them
-    speed_unit: str  # "samples/s"
     latency_digits: int
+    latency_of: str  # what a latency is the time of: "one example", "one token"
+    speed_unit: str  # "samples/s"
+    hub_metrics: Mapping[str, str]  # our metrics and the names that the Hub gives them
+    limitations: Sequence[str]
 
     def kind(self, report: dict[str, Any]) -> str:
         """The job in a few words for the model card: "text-classification with 5 labels (…)"."""
@@ -95,13 +113,23 @@ class Presentation(Protocol):
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
         """The section on what compression broke, with at most `listed` examples."""
 
-    def limitations(self) -> Sequence[str]: ...
+    def in_python(self, report: dict[str, Any], model: str) -> str:
+        """Code that runs `model`, a transformers directory or repository, in three lines."""
 
-    def usage(self, report: dict[str, Any], opened: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
-        """How to run the last transformers directory `opened` and the shipped ONNX directory, as Markdown paragraphs."""
+    def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
+        """Code that runs an ONNX directory without torch."""
 
-    def published_usage(self, report: dict[str, Any], repo_id: str, files: Mapping[str, Path]) -> list[str]:
-        """How to use what was published under `repo_id`, whose files are named: in Python, in a browser, from the bundle."""
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        """Code that runs a published repository with transformers.js, in three lines."""
+
+    def in_shell(self, report: dict[str, Any]) -> str:
+        """What the bundle's infer.py is called with."""
+
+    def remarks(self, files: Mapping[str, Path]) -> list[str]:
+        """What a user of the published `files` must know besides."""
+
+    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
+        """What the published tokenizer_config.json must say for others to prepare inputs as this task does."""
 
 
 class Task(Protocol):
@@ -212,13 +240,9 @@ class Task(Protocol):
 
     # ---- Report
 
-    def references(self, processor: Any, split: str) -> np.ndarray: ...
-
-    def compare(
-        self, stages: list[StageResult], references: np.ndarray, shipped: str, teacher: str = "teacher"
-    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """Each stage's `metrics`, `agreement` and `difference` (see report/bootstrap.py) with whatever else is compared; and what the
-        report says of all stages together (`test_examples` among it). Raises where the predictions do not fit the references."""
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = "teacher") -> Comparison:
+        """Score all stages on the test split and compare them with the teacher, whose `processor` it is; raises where predictions do
+        not fit the test split, or are not finite."""
 
     # ---- Bundle
 

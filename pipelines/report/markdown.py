@@ -65,9 +65,10 @@ def count(value: int | None) -> str:
     return f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value:,}"
 
 
-def interval(difference: dict[str, float], digits: int = 3) -> str:
-    value, low, high = (f"{difference[key]:+.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
+def interval(delta: dict[str, Any], digits: int = 3, prefix: str = "") -> str:
+    """A delta with its interval, or without where it has none."""
+    value, low, high = (number(delta[key], f"+.{digits}f") for key in ("value", "low", "high"))
+    return value if delta["low"] is None else f"{value} ({prefix}{low} to {high})"
 
 
 def spread(ratio: dict[str, float]) -> str:

@@ -4,47 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipelines.core.task import Presentation
 from pipelines.report.markdown import bullets, count, escape, fence, interval, markdown_table, number, spread
-from pipelines.tasks.text_generation import report as report_language
 
 TEACHER = "teacher"
 # Rows to compare with; what is shipped is never one of them.
 BASELINES = ("teacher_onnx", "student_labels_only")
+DELTA, P95, FASTER_THAN_ONNX = "delta (95 %)", "p95 ms", "x faster than teacher_onnx"
 
 
-def format_summary(report: dict[str, Any]) -> str:
-    """The table for the terminal, and one sentence about the shipped model."""
-    header, rows = table_of(report)
+def format_summary(report: dict[str, Any], presentation: Presentation) -> str:
+    """The table for the terminal, and a few sentences about the shipped model."""
+    rows = table_of(report, presentation)
     # What a terminal has no room for is in report.md.
-    left_out = {"difference (95 %)", "bits per byte", "p95 ms", "x faster than teacher_onnx"}
-    columns = [column for column, title in enumerate(header) if title not in left_out]
-    lines = [[line[column] for column in columns] for line in [header, *rows]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
+    left_out = {DELTA, P95, FASTER_THAN_ONNX, *presentation.columns(report["stages"][0])}
+    titles = [title for title in rows[0] if title not in left_out]
+    lines = [titles, *([row[title] for title in titles] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    first, *others = widths
     text = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
+        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))])
         for line in lines
     ]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*text, "", conclusion(report)])
+    return "\n".join([*(line.rstrip() for line in text), "", conclusion(report, presentation)])
 
 
-def format_markdown(report: dict[str, Any]) -> str:
-    """report.md: the table, what compression broke, the data, and how to make the run again."""
+def format_markdown(report: dict[str, Any], presentation: Presentation) -> str:
+    """report.md: the table, what compression broke, the data, and how to reproduce the run."""
     return "\n\n".join(
         [
             f"# {escape(report['name'])}: what compression kept and what it broke",
-            escape(conclusion(report), None),
-            markdown_table(*table_of(report)),
-            how_measured(report),
-            "![Quality against size and against latency](report.png)",
+            escape(conclusion(report, presentation), None),
+            results_section(report, presentation),
             "## What compression broke",
-            broken_section(report, listed=20),
+            losses_section(report, presentation, listed=20),
             "## Data",
             data_section(report),
-            "## Made again",
+            "## How to reproduce",
             reproduce_section(report),
             "## Machine and versions",
             bullets(report["environment"]),
@@ -60,154 +57,98 @@ def stage_of(report: dict[str, Any], name: str) -> dict[str, Any]:
     return stage
 
 
-def is_language(report: dict[str, Any]) -> bool:
-    return bool(report["task"] == report_language.TASK)
+def metric_name(report: dict[str, Any]) -> str:
+    return str(report["primary_metric"]).replace("_", " ")
 
 
-def table_of(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    metric, digits = report["primary_metric"], digits_of(report)
-    language = is_language(report)
-    has_onnx_teacher = any(stage["name"] == "teacher_onnx" for stage in report["stages"])
-    header = ["stage", metric.replace("_", " "), "difference (95 %)"]
-    header += ["bits per byte"] * language
-    header += ["retained", "agreement", "parameters", "MB"]
-    header += ["first token ms"] * language
-    header += ["p50 ms", "p95 ms", "tokens/s" if language else "samples/s", "x smaller", "x faster"]
-    header += ["x faster than teacher_onnx"] * has_onnx_teacher
+def tested_on(report: dict[str, Any], presentation: Presentation) -> str:
+    return f"{report['test_examples']:,} test {presentation.unit}"
+
+
+def table_of(report: dict[str, Any], presentation: Presentation) -> list[dict[str, str]]:
+    """A row for each stage: its cells by their titles, the same ones in each row."""
+    digits, latency_digits = presentation.digits, presentation.latency_digits
     rows = []
     for stage in report["stages"]:
-        is_teacher = stage["name"] == TEACHER
-        ratios = stage["ratios"]
-        cells = {
+        is_teacher, ratios, speed = stage["name"] == TEACHER, stage["ratios"], stage["samples_per_second"]
+        row = {
             "stage": stage["name"],
-            metric.replace("_", " "): number(stage["metrics"][metric], f".{digits}f"),
-            "difference (95 %)": "" if is_teacher else interval(stage["difference"], digits),
+            metric_name(report): number(stage["metrics"][report["primary_metric"]], f".{digits}f"),
+            DELTA: "" if is_teacher else interval(stage["delta"], digits),
             "retained": number(stage["quality_retained"], ".3f"),
             "agreement": number(stage["agreement"], ".3f"),
             "parameters": count(stage["parameters"]),
             "MB": number(stage["bytes"] / 1e6, ".1f"),
-            "p50 ms": number(stage["latency_ms"]["p50"], ".2f" if language else ".1f"),
-            "p95 ms": number(stage["latency_ms"]["p95"], ".2f" if language else ".1f"),
+            **presentation.columns(stage),
+            "p50 ms": number(stage["latency_ms"]["p50"], f".{latency_digits}f"),
+            P95: number(stage["latency_ms"].get("p95"), f".{latency_digits}f"),
+            presentation.speed_unit: number(speed, ",.0f" if speed >= 100 else ".1f"),
             "x smaller": number(ratios["smaller_than_teacher"], ".1f"),
             "x faster": "" if is_teacher else spread(ratios["faster_than_teacher"]),
         }
-        cells["tokens/s" if language else "samples/s"] = number(
-            stage["samples_per_second"], ",.0f" if stage["samples_per_second"] >= 100 else ".1f"
-        )
-        if has_onnx_teacher:
+        if ratios["faster_than_teacher_onnx"]:
             is_itself = stage["name"] == "teacher_onnx"
-            cells["x faster than teacher_onnx"] = "" if is_itself else spread(ratios["faster_than_teacher_onnx"])
-        if language:
-            cells |= report_language.cells(stage)
-        rows.append([cells[title] for title in header])
-    return header, rows
+            row[FASTER_THAN_ONNX] = "" if is_itself else spread(ratios["faster_than_teacher_onnx"])
+        rows.append(row)
+    return rows
 
 
-def digits_of(report: dict[str, Any]) -> int:
-    """Decimals that the primary metric is shown with."""
-    return report_language.DIGITS if is_language(report) else 3
-
-
-def tested_on(report: dict[str, Any]) -> str:
-    return f"{report['test_examples']:,} test {'documents' if is_language(report) else 'examples'}"
-
-
-def conclusion(report: dict[str, Any]) -> str:
-    """What the shipped model costs and brings, in plain text."""
+def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
+    """What the shipped model costs and brings, and what the teacher was good for, in plain text."""
     shipped, teacher = stage_of(report, report["shipped"]), stage_of(report, TEACHER)
-    metric, ratios = report["primary_metric"], shipped["ratios"]
-    name, digits = metric.replace("_", " "), digits_of(report)
+    name, digits = metric_name(report), presentation.digits
+    before, after = (number(stage["metrics"][report["primary_metric"]], f".{digits}f") for stage in (teacher, shipped))
     if shipped is teacher:
-        return f"The teacher's {name} is {teacher['metrics'][metric]:.{digits}f} on {tested_on(report)}."
+        return f"The teacher's {name} is {before} on {tested_on(report, presentation)}."
+    ratios = shipped["ratios"]
     faster = f"{ratios['faster_than_teacher']['median']:.1f} times faster than the teacher in torch"
     if ratios["faster_than_teacher_onnx"]:
         faster += f" ({ratios['faster_than_teacher_onnx']['median']:.1f} times faster than the teacher in fp32 ONNX)"
-    difference = shipped["difference"]
-    if difference["low"] == difference["high"] == 0:
-        verdict = "the two are right and wrong on the same examples"
-    elif difference["high"] < 0 or difference["low"] > 0:
-        verdict = (
-            "a gain beyond chance" if (difference["low"] > 0) == report["greater_is_better"] else "a loss beyond chance"
-        )
-    else:
-        verdict = "too small a difference to tell from chance with so many examples"
-    return (
-        f"The shipped model ({shipped['path']}) is {number(ratios['smaller_than_teacher'], '.1f')} times smaller and "
-        f"{faster}. Its {name} is {shipped['metrics'][metric]:.{digits}f} on {tested_on(report)}, the "
-        f"teacher's {teacher['metrics'][metric]:.{digits}f}. The difference, with its 95 % interval, is "
-        f"{interval(difference, digits)}: {verdict}."
-    )
-
-
-def how_measured(report: dict[str, Any]) -> str:
-    teacher = stage_of(report, TEACHER)
-    shape = " x ".join(str(size) for size in teacher["latency_ms"]["shape"])
-    memory = ", ".join(f"{stage['name']} {stage['peak_memory_bytes'] / 1e6:.0f} MB" for stage in report["stages"])
-    threads = f"on {teacher['threads']} threads, every stage in fresh processes in turn"
-    if is_language(report):
-        scores, times = report_language.how_scored(report), report_language.how_timed(report, threads)
-    else:
-        scores = (
-            "*difference*: score minus the teacher's on the same examples, with a paired bootstrap interval. *retained*: "
-            "score over the teacher's. *agreement*: share of examples answered as the teacher answers them."
-        )
-        times = (
-            f"*p50*, *p95*: one call of shape {shape} {threads}; *x faster*: median of the rounds, with the least and the "
-            "largest. *samples/s*: over batches of 16 of the test split, texts with others of their length."
-        )
-    return (
-        "Scores are of the test split, which nothing else in the run has read; the ONNX rows are ONNX Runtime's own "
-        f"answers. {scores} *MB*: what must be shipped, in millions of bytes. {times} "
-        f"Peak memory of the whole process while timed: {memory}."
-    )
-
-
-def broken_section(report: dict[str, Any], listed: int) -> str:
-    broken, shipped, teacher = report["broken_examples"], stage_of(report, report["shipped"]), stage_of(report, TEACHER)
-    if shipped is teacher:
-        return "Nothing was compressed."
-    if is_language(report):
-        return report_language.broken_section(report, shipped, listed)
-    changes = shipped["recall_change_per_class"]
-    classes = sorted(changes, key=lambda name: changes[name])
-    header = ["class", "test examples", "teacher's recall", f"{shipped['name']}'s recall", "change"]
-    rows = [
-        [
-            name,
-            str(report["test_examples_per_class"][name]),
-            number(teacher["metrics"]["recall_per_class"][name], ".3f"),
-            number(shipped["metrics"]["recall_per_class"][name], ".3f"),
-            f"{changes[name]:+.3f}",
-        ]
-        for name in classes[:20]
+    sentences = [
+        f"The shipped model ({shipped['path']}) is {number(ratios['smaller_than_teacher'], '.1f')} times smaller and {faster}.",
+        f"Its {name} is {after} on {tested_on(report, presentation)}, the teacher's {before}.",
+        f"The delta is {describe_delta(shipped['delta'], report, presentation)}.",
     ]
-    parts = ["Recall per class, the largest loss first:", markdown_table(header, rows)]
-    if len(classes) > 20:
-        parts.append(f"The other {len(classes) - 20} classes are in report.json.")
-    examples = broken["examples"][:listed]
-    parts.append(
-        f"Of {report['test_examples']} test examples, the teacher got {broken['total']} right that {shipped['name']} "
-        f"gets wrong, and {broken['repaired_total']} wrong that {shipped['name']} gets right."
-        + (f" The first {len(examples)}, the most confident mistakes first:" if len(examples) < broken["total"] else "")
+    if report["delta_to_labels_only"]:
+        delta = describe_delta(report["delta_to_labels_only"], report, presentation)
+        sentences.append(
+            f"Against the same student trained on labels only, the teacher changed the student's {name} by {delta}."
+        )
+    return " ".join(sentences)
+
+
+def describe_delta(delta: dict[str, Any], report: dict[str, Any], presentation: Presentation) -> str:
+    """A delta with its interval, and what that means."""
+    if delta["low"] is None:
+        verdict = f"too few test {presentation.unit} to tell whether it is more than chance"
+    elif delta["low"] <= 0 <= delta["high"]:
+        verdict = "no measurable difference"
+    else:
+        verdict = "a measurable gain" if (delta["low"] > 0) == report["greater_is_better"] else "a measurable loss"
+    return f"{interval(delta, presentation.digits, '95 % interval ')}: {verdict}"
+
+
+def results_section(report: dict[str, Any], presentation: Presentation) -> str:
+    """The table, how its figures were measured, and the plot."""
+    rows = table_of(report, presentation)
+    memory = ", ".join(f"{stage['name']} {stage['peak_memory_bytes'] / 1e6:.0f} MB" for stage in report["stages"])
+    threads = report["stages"][0]["threads"]
+    explanation = (
+        "The test split was read for this report only. The ONNX rows are the predictions of ONNX Runtime. *delta*: the score minus the "
+        f"teacher's, with a paired bootstrap interval over the test {presentation.unit}. {presentation.how_scored(report)} *MB*: the files that "
+        f"must be shipped, in millions of bytes. {presentation.how_timed(report)} *x faster*: the ratio of the two p50 in one round, as the "
+        f"median of the rounds, with the smallest and the largest. All times are on {threads} threads, each stage in a fresh process, the "
+        f"stages in turn. Peak memory of the whole process while it was timed: {memory}."
     )
-    if examples:
-        header = [
-            "example",
-            "image" if report["task"] == "image-classification" else "text",
-            "right answer, the teacher's",
-            f"{shipped['name']}'s answer",
-        ]
-        rows = [
-            [
-                str(example["index"]),
-                example["text"],
-                f"{example['teacher_answer']} ({example['teacher_probability']:.2f})",
-                f"{example['shipped_answer']} ({example['shipped_probability']:.2f})",
-            ]
-            for example in examples
-        ]
-        parts.append(markdown_table(header, rows, text_columns=len(header)))
-    return "\n\n".join(parts)
+    table = markdown_table(list(rows[0]), [list(row.values()) for row in rows])
+    return "\n\n".join([table, explanation, "![Quality against size and against latency](report.png)"])
+
+
+def losses_section(report: dict[str, Any], presentation: Presentation, listed: int) -> str:
+    shipped = stage_of(report, report["shipped"])
+    if shipped["name"] == TEACHER:
+        return "Nothing was compressed."
+    return presentation.what_was_lost(report, shipped, listed)
 
 
 def data_section(report: dict[str, Any]) -> str:
@@ -222,8 +163,8 @@ def reproduce_section(report: dict[str, Any]) -> str:
 
     seconds = ", ".join(f"{stage['name']} {stage['seconds']:.0f}" for stage in report["stages"])
     records = (
-        f"Seconds that the stages took: {escape(seconds, None)}. In the run, every stage's directory has a record.json with its "
-        "source, settings, seed, versions and file hashes."
+        f"Seconds that the stages took: {escape(seconds, None)}. Each stage's directory has a record.json with its source, settings, "
+        "seed, versions and file hashes."
     )
     # Reported by itself, a run may have been put together stage by stage: then only the records know how.
     if report["recipe"] == "report":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,58 +11,46 @@ import numpy as np
 import pipelines
 from pipelines.core.config import ReportConfig
 from pipelines.core.errors import InputError
-from pipelines.core.run import check_files, differences, fingerprint, needing_room, read_record
-from pipelines.core.task import IGNORED
-from pipelines.models.predict import batches_by_length, predict_torch
+from pipelines.core.run import Run, check_files, differences, fingerprint, needing_room, read_record
+from pipelines.core.task import StageResult, Task
+from pipelines.models.predict import predict_torch
 from pipelines.models.removal import load_model
 from pipelines.onnx.export import ONNX_FILE
 from pipelines.onnx.measure import Subject, measure, paired_ratios
 from pipelines.onnx.predict import predict_onnx
 from pipelines.report.pages import TEACHER, format_summary
-from pipelines.report.report import (
-    StageResult,
-    assemble,
-    build_report,
-    changed_report_files,
-    describe_environment,
-    shipped_stage,
-    write_report,
-)
-from pipelines.tasks.text_generation.measure import Decoding, measure_decoding, memory_bandwidth
-from pipelines.tasks.text_generation.report import compare
+from pipelines.report.report import build_report, describe_environment, read_report, shipped_stage, write_report
 
 STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
-THROUGHPUT_BATCH, THROUGHPUT_EXAMPLES = 16, 128
-PROMPT_TOKENS, NEW_TOKENS = 16, 64  # at most; what a language model is timed on
 
 
-def report_run(run: Any, recipe: str, config: ReportConfig, given: dict[str, Any]) -> None:
+def report_run(run: Run, recipe: str, config: ReportConfig, given: dict[str, Any], batch_size: int = 32) -> None:
     """Write the report of the stages this run went through, unless it is there and of these very stages; print its table.
 
-    Only the main process works; this is the only reader of the test split.
+    Only the main process works; this is the only reader of the test split. Torch models are scored in batches of `batch_size`.
     """
     if not run.state.is_main_process:
         return
+    task: Task = run.task
     records = {name: run.record(name) for name in STAGES if name in run.stages}
     made_by = {
         "version": pipelines.__version__,
         "stages": {name: fingerprint(record) for name, record in records.items()},
         **config.timing(),
-        "task": run.task.describe(),
+        "task": task.describe(),
         "flags": given,
     }
     made_by = json.loads(json.dumps(made_by, default=str))
-    report = _finished(run.directory, made_by)
-    if report is None:
-        build = _language_report if run.task.causal else _classification_report
-        report = build(run, records, recipe, config, given)
+    report, changed = read_report(run.directory)
+    if changed or report["made_by"] != made_by:
+        report = _score_and_time(run.directory, task, records, recipe, run.seed, config, given, batch_size)
         report["made_by"] = made_by
         with needing_room("report", run.directory):
-            write_report(run.directory, report)
+            write_report(run.directory, report, task.presentation)
         print(f"report: written to {run.directory}", flush=True)
     else:
         print("report: finished already", flush=True)
-    print(format_summary(report), flush=True)
+    print(format_summary(report, task.presentation), flush=True)
 
 
 def finished_stages(run: Any) -> list[str]:
@@ -79,6 +66,7 @@ def finished_stages(run: Any) -> list[str]:
             continue
         made_by = record["made_by"]
         task = json.loads(json.dumps(run.task.describe(), default=str))
+        # Augmented or not, the training data is that of the same test split.
         changed = differences(made_by["task"] | {"augmentation": None}, task | {"augmentation": None})
         if changed:
             raise InputError(
@@ -90,7 +78,7 @@ def finished_stages(run: Any) -> list[str]:
         outlived = source is not None and fingerprint(source) != made_by["source_fingerprint"]
         if outlived or made_by["source"] in left_out:
             print(
-                f"{name}: left out, because {made_by['source']} was {'made again since' if outlived else 'left out'}",
+                f"{name}: left out, because {made_by['source']} was {'rebuilt since' if outlived else 'left out'}",
                 flush=True,
             )
             left_out.append(name)
@@ -99,125 +87,55 @@ def finished_stages(run: Any) -> list[str]:
     return found
 
 
-def _classification_report(
-    run: Any, records: dict[str, dict[str, Any]], recipe: str, config: ReportConfig, given: dict[str, Any]
+def _score_and_time(
+    directory: Path,
+    task: Task,
+    records: dict[str, dict[str, Any]],
+    recipe: str,
+    seed: int,
+    config: ReportConfig,
+    given: dict[str, Any],
+    batch_size: int,
 ) -> dict[str, Any]:
-    task = run.task
-    results, subjects = [], []
+    results = []
     for name, record in records.items():
-        processor = task.load_processor(str(run.directory / name))
-        features, collate = task.features(processor)["test"], task.collate(processor)
-        logits = _answer(run.directory / name, record, task, features, collate)
-        results.append(StageResult(name, name, record["format"], logits, record, {}))
-        single, batches = timing_feeds(features, collate)
-        path = run.directory / name
-        subjects.append(Subject(name, path, record["format"], single, batches, task.trust_remote_code))
-    timings = measure(subjects, **config.timing())
+        predictions = _predict(directory / name, record["format"], task, batch_size)
+        results.append(StageResult(name, name, record["format"], predictions, record, timing={}))
+    timings = _time({name: directory / name for name in records}, task, "test", config)
     for result in results:
         result.timing = timings[result.name]
-    return build_report(
-        run.directory,
-        recipe=recipe,
-        task=task.name,
-        primary_metric=task.primary_metric,
-        label_names=task.label_names,
-        references=np.asarray(task.data.splits["test"]["label"]),
-        texts=task.test_texts(),
-        stages=results,
-        data_details=task.data.details,
-        environment=describe_environment(run.seed),
-        config=given,
-    )
+    processor = task.load_processor(str(directory / TEACHER))
+    comparison = task.compare(results, processor, shipped_stage(results).name)
+    environment = describe_environment(seed)
+    return build_report(directory, task, results, comparison, recipe=recipe, environment=environment, config=given)
 
 
-def _language_report(
-    run: Any, records: dict[str, dict[str, Any]], recipe: str, config: ReportConfig, given: dict[str, Any]
-) -> dict[str, Any]:
-    task = run.task
-    processor = task.load_processor(str(run.directory / TEACHER))
-    features = task.features(processor)["test"]
-    references = np.asarray(features["labels"])
-    timings = measure_decoding(
-        [
-            Decoding(name, run.directory / name, record["format"], task.trust_remote_code)
-            for name, record in records.items()
-        ],
-        **config.timing(),
-        new_tokens=min(NEW_TOKENS, task.config.max_length // 2),
-        prompt_tokens=min(PROMPT_TOKENS, task.config.max_length // 4),
-    )
-    results, metrics = [], {}
-    for name, record in records.items():
-        own = task.features(task.load_processor(str(run.directory / name)))["test"]
-        answers = _answer(run.directory / name, record, task, own, task.collate(processor))
-        metrics[name] = task.metrics(answers, own["labels"], task.data.text_bytes["test"])
-        results.append(StageResult(name, name, record["format"], answers, record, timings[name]))
-    bandwidth = memory_bandwidth()
-    texts = [processor.decode(labels[labels != IGNORED]) for labels in references]
-    weights = {name: _weight_bytes(run.directory / name) for name in records}
-    compared, own = compare(
-        results, references, metrics, texts, processor.eos_token_id, bandwidth, weights, shipped_stage(results).name
-    )
-    return assemble(
-        run.directory, recipe, task.name, task.primary_metric, results, compared, own, task.data.details,
-        describe_environment(run.seed) | {"memory_bandwidth_bytes_per_second": bandwidth}, given, greater_is_better=False,
-    )  # fmt: skip
+def _predict(directory: Path, form: str, task: Task, batch_size: int) -> np.ndarray:
+    """What a stage predicts for the test split: in torch on the device of the process, in ONNX Runtime on the CPU."""
+    from accelerate import PartialState
+
+    processor = task.load_processor(str(directory))
+    features, collate = task.features(processor)["test"], task.collate(processor)
+    name = f"test {directory.name}"
+    if form == "onnx":
+        return predict_onnx(directory / ONNX_FILE, features, collate, task, name=name)
+    model = load_model(directory, task.config.trust_remote_code).to(PartialState().device)
+    return predict_torch(model, features, collate, task, batch_size, name=name)
 
 
-def _weight_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("model*") if path.suffix in (".onnx", ".safetensors"))
-
-
-def benchmark_directories(directories: list[Path], task: Any, config: ReportConfig) -> str:
-    """Time stage directories against one another on the validation split's own length mix; the result is JSON."""
-    names = [f"{index} {directory.name}" for index, directory in enumerate(directories)]
-    forms = ["onnx" if (directory / ONNX_FILE).is_file() else "transformers" for directory in directories]
-    if task.causal:
-        decoded = [
-            Decoding(*subject, task.trust_remote_code) for subject in zip(names, directories, forms, strict=True)
-        ]
-        return _compared(measure_decoding(decoded, **config.timing()), names[0])
+def _time(directories: dict[str, Path], task: Task, split: str, config: ReportConfig) -> dict[str, dict[str, Any]]:
+    """Time directories together, on examples of a split."""
     subjects = []
-    for name, directory, form in zip(names, directories, forms, strict=True):
-        processor = task.load_processor(str(directory))
-        single, batches = timing_feeds(task.features(processor)["validation"], task.collate(processor))
-        subjects.append(Subject(name, directory, form, single, batches, task.trust_remote_code))
-    return _compared(measure(subjects, **config.timing()), names[0])
+    for name, path in directories.items():
+        form = "onnx" if (path / ONNX_FILE).is_file() else "transformers"
+        subjects.append(Subject(name, path, form, task.workload(path, split), task.config.trust_remote_code))
+    return measure(subjects, **config.timing())
 
 
-def _compared(timings: dict[str, dict[str, Any]], first: str) -> str:
+def benchmark_directories(directories: list[Path], task: Task, config: ReportConfig) -> str:
+    """Time stage directories against one another on examples of the validation split; the result is JSON."""
+    named = {f"{index} {directory.name}": directory for index, directory in enumerate(directories)}
+    timings, first = _time(named, task, "validation", config), next(iter(named))
     for name, timing in timings.items():
         timing[f"faster_than_{first}"] = paired_ratios(timings, first, name)
     return json.dumps(timings, indent=2)
-
-
-def _finished(directory: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        report: dict[str, Any] = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return report if report.get("made_by") == made_by and not changed_report_files(directory) else None
-
-
-def _answer(directory: Path, record: dict[str, Any], task: Any, features: Any, collate: Any) -> np.ndarray:
-    """A stage's answers to the test split."""
-    name = f"test {directory.name}"
-    if record["format"] == "onnx":
-        return predict_onnx(directory / ONNX_FILE, features, collate, name=name, answers=task.answers)
-    model = load_model(directory, task.trust_remote_code)
-    return predict_torch(model, features, collate, name=name, answers=task.answers)
-
-
-def timing_feeds(
-    features: Any, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
-    """The longest example alone, for the latency, and a fixed sample in batches of like length, for the throughput."""
-
-    def feed(indices: np.ndarray) -> dict[str, np.ndarray]:
-        batch = collate([features[int(index)] for index in indices])
-        return {key: value.numpy() for key, value in batch.items() if key != "labels"}
-
-    lengths = np.asarray(features["length"] if "length" in features.column_names else [1] * len(features))
-    sample = np.sort(np.random.default_rng(0).permutation(len(features))[:THROUGHPUT_EXAMPLES])
-    batches = [feed(sample[batch]) for batch in batches_by_length(lengths[sample], THROUGHPUT_BATCH)]
-    return feed(np.array([int(np.argmax(lengths))])), batches

@@ -11,15 +11,37 @@ from typing import Any
 import numpy as np
 
 from pipelines.core.config import DataConfig
-from pipelines.core.sources import resolve
-from pipelines.core.task import Arrays, Workload
+from pipelines.core.errors import InputError, VerificationError
+from pipelines.core.task import Arrays, Presentation, StageResult, Workload
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
-from pipelines.data.sources import check_onnx_directory
+from pipelines.data.sources import check_onnx_directory, resolve
 from pipelines.models.loading import load
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
 from pipelines.onnx.verify import verification_batches
+
+
+def check_predictions(stages: list[StageResult], shape: tuple[int, ...], meaning: str, teacher: str) -> None:
+    """Refuse stages without a teacher to compare with, with predictions of another shape, or with such as are not finite."""
+    names = [stage.name for stage in stages]
+    if names.count(teacher) != 1 or len(set(names)) < len(names):
+        raise InputError(
+            f"expected different stages, one of them the teacher that the others are compared with, found {names}. "
+            "Run the missing stages first."
+        )
+    for stage in stages:
+        if stage.predictions.shape != shape:
+            raise InputError(
+                f"expected predictions of shape {shape} ({meaning}) from {stage.name}, found {stage.predictions.shape}. Run it over the "
+                "whole test split of the data that the teacher was trained on; it must have the teacher's labels or vocabulary."
+            )
+        infinite = ~np.isfinite(stage.predictions).reshape(len(stage.predictions), -1).all(axis=1)
+        if infinite.any():
+            raise VerificationError(
+                f"expected finite predictions from {stage.name}, found NaN or infinity in {infinite.sum()} of {len(infinite)} rows of the "
+                "test split. Do not use this model; export or quantize it again, in fp32 if need be."
+            )
 
 
 class Task(ABC):
@@ -29,6 +51,7 @@ class Task(ABC):
     primary_metric: str
     greater_is_better = True
     config: DataConfig
+    presentation: Presentation
 
     @property
     def trust_remote_code(self) -> bool:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 from pipelines.core.errors import InputError
+from pipelines.core.task import Comparison, StageResult
 from pipelines.models.loading import label_order, reorder_labels
-from pipelines.tasks.base import Task
+from pipelines.report.markdown import CLIPPED_TEXT, clip, escape, markdown_table, number
+from pipelines.report.pages import TEACHER, stage_of
+from pipelines.tasks.base import Task, check_predictions
 from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
+
+LISTED_EXAMPLES = 50  # in report.json
 
 
 class Classification(Task, ClassifierLoss):
@@ -72,3 +81,157 @@ class Classification(Task, ClassifierLoss):
     def agreement(self, logits: np.ndarray, reference_logits: np.ndarray) -> float:
         """Share of examples that two models answer alike."""
         return float(np.mean(np.argmax(logits, axis=-1) == np.argmax(reference_logits, axis=-1)))
+
+    # ---- Report
+
+    @abstractmethod
+    def test_texts(self) -> list[str]:
+        """The test examples as a person reads them."""
+
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
+        references = np.asarray(self.features(processor)["test"]["labels"])
+        return compare_classifiers(stages, references, self.test_texts(), self.label_names, shipped, teacher)
+
+
+def compare_classifiers(
+    stages: list[StageResult],
+    references: np.ndarray,
+    texts: list[str],
+    label_names: list[str],
+    shipped: str,
+    teacher: str = TEACHER,
+) -> Comparison:
+    """What a report says of classifiers: `references` are class ids (examples,), `texts` the same examples for people to read."""
+    check_predictions(stages, (len(references), len(label_names)), "examples, labels", teacher)
+    predictions = {stage.name: np.argmax(stage.predictions, axis=-1) for stage in stages}
+    scores = {name: classification_metrics(found, references, label_names) for name, found in predictions.items()}
+    recall = {name: score["recall_per_class"] for name, score in scores.items()}
+    compared = {
+        name: {
+            "metrics": scores[name],
+            "agreement": float(np.mean(found == predictions[teacher])),
+            "recall_change_per_class": {label: recall[name][label] - recall[teacher][label] for label in label_names},
+        }
+        for name, found in predictions.items()
+    }
+    logits = {stage.name: stage.predictions for stage in stages}
+    counts = np.bincount(references, minlength=len(label_names))
+    report = {
+        "label_names": label_names,
+        "test_examples": len(references),
+        "test_examples_per_class": dict(zip(label_names, counts.tolist(), strict=True)),
+        "broken_examples": _broken_examples(logits[teacher], logits[shipped], references, texts, label_names),
+    }
+    samples = {name: ((found == references).astype(float),) for name, found in predictions.items()}
+    return Comparison(compared, report, samples, metric=lambda correct: np.mean(correct, axis=-1))
+
+
+def _broken_examples(
+    teacher: np.ndarray, shipped: np.ndarray, references: np.ndarray, texts: list[str], label_names: list[str]
+) -> dict[str, Any]:
+    """The examples that only the teacher got right, the shipped model's most confident mistakes first; by the logits of both."""
+    before, after = np.argmax(teacher, axis=-1), np.argmax(shipped, axis=-1)
+    broken = np.flatnonzero((before == references) & (after != references))
+    repaired = np.flatnonzero((before != references) & (after == references))
+    confidence_before, confidence = (softmax(logits, axis=-1).max(axis=-1) for logits in (teacher, shipped))
+    ordered = broken[np.argsort(-confidence[broken], kind="stable")]
+    return {
+        "total": len(broken),
+        "repaired_total": len(repaired),
+        "examples": [
+            {
+                "index": int(index),
+                "text": clip(texts[index], CLIPPED_TEXT),
+                "reference": label_names[references[index]],
+                "teacher_probability": float(confidence_before[index]),
+                "shipped_prediction": label_names[after[index]],
+                "shipped_probability": float(confidence[index]),
+            }
+            for index in ordered[:LISTED_EXAMPLES]
+        ],
+    }
+
+
+class ClassifierPresentation:
+    """What a report says of any classifier; its code is that of the example's kind."""
+
+    unit = "examples"
+    digits = 3
+    latency_digits = 1
+    latency_of = "one example"
+    speed_unit = "samples/s"
+    hub_metrics: Mapping[str, str] = {
+        "accuracy": "accuracy",
+        "macro_f1": "f1",
+        "matthews_correlation": "matthews_correlation",
+    }
+    limitations: Sequence[str] = (
+        "The model always predicts one of its labels, also where none fits. Its probabilities are not calibrated, and compression "
+        "changes them.",
+        "It learned from its teacher and its data, errors and biases included. Compression can make them worse for rare classes (see the "
+        "recall per class).",
+    )
+    example = "text"  # the column of the examples in a table
+
+    def kind(self, report: dict[str, Any]) -> str:
+        names = report["label_names"]
+        shown = ", ".join(escape(name, 40) for name in names[:20])
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        return f"{report['task']} with {len(names)} labels ({shown}{more})"
+
+    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
+        return {}
+
+    def how_scored(self, report: dict[str, Any]) -> str:
+        return (
+            "*retained*: the score divided by the teacher's. *agreement*: the share of examples that are predicted as the teacher "
+            "predicts them."
+        )
+
+    def how_timed(self, report: dict[str, Any]) -> str:
+        shape = " x ".join(str(size) for size in report["stages"][0]["latency_ms"]["shape"])
+        return (
+            f"*p50*, *p95*: one call with an input of shape {shape}. *samples/s*: over batches of 16 test examples, texts together with "
+            "others of their length."
+        )
+
+    def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
+        broken, teacher, name = report["broken_examples"], stage_of(report, TEACHER), shipped["name"]
+        changes = shipped["recall_change_per_class"]
+        classes = sorted(changes, key=lambda label: changes[label])
+        rows = [
+            [
+                label,
+                str(report["test_examples_per_class"][label]),
+                number(teacher["metrics"]["recall_per_class"][label], ".3f"),
+                number(shipped["metrics"]["recall_per_class"][label], ".3f"),
+                f"{changes[label]:+.3f}",
+            ]
+            for label in classes[:20]
+        ]
+        header = ["class", "test examples", "teacher's recall", f"{name}'s recall", "delta"]
+        parts = ["Recall per class, the largest loss first:", markdown_table(header, rows)]
+        if len(classes) > 20:
+            parts.append(f"The other {len(classes) - 20} classes are in report.json.")
+        examples = broken["examples"][:listed]
+        parts.append(
+            f"Test examples that the teacher predicts right and {name} wrong: {broken['total']:,} of {report['test_examples']:,}. The other "
+            f"way round: {broken['repaired_total']:,}."
+            + (f" The {len(examples)} most confident mistakes:" if len(examples) < broken["total"] else "")
+        )
+        if examples:
+            header = ["example", self.example, "label (teacher's probability)", f"{name}'s prediction"]
+            rows = [
+                [
+                    str(example["index"]),
+                    example["text"],
+                    f"{example['reference']} ({example['teacher_probability']:.2f})",
+                    f"{example['shipped_prediction']} ({example['shipped_probability']:.2f})",
+                ]
+                for example in examples
+            ]
+            parts.append(markdown_table(header, rows, text_columns=len(header)))
+        return "\n\n".join(parts)
+
+    def remarks(self, files: Mapping[str, Path]) -> list[str]:
+        return []

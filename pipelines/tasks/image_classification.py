@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,20 +14,61 @@ from PIL import Image
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Graph, Head
+from pipelines.core.task import Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.images import IMAGES, collate
 from pipelines.data.references import read_classes
 from pipelines.data.sources import resolve
 from pipelines.models.families import FAMILIES
 from pipelines.models.loading import load, load_classifier
-from pipelines.tasks.classification import Classification
+from pipelines.tasks.classification import Classification, ClassifierPresentation
+
+
+class ImagePresentation(ClassifierPresentation):
+    """What a report says of a classifier of images."""
+
+    example = "image"
+
+    def in_python(self, report: dict[str, Any], model: str) -> str:
+        return f"""
+            from transformers import pipeline
+            classify = pipeline("image-classification", model={json.dumps(model)})
+            print(classify("image.png"))
+        """
+
+    def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
+        return f"""
+            import onnxruntime
+            from PIL import Image, ImageOps
+            from transformers import AutoConfig, AutoImageProcessor
+
+            image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+            processor = AutoImageProcessor.from_pretrained({json.dumps(directory)}, backend="pil")
+            inputs = processor(image, return_tensors="np")
+            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
+            logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
+            print(AutoConfig.from_pretrained({json.dumps(directory)}).id2label[int(logits[0].argmax())])
+        """
+
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        return f"""
+            import {{ pipeline }} from "@huggingface/transformers";
+            const classify = await pipeline("image-classification", {json.dumps(repo_id)}, {{ dtype: "{dtype}" }});
+            console.log(await classify("image.png"));
+        """
+
+    def in_shell(self, report: dict[str, Any]) -> str:
+        return '"image.png"'
+
+    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
+        return {}
 
 
 class ImageClassification(Classification):
     """One image, and one label out of several."""
 
     name = "image-classification"
+    presentation: Presentation = ImagePresentation()
     # No task type of adapters fits images, so the new head, which has no use for a low rank, is named.
     lora_settings: dict[str, Any] = {
         "target_modules": "all-linear",

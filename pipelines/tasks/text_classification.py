@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
@@ -10,18 +11,73 @@ import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Graph, Head
+from pipelines.core.task import Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_classes
 from pipelines.data.text import TEXTS, collate, tokenize
 from pipelines.models.loading import load_classifier, load_tokenizer
-from pipelines.tasks.classification import Classification
+from pipelines.tasks.classification import Classification, ClassifierPresentation
+
+
+class TextPresentation(ClassifierPresentation):
+    """What a report says of a classifier of texts, or of pairs."""
+
+    def in_python(self, report: dict[str, Any], model: str) -> str:
+        text = '{"text": "A first text.", "text_pair": "A second text."}' if _is_pair(report) else '"A text."'
+        return f"""
+            from transformers import pipeline
+            classify = pipeline("text-classification", model={json.dumps(model)})
+            print(classify({text}, truncation=True, max_length={_limit(report)}))
+        """
+
+    def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
+        texts = '["A first text."], ["A second text."]' if _is_pair(report) else '["A text."]'
+        return f"""
+            import onnxruntime
+            from transformers import AutoConfig, AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
+            inputs = tokenizer({texts}, truncation=True, max_length={_limit(report)}, return_tensors="np")
+            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
+            logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
+            print(AutoConfig.from_pretrained({json.dumps(directory)}).id2label[int(logits[0].argmax())])
+        """
+
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        name = json.dumps(repo_id)
+        if _is_pair(report):  # transformers.js's own pipeline takes single texts
+            return f"""
+                import {{ AutoModelForSequenceClassification as Model, AutoTokenizer }} from "@huggingface/transformers";
+                const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
+                console.log((await model(tokenizer("A first text.", {{ text_pair: "A second text." }}))).logits.tolist());
+            """
+        return f"""
+            import {{ pipeline }} from "@huggingface/transformers";
+            const classify = await pipeline("text-classification", {name}, {{ dtype: "{dtype}" }});
+            console.log(await classify("A text."));
+        """
+
+    def in_shell(self, report: dict[str, Any]) -> str:
+        return '--pair "A first text." "A second text."' if _is_pair(report) else '"A text."'
+
+    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
+        # transformers.js cuts texts at the tokenizer's limit.
+        return {"model_max_length": _limit(report)}
+
+
+def _is_pair(report: dict[str, Any]) -> bool:
+    return bool(report["config"].get("text_pair_column"))
+
+
+def _limit(report: dict[str, Any]) -> int:
+    return int(report["config"].get("max_length", DataConfig.max_length))
 
 
 class TextClassification(Classification):
     """One text, or a pair of texts, and one label out of several."""
 
     name = "text-classification"
+    presentation: Presentation = TextPresentation()
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipelines.core.memory import from_glibc, give_memory_back
-from pipelines.models.families import head_size, layers_of
+from pipelines.models.families import layers_of
 
 # Of glibc's malloc.h, and its own values for them.
 TRIM_THRESHOLD, LARGEST_INT, USUAL_TRIM_THRESHOLD = -1, 2**31 - 1, 128 * 1024
@@ -65,7 +65,7 @@ def _attend(
 
     def project(linear: Any, states: Tensor) -> Tensor:
         projected: Tensor = linear(states)
-        return projected.view(*states.shape[:2], -1, head_size(attention.config)).transpose(1, 2)
+        return projected.view(*states.shape[:2], -1, attention.config.hidden_size // attention.config.num_attention_heads).transpose(1, 2)
 
     output, _ = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation](
         attention,

@@ -1,95 +1,76 @@
-"""What the report of a language model has of its own: what is scored, what is compared, and how its pages say it."""
+"""What the report of a language model has of its own: what is compared, and how its pages say it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.task import IGNORED
-from pipelines.report.bootstrap import paired_bootstrap, perplexity
-from pipelines.report.markdown import CLIPPED_TEXT, clip, fence, markdown_table, number
+from pipelines.core.task import IGNORED, Comparison, StageResult
+from pipelines.report.markdown import CLIPPED_TEXT, clip, markdown_table, number
+from pipelines.report.pages import TEACHER
+from pipelines.tasks.base import check_predictions
 
-TASK = "text-generation"
-DIGITS = 2  # decimals of a perplexity
-LISTED_WINDOWS = 50
-LIMITATIONS = (
-    "It writes what is likely after a text like those it was trained on, not what is true or right.",
-    "It knows what its teacher and its data know: their errors and biases are passed on, and compression can make "
-    "them worse for what is rare. Perplexity is a mean over all tokens and hides that.",
-)
+LISTED_WINDOWS = 50  # in report.json
 
 
-def compare(
-    stages: list[Any], references: np.ndarray, metrics: dict[str, dict[str, Any]], texts: list[str], end_token: int,
-    bandwidth: float, weight_bytes: dict[str, int], shipped: str, teacher: str = "teacher",
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:  # fmt: skip
-    """What `report.assemble` takes: the comparison of every stage with the teacher, and what the report says of all.
+def compare_language_models(
+    stages: list[StageResult],
+    references: np.ndarray,
+    score: Callable[[np.ndarray], dict[str, Any]],
+    texts: list[str],
+    end_token: int,
+    shipped: str,
+    teacher: str = TEACHER,
+) -> Comparison:
+    """What a report says of language models.
 
-    `references` are the labels (windows, tokens), `texts` what they say, `metrics` the scores of each stage; a stage's answers are
-    token_answers (windows, tokens, 2). `bandwidth` is in bytes a second. Documents are drawn with replacement for the intervals.
+    `references` are the labels (windows, tokens), `texts` what they say, and predictions the loss and the likeliest token of each
+    (windows, tokens, 2). `score` gives the metrics of predictions. The unit of the bootstrap is the document: its losses are summed
+    over all windows that hold a part of it.
     """
+    check_predictions(stages, (*references.shape, 2), "windows, tokens, loss and likeliest token", teacher)
     counted = references != IGNORED
-    names = [stage.name for stage in stages]
-    if names.count(teacher) != 1 or len(set(names)) < len(names):
-        raise InputError(
-            f"expected different stages, one of them the teacher that the others are compared with, found {names}. "
-            "Run the missing stages first."
-        )
-    for stage in stages:
-        if stage.answers.shape != (*references.shape, 2):
-            raise InputError(
-                f"expected answers to {references.shape} tokens (windows, length) from {stage.name}, found {stage.answers.shape[:2]}. "
-                "Every stage must have the teacher's vocabulary."
-            )
-        if not np.isfinite(stage.answers).all():
-            raise VerificationError(
-                f"expected finite losses from {stage.name}, found NaN or infinity in "
-                f"{int((~np.isfinite(stage.answers)).any(axis=(1, 2)).sum())} of {len(references)} test windows. Do not use this model; "
-                "export or quantize it again, in fp32 if need be."
-            )
-    document, documents = documents_of(references, end_token)
-    losses = {stage.name: stage.answers[..., 0].astype(np.float64).sum(axis=1) for stage in stages}
-    tokens = counted.sum(axis=1)
-
-    def by_document(values: np.ndarray) -> np.ndarray:
-        return np.bincount(document, weights=values)
-
-    compared = {}
-    likeliest = {stage.name: stage.answers[..., 1][counted] for stage in stages}
-    for stage in stages:
-        difference = paired_bootstrap(
-            by_document(losses[stage.name]), by_document(losses[teacher]), by_document(tokens), perplexity
-        )
-        compared[stage.name] = {
-            "metrics": metrics[stage.name],
+    document = documents_of(references[counted], end_token)
+    losses = {stage.name: stage.predictions[..., 0].astype(np.float64) for stage in stages}
+    likeliest = {stage.name: stage.predictions[..., 1][counted] for stage in stages}
+    compared = {
+        stage.name: {
+            "metrics": score(stage.predictions),
             "agreement": float(np.mean(likeliest[stage.name] == likeliest[teacher])),
-            "difference": difference,
-            # Every weight is read for every token; more than this only where weights stay in the processor's caches.
-            "tokens_per_second_at_memory_bandwidth": bandwidth / weight_bytes[stage.name],
         }
-    own = {
-        "test_examples": documents,
-        "test_tokens": int(counted.sum()),
-        "broken_examples": _broken_windows(losses[teacher] / tokens, losses[shipped] / tokens, texts, shipped),
+        for stage in stages
     }
-    return compared, own
+    tokens = np.bincount(document)
+    samples = {name: (np.bincount(document, weights=loss[counted]), tokens) for name, loss in losses.items()}
+    before, after = (np.sum(losses[name], axis=1, where=counted) / counted.sum(axis=1) for name in (teacher, shipped))
+    report = {
+        "test_examples": len(tokens),
+        "test_tokens": int(counted.sum()),
+        "broken_examples": _broken_windows(before, after, texts),
+    }
+    return Comparison(compared, report, samples, perplexity)
 
 
-def documents_of(references: np.ndarray, end_token: int) -> tuple[np.ndarray, int]:
-    """For each window the document that its labels begin in, counted from 0 without gaps, and how many documents there are."""
-    ends = (references == end_token).sum(axis=1)
-    _, document = np.unique(np.cumsum(ends) - ends, return_inverse=True)
-    return document, int(ends.sum())
+def documents_of(labels: np.ndarray, end_token: int) -> np.ndarray:
+    """For each token (tokens,) of joined documents the one that it is in, counted from 0; an end token belongs to what it ends."""
+    ends = labels == end_token
+    return np.cumsum(ends) - ends
 
 
-def _broken_windows(before: np.ndarray, after: np.ndarray, texts: list[str], shipped: str) -> dict[str, Any]:
+def perplexity(losses: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Perplexity of documents, by the summed loss and the number of tokens of each, over the last axis."""
+    return np.exp(np.sum(losses, axis=-1) / np.sum(tokens, axis=-1))
+
+
+def _broken_windows(before: np.ndarray, after: np.ndarray, texts: list[str]) -> dict[str, Any]:
     """The windows whose mean loss a token rose most, by the perplexities of both models."""
     rise = after - before
     order = np.argsort(-rise, kind="stable")[:LISTED_WINDOWS]
     return {
-        "stage": shipped,
         "total": int((rise > 0).sum()),
         "repaired_total": int((rise < 0).sum()),
         "examples": [
@@ -105,49 +86,53 @@ def _broken_windows(before: np.ndarray, after: np.ndarray, texts: list[str], shi
     }
 
 
-# ---- Its part of the pages
+class GenerationPresentation:
+    """What a report says of a language model."""
 
-
-def cells(stage: dict[str, Any]) -> dict[str, str]:
-    """The columns of the table that only a language model has."""
-    return {
-        "bits per byte": number(stage["metrics"]["bits_per_byte"], ".3f"),
-        "first token ms": number(stage["first_token_ms"], ".1f"),
-    }
-
-
-def how_scored(report: dict[str, Any]) -> str:
-    return (
-        f"*perplexity*: e to the mean loss of {report['test_tokens']:,} tokens, with a window that moves on by --stride; less is "
-        "better. *difference*: perplexity minus the teacher's, with a paired bootstrap interval over documents. *bits per byte*: "
-        "the loss of the whole text over its UTF-8 bytes. *retained*: the teacher's perplexity over this one. *agreement*: share of "
-        "tokens for which both find the same one likeliest."
+    unit = "documents"
+    digits = 2
+    latency_digits = 2
+    latency_of = "one token"
+    speed_unit = "tokens/s"
+    hub_metrics: Mapping[str, str] = {"perplexity": "perplexity", "next_token_accuracy": "accuracy"}
+    limitations: Sequence[str] = (
+        "It generates text that is likely after texts like those it was trained on, not text that is true or right.",
+        "It learned from its teacher and its data, errors and biases included. Compression can make them worse for what is rare: "
+        "perplexity is a mean over all tokens and hides that.",
     )
 
+    def kind(self, report: dict[str, Any]) -> str:
+        return str(report["task"])
 
-def how_timed(report: dict[str, Any], threads: str) -> str:
-    bandwidth = report["environment"]["memory_bandwidth_bytes_per_second"] / 1e9
-    bounds = ", ".join(
-        f"{stage['name']} {stage['tokens_per_second_at_memory_bandwidth']:,.0f}" for stage in report["stages"]
-    )
-    prompt = report["stages"][0]["latency_ms"]["shape"][1]
-    return (
-        f"*first token*: a prompt of {prompt} tokens read and one chosen. *p50*, *p95*: one token of a greedy continuation, prompt "
-        f"included, batch 1, {threads}; *x faster*: median of the rounds, with the least and the largest. One core reads "
-        f"{bandwidth:.1f} GB a second from memory; were every weight read from there for every token, the tokens a second would be at "
-        f"most {bounds} (weights that stay in the caches allow more)."
-    )
+    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
+        return {
+            "bits per byte": number(stage["metrics"]["bits_per_byte"], ".3f"),
+            "TTFT ms": number(stage["time_to_first_token_ms"], ".1f"),
+        }
 
+    def how_scored(self, report: dict[str, Any]) -> str:
+        return (
+            f"*perplexity*: e to the mean loss of {report['test_tokens']:,} tokens, read in windows that move on by --stride; smaller is "
+            "better. *bits per byte*: the loss of the whole text divided by its UTF-8 bytes. *retained*: the teacher's perplexity divided "
+            "by this one. *agreement*: the share of tokens for which both models find the same token most likely."
+        )
 
-def broken_section(report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
-    broken = report["broken_examples"]
-    examples = broken["examples"][:listed]
-    parts = [
-        f"Of the windows of test text, {broken['total']:,} are less likely to {shipped['name']} than to the teacher, and "
-        f"{broken['repaired_total']:,} more likely." + (" Those whose loss rose most:" if examples else "")
-    ]
-    if examples:
-        header = ["window", "text", "teacher's perplexity", f"{shipped['name']}'s"]
+    def how_timed(self, report: dict[str, Any]) -> str:
+        prompt = report["stages"][0]["latency_ms"]["shape"][1]
+        return (
+            f"*TTFT*: the time to the first token after a prompt of {prompt} tokens. *p50*, *p95*: one token of a greedy continuation of "
+            "one prompt, the time of the prompt included."
+        )
+
+    def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
+        broken, name = report["broken_examples"], shipped["name"]
+        examples = broken["examples"][:listed]
+        text = (
+            f"{name} finds {broken['total']:,} windows of the test text less likely than the teacher does, and "
+            f"{broken['repaired_total']:,} more likely."
+        )
+        if not examples:
+            return text
         rows = [
             [
                 str(example["index"]),
@@ -157,43 +142,65 @@ def broken_section(report: dict[str, Any], shipped: dict[str, Any], listed: int)
             ]
             for example in examples
         ]
-        parts.append(markdown_table(header, rows, text_columns=2))
-    return "\n\n".join(parts)
+        header = ["window", "text", "teacher's perplexity", f"{name}'s perplexity"]
+        return f"{text} The largest rises in loss:\n\n{markdown_table(header, rows, text_columns=2)}"
+
+    def in_python(self, report: dict[str, Any], model: str) -> str:
+        return f"""
+            from transformers import pipeline
+            generate = pipeline("text-generation", model={json.dumps(model)})
+            print(generate("A text", max_new_tokens=40)[0]["generated_text"])
+        """
+
+    def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
+        return f"""
+            import numpy
+            import onnxruntime
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file({json.dumps(directory + "/tokenizer.json")})
+            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
+            cached = [node for node in session.get_inputs() if node.name.startswith("past_key_values.")]
+            past = {{node.name: numpy.zeros((1, node.shape[1], 0, node.shape[3]), numpy.float32) for node in cached}}
+            tokens = tokenizer.encode("A text").ids
+            new = tokens
+            for _ in range(40):  # the most likely token each time
+                inputs = {{"input_ids": numpy.array([new]), "attention_mask": numpy.ones((1, len(tokens)), numpy.int64)}}
+                logits, *present = session.run(None, inputs | past)
+                past = dict(zip(past, present))
+                new = [int(logits[0, -1].argmax())]
+                tokens = tokens + new
+            print(tokenizer.decode(tokens))
+        """
+
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        return f"""
+            import {{ pipeline }} from "@huggingface/transformers";
+            const generate = await pipeline("text-generation", {json.dumps(repo_id)}, {{ dtype: "{dtype}" }});
+            console.log(await generate("A text", {{ max_new_tokens: 40 }}));
+        """
+
+    def in_shell(self, report: dict[str, Any]) -> str:
+        return '"A text"'
+
+    def remarks(self, files: Mapping[str, Path]) -> list[str]:
+        if not _has_other_heads(files):
+            return []
+        return [
+            "Pruning left layers with fewer heads than `config.json` says. transformers.js reads each layer's number from the graph. "
+            "optimum-onnx 0.1.0 takes the number of the config for all layers, and cannot run the ONNX files."
+        ]
+
+    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
+        return {}
 
 
-def usage(opened: dict[str, Any], shipped: dict[str, Any], note: list[str]) -> list[str]:
-    """How to run the last model directory with transformers, and the shipped graph without torch."""
-    code = f"""
-        from transformers import pipeline
+def _has_other_heads(files: Mapping[str, Path]) -> bool:
+    """Whether a layer of the graph has not as many heads as config.json says, which has one number for all."""
+    import onnx
 
-        write = pipeline("text-generation", model="{opened["path"]}")
-        print(write("A text", max_new_tokens=40)[0]["generated_text"])
-    """
-    parts = ["In a copy of this directory, with transformers:", fence(code, "python"), *note]
-    if shipped["format"] != "onnx":
-        return parts
-    code = f"""
-        import numpy
-        import onnxruntime
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file("{shipped["path"]}/tokenizer.json")
-        session = onnxruntime.InferenceSession("{shipped["path"]}/model.onnx")
-        cached = [node for node in session.get_inputs() if node.name.startswith("past_key_values.")]
-        past = {{node.name: numpy.zeros((1, node.shape[1], 0, node.shape[3]), numpy.float32) for node in cached}}
-        tokens = tokenizer.encode("A text").ids
-        new = tokens
-        for _ in range(40):
-            inputs = {{"input_ids": numpy.array([new]), "attention_mask": numpy.ones((1, len(tokens)), numpy.int64)}}
-            logits, *present = session.run(None, inputs | past)
-            past = dict(zip(past, present))
-            new = [int(logits[0, -1].argmax())]
-            tokens = tokens + new
-        print(tokenizer.decode(tokens))
-    """
-    return [
-        *parts,
-        "The shipped model, with ONNX Runtime and no torch, the likeliest token each time:",
-        fence(code, "python"),
-        "`pipelines/runtime/generate.py` of Pocketformers does the same for batches, with sampling, stop tokens and streaming.",
-    ]
+    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or config.get("n_head")
+    inputs = onnx.load(files["onnx/model.onnx"], load_external_data=False).graph.input
+    caches = [value for value in inputs if value.name.startswith("past_key_values.")]
+    return heads is not None and any(value.type.tensor_type.shape.dim[1].dim_value != heads for value in caches)

@@ -10,12 +10,13 @@ import numpy as np
 
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Arrays, Graph, Head, Tensors, Workload
+from pipelines.core.task import IGNORED, Arrays, Comparison, Graph, Head, Presentation, StageResult, Tensors, Workload
 from pipelines.data.documents import TextData, load_documents
 from pipelines.data.sources import check_model, resolve
 from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
 from pipelines.tasks.base import Task
+from pipelines.tasks.text_generation.report import GenerationPresentation, compare_language_models
 from pipelines.training.losses import NextTokenLoss
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class LanguageModeling(Task, NextTokenLoss):
     """Text, of which every token is to be predicted from those before it."""
 
     name = "text-generation"
+    presentation: Presentation = GenerationPresentation()
     lora_settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     student_head: Head = "required"
     primary_metric = "perplexity"
@@ -225,6 +227,17 @@ class LanguageModeling(Task, NextTokenLoss):
 
     def align_labels(self, model: Any, source: str) -> None:
         """Nothing: tokens are those of the model's own tokenizer."""
+
+    # ---- Report
+
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = "teacher") -> Comparison:
+        references = np.asarray(self.features(processor)["test"]["labels"])
+        texts = [processor.decode(labels[labels != IGNORED]) for labels in references]
+
+        def score(predictions: np.ndarray) -> dict[str, Any]:
+            return self.scores(predictions, references, "test")
+
+        return compare_language_models(stages, references, score, texts, processor.eos_token_id, shipped, teacher)
 
     # ---- ONNX. Its imports bring torch, so they wait until they are needed.
 
