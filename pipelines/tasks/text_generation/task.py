@@ -13,9 +13,13 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Head
 from pipelines.data.documents import load_documents, tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.data.sources import check_model, resolve
+from pipelines.edge.settings import generation_outputs
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
 from pipelines.models.predict import predict_torch
+from pipelines.runtime.generate import LanguageModel
 from pipelines.tasks.base import Task
+
+BUNDLE_PROMPTS = 8  # that a bundle is verified with
 
 
 def token_answers(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -195,6 +199,25 @@ class LanguageModeling(Task):
         features = self.features(processor)[split]
         answers = predict(features, self.collate(processor), answers=self.answers)
         return self.metrics(answers, features["labels"], self.data.text_bytes[split])
+
+    # ---- Bundle
+
+    def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
+        from pipelines.edge.bundle import prompt_inputs
+
+        return {
+            "inputs": prompt_inputs(directory, processor),
+            "outputs": generation_outputs(LanguageModel(directory)),
+        }
+
+    def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
+        """Of beginnings of validation windows of different lengths, from 1 token to half a window, and of probes."""
+        from pipelines.edge.bundle import verify_generator
+
+        windows = self.features(processor)["validation"]
+        lengths = [1 + index * (len(windows[0]["input_ids"]) // 2) // BUNDLE_PROMPTS for index in range(BUNDLE_PROMPTS)]
+        tokens = [windows[i * len(windows) // BUNDLE_PROMPTS]["input_ids"][:length] for i, length in enumerate(lengths)]
+        return verify_generator(directory, processor, processor.batch_decode(tokens))
 
 
 def check_knows_language(teacher: Any, task: Any, processor: Any) -> None:
