@@ -260,7 +260,7 @@ def opened(browser: Any, source: Path, directory: Path, task: Any, libraries: Pa
         assert strangers == []
 
 
-def shown_logits(page: Any, labels: list[str]) -> list[float]:
+def shown_logits(page: Any, predictor: infer.Predictor) -> list[float]:
     """The logits in the table, which must be sorted, beside their probabilities and the time."""
     page.wait_for_selector("body[data-state=ready]", timeout=120_000)
     rows = page.eval_on_selector_all(
@@ -274,7 +274,7 @@ def shown_logits(page: Any, labels: list[str]) -> list[float]:
     milliseconds = re.fullmatch(r"(\d+\.\d) ms", page.inner_text("#time"))
     assert milliseconds
     assert 0 < float(milliseconds[1]) < 10_000
-    return [found[label] for label in labels]
+    return [found[label] for label in predictor.manifest["outputs"]["labels"]]
 
 
 def drop(page: Any, names: list[str], where: str) -> list[bool]:
@@ -298,7 +298,7 @@ def test_texts_in_a_browser(browser, text_onnx, task, tmp_path, libraries):
         predictor = infer.Predictor(bundle)
         for text in [*TEXTS, *ODD_TEXTS]:
             page.fill("#text", text)
-            found = shown_logits(page, predictor.labels)
+            found = shown_logits(page, predictor)
             np.testing.assert_allclose(found, predictor.logits((text,)), atol=1e-3)
         page.fill("#text", " ")
         assert page.inner_text("#predictions") == page.inner_text("#time") == ""
@@ -309,7 +309,7 @@ def test_texts_in_a_browser(browser, text_onnx, task, tmp_path, libraries):
         )
         page.type("#text", "a goal in the league", delay=5)
         np.testing.assert_allclose(
-            shown_logits(page, predictor.labels), predictor.logits(("a goal in the league",)), atol=1e-3
+            shown_logits(page, predictor), predictor.logits(("a goal in the league",)), atol=1e-3
         )
         assert page.evaluate("window.predicted") < 10
 
@@ -351,7 +351,7 @@ def test_pairs_in_a_browser(browser, text_onnx, tmp_path, libraries):
         for pair in [*zip(TEXTS[:4], reversed(TEXTS[:4]), strict=True), ("goal", ODD_TEXTS[0]), ODD_TEXTS[:2]]:
             page.fill("#text", pair[0])
             page.fill("#pair", pair[1])
-            np.testing.assert_allclose(shown_logits(page, predictor.labels), predictor.logits(tuple(pair)), atol=1e-3)
+            np.testing.assert_allclose(shown_logits(page, predictor), predictor.logits(tuple(pair)), atol=1e-3)
         page.fill("#text", "")
         assert page.inner_text("#predictions") == ""  # until there are two texts again
 
@@ -384,7 +384,7 @@ def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_
                 page.wait_for_selector("body[data-state=failed]")
                 assert path.name in page.inner_text("#error")
                 continue
-            found = shown_logits(page, predictor.labels)
+            found = shown_logits(page, predictor)
             np.testing.assert_allclose(found, predictor.logits((path,)), atol=1e-3, err_msg=path.name)
         assert page.evaluate("window.held") == {"images": 0, "addresses": 1}
         (tmp_path / "no.png").write_text("no image")
@@ -399,7 +399,7 @@ def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_
         half[..., 3] //= 2
         Image.fromarray(half).save(tmp_path / "half.png")
         page.set_input_files("#image", sorted(image_folder.rglob("*.png"))[0])
-        shown_logits(page, predictor.labels)
+        shown_logits(page, predictor)
         page.set_input_files("#image", tmp_path / "half.png")
         page.wait_for_selector("body[data-state=failed]")
         assert "without transparency" in page.inner_text("#error")
@@ -416,7 +416,7 @@ def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_
             assert drop(page, ["large.png", "small.png"], where) == [False, False]
             page.wait_for_timeout(700)
             expected = predictor.logits((bundle / "small.png",))
-            np.testing.assert_allclose(shown_logits(page, predictor.labels), expected, atol=1e-3)
+            np.testing.assert_allclose(shown_logits(page, predictor), expected, atol=1e-3)
             with Image.open(bundle / "small.png") as image:
                 assert page.evaluate("document.querySelector('#picture').naturalWidth") == image.width
 
@@ -429,7 +429,7 @@ def test_quantized_images_in_a_browser(browser, image_onnx, image_task, image_fo
         predictor = infer.Predictor(tmp_path / "bundle")
         for path in sorted(image_folder.rglob("*.png"))[::20]:
             page.set_input_files("#image", path)
-            found, expected = shown_logits(page, predictor.labels), predictor.logits((path,))
+            found, expected = shown_logits(page, predictor), predictor.logits((path,))
             assert np.argmax(found) == np.argmax(expected)
             np.testing.assert_allclose(found, expected, atol=1e-3)
 
