@@ -30,11 +30,10 @@ from pipelines.cli import TaskConfig, task_of
 from pipelines.core.config import AugmentConfig, BundleConfig, LanguageConfig, run_main
 from pipelines.core.errors import InputError
 from pipelines.core.task import Task
-from pipelines.edge.bundle import MANIFEST, example_of, write_manifest
+from pipelines.edge.bundle import MANIFEST, example_of, pipeline_outputs, write_manifest
 from pipelines.edge.settings import read_json
 from pipelines.edge.web import LIBRARIES, add_page
 from pipelines.onnx.export import ONNX_FILE
-from pipelines.onnx.predict import predict_onnx
 from pipelines.runtime.generate import LanguageModel, Sampling
 
 NEW_TOKENS = 100  # as many as the page writes
@@ -137,11 +136,10 @@ def predict_here(bundle: Path, task: Task, examples: list[tuple[str, ...]]) -> l
     if outputs["kind"] == "continuation":
         model = LanguageModel(bundle)
         return [model.generate([prompt], Sampling(max_new_tokens=NEW_TOKENS))[0] for (prompt,) in examples]
-    processor = task.load_processor(str(bundle))
-    features = task.features(processor)["test"].select(range(len(examples)))
-    logits = predict_onnx(bundle / ONNX_FILE, features, task.collate(processor))
     names = outputs.get("labels") or outputs["names"]
-    return [dict(zip(names, row.ravel().tolist(), strict=True)) for row in logits]
+    processor = task.load_processor(str(bundle))
+    rows = pipeline_outputs(bundle, task, processor, "test", len(examples))
+    return [dict(zip(names, row.tolist(), strict=True)) for row in rows]
 
 
 def predict_on_device(python: Path, bundle: Path, examples: list[tuple[str, ...]]) -> list[Prediction]:

@@ -54,7 +54,7 @@ def load(source: str | Path, threads: int | None = None) -> Model:
     folder, graph = found
     manifest = read_manifest(folder) if graph is None else settings_of(folder, graph)
     kind = Generator if manifest["outputs"]["kind"] == "continuation" else Predictor
-    return Model(kind(folder, manifest, threads))
+    return Model(kind(folder, manifest, threads=threads))
 
 
 def find(directory: Path) -> tuple[Path, str | None] | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -96,8 +97,8 @@ def check_file(path: Path, expected: dict[str, Any]) -> None:
 # ---- ONNX Runtime
 
 
-def open_session(path: Path, threads: int | None = None, minimum: str = "0") -> Any:
-    """An ONNX Runtime CPU session, by default on the cores that this process may use, of a graph that needs the version `minimum`."""
+def open_session(path: Path, threads: int | None = None, minimum: str = "0", provider: str = "CPU") -> Any:
+    """An ONNX Runtime session of a graph that needs the version `minimum`; by default on the cores that this process may use."""
     import onnxruntime
 
     found = onnxruntime.__version__
@@ -106,16 +107,32 @@ def open_session(path: Path, threads: int | None = None, minimum: str = "0") -> 
             f"expected onnxruntime {minimum} or newer, which has this model's operators, found {found}. Run pip install "
             "-r requirements.txt."
         )
+    known = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()}
+    wanted = known.get(provider.lower())
+    if wanted is None:
+        raise BundleError(
+            f"expected an execution provider that onnxruntime {found} was built with ({', '.join(known)}), found --provider {provider}. "
+            "Choose one of these, or install a build that has it, such as onnxruntime-gpu."
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     # Fused graphs name operators that the optimizer then finds nothing to do for; only errors are worth a line.
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # What a provider has no kernel for runs on the CPU.
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=list(dict.fromkeys([wanted, known["cpu"]]))
+        )
     except Exception as error:  # ONNX Runtime's own errors have no common class
         raise BundleError(
             f"expected onnxruntime {found} to open {path}, found: {one_line(error)}. Try another version of onnxruntime."
         ) from error
+    if session.get_providers()[0] != wanted:
+        raise BundleError(
+            f"expected the execution provider {provider} to start, found that it does not on this machine. Install its driver and "
+            "libraries, or use --provider CPU."
+        )
+    return session
 
 
 def available_cores() -> int:
@@ -260,15 +277,15 @@ def center_crop(pixels: Any, height: int, width: int) -> Any:
 class Predictor:
     """The model of a bundle that gives labels or values, ready to predict.
 
-    A `manifest` is taken as it is; left out, the bundle's is read and its files are checked.
+    A `manifest` is taken as it is; left out, the bundle's is read and its files are checked. `threads` and `provider` are as in
+    open_session().
     """
 
-    def __init__(
-        self, directory: str | Path, manifest: dict[str, Any] | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
         directory = Path(directory)
         self.manifest = manifest or read_manifest(directory)
-        self.session = open_session(directory / self.manifest["model"], threads, self.manifest["minimum_onnxruntime"])
+        minimum = self.manifest["minimum_onnxruntime"]
+        self.session = open_session(directory / self.manifest["model"], minimum=minimum, **how)
         names = [value.name for value in self.session.get_inputs()]
         settings = self.manifest["inputs"]
         if settings["kind"] == "image":
@@ -312,14 +329,13 @@ def read_outputs(logits: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class Generator:
-    """The language model of a bundle, ready to continue texts; `manifest` as for Predictor."""
+    """The language model of a bundle, ready to continue texts; its arguments are Predictor's."""
 
-    def __init__(
-        self, directory: str | Path, manifest: dict[str, Any] | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
         directory = Path(directory)
         self.manifest = manifest or read_manifest(directory)
-        self.session = open_session(directory / self.manifest["model"], threads, self.manifest["minimum_onnxruntime"])
+        minimum = self.manifest["minimum_onnxruntime"]
+        self.session = open_session(directory / self.manifest["model"], minimum=minimum, **how)
         self.model = generation().LanguageModel(directory, session=self.session)
 
     def stream(self, prompt: str, sampling: Any = None) -> Iterator[str]:
@@ -367,6 +383,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stdin", action="store_true", help="read the inputs from standard input, line by line")
     parser.add_argument("--json", action="store_true", help="write each prediction as a line of JSON, with all logits")
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
+    parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
     sampling = parser.add_argument_group(
         "for a model that continues texts; left as they are, it takes the likeliest token"
@@ -412,6 +429,8 @@ def read_examples(flags: argparse.Namespace, columns: int, texts: bool = True) -
             with open(flags.file, encoding="utf-8-sig", newline="\n") as file:
                 yield from read_lines(file, columns, origin)
         elif flags.stdin:
+            if sys.stdin is None:
+                raise OSError("it is closed")
             sys.stdin.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
             yield from read_lines(sys.stdin, columns, origin)
         elif texts:
@@ -420,7 +439,9 @@ def read_examples(flags: argparse.Namespace, columns: int, texts: bool = True) -
             ).encode()  # raises for bytes that are no UTF-8, which the name of an image file may have
         yield from zip(*[iter(flags.inputs)] * columns, strict=True)
     except (OSError, UnicodeError) as error:
-        raise BundleError(f"expected UTF-8 text, found in {origin}: {error}. Convert it to UTF-8.") from error
+        raise BundleError(
+            f"expected to read UTF-8 text from {origin}, found: {error}. Check the path, or convert the text to UTF-8."
+        ) from error
 
 
 def read_lines(lines: Iterable[str], columns: int, origin: str) -> Iterator[Example]:
@@ -503,7 +524,9 @@ def sample(settings: dict[str, Any]) -> Example:
         return ("a " * settings["max_length"],) * (2 if settings["pair"] else 1)
     from PIL import Image
 
-    return (Image.effect_noise((640, 480), 64),)
+    picture = io.BytesIO()
+    Image.effect_noise((640, 480), 64).save(picture, "PNG")
+    return (picture,)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -519,20 +542,24 @@ def main(argv: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     # A file's name need not be UTF-8; it is written as it was given.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
-    # The inputs of a file are predicted one on each core.
-    in_file = flags.file is not None and not flags.benchmark
+    how = {"threads": flags.threads, "provider": flags.provider}
+    # The inputs of a file are predicted one on each core; other providers have no cores to share out.
+    in_file = flags.file is not None and flags.provider.lower() == "cpu" and not flags.benchmark
     if manifest["outputs"]["kind"] == "continuation":
         sampling = read_sampling(parser, flags)
-        model: Any = Generator(directory, manifest, flags.threads)
+        model: Any = Generator(directory, manifest, **how)
     else:
-        model = Predictor(directory, manifest, 1 if in_file else flags.threads)
+        model = Predictor(directory, manifest, **(how | {"threads": 1} if in_file else how))
     if flags.benchmark:
         ready = {"ready_ms": round((time.perf_counter() - started) * 1000, 1)}
         if isinstance(model, Generator):
-            measured = benchmark_generation(model, next(examples, ("",))[0], sampling)
+            measured = ready | benchmark_generation(model, next(examples, ("",))[0], sampling)
         else:
-            measured = benchmark(model, list(examples) or [sample(inputs)])
-        measured = ready | measured | {"threads": model.session.get_session_options().intra_op_num_threads}
+            measured = ready | benchmark(model, list(examples) or [sample(inputs)])
+        measured |= {
+            "threads": model.session.get_session_options().intra_op_num_threads,
+            "provider": model.session.get_providers()[0],
+        }
         print(json.dumps(measured) if flags.json else "\n".join(f"{name}\t{value}" for name, value in measured.items()))
     elif isinstance(model, Generator):
         for (prompt,) in examples:

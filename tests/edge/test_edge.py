@@ -292,6 +292,10 @@ def test_the_page_may_be_left_on_the_computer(text_bundle, tmp_path):
 
 
 def test_errors_are_one_line(text_bundle, image_bundle, tmp_path):
+    status, error = refused(text_bundle, "a goal", "--provider", "CUDA")
+    assert status == 1
+    assert "cpu" in error
+    assert "--provider CUDA" in error
     assert refused(text_bundle, "--file", str(tmp_path / "none.txt"))[0] == 1
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe caf\xe9")
     assert "UTF-8" in refused(text_bundle, "--file", str(tmp_path / "latin.txt"))[1]
@@ -320,6 +324,14 @@ def test_errors_are_one_line(text_bundle, image_bundle, tmp_path):
     assert refused(image_bundle, "--pair", "a", "b")[0] == 2
 
 
+def test_without_a_standard_input(text_bundle):
+    closed = {"preexec_fn": lambda: os.close(0)}
+    assert predictions(text_bundle, "a goal", **closed)
+    status, error = refused(text_bundle, "--stdin", **closed)
+    assert status == 1
+    assert "found: it is closed" in error
+
+
 def test_a_carriage_return_inside_a_line_is_part_of_the_text(tmp_path):
     (tmp_path / "lines.txt").write_bytes(b"a goal\rof the team\r\n\r\nthe bank\r")
     flags = argparse.Namespace(inputs=[], file=str(tmp_path / "lines.txt"), stdin=False)
@@ -337,6 +349,21 @@ def test_ready_in_less_than_a_second_after_the_imports(text_bundle, image_bundle
         assert time.perf_counter() - started < 1
 
 
+def test_a_provider_that_is_not_the_cpu(text_bundle, tmp_path, monkeypatch):
+    model = text_bundle / "model.onnx"
+    # In every build for Linux; without an endpoint of its own it leaves all to the CPU.
+    session = infer.open_session(model, provider="Azure")
+    assert session.get_providers() == ["AzureExecutionProvider", "CPUExecutionProvider"]
+    (tmp_path / "lines.txt").write_text("a goal\nthe bank\n")
+    lines = ("--file", str(tmp_path / "lines.txt"))
+    assert predictions(text_bundle, *lines, "--provider", "azure") == predictions(text_bundle, *lines)
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    with pytest.raises(infer.BundleError, match="expected the execution provider CUDA to start, found that it does"):
+        infer.open_session(model, provider="CUDA")
+
+
 def test_the_benchmark_of_a_long_file_warms_up_on_its_first_lines(text_bundle, monkeypatch):
     predictor, run = infer.Predictor(text_bundle, threads=1), []
     monkeypatch.setattr(predictor, "logits", run.append)
@@ -352,7 +379,7 @@ def test_the_benchmark(text_bundle, image_bundle):
         done = start(bundle, "--benchmark", "--json", "--threads", "1")
         assert done.returncode == 0, done.stderr
         measured = json.loads(done.stdout)
-        assert measured["threads"] == 1
+        assert (measured["threads"], measured["provider"]) == (1, "CPUExecutionProvider")
         assert 0 < measured["p50_ms"] <= measured["p95_ms"] < measured["ready_ms"]
 
 
