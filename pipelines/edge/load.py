@@ -42,7 +42,8 @@ class Model:
 def load(source: str | Path, threads: int | None = None) -> Model:
     """Open the model in `source`: a bundle, a run or published model with one, an ONNX directory, or the Hub id of what `push` published.
 
-    Raises BundleError for a damaged bundle, InputError where there is no model that can be run.
+    `threads` are all cores that this process may use where they are left out. Raises BundleError for a damaged bundle, InputError where
+    there is no model that can be run.
     """
     directory = Path(source)
     found = find(directory) if directory.is_dir() else download(str(source))
