@@ -1,8 +1,8 @@
-"""Whether the bundles of finished runs answer alike in the pipeline's process, in a new environment without torch, and in a browser.
+"""Whether the bundles of finished runs predict alike in the pipeline's process, in a new environment without torch, and in a browser.
 
     python benchmarks/bundle_answers.py --runs runs/bert_bbc_news runs/vit_digits runs/gpt2_bbc_news
 
-The test examples of each run (for a language model: the beginnings of its test texts, continued greedily) are answered by ONNX Runtime in this
+The test examples of each run (for a language model: the beginnings of its test texts, continued greedily) are predicted by ONNX Runtime in this
 process; by the bundle's infer.py in a virtual environment of its requirements.txt alone; and by the bundle's page in headless Chromium, where
 each text is typed and each image chosen, with the shipped graph and with the run's fp32 one. Prints a table. Needs npm, Chromium and playwright.
 """
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,27 @@ from edge import make_environment
 from pipelines.cli import TaskConfig, task_of
 from pipelines.core.config import AugmentConfig, BundleConfig, LanguageConfig, run_main
 from pipelines.core.errors import InputError
-from pipelines.edge.bundle import MANIFEST, example_of, write_manifest
+from pipelines.core.task import Task
+from pipelines.edge.bundle import MANIFEST, example_of, pipeline_outputs, write_manifest
+from pipelines.edge.settings import read_json
 from pipelines.edge.web import LIBRARIES, add_page
 from pipelines.onnx.export import ONNX_FILE
-from pipelines.onnx.predict import open_session, predict_onnx
 from pipelines.runtime.generate import LanguageModel, Sampling
 
 NEW_TOKENS = 100  # as many as the page writes
 ARGUMENTS = 50  # examples to a process of infer.py
-HEADER = ["run", "graph", "answered by", "examples", "largest difference of a logit", "within 0.001", "same answer"]
+HEADER = [
+    "run",
+    "graph",
+    "predicted by",
+    "examples",
+    "largest difference of an output",
+    "within 0.001",
+    "same prediction",
+]
 
-# What one side answers to an example: the logit of each label, or the continuation of a text.
-Answer = dict[str, float] | str
+# What one side predicts for an example: the logit of each label or each value, by their names, or the continuation of a text.
+Prediction = dict[str, float] | str
 
 
 def main() -> None:
@@ -62,9 +72,9 @@ def main() -> None:
 
 def compare(run: Path, flags: argparse.Namespace, scratch: Path, browser: Any) -> Iterator[list[str]]:
     """The rows of one run."""
-    if not (run / "report.json").is_file() or not (run / "bundle" / "manifest.json").is_file():
+    if not (run / "report.json").is_file() or not (run / "bundle" / MANIFEST).is_file():
         raise InputError(f"expected a finished run with its bundle in {run}, found none. Run a recipe to its end.")
-    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    report = read_json(run / "report.json")
     kinds = (TaskConfig, AugmentConfig, LanguageConfig)
     given = report["config"] | {"task": report["task"]}
     task = task_of(
@@ -77,24 +87,24 @@ def compare(run: Path, flags: argparse.Namespace, scratch: Path, browser: Any) -
     fp32 = Path(shutil.copytree(bundle, folder / "fp32"))
     shutil.copyfile(run / "onnx" / ONNX_FILE, fp32 / ONNX_FILE)
     # The page refuses a graph that is not its manifest's.
-    write_manifest(fp32, json.loads((fp32 / MANIFEST).read_text(encoding="utf-8")))
+    write_manifest(fp32, read_json(fp32 / MANIFEST))
     python = make_environment(folder / "environment", "-r", str(bundle / "requirements.txt"))
-    examples = examples_of(task, flags, folder)
-    shipped = answer_here(bundle, task, examples)
-    full = answer_here(fp32, task, examples)
+    examples = examples_of(bundle, task, flags, folder)
+    shipped = predict_here(bundle, task, examples)
+    full = predict_here(fp32, task, examples)
 
-    def row(graph: str, where: str, found: list[Answer], expected: list[Answer]) -> list[str]:
+    def row(graph: str, where: str, found: list[Prediction], expected: list[Prediction]) -> list[str]:
         return [run.resolve().name, graph, where, str(len(found)), *compared(found, expected)]
 
     name = report["shipped"]
-    yield row(name, "infer.py in an environment of its own", answer_on_device(python, bundle, examples), shipped)
-    yield row(name, "the page in Chromium", answer_in_browser(browser, bundle, examples), shipped)
-    yield row("onnx", "the page in Chromium", answer_in_browser(browser, fp32, examples), full)
+    yield row(name, "infer.py in an environment of its own", predict_on_device(python, bundle, examples), shipped)
+    yield row(name, "the page in Chromium", predict_in_browser(browser, bundle, examples), shipped)
+    yield row("onnx", "the page in Chromium", predict_in_browser(browser, fp32, examples), full)
     yield row(f"{name} beside onnx", "ONNX Runtime here", shipped, full)
 
 
-def compared(found: list[Answer], expected: list[Answer]) -> list[str]:
-    """The largest difference of a logit, the examples without one above 0.001, and those with the same label or continuation."""
+def compared(found: list[Prediction], expected: list[Prediction]) -> list[str]:
+    """The largest difference of a logit or value, the examples without one above 0.001, and those with the same label or continuation."""
     if isinstance(found[0], str):
         same = sum(one == other for one, other in zip(found, expected, strict=True))
         return ["", "", str(same)]
@@ -104,15 +114,15 @@ def compared(found: list[Answer], expected: list[Answer]) -> list[str]:
     return [f"{max(differences):.2g}", str(sum(value <= 1e-3 for value in differences)), str(sum(best))]
 
 
-def examples_of(task: Any, flags: argparse.Namespace, folder: Path) -> list[tuple[str, ...]]:
+def examples_of(bundle: Path, task: Task, flags: argparse.Namespace, folder: Path) -> list[tuple[str, ...]]:
     """Test examples as the command line takes them: one or two texts, or the path of an image file."""
-    test = task.data.splits["test"]
-    if task.causal:
+    test = task.splits["test"]
+    if read_json(bundle / MANIFEST)["outputs"]["kind"] == "continuation":
         return [(" ".join(text.split()[:12]),) for text in test["text"][: flags.prompts]]
     examples = []
     for index in range(min(flags.examples, len(test))):
         example = example_of(test[index])
-        if "image" in test.column_names and not isinstance(example[0], str):
+        if isinstance(example[0], BytesIO):
             path = folder / f"{index}.png"
             path.write_bytes(example[0].getvalue())
             example = (str(path),)
@@ -120,33 +130,37 @@ def examples_of(task: Any, flags: argparse.Namespace, folder: Path) -> list[tupl
     return examples
 
 
-def answer_here(bundle: Path, task: Any, examples: list[tuple[str, ...]]) -> list[Answer]:
-    """What the pipeline answers, with its own processor and ONNX Runtime."""
-    if task.causal:
-        model = LanguageModel(bundle, session=open_session(bundle / ONNX_FILE))
+def predict_here(bundle: Path, task: Task, examples: list[tuple[str, ...]]) -> list[Prediction]:
+    """What the pipeline predicts, with its own processor and ONNX Runtime."""
+    outputs = read_json(bundle / MANIFEST)["outputs"]
+    if outputs["kind"] == "continuation":
+        model = LanguageModel(bundle)
         return [model.generate([prompt], Sampling(max_new_tokens=NEW_TOKENS))[0] for (prompt,) in examples]
+    names = outputs.get("labels") or outputs["names"]
     processor = task.load_processor(str(bundle))
-    features = task.features(processor)["test"].select(range(len(examples)))
-    logits = predict_onnx(bundle / ONNX_FILE, features, task.collate(processor))
-    return [dict(zip(task.label_names, row.tolist(), strict=True)) for row in logits]
+    rows = pipeline_outputs(bundle, task, processor, "test", len(examples))
+    return [dict(zip(names, row.tolist(), strict=True)) for row in rows]
 
 
-def answer_on_device(python: Path, bundle: Path, examples: list[tuple[str, ...]]) -> list[Answer]:
+def predict_on_device(python: Path, bundle: Path, examples: list[tuple[str, ...]]) -> list[Prediction]:
     """What infer.py writes as JSON."""
     flags = ["--json"] + ["--pair"] * (len(examples[0]) == 2)
     lines: list[dict[str, Any]] = []
-    causal = "generation" in json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    if causal:
+    if read_json(bundle / MANIFEST)["outputs"]["kind"] == "continuation":
         flags += ["--max_new_tokens", str(NEW_TOKENS)]
     for start in range(0, len(examples), ARGUMENTS):
         texts = [text for example in examples[start : start + ARGUMENTS] for text in example]
         command = [str(python), str(bundle / "infer.py"), *flags, "--", *texts]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8")
         lines += map(json.loads, done.stdout.splitlines())
-    if causal:
-        return [line["continuation"] for line in lines]
+    return [prediction_of_line(line) for line in lines]
+
+
+def prediction_of_line(line: dict[str, Any]) -> Prediction:
+    if "continuation" in line:
+        return str(line["continuation"])
     # JSON carries every digit of the float32 logits.
-    return [dict(zip(line["probabilities"], line["logits"], strict=True)) for line in lines]
+    return line.get("values") or dict(zip(line["probabilities"], line["logits"], strict=True))
 
 
 @contextmanager
@@ -158,30 +172,30 @@ def opened_browser() -> Iterator[Any]:
         yield playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
 
 
-def answer_in_browser(browser: Any, bundle: Path, examples: list[tuple[str, ...]]) -> list[Answer]:
+def predict_in_browser(browser: Any, bundle: Path, examples: list[tuple[str, ...]]) -> list[Prediction]:
     """What the page shows, used as a person uses it."""
     with served(bundle) as address:
         page = browser.new_page()
         page.set_default_timeout(600_000)  # a busy machine may take its time
         page.goto(address)
         page.wait_for_selector("body[data-state=ready]")
-        answers = [answer_of_page(page, example) for example in examples]
+        predictions = [predict_in_page(page, example) for example in examples]
         page.close()
-    return answers
+    return predictions
 
 
-def answer_of_page(page: Any, example: tuple[str, ...]) -> Answer:
+def predict_in_page(page: Any, example: tuple[str, ...]) -> Prediction:
     page.evaluate("document.body.dataset.state = 'waiting'")
     if page.is_visible("#drop"):
         page.set_input_files("#image", example[0])
     for field, text in zip(("#text", "#pair"), example, strict=False):
         if page.is_visible(field):
             page.fill(field, text)
-    if page.is_visible("#write"):
+    if page.is_visible("#generate"):
         page.fill("#temperature", "0")
-        page.click("#write")
+        page.click("#generate")
     page.wait_for_selector("body[data-state=ready]")
-    if page.is_visible("#write"):
+    if page.is_visible("#generate"):
         return str(page.text_content("#continuation b"))
     rows = page.eval_on_selector_all("tr", "rows => rows.map((row) => [row.cells[0].textContent, row.title])")
     return {label: float(title.removeprefix("logit ")) for label, title in rows}

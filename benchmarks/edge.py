@@ -3,7 +3,7 @@
     python benchmarks/edge.py --bundle runs/bert_bbc_news/bundle --model runs/bert_bbc_news/pruned --text "Shares fell"
 
 Makes two virtual environments: one with the bundle's requirements.txt, one with torch and transformers. In turn, in fresh processes, each
-answers one text: `infer.py` from the bundle, and transformers' pipeline from the model directory it was made from. Prints JSON: the bytes of
+predicts for one text: `infer.py` from the bundle, and transformers' pipeline from the model directory it was made from. Prints JSON: the bytes of
 the installed packages, and the medians of the seconds from the start of the process to its end, and of importing alone.
 """
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", required=True, type=Path, help="the bundle of a text classifier")
     parser.add_argument("--model", required=True, type=Path, help="the model directory that transformers opens")
-    parser.add_argument("--text", default="Shares fell", help="the text that both answer")
+    parser.add_argument("--text", default="Shares fell", help="the text that both predict for")
     parser.add_argument("--rounds", type=int, default=9, help="processes of each kind, in turn")
     parser.add_argument("--environments", type=Path, help="where the environments are made, and found the next time")
     flags = parser.parse_args()
@@ -63,9 +63,9 @@ def main() -> None:
     try:
         small = make_environment(scratch / "bundle", "-r", str(flags.bundle / "requirements.txt"))
         large = make_environment(scratch / "transformers", "torch", "transformers")
-        answer = [str(small), str(flags.bundle / "infer.py"), flags.text]
+        predict = [str(small), str(flags.bundle / "infer.py"), flags.text]
         commands = {
-            "bundle": answer,
+            "bundle": predict,
             "bundle_imports": [str(small), "-c", "import numpy, onnxruntime, tokenizers"],
             "transformers": [str(large), "-c", TRANSFORMERS, str(flags.model), flags.text],
             "transformers_imports": [str(large), "-c", "import torch, transformers; transformers.pipeline"],
@@ -80,7 +80,7 @@ def main() -> None:
         measured = {
             name: {
                 "installed_bytes": installed_bytes(python),
-                "answer_seconds": medians[name],
+                "seconds": medians[name],
                 "import_seconds": medians[f"{name}_imports"],
                 "beyond_imports_seconds": round(medians[name] - medians[f"{name}_imports"], 3),
             }

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.runtime.infer import Classifier, available_cores, in_order
+from pipelines.runtime.infer import Predictor, available_cores, in_order
 
 ROWS = ("batches_in_file_order", "batches_of_like_length", "one_on_all_cores", "one_on_each_core")
 Inputs = dict[str, np.ndarray]
@@ -55,7 +55,7 @@ def score(row: str, flags: argparse.Namespace) -> dict[str, Any]:
     """One row in this process: its seconds, and its logits in the order of the texts."""
     texts = [(line,) for line in flags.file.read_text(encoding="utf-8").splitlines()]
     cores = available_cores()
-    classifier = Classifier(flags.bundle, threads=1 if row == "one_on_each_core" else cores)
+    classifier = Predictor(flags.bundle, threads=1 if row == "one_on_each_core" else cores)
     longest = sorted(texts, key=lambda text: -len(text[0]))[: flags.batch_size]
 
     found: dict[str, Any] = {}

@@ -452,8 +452,13 @@ def test_the_card_says_what_the_report_says_and_its_lines_for_the_bundle_run(
     shell = "\n".join(["set -e", "python3() { :; }", "pip() { :; }", *codes[2]])
     done = subprocess.run(["bash", "-c", shell], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    answer = infer.Classifier(a_run / "bundle").answer(("A text.",))
+    answer = infer.Predictor(a_run / "bundle").predict(("A text.",))
     assert done.stdout.splitlines()[-1] == f"{answer['label']}\t{answer['probability']:.4f}\tA text."
+
+    code = 'import json; from pipelines.edge.load import load; print(json.dumps(load("ann/small")("A text.")))'
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == answer
 
 
 @pytest.mark.parametrize(

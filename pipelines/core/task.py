@@ -247,7 +247,7 @@ class Task(Protocol):
     # ---- Bundle
 
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
-        """The part of a bundle's manifest that is this task's: how inputs are prepared and outputs read. See pipelines/edge/bundle.py."""
+        """The part of a bundle's manifest that is this task's: how inputs are prepared and outputs read. See pipelines/edge/settings.py."""
 
     def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
         """Compare the bundle's own runtime with the pipeline; raises VerificationError."""

@@ -1,1 +1,1 @@
-"""An ONNX directory enters; a bundle that predicts on a device or in a browser leaves."""
+"""An ONNX directory enters; a bundle that predicts on a device, in a browser and through load() leaves."""

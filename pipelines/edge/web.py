@@ -18,15 +18,21 @@ SECONDS = 60  # that a page which nobody asked for may take
 RUNTIME_LIBRARY = "onnxruntime-web"
 TOKENIZER_LIBRARY = "@huggingface/tokenizers"
 LIBRARIES = {
-    RUNTIME_LIBRARY: ("1.30.0", "MIT", {
-        "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
-        "ort-wasm-simd-threaded.mjs": "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
-        "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
-    }),
-    TOKENIZER_LIBRARY: ("0.2.0", "Apache-2.0", {
-        "tokenizers.min.mjs": "258e46332101335ce8d95aed7745b19ac3b46d37f3e159a89cf894c2ea9b1d3a",
-    }),
-}  # fmt: skip
+    RUNTIME_LIBRARY: (
+        "1.30.0",
+        "MIT",
+        {
+            "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
+            "ort-wasm-simd-threaded.mjs": "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
+            "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+        },
+    ),
+    TOKENIZER_LIBRARY: (
+        "0.2.0",
+        "Apache-2.0",
+        {"tokenizers.min.mjs": "258e46332101335ce8d95aed7745b19ac3b46d37f3e159a89cf894c2ea9b1d3a"},
+    ),
+}
 
 
 def add_page(directory: Path, bundle: BundleConfig, libraries: tuple[str, ...]) -> tuple[dict[str, str], str]:

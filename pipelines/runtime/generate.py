@@ -1,13 +1,8 @@
-"""Continue text with an ONNX language model that has a KV cache. Needs NumPy, ONNX Runtime and tokenizers, nothing else.
-
-python generate.py DIRECTORY "A prompt" --max_new_tokens 64 --sampling_temperature 0.8
-"""
+"""Continue text with an ONNX language model that has a KV cache. Needs NumPy, ONNX Runtime and tokenizers, nothing else."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +21,8 @@ class Sampling:
     sampling_temperature: float = 0.0  # 0 always takes the likeliest token
     top_k: int = 0  # keep only this many tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens that have this much probability together
-    repetition_penalty: float = (
-        1.0  # divide (if negative: multiply) the logits of tokens that were there by this (Keskar et al., 2019)
-    )
+    # Divide (if negative: multiply) the logits of tokens that were there by this (Keskar et al., 2019).
+    repetition_penalty: float = 1.0
     stop_tokens: list[int] = field(default_factory=list)  # besides the model's end token
     seed: int = 0
 
@@ -52,12 +46,9 @@ class LanguageModel:
         """Open `directory` on the CPU, or use a `session` that has its model open already."""
         directory = Path(directory)
         if session is None:
-            options = onnxruntime.SessionOptions()
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            options.intra_op_num_threads = threads or cores
-            options.log_severity_level = 3
-            path = str(directory / "model.onnx")
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            from pipelines.runtime.infer import open_session
+
+            session = open_session(directory / "model.onnx", threads)
         self.session = session
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.tokenizer.no_padding()
@@ -193,31 +184,3 @@ def keep_likely(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
         kept[chosen] = logits[chosen]
         logits = kept
     return logits
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Continue a text.")
-    parser.add_argument("directory")
-    parser.add_argument("prompt")
-    for name, default in vars(Sampling()).items():
-        if name == "stop_tokens":
-            parser.add_argument("--stop_tokens", type=int, nargs="*", default=[])
-        else:
-            parser.add_argument(f"--{name}", type=type(default), default=default)
-    arguments = vars(parser.parse_args())
-    model = LanguageModel(arguments.pop("directory"))
-    prompt = arguments.pop("prompt")
-    try:
-        sampling = Sampling(**arguments)
-        pieces = model.stream(prompt, sampling)
-        first = next(pieces, "")  # a prompt that is too long is refused before it is written
-        print(prompt, first, sep="", end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
-    print()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,20 @@
-"""Answer with the model in this directory. Needs numpy, onnxruntime and tokenizers (for texts) or Pillow (for images), nothing else.
+"""Predict with the model in this directory. Needs numpy, onnxruntime and tokenizers (for texts) or Pillow (for images), nothing else.
 
     python infer.py "some text"                   the label, its probability and the input, between tabs
     python infer.py --pair "a text" "another"     where the model reads two texts at a time
     python infer.py photo.jpg picture.png         images by their files
     python infer.py --file lines.txt --json       a text, two texts with a tab between them, or an image file on every line
-    tail -f log.txt | python infer.py --stdin     every answer as soon as its line is there
+    tail -f log.txt | python infer.py --stdin     every prediction as soon as its line is there
     python infer.py "Once upon" --top_p 0.9 --sampling_temperature 0.8     where the model continues texts
 
-Exit status: 0 done, 1 bad input or a damaged bundle, 2 a bad flag.
+What the inputs are and how the outputs are read stands in manifest.json. Exit status: 0 done, 1 bad input or a damaged bundle, 2 a bad flag.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -22,18 +23,15 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-# Before anything that an older Python lacks is used. All of this file parses from Python 3.7 on.
-if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit(f"error: expected Python 3.10 or newer, found {sys.version.split()[0]}. Run infer.py with a newer Python.")
-
-FORMAT = 1
+FORMAT = 2
 PAGE = ("index.html", "web/")  # only a browser needs these, so a device may do without
 MOST_PIXELS = 64_000_000  # of an image, as in training: a small file can unpack into gigabytes
 
-# What is to be answered: a text, two texts, or an image file, its path or an open file.
+# An input of the model: a text, two texts, or an image: the path of its file, an open file, or an image of Pillow.
 Example = tuple[Any, ...]
 
 
@@ -51,37 +49,34 @@ def content_checksum(manifest: dict[str, Any]) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
+        digest = hashlib.sha256()
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a bundle. Raises BundleError unless it and every file that it names, but for the page, are as they were made."""
+    """The manifest of a bundle. Raises BundleError unless it and every file that it names, but for the page, are as they were built."""
     path = directory / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
-        format_found, checksum = manifest["format"], manifest["checksum"]
-    except FileNotFoundError as error:
-        raise BundleError(f"expected the bundle's {path}, found no such file. Copy the whole bundle.") from error
+        found, checksum = manifest["format"], manifest["checksum"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(
-            f"expected a bundle's manifest in {path}, found: {error!r}. Copy the bundle again."
+            f"expected a bundle's manifest in {path}, found: {error!r}. Copy the whole bundle."
         ) from error
-    if format_found != FORMAT:
+    if found != FORMAT:
         raise BundleError(
-            f"expected a manifest of format {FORMAT} in {path}, found {format_found!r}. Use the infer.py of that bundle."
+            f"expected a manifest of format {FORMAT} in {path}, found {found!r}. Use the infer.py of that bundle."
         )
     if checksum != content_checksum(manifest):
-        raise BundleError(f"expected {path} as it was made, found that it was changed. Copy the bundle again.")
+        raise BundleError(f"expected {path} as it was built, found that it was changed. Copy the bundle again.")
     for name in (manifest["model"], *manifest["files"]):
-        # A checksum proves only that who wrote the manifest wrote it: its names must not lead to other files, nor may links.
-        if not (directory / name).resolve().is_relative_to(directory.resolve()):
+        # Whoever wrote the manifest wrote its checksum, too: its names must not lead to other files.
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise BundleError(
-                f"expected {path} to name files in {directory}, found {name!r}, which leads out of it. Copy the bundle's own files, from "
-                'where you trust it; the Hub\'s cache has links: hf download NAME --include "bundle/*" --local-dir .'
+                f"expected {path} to name files in {directory}, found {name!r}, which leads out of it. Do not use this bundle."
             )
     for name, expected in manifest["files"].items():
         if not name.startswith(PAGE):
@@ -91,21 +86,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def check_file(path: Path, expected: dict[str, Any]) -> None:
     """Raise BundleError unless the file has the size and the sha256 that the manifest gives."""
-    if not path.is_file():
-        raise BundleError(f"expected the bundle's {path}, found no such file. Copy the whole bundle.")
     try:
         whole = path.stat().st_size == expected["bytes"] and file_checksum(path) == expected["sha256"]
     except OSError as error:
-        raise BundleError(f"expected to be able to read {path}, found: {error}. Copy the bundle again.") from error
+        raise BundleError(f"expected the bundle's {path}, found: {error}. Copy the whole bundle.") from error
     if not whole:
-        raise BundleError(f"expected {path} as it was made, found that it was changed or cut. Copy the bundle again.")
+        raise BundleError(f"expected {path} as it was built, found that it was changed or cut. Copy the bundle again.")
 
 
 # ---- ONNX Runtime
 
 
-def open_session(path: Path, minimum: str, threads: int | None, provider: str) -> Any:
-    """An ONNX Runtime session on one of its execution providers, such as "CPU" or "CUDA"; raises BundleError where it has none such."""
+def open_session(path: Path, threads: int | None = None, minimum: str = "0", provider: str = "CPU") -> Any:
+    """An ONNX Runtime session of a graph that needs the version `minimum`; by default on the cores that this process may use."""
     import onnxruntime
 
     found = onnxruntime.__version__
@@ -114,26 +107,25 @@ def open_session(path: Path, minimum: str, threads: int | None, provider: str) -
             f"expected onnxruntime {minimum} or newer, which has this model's operators, found {found}. Run pip install "
             "-r requirements.txt."
         )
-    suffix = "ExecutionProvider"
-    names = {name.removesuffix(suffix).lower(): name for name in onnxruntime.get_available_providers()}
-    wanted = names.get(provider.lower().removesuffix(suffix.lower()))
+    known = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()}
+    wanted = known.get(provider.lower())
     if wanted is None:
-        has = ", ".join(name.removesuffix(suffix) for name in names.values())
         raise BundleError(
-            f"expected an execution provider that onnxruntime {found} was built with ({has}), found --provider {provider}. Choose one "
-            "of these, or install a build that has it, such as onnxruntime-gpu or onnxruntime-openvino."
+            f"expected an execution provider that onnxruntime {found} was built with ({', '.join(known)}), found --provider {provider}. "
+            "Choose one of these, or install a build that has it, such as onnxruntime-gpu."
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
+    # Fused graphs name operators that the optimizer then finds nothing to do for; only errors are worth a line.
     options.log_severity_level = 3
-    # What a provider has no kernel for runs on the CPU.
-    providers = list(dict.fromkeys([wanted, names["cpu"]]))
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        # What a provider has no kernel for runs on the CPU.
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=list(dict.fromkeys([wanted, known["cpu"]]))
+        )
     except Exception as error:  # ONNX Runtime's own errors have no common class
         raise BundleError(
-            f"expected onnxruntime {found} to open {path} with the provider {provider}, found: {one_line(error)}. Try --provider CPU, or "
-            "another version of onnxruntime."
+            f"expected onnxruntime {found} to open {path}, found: {one_line(error)}. Try another version of onnxruntime."
         ) from error
     if session.get_providers()[0] != wanted:
         raise BundleError(
@@ -148,22 +140,22 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(answer: Callable[[Any], Any], examples: Iterable[Any], at_once: int) -> Iterator[Any]:
-    """The answer to each example in their order, so many of them worked on at a time.
+def in_order(predict: Callable[[Any], Any], examples: Iterable[Any], at_once: int) -> Iterator[Any]:
+    """The prediction for each example in their order, so many of them worked on at a time.
 
     One example on each core is faster than each example on all cores, which wait for one another, and needs no padding and no batch,
-    whose examples would share the scales of dynamic quantization: so the answers stay the same to the last digit.
+    whose examples would share the scales of dynamic quantization: so the predictions stay the same to the last digit.
     """
     if at_once == 1:
-        yield from map(answer, examples)
+        yield from map(predict, examples)
         return
     with ThreadPoolExecutor(at_once) as pool:
 
         def begun() -> Iterator[Future[Any]]:
             try:
                 for example in examples:
-                    yield pool.submit(answer, example)
-            except Exception as error:  # to be raised in its place, after the answers before it
+                    yield pool.submit(predict, example)
+            except Exception as error:  # to be raised in its place, after the predictions before it
                 failed: Future[Any] = Future()
                 failed.set_exception(error)
                 yield failed
@@ -189,12 +181,11 @@ def version_key(version: str) -> list[int]:
 # ---- Inputs
 
 
-def text_inputs(directory: Path, manifest: dict[str, Any]) -> Callable[[Example], dict[str, Any]]:
-    """A function from a text or two to the inputs of the graph, each int64 (1, tokens)."""
+def text_inputs(path: Path, settings: dict[str, Any], names: list[str]) -> Callable[[Example], dict[str, Any]]:
+    """A function from a text or two to the inputs of the graph by their `names`, each int64 (1, tokens); `path` is a tokenizer.json."""
     import numpy as np
     from tokenizers import Tokenizer
 
-    path = directory / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more exact
@@ -203,8 +194,7 @@ def text_inputs(directory: Path, manifest: dict[str, Any]) -> Callable[[Example]
         ) from error
     # The file also holds what its last user truncated and padded to.
     tokenizer.no_padding()
-    side = manifest["text"]["truncation_side"]
-    tokenizer.enable_truncation(manifest["max_length"], strategy="longest_first", direction=side)
+    tokenizer.enable_truncation(settings["max_length"], strategy="longest_first", direction=settings["truncation_side"])
 
     def prepare(example: Example) -> dict[str, Any]:
         encoding = tokenizer.encode(*example)
@@ -213,28 +203,26 @@ def text_inputs(directory: Path, manifest: dict[str, Any]) -> Callable[[Example]
             "attention_mask": encoding.attention_mask,
             "token_type_ids": encoding.type_ids,
         }
-        return {name: np.array([columns[name]], np.int64) for name in manifest["inputs"]}
+        return {name: np.array([columns[name]], np.int64) for name in names}
 
     return prepare
 
 
-def image_inputs(directory: Path, manifest: dict[str, Any]) -> Callable[[Example], dict[str, Any]]:
-    """A function from an image file to the input of the graph, float32 (1, 3, height, width)."""
-    settings = manifest["image"]
-
-    def prepare(example: Example) -> dict[str, Any]:
-        return {manifest["inputs"][0]: image_pixels(read_image(example[0]), settings)[None]}
-
-    return prepare
+def image_inputs(settings: dict[str, Any], names: list[str]) -> Callable[[Example], dict[str, Any]]:
+    """A function from an image to the input of the graph, float32 (1, 3, height, width)."""
+    return lambda example: {names[0]: image_pixels(read_image(example[0]), settings)[None]}
 
 
 def read_image(source: Any) -> Any:
-    """The RGB image in a file, turned as its orientation tag asks; 16-bit grey keeps its upper 8 bits."""
+    """The RGB image of a file (its path, or an open file) or of Pillow, turned as its orientation tag asks.
+
+    Grey, palettes and transparency are converted as transformers' pipelines do; 16-bit grey keeps its upper 8 bits.
+    """
     import numpy as np
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(source) as image:
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
             upright = ImageOps.exif_transpose(image)
@@ -283,58 +271,71 @@ def center_crop(pixels: Any, height: int, width: int) -> Any:
     return canvas[top : top + height, first : first + width]
 
 
-PREPARATIONS = {"text-classification": text_inputs, "image-classification": image_inputs}
+# ---- Outputs
 
 
-# ---- Answers
+class Predictor:
+    """The model of a bundle that gives labels or values, ready to predict.
 
+    A `manifest` is taken as it is; left out, the bundle's is read and its files are checked. `threads` and `provider` are as in
+    open_session().
+    """
 
-class Classifier:
-    """The classification model of a bundle, ready to answer."""
-
-    def __init__(
-        self, directory: str | Path, manifest: dict[str, Any] | None = None, threads: int | None = None, provider: str = "CPU"
-    ) -> None:  # fmt: skip
+    def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
         directory = Path(directory)
-        self.manifest = read_manifest(directory) if manifest is None else manifest
-        self.labels: list[str] = self.manifest["labels"]
-        self.prepare = PREPARATIONS[self.manifest["task"]](directory, self.manifest)
-        self.session = open_session(
-            directory / self.manifest["model"], self.manifest["minimum_onnxruntime"], threads, provider
-        )
+        self.manifest = manifest or read_manifest(directory)
+        minimum = self.manifest["minimum_onnxruntime"]
+        self.session = open_session(directory / self.manifest["model"], minimum=minimum, **how)
+        names = [value.name for value in self.session.get_inputs()]
+        settings = self.manifest["inputs"]
+        if settings["kind"] == "image":
+            self.prepare = image_inputs(settings, names)
+        else:
+            self.prepare = text_inputs(directory / "tokenizer.json", settings, names)
 
     def logits(self, example: Example) -> Any:
-        """The logits (labels,) of one example: always one at a time, since dynamic quantization takes one scale for a whole batch."""
-        return self.session.run(["logits"], self.prepare(example))[0][0]
+        """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch."""
+        return self.session.run(None, self.prepare(example))[0].reshape(-1)
 
-    def answer(self, example: Example) -> dict[str, Any]:
-        """The likeliest label, and the probability and the logit of each."""
-        import numpy as np
-
-        logits = self.logits(example)
-        weights = np.exp(logits.astype(np.float64) - logits.max())
-        probabilities = weights / weights.sum()
-        best = int(logits.argmax())
-        return {
-            "input": example[0] if len(example) == 1 else list(example),
-            "label": self.labels[best],
-            "probability": float(probabilities[best]),
-            "probabilities": dict(zip(self.labels, probabilities.tolist(), strict=True)),
-            "logits": logits.tolist(),
-        }
+    def predict(self, example: Example) -> dict[str, Any]:
+        given = example[0] if len(example) == 1 else list(example)
+        return {"input": given, **read_outputs(self.logits(example), self.manifest["outputs"])}
 
 
-class Writer:
-    """The language model of a bundle, ready to continue texts."""
+def read_outputs(logits: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a model's outputs say: values by their names; the likeliest label; or, with a sigmoid, every label above its threshold.
 
-    def __init__(
-        self, directory: str | Path, manifest: dict[str, Any] | None = None, threads: int | None = None, provider: str = "CPU"
-    ) -> None:  # fmt: skip
+    The activation "none" is for a graph whose outputs are probabilities already.
+    """
+    import numpy as np
+
+    if settings["kind"] == "values":
+        return {"values": dict(zip(settings["names"], logits.tolist(), strict=True))}
+    labels, activation = settings["labels"], settings["activation"]
+    exact = logits.astype(np.float64)
+    if activation == "softmax":
+        weights = np.exp(exact - exact.max())
+        probabilities = (weights / weights.sum()).tolist()
+    else:
+        probabilities = (np.exp(-np.logaddexp(0, -exact)) if activation == "sigmoid" else exact).tolist()
+    by_label = dict(zip(labels, probabilities, strict=True))
+    every = {"probabilities": by_label, "logits": logits.tolist()}
+    if activation == "sigmoid":
+        thresholds = settings.get("thresholds") or [0.5] * len(labels)
+        found = [label for label, least in zip(labels, thresholds, strict=True) if by_label[label] >= least]
+        return {"labels": found, **every}
+    best = int(logits.argmax())
+    return {"label": labels[best], "probability": probabilities[best], **every}
+
+
+class Generator:
+    """The language model of a bundle, ready to continue texts; its arguments are Predictor's."""
+
+    def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
         directory = Path(directory)
-        self.manifest = read_manifest(directory) if manifest is None else manifest
-        self.session = open_session(
-            directory / self.manifest["model"], self.manifest["minimum_onnxruntime"], threads, provider
-        )
+        self.manifest = manifest or read_manifest(directory)
+        minimum = self.manifest["minimum_onnxruntime"]
+        self.session = open_session(directory / self.manifest["model"], minimum=minimum, **how)
         self.model = generation().LanguageModel(directory, session=self.session)
 
     def stream(self, prompt: str, sampling: Any = None) -> Iterator[str]:
@@ -344,125 +345,18 @@ class Writer:
         except ValueError as error:  # a prompt that leaves the model no room
             raise BundleError(str(error)) from error
 
+    def predict(self, example: Example, sampling: Any = None) -> dict[str, Any]:
+        return {"input": example[0], "continuation": "".join(self.stream(example[0], sampling))}
+
 
 def generation() -> Any:
     """generate.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
     if __package__:
         from pipelines.runtime import generate
     else:
-        sys.dont_write_bytecode = True  # the bundle stays as it was made
+        sys.dont_write_bytecode = True  # the bundle stays as it was built
         import generate  # type: ignore[no-redef]
     return generate
-
-
-def write_continuation(writer: Writer, prompt: str, sampling: Any, as_json: bool) -> None:
-    if as_json:
-        continuation = "".join(writer.stream(prompt, sampling))
-        print(json.dumps({"input": prompt, "continuation": continuation}, ensure_ascii=False), flush=True)
-        return
-    pieces = writer.stream(prompt, sampling)
-    first = next(pieces, "")  # a prompt that is too long is refused before it is written
-    print(prompt, first, sep="", end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
-
-
-def write_answer(answer: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        line = json.dumps(answer, ensure_ascii=False)
-    else:
-        given = answer["input"] if isinstance(answer["input"], str) else "\t".join(answer["input"])
-        line = f"{answer['label']}\t{answer['probability']:.4f}\t{given}"
-    print(line, flush=True)
-
-
-def read_lines(lines: Any, columns: int, origin: str) -> Iterator[Example]:
-    """The example on each line; raises BundleError for a line without the tab between two texts."""
-    for number, line in enumerate(lines, start=1):
-        text = line.removesuffix("\n").removesuffix("\r")
-        example = tuple(text.split("\t")) if columns > 1 else (text,)
-        if len(example) != columns:
-            raise BundleError(
-                f"expected two texts with a tab between them on line {number} of {origin}, found {len(example)}. Correct that line."
-            )
-        yield example
-
-
-def benchmark(classifier: Classifier, examples: list[Example], started: float) -> dict[str, Any]:
-    """Milliseconds until ready, and of one answer over two seconds: all of it, and the share of preparing the input."""
-    import numpy as np
-
-    ready = time.perf_counter() - started
-    for example in examples[:5]:
-        classifier.logits(example)  # the first runs allocate
-    seconds: list[float] = []
-    preparing: list[float] = []
-    end = time.perf_counter() + 2
-    while time.perf_counter() < end or len(seconds) < 5:
-        example = examples[len(seconds) % len(examples)]
-        start = time.perf_counter()
-        inputs = classifier.prepare(example)
-        prepared = time.perf_counter()
-        classifier.session.run(["logits"], inputs)
-        seconds.append(time.perf_counter() - start)
-        preparing.append(prepared - start)
-    p50, p95 = np.percentile(seconds, [50, 95]) * 1000
-    return {
-        "ready_ms": round(ready * 1000, 1),
-        "p50_ms": round(p50, 3),
-        "p95_ms": round(p95, 3),
-        "preparing_p50_ms": round(float(np.median(preparing)) * 1000, 3),
-        "answers_per_second": round(len(seconds) / sum(seconds), 1),
-        **setting(classifier.session),
-    }
-
-
-def benchmark_writer(writer: Writer, prompt: str, sampling: Any, started: float) -> dict[str, Any]:
-    """Milliseconds until ready and until the first token after a prompt, and the tokens per second from there on: medians of five."""
-    import numpy as np
-
-    ready = time.perf_counter() - started
-    tokens = [writer.model.encode(prompt)]
-    first, rates = [], []
-    try:
-        for _ in range(5):
-            start = time.perf_counter()
-            times = [time.perf_counter() - start for _ in writer.model.steps(tokens, sampling)]
-            first += times[:1]
-            rates += [(len(times) - 1) / (times[-1] - times[0])] if len(times) > 1 else []
-    except ValueError as error:
-        raise BundleError(str(error)) from error
-    return {
-        "ready_ms": round(ready * 1000, 1),
-        "first_token_ms": round(float(np.median(first)) * 1000, 3) if first else None,
-        "tokens_per_second": round(float(np.median(rates)), 1) if rates else None,
-        **setting(writer.session),
-    }
-
-
-def setting(session: Any) -> dict[str, Any]:
-    """What a time depends on besides the model."""
-    import onnxruntime
-
-    return {
-        "threads": session.get_session_options().intra_op_num_threads,
-        "provider": session.get_providers()[0],
-        "onnxruntime": onnxruntime.__version__,
-    }
-
-
-def sample(manifest: dict[str, Any]) -> Example:
-    """An example to time where none was given: as long a text as the model reads, or a photograph's worth of noise."""
-    if manifest["task"] == "text-classification":
-        return (("a " * manifest["max_length"]),) * (2 if manifest["text"]["pair"] else 1)
-    import io
-
-    from PIL import Image
-
-    picture = io.BytesIO()
-    Image.effect_noise((640, 480), 64).save(picture, "PNG")
-    return (picture,)
 
 
 # ---- The command
@@ -479,7 +373,7 @@ SAMPLING: dict[str, tuple[type, str]] = {
 }
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -487,42 +381,35 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser.add_argument("--pair", action="store_true", help="the inputs are pairs of texts")
     parser.add_argument("--file", help="read the inputs from the lines of this file")
     parser.add_argument("--stdin", action="store_true", help="read the inputs from standard input, line by line")
-    parser.add_argument("--json", action="store_true", help="write each answer as a line of JSON, with all logits")
+    parser.add_argument("--json", action="store_true", help="write each prediction as a line of JSON, with all logits")
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
-    writing = parser.add_argument_group(
+    sampling = parser.add_argument_group(
         "for a model that continues texts; left as they are, it takes the likeliest token"
     )
     for name, (kind, what) in SAMPLING.items():
-        writing.add_argument(f"--{name}", type=kind, nargs="+" if name == "stop_tokens" else None, help=what)
-    return parser, parser.parse_args(argv)
+        sampling.add_argument(f"--{name}", type=kind, nargs="+" if name == "stop_tokens" else None, help=what)
+    return parser
 
 
-def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, manifest: dict[str, Any]) -> int:
-    """The number of texts or images that make an example; a wrong combination of flags ends the program with status 2."""
-    pair = "text" in manifest and manifest["text"]["pair"]
+def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, manifest: dict[str, Any]) -> None:
+    """End the program with status 2 for flags that do not fit together or the model."""
+    inputs, pair = manifest["inputs"]["kind"], manifest["inputs"].get("pair", False)
     given = bool(flags.inputs) + (flags.file is not None) + flags.stdin
     if given > 1 or (given == 0 and not flags.benchmark):
         parser.error(f"expected one of inputs, --file or --stdin, found {given or 'none'} of them")
     if flags.benchmark and flags.stdin:
         parser.error("expected inputs or --file with --benchmark, found --stdin")
     if flags.pair != pair and given:
-        found = "pairs of texts: pass --pair" if pair else f"single {'images' if 'image' in manifest else 'texts'}"
-        parser.error(f"expected what the model was trained on, {found}")
+        parser.error(f"expected {'pairs of texts: pass --pair' if pair else f'single {inputs}s, without --pair'}")
     if pair and len(flags.inputs) % 2:
-        parser.error(f"expected two texts for each answer, found {len(flags.inputs)}")
+        parser.error(f"expected two texts for each prediction, found {len(flags.inputs)} texts")
     if flags.threads is not None and flags.threads < 1:
         parser.error(f"expected --threads of 1 or more, found {flags.threads}")
-    if manifest["task"] != "text-generation":
-        sampling = [f"--{name}" for name in SAMPLING if getattr(flags, name) is not None]
-        if sampling:
-            parser.error(f"expected no {', '.join(sampling)}, which are for a model that continues texts")
-    if "text" in manifest and any("\udc80" <= character <= "\udcff" for text in flags.inputs for character in text):
-        raise BundleError(
-            "expected UTF-8 texts, found bytes that are not. Pass them with --file after converting the file."
-        )
-    return 2 if pair else 1
+    sampling = [f"--{name}" for name in SAMPLING if getattr(flags, name) is not None]
+    if sampling and manifest["outputs"]["kind"] != "continuation":
+        parser.error(f"expected no {', '.join(sampling)}, which are for a model that continues texts")
 
 
 def read_sampling(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Any:
@@ -533,62 +420,154 @@ def read_sampling(parser: argparse.ArgumentParser, flags: argparse.Namespace) ->
         return parser.error(str(error))
 
 
-def read_examples(flags: argparse.Namespace, columns: int) -> Iterator[Example]:
-    if flags.inputs:
-        yield from zip(*[iter(flags.inputs)] * columns, strict=True)
-    elif flags.file is not None:
-        try:
+def read_examples(flags: argparse.Namespace, columns: int, texts: bool = True) -> Iterator[Example]:
+    """The examples of the command line, a file or standard input, each of one or two `columns`; raises BundleError for what is none."""
+    origin = flags.file or ("standard input" if flags.stdin else "the command line")
+    try:
+        if flags.file is not None:
             # A carriage return inside a line is part of the text.
             with open(flags.file, encoding="utf-8-sig", newline="\n") as file:
-                yield from read_lines(file, columns, flags.file)
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"expected a UTF-8 text file, found {flags.file!r}: {error}.") from error
-    elif flags.stdin:
-        if sys.stdin is None:
-            raise BundleError("expected lines on standard input, found it closed. Pipe them in, or use --file.")
-        sys.stdin.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
+                yield from read_lines(file, columns, origin)
+        elif flags.stdin:
+            if sys.stdin is None:
+                raise OSError("it is closed")
+            sys.stdin.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
+            yield from read_lines(sys.stdin, columns, origin)
+        elif texts:
+            "".join(
+                flags.inputs
+            ).encode()  # raises for bytes that are no UTF-8, which the name of an image file may have
+        yield from zip(*[iter(flags.inputs)] * columns, strict=True)
+    except (OSError, UnicodeError) as error:
+        raise BundleError(
+            f"expected to read UTF-8 text from {origin}, found: {error}. Check the path, or convert the text to UTF-8."
+        ) from error
+
+
+def read_lines(lines: Iterable[str], columns: int, origin: str) -> Iterator[Example]:
+    for number, line in enumerate(lines, start=1):
+        text = line.removesuffix("\n").removesuffix("\r")
+        example = tuple(text.split("\t")) if columns > 1 else (text,)
+        if len(example) != columns:
+            raise BundleError(
+                f"expected two texts with a tab between them on line {number} of {origin}, found {len(example)}. Correct that line."
+            )
+        yield example
+
+
+def write_prediction(found: dict[str, Any], as_json: bool) -> None:
+    given = found["input"] if isinstance(found["input"], str) else "\t".join(found["input"])
+    if as_json:
+        line = json.dumps(found, ensure_ascii=False)
+    elif "values" in found:
+        line = "\t".join([*(f"{value:.6g}" for value in found["values"].values()), given])
+    elif "labels" in found:
+        likely = (f"{found['probabilities'][label]:.4f}" for label in found["labels"])
+        line = f"{', '.join(found['labels'])}\t{', '.join(likely)}\t{given}"
+    else:
+        line = f"{found['label']}\t{found['probability']:.4f}\t{given}"
+    print(line, flush=True)
+
+
+def write_continuation(generator: Generator, prompt: str, sampling: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(generator.predict((prompt,), sampling), ensure_ascii=False), flush=True)
+        return
+    pieces = generator.stream(prompt, sampling)
+    first = next(pieces, "")  # a prompt that is too long is refused before it is written
+    print(prompt, first, sep="", end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def benchmark(predictor: Predictor, examples: list[Example]) -> dict[str, Any]:
+    """Milliseconds of one prediction, from the input to the logits, over two seconds."""
+    import numpy as np
+
+    for example in examples[:5]:
+        predictor.logits(example)  # the first runs allocate
+    seconds: list[float] = []
+    end = time.perf_counter() + 2
+    while time.perf_counter() < end or len(seconds) < 5:
+        start = time.perf_counter()
+        predictor.logits(examples[len(seconds) % len(examples)])
+        seconds.append(time.perf_counter() - start)
+    p50, p95 = np.percentile(seconds, [50, 95]) * 1000
+    rate = len(seconds) / sum(seconds)
+    return {"p50_ms": round(p50, 3), "p95_ms": round(p95, 3), "predictions_per_second": round(rate, 1)}
+
+
+def benchmark_generation(generator: Generator, prompt: str, sampling: Any) -> dict[str, Any]:
+    """Milliseconds until the first token after a prompt, and the tokens per second from there on: medians of five."""
+    import numpy as np
+
+    first, rates = [], []
+    for _ in range(5):
+        start = time.perf_counter()
         try:
-            yield from read_lines(sys.stdin, columns, "standard input")
-        except UnicodeDecodeError as error:
-            raise BundleError(f"expected UTF-8 text on standard input, found: {error}.") from error
+            steps = generator.model.steps([generator.model.encode(prompt)], sampling)
+            times = [time.perf_counter() - start for _ in steps]
+        except ValueError as error:
+            raise BundleError(str(error)) from error
+        first += times[:1]
+        rates += [(len(times) - 1) / (times[-1] - times[0])] if len(times) > 1 else []
+    return {
+        "time_to_first_token_ms": round(float(np.median(first)) * 1000, 3) if first else None,
+        "tokens_per_second": round(float(np.median(rates)), 1) if rates else None,
+    }
+
+
+def sample(settings: dict[str, Any]) -> Example:
+    """An example to time where none was given: as long a text as the model reads, or a photograph's worth of noise."""
+    if settings["kind"] == "text":
+        return ("a " * settings["max_length"],) * (2 if settings["pair"] else 1)
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.effect_noise((640, 480), 64).save(picture, "PNG")
+    return (picture,)
 
 
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
-    parser, flags = parse(argv)
+    parser = make_parser()
+    flags = parser.parse_args(argv)
     directory = Path(__file__).absolute().parent
     manifest = read_manifest(directory)
-    columns = check_flags(parser, flags, manifest)
-    if sys.stdout is None:
-        raise BundleError("expected an open standard output, found it closed. Send the answers to a file: > FILE")
+    check_flags(parser, flags, manifest)
+    inputs = manifest["inputs"]
+    examples = read_examples(flags, 2 if inputs.get("pair") else 1, inputs["kind"] == "text")
     # Pillow's, of an image so large that it is refused here.
     warnings.simplefilter("ignore")
     # A file's name need not be UTF-8; it is written as it was given.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
-    if manifest["task"] == "text-generation":
+    how = {"threads": flags.threads, "provider": flags.provider}
+    # The inputs of a file are predicted one on each core; other providers have no cores to share out.
+    in_file = flags.file is not None and flags.provider.lower() == "cpu" and not flags.benchmark
+    if manifest["outputs"]["kind"] == "continuation":
         sampling = read_sampling(parser, flags)
-        writer = Writer(directory, manifest, flags.threads, flags.provider)
-        if flags.benchmark:
-            (prompt,) = next(read_examples(flags, columns), ("",))
-            write_measured(benchmark_writer(writer, prompt, sampling, started), flags.json)
-            return
-        for (prompt,) in read_examples(flags, columns):
-            write_continuation(writer, prompt, sampling, flags.json)
-        return
-    # A file is answered one example on each core; other providers than the CPU have no cores to share out.
-    in_file = flags.file is not None and flags.provider.lower().startswith("cpu") and not flags.benchmark
-    at_once = flags.threads or available_cores() if in_file else 1
-    classifier = Classifier(directory, manifest, 1 if in_file else flags.threads, flags.provider)
+        model: Any = Generator(directory, manifest, **how)
+    else:
+        model = Predictor(directory, manifest, **(how | {"threads": 1} if in_file else how))
     if flags.benchmark:
-        examples = list(read_examples(flags, columns)) or [sample(manifest)]
-        write_measured(benchmark(classifier, examples, started), flags.json)
-        return
-    for answer in in_order(classifier.answer, read_examples(flags, columns), at_once):
-        write_answer(answer, flags.json)
-
-
-def write_measured(measured: dict[str, Any], as_json: bool) -> None:
-    print(json.dumps(measured) if as_json else "\n".join(f"{name}\t{value}" for name, value in measured.items()))
+        ready = {"ready_ms": round((time.perf_counter() - started) * 1000, 1)}
+        if isinstance(model, Generator):
+            measured = ready | benchmark_generation(model, next(examples, ("",))[0], sampling)
+        else:
+            measured = ready | benchmark(model, list(examples) or [sample(inputs)])
+        measured |= {
+            "threads": model.session.get_session_options().intra_op_num_threads,
+            "provider": model.session.get_providers()[0],
+        }
+        print(json.dumps(measured) if flags.json else "\n".join(f"{name}\t{value}" for name, value in measured.items()))
+    elif isinstance(model, Generator):
+        for (prompt,) in examples:
+            write_continuation(model, prompt, sampling, flags.json)
+    else:
+        at_once = flags.threads or available_cores() if in_file else 1
+        for found in in_order(model.predict, examples, at_once):
+            write_prediction(found, flags.json)
 
 
 if __name__ == "__main__":
@@ -601,6 +580,6 @@ if __name__ == "__main__":
             f"error: expected the packages in requirements.txt, found: {error}. Run pip install -r requirements.txt."
         )
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read the predictions has enough
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,10 +1,11 @@
-// Runs the model of a bundle in a browser: what infer.py does, with onnxruntime-web and @huggingface/tokenizers. The resampling is
-// Pillow's, to the bit, so that the model sees the pixels that it was trained on.
+// Runs the model of a bundle in a browser: what infer.py does, as manifest.json says, with onnxruntime-web and @huggingface/tokenizers.
+// The resampling is Pillow's, to the bit, so that the model sees the pixels that it was trained on; a canvas, with which transformers.js
+// resizes, gives others.
 
-// Opens the bundle at the URL `base`, whose web/ holds the libraries. classify() and continueText() work with what this returns.
+// Opens the bundle at the URL `base`, whose web/ holds the libraries. predict() and continueText() work with what this returns.
 export async function openBundle(base) {
     const read = async (name) => {
-        // A bundle that was built again must not meet files of the old one in the browser's cache.
+        // A bundle that was rebuilt must not meet files of the old one in the browser's cache.
         const response = await fetch(new URL(name, base), {cache: "no-cache"});
         if (!response.ok) throw new Error(`expected the bundle's ${name}, found: ${response.status} ${response.statusText}`);
         return response.arrayBuffer();
@@ -23,7 +24,7 @@ export async function openBundle(base) {
     ort.env.logLevel = "error";
     const session = await ort.InferenceSession.create(await readChecked(manifest.model));
     const bundle = {manifest, ort, session, runtime: `ONNX Runtime ${ort.env.versions.web}`};
-    if (manifest.text) {
+    if (manifest.inputs.kind === "text") {
         const {Tokenizer} = await import("./tokenizers.min.mjs");
         const files = await Promise.all(["tokenizer.json", "tokenizer_config.json"].map(readChecked));
         bundle.tokenizer = new Tokenizer(...files.map(parse));
@@ -38,7 +39,7 @@ async function checkFile(name, bytes, expected) {
     const checksum = digest && Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
     if (bytes.byteLength !== expected.bytes || (checksum ?? expected.sha256) !== expected.sha256) {
         throw new Error(
-            `expected ${name} of ${expected.bytes} bytes as it was made, found that it was changed or cut (${bytes.byteLength} bytes). ` +
+            `expected ${name} of ${expected.bytes} bytes as it was built, found that it was changed or cut (${bytes.byteLength} bytes). ` +
             "Reload the page, or copy the bundle again.",
         );
     }
@@ -46,8 +47,9 @@ async function checkFile(name, bytes, expected) {
 
 // The library that makes tokens here is another than the model was trained with, so it is tried on texts whose tokens are known.
 function checkTokens({manifest, tokenizer}) {
-    for (const {texts, ids} of manifest.text.probes ?? []) {
-        const found = manifest.generation ? promptTokens(tokenizer, texts[0]) : textColumns(tokenizer, texts, manifest).input_ids;
+    for (const {texts, ids} of manifest.inputs.probes) {
+        const continued = manifest.outputs.kind === "continuation";
+        const found = continued ? promptTokens(tokenizer, texts[0]) : textColumns(tokenizer, texts, manifest.inputs).input_ids;
         if (found.join(" ") !== ids) {
             throw new Error(
                 `expected the tokens that the model was trained with for ${JSON.stringify(texts[0].slice(0, 30))}, found others: this ` +
@@ -57,22 +59,31 @@ function checkTokens({manifest, tokenizer}) {
     }
 }
 
-// The answer to one example, an array of one or two texts or an image {data, width, height}: logits and probabilities in the order
-// of the labels, and the milliseconds of preparing and running.
-export async function classify(bundle, example) {
+// The prediction for one example, an array of one or two texts or an image {data, width, height}: what readOutputs() gives, and the
+// milliseconds of preparing and running.
+export async function predict(bundle, example) {
     const start = performance.now();
-    const {logits} = await bundle.session.run(prepare(bundle, example));
+    const outputs = await bundle.session.run(prepare(bundle, example));
     const milliseconds = performance.now() - start;
-    return {labels: bundle.manifest.labels, logits: Array.from(logits.data), probabilities: softmax(logits.data), milliseconds};
+    const logits = Array.from(outputs[bundle.session.outputNames[0]].data);
+    return {...readOutputs(logits, bundle.manifest.outputs), milliseconds};
 }
 
-function prepare({manifest, ort, tokenizer}, example) {
-    if (manifest.image) {
-        const {data, height, width} = imagePixels(example, manifest.image);
-        return {[manifest.inputs[0]]: new ort.Tensor("float32", data, [1, 3, height, width])};
+// What a model's outputs say: names, their logits, and probabilities unless they are values.
+export function readOutputs(logits, {kind, names, labels, activation}) {
+    if (kind === "values") return {names, logits};
+    const sigmoid = (logit) => 1 / (1 + Math.exp(-logit));
+    const activations = {softmax, sigmoid: (values) => values.map(sigmoid), none: (values) => values};
+    return {names: labels, logits, probabilities: activations[activation](logits)};
+}
+
+function prepare({manifest: {inputs}, ort, session, tokenizer}, example) {
+    if (inputs.kind === "image") {
+        const {data, height, width} = imagePixels(example, inputs);
+        return {[session.inputNames[0]]: new ort.Tensor("float32", data, [1, 3, height, width])};
     }
-    const columns = textColumns(tokenizer, example, manifest);
-    return Object.fromEntries(manifest.inputs.map((name) => [name, wholeNumbers(ort, columns[name])]));
+    const columns = textColumns(tokenizer, example, inputs);
+    return Object.fromEntries(session.inputNames.map((name) => [name, wholeNumbers(ort, columns[name])]));
 }
 
 function wholeNumbers(ort, values) {
@@ -91,7 +102,7 @@ export function softmax(logits) {
 // Yields the continuation of a text as it grows, {text, tokens, milliseconds}, until the model ends it, `limit` tokens are there, or
 // no position is left. `choose` takes the logits (vocabulary) of the next token and gives its number.
 export async function* continueText({manifest, ort, session, tokenizer}, prompt, {choose, limit = 100}) {
-    const {end_tokens: ends, context, cache: shapes} = manifest.generation;
+    const {end_tokens: ends, context, cache: shapes} = manifest.outputs;
     const start = performance.now();
     let encoded = promptTokens(tokenizer, prompt);
     if (!encoded.length) encoded = ends.slice(0, 1); // begins a new document
@@ -132,11 +143,11 @@ export function chooseToken(logits, temperature, random) {
 // ---- Texts
 
 // Token ids, mask and types of one or two texts, cut to the model's length together with the special tokens around them.
-export function textColumns(tokenizer, texts, manifest) {
+export function textColumns(tokenizer, texts, settings) {
     let [first, second = null] = texts.map((text) => tokenizer.encode_text(text));
     const frame = finish(tokenizer, [], second && []).tokens.length;
-    const lengths = truncatedLengths(first.length, second?.length ?? 0, manifest.max_length - frame);
-    const left = manifest.text.truncation_side === "left";
+    const lengths = truncatedLengths(first.length, second?.length ?? 0, settings.max_length - frame);
+    const left = settings.truncation_side === "left";
     const cut = (tokens, length) => (left ? tokens.slice(tokens.length - length) : tokens.slice(0, length));
     const {tokens, token_type_ids: types} = finish(tokenizer, cut(first, lengths[0]), second && cut(second, lengths[1]));
     const identify = (token) =>

@@ -19,6 +19,8 @@ from pipelines.data.examples import Examples, load_examples
 from pipelines.data.images import IMAGES, collate
 from pipelines.data.references import read_classes
 from pipelines.data.sources import resolve
+from pipelines.edge.bundle import image_probes, verify_predictor
+from pipelines.edge.settings import head_outputs, image_settings
 from pipelines.models.families import FAMILIES
 from pipelines.models.loading import load, load_classifier
 from pipelines.tasks.classification import Classification, ClassifierPresentation
@@ -163,3 +165,12 @@ class ImageClassification(Classification):
                 f"expected the image processor of {source} to make images of {expected} (channels, height, width), as the model's config "
                 f"says, found {found}. Correct size and crop_size in its preprocessor_config.json; images always have 3 channels."
             )
+
+    # ---- Bundle
+
+    def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
+        return {"inputs": image_settings(processor), "outputs": head_outputs(directory)}
+
+    def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
+        probes = image_probes(self.collate(processor))
+        return verify_predictor(directory, self, processor, probes, self.data.splits["validation"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from pipelines.core.task import Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_classes
 from pipelines.data.text import TEXTS, collate, tokenize
+from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
+from pipelines.edge.settings import head_outputs
 from pipelines.models.loading import load_classifier, load_tokenizer
 from pipelines.tasks.classification import Classification, ClassifierPresentation
 
@@ -169,6 +172,22 @@ class TextClassification(Classification):
                 f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {self.config.max_length}. "
                 "Pass a smaller --max_length."
             )
+
+    # ---- Bundle
+
+    def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
+        return {
+            "inputs": text_inputs(directory, processor, self._reads_pairs, self.config.max_length),
+            "outputs": head_outputs(directory),
+        }
+
+    def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
+        probes = text_probes(processor, self._reads_pairs, self.config.max_length)
+        return verify_predictor(directory, self, processor, probes, self.data.splits["validation"])
+
+    @property
+    def _reads_pairs(self) -> bool:
+        return "text_pair" in self.data.splits["validation"].column_names
 
 
 def _tokenizer_key(processor: Any) -> str:

@@ -65,7 +65,9 @@ def _attend(
 
     def project(linear: Any, states: Tensor) -> Tensor:
         projected: Tensor = linear(states)
-        return projected.view(*states.shape[:2], -1, attention.config.hidden_size // attention.config.num_attention_heads).transpose(1, 2)
+        return projected.view(
+            *states.shape[:2], -1, attention.config.hidden_size // attention.config.num_attention_heads
+        ).transpose(1, 2)
 
     output, _ = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation](
         attention,

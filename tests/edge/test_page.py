@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_edge import image_files
+from test_load import LABELS, VALUES, bundle_by_hand
 
 from conftest import make_texts
 from pipelines.core.config import BundleConfig, DataConfig, LanguageQuantizeConfig, QuantizeConfig
 from pipelines.core.errors import InputError
-from pipelines.edge.bundle import build_bundle, image_settings, write_manifest
+from pipelines.edge.bundle import build_bundle, write_manifest
+from pipelines.edge.settings import image_settings
 from pipelines.edge.web import HERE, LIBRARIES, RUNTIME_LIBRARY, add_page
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.runtime import infer
@@ -209,6 +211,35 @@ def served(bundle: Path) -> Iterator[str]:
         server.server_close()
 
 
+@pytest.mark.slow
+def test_values_and_several_labels_in_a_browser(browser, tokenizer, tmp_path, libraries):
+    for outputs in (VALUES, LABELS):
+        bundle = bundle_by_hand(tmp_path / outputs["kind"], tokenizer, outputs, [1, len(outputs.get("labels", "1"))])
+        add_page(bundle, BundleConfig(web_assets=str(libraries)), tuple(LIBRARIES))
+        write_manifest(bundle, json.loads((bundle / "manifest.json").read_text()))
+        expected = infer.Predictor(bundle).predict((TEXTS[0],))
+        with served(bundle) as address:
+            page = browser.new_page()
+            page.goto(address)
+            page.fill("#text", TEXTS[0])
+            page.wait_for_selector("tr", timeout=120_000)
+            rows = page.eval_on_selector_all(
+                "tr", "rows => rows.map((row) => [...row.cells].map((cell) => cell.textContent))"
+            )
+            chosen = page.eval_on_selector_all("tr.chosen", "rows => rows.map((row) => row.cells[0].textContent)")
+            if outputs is VALUES:
+                assert page.inner_text("#title") == "Which value does the text have?"
+                ((name, value),) = rows
+                assert (name, float(value)) == ("score", pytest.approx(expected["values"]["score"], rel=1e-5))
+            else:
+                shown = {name: text for name, text, _ in rows}
+                probabilities = expected["probabilities"]
+                assert list(shown) == sorted(probabilities, key=lambda name: -probabilities[name])
+                assert shown == {name: f"{100 * share:.1f} %" for name, share in probabilities.items()}
+                assert chosen == expected["labels"]
+            page.close()
+
+
 @contextmanager
 def opened(browser: Any, source: Path, directory: Path, task: Any, libraries: Path) -> Iterator[Any]:
     """A page that shows the bundle of an ONNX directory; it may ask no other server for anything."""
@@ -229,7 +260,7 @@ def opened(browser: Any, source: Path, directory: Path, task: Any, libraries: Pa
         assert strangers == []
 
 
-def shown_logits(page: Any, labels: list[str]) -> list[float]:
+def shown_logits(page: Any, predictor: infer.Predictor) -> list[float]:
     """The logits in the table, which must be sorted, beside their probabilities and the time."""
     page.wait_for_selector("body[data-state=ready]", timeout=120_000)
     rows = page.eval_on_selector_all(
@@ -243,7 +274,7 @@ def shown_logits(page: Any, labels: list[str]) -> list[float]:
     milliseconds = re.fullmatch(r"(\d+\.\d) ms", page.inner_text("#time"))
     assert milliseconds
     assert 0 < float(milliseconds[1]) < 10_000
-    return [found[label] for label in labels]
+    return [found[label] for label in predictor.manifest["outputs"]["labels"]]
 
 
 def drop(page: Any, names: list[str], where: str) -> list[bool]:
@@ -264,27 +295,29 @@ def drop(page: Any, names: list[str], where: str) -> list[bool]:
 def test_texts_in_a_browser(browser, text_onnx, task, tmp_path, libraries):
     bundle = tmp_path / "bundle"
     with opened(browser, text_onnx / "quantized", bundle, task, libraries) as page:
-        classifier = infer.Classifier(bundle)
+        predictor = infer.Predictor(bundle)
         for text in [*TEXTS, *ODD_TEXTS]:
             page.fill("#text", text)
-            found = shown_logits(page, classifier.labels)
-            np.testing.assert_allclose(found, classifier.logits((text,)), atol=1e-3)
+            found = shown_logits(page, predictor)
+            np.testing.assert_allclose(found, predictor.logits((text,)), atol=1e-3)
         page.fill("#text", " ")
-        assert page.inner_text("#answers") == page.inner_text("#time") == ""
+        assert page.inner_text("#predictions") == page.inner_text("#time") == ""
 
-        # One answer to many keys, or the model would hold up the next of them.
+        # One prediction for many keys, or the model would hold up the next of them.
         page.evaluate(
-            "new MutationObserver(() => (window.answered = (window.answered ?? 0) + 1)).observe(answers, {childList: true})"
+            "new MutationObserver(() => (window.predicted = (window.predicted ?? 0) + 1)).observe(predictions, {childList: true})"
         )
         page.type("#text", "a goal in the league", delay=5)
         np.testing.assert_allclose(
-            shown_logits(page, classifier.labels), classifier.logits(("a goal in the league",)), atol=1e-3
+            shown_logits(page, predictor), predictor.logits(("a goal in the league",)), atol=1e-3
         )
-        assert page.evaluate("window.answered") < 10
+        assert page.evaluate("window.predicted") < 10
 
         manifest = json.loads((bundle / "manifest.json").read_text())
         page.set_viewport_size({"width": 360, "height": 640})
-        (bundle / "manifest.json").write_text(json.dumps(manifest | {"labels": ["l" * 200, "long " * 50, "tech"]}))
+        (bundle / "manifest.json").write_text(
+            json.dumps(manifest | {"outputs": manifest["outputs"] | {"labels": ["l" * 200, "long " * 50, "tech"]}})
+        )
         page.reload()
         page.wait_for_selector("body[data-state=ready]")
         page.fill("#text", "goal")
@@ -292,7 +325,7 @@ def test_texts_in_a_browser(browser, text_onnx, task, tmp_path, libraries):
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
         # What infer.py would refuse, and tokens that another library makes otherwise.
-        probes = manifest["text"]["probes"]
+        probes = manifest["inputs"]["probes"]
         assert len(probes) == 5
         probes[2]["ids"] += " 7"
         write_manifest(bundle, manifest)
@@ -314,13 +347,13 @@ def test_pairs_in_a_browser(browser, text_onnx, tmp_path, libraries):
     (tmp_path / "pairs.csv").write_text("text,other,label\n" + "".join(rows), encoding="utf-8")
     data = DataConfig(dataset=str(tmp_path / "pairs.csv"), text_pair_column="other", max_length=16)
     with opened(browser, text_onnx / "quantized", tmp_path / "bundle", TextClassification(data), libraries) as page:
-        classifier = infer.Classifier(tmp_path / "bundle")
+        predictor = infer.Predictor(tmp_path / "bundle")
         for pair in [*zip(TEXTS[:4], reversed(TEXTS[:4]), strict=True), ("goal", ODD_TEXTS[0]), ODD_TEXTS[:2]]:
             page.fill("#text", pair[0])
             page.fill("#pair", pair[1])
-            np.testing.assert_allclose(shown_logits(page, classifier.labels), classifier.logits(tuple(pair)), atol=1e-3)
+            np.testing.assert_allclose(shown_logits(page, predictor), predictor.logits(tuple(pair)), atol=1e-3)
         page.fill("#text", "")
-        assert page.inner_text("#answers") == ""  # until there are two texts again
+        assert page.inner_text("#predictions") == ""  # until there are two texts again
 
 
 @pytest.mark.slow
@@ -338,7 +371,7 @@ def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_
             URL.createObjectURL = (file) => { held.addresses++; return show(file); };
             URL.revokeObjectURL = (address) => { held.addresses -= address.startsWith("blob:"); revoke(address); };
         }""")
-        classifier = infer.Classifier(bundle)
+        predictor = infer.Predictor(bundle)
         paths = [*sorted(image_folder.rglob("*.png"))[:10], *tmp_path.glob("*.png")]
         for number, file in enumerate(image_files()):
             with Image.open(file) as image:
@@ -351,8 +384,8 @@ def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_
                 page.wait_for_selector("body[data-state=failed]")
                 assert path.name in page.inner_text("#error")
                 continue
-            found = shown_logits(page, classifier.labels)
-            np.testing.assert_allclose(found, classifier.logits((path,)), atol=1e-3, err_msg=path.name)
+            found = shown_logits(page, predictor)
+            np.testing.assert_allclose(found, predictor.logits((path,)), atol=1e-3, err_msg=path.name)
         assert page.evaluate("window.held") == {"images": 0, "addresses": 1}
         (tmp_path / "no.png").write_text("no image")
         page.set_input_files("#image", tmp_path / "no.png")
@@ -366,11 +399,11 @@ def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_
         half[..., 3] //= 2
         Image.fromarray(half).save(tmp_path / "half.png")
         page.set_input_files("#image", sorted(image_folder.rglob("*.png"))[0])
-        shown_logits(page, classifier.labels)
+        shown_logits(page, predictor)
         page.set_input_files("#image", tmp_path / "half.png")
         page.wait_for_selector("body[data-state=failed]")
         assert "without transparency" in page.inner_text("#error")
-        assert page.inner_text("#answers") == ""  # or the last image's would stand beneath this one
+        assert page.inner_text("#predictions") == ""  # or the last image's would stand beneath this one
 
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == "image"
@@ -382,8 +415,8 @@ def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_
             shutil.copyfile(paths[10 + number], bundle / "small.png")
             assert drop(page, ["large.png", "small.png"], where) == [False, False]
             page.wait_for_timeout(700)
-            expected = classifier.logits((bundle / "small.png",))
-            np.testing.assert_allclose(shown_logits(page, classifier.labels), expected, atol=1e-3)
+            expected = predictor.logits((bundle / "small.png",))
+            np.testing.assert_allclose(shown_logits(page, predictor), expected, atol=1e-3)
             with Image.open(bundle / "small.png") as image:
                 assert page.evaluate("document.querySelector('#picture').naturalWidth") == image.width
 
@@ -393,10 +426,10 @@ def test_quantized_images_in_a_browser(browser, image_onnx, image_task, image_fo
     (tmp_path / "quantized").mkdir()
     quantize_onnx(str(image_onnx), tmp_path / "quantized", image_task, QuantizeConfig(max_quality_drop=1.0))
     with opened(browser, tmp_path / "quantized", tmp_path / "bundle", image_task, libraries) as page:
-        classifier = infer.Classifier(tmp_path / "bundle")
+        predictor = infer.Predictor(tmp_path / "bundle")
         for path in sorted(image_folder.rglob("*.png"))[::20]:
             page.set_input_files("#image", path)
-            found, expected = shown_logits(page, classifier.labels), classifier.logits((path,))
+            found, expected = shown_logits(page, predictor), predictor.logits((path,))
             assert np.argmax(found) == np.argmax(expected)
             np.testing.assert_allclose(found, expected, atol=1e-3)
 
@@ -404,7 +437,7 @@ def test_quantized_images_in_a_browser(browser, image_onnx, image_task, image_fo
 def continued(page: Any, prompt: str) -> str:
     page.fill("#temperature", "0")
     page.fill("#text", prompt)
-    page.click("#write")
+    page.click("#generate")
     page.wait_for_selector("body[data-state=ready]", timeout=120_000)
     shown = page.text_content("#continuation")
     assert shown.startswith(prompt)
@@ -433,13 +466,13 @@ def native_logits(model: LanguageModel, tokens: list[int]) -> np.ndarray:
 def test_continuations_in_a_browser(browser, language_bundle, language_task, tmp_path, libraries):
     source = language_bundle.parent / "onnx"
     with opened(browser, source, tmp_path / "bundle", language_task, libraries) as page:
-        writer = infer.Writer(tmp_path / "bundle")
+        model_here = infer.Generator(tmp_path / "bundle")
         page.evaluate("""() => {
             window.changes = 0;
             new MutationObserver((changes) => (window.changes += changes.length)).observe(continuation, {childList: true, subtree: true});
         }""")
         for prompt in ("the team said", ""):
-            expected = "".join(writer.stream(prompt, Sampling(max_new_tokens=100)))
+            expected = "".join(model_here.stream(prompt, Sampling(max_new_tokens=100)))
             assert continued(page, prompt) == expected
         assert "tokens" in page.inner_text("#time")
         assert page.evaluate("window.changes") > 20
@@ -449,13 +482,13 @@ def test_continuations_in_a_browser(browser, language_bundle, language_task, tmp
             let now = 0;
             performance.now = () => (now += 100);
             const added = () => document.querySelector("#continuation b").textContent;
-            write.click();
-            const begun = write.textContent;
+            generate.click();
+            const begun = generate.textContent;
             while (!added()) await new Promise((drawn) => setTimeout(drawn));
-            write.click();
+            generate.click();
             const stopped = added();
             await new Promise((drawn) => setTimeout(drawn, 300));
-            return [begun, stopped, added(), write.textContent];
+            return [begun, stopped, added(), generate.textContent];
         }""")
         assert (begun, button) == ("Stop", "Continue")
         assert 0 < len(stopped) == len(later) < len(expected) / 2
@@ -477,6 +510,6 @@ def test_quantized_continuations_in_a_browser(browser, language_bundle, language
         # Blocks of weights are multiplied by other kernels here than there, and later near ties may fall otherwise.
         expected = native_logits(model, model.encode("the team said"))
         np.testing.assert_allclose(page.evaluate(FIRST_LOGITS, ["the team said", False]), expected, atol=2e-2)
-        first = "".join(infer.Writer(tmp_path / "bundle").stream("the team said", Sampling(max_new_tokens=8)))
+        first = "".join(infer.Generator(tmp_path / "bundle").stream("the team said", Sampling(max_new_tokens=8)))
         assert len(first) > 8
         assert continued(page, "the team said").startswith(first)

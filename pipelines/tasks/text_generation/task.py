@@ -14,13 +14,17 @@ from pipelines.core.task import IGNORED, Arrays, Comparison, Graph, Head, Presen
 from pipelines.data.documents import TextData, load_documents
 from pipelines.data.sources import check_model, resolve
 from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
+from pipelines.edge.settings import generation_outputs
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
+from pipelines.runtime.generate import LanguageModel
 from pipelines.tasks.base import Task
 from pipelines.tasks.text_generation.report import GenerationPresentation, compare_language_models
 from pipelines.training.losses import NextTokenLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+BUNDLE_PROMPTS = 8  # that a bundle is verified with
 
 
 def collate_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -227,6 +231,25 @@ class LanguageModeling(Task, NextTokenLoss):
 
     def align_labels(self, model: Any, source: str) -> None:
         """Nothing: tokens are those of the model's own tokenizer."""
+
+    # ---- Bundle
+
+    def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
+        from pipelines.edge.bundle import prompt_inputs
+
+        return {
+            "inputs": prompt_inputs(directory, processor),
+            "outputs": generation_outputs(LanguageModel(directory)),
+        }
+
+    def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
+        """Of beginnings of validation windows of different lengths, from 1 token to half a window, and of probes."""
+        from pipelines.edge.bundle import verify_generator
+
+        windows = self.features(processor)["validation"]
+        lengths = [1 + index * (len(windows[0]["input_ids"]) // 2) // BUNDLE_PROMPTS for index in range(BUNDLE_PROMPTS)]
+        tokens = [windows[i * len(windows) // BUNDLE_PROMPTS]["input_ids"][:length] for i, length in enumerate(lengths)]
+        return verify_generator(directory, processor, processor.batch_decode(tokens))
 
     # ---- Report
 

@@ -1,0 +1,136 @@
+"""How a model's inputs are prepared and its outputs read, in the words of a bundle's manifest.
+
+    "inputs":  {"kind": "text", "pair", "max_length", "truncation_side", "probes"}, for a language model only the kind and the probes
+               {"kind": "image", "resize", "resample", "crop", "rescale", "mean", "std"}
+    "outputs": {"kind": "classes", "activation": "softmax" | "sigmoid" | "none", "labels", and perhaps "thresholds" of a sigmoid}
+               {"kind": "values", "names"}
+               {"kind": "continuation", "end_tokens", "context", "cache"}
+
+A task writes them (Task.bundle_settings); pipelines/runtime reads them. Neither torch nor transformers is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from pipelines.core.errors import InputError
+from pipelines.runtime.generate import LanguageModel
+
+# Image processors whose steps are those of image_settings. A bundle may be of any other, too: it is verified when it is built.
+IMAGE_PROCESSORS = (
+    "BitImageProcessor",
+    "ConvNextImageProcessor",
+    "DeiTImageProcessor",
+    "MobileNetV2ImageProcessor",
+    "ViTImageProcessor",
+)
+
+
+def text_settings(directory: Path, truncation_side: str, pair: bool, max_length: int) -> dict[str, Any]:
+    """What of tokenization is not in tokenizer.json, which must be there."""
+    check_tokenizer(directory)
+    return {"kind": "text", "pair": pair, "max_length": max_length, "truncation_side": truncation_side}
+
+
+def check_tokenizer(directory: Path) -> None:
+    if not (directory / "tokenizer.json").is_file():
+        raise InputError(
+            f"expected a tokenizer.json in {directory}, which the tokenizers library reads, found none: the model has only a slow "
+            "tokenizer. Convert it to a fast one, or use a model that has one."
+        )
+
+
+def image_settings(processor: Any) -> dict[str, Any]:
+    """The steps of an image processor, in the order in which every one of transformers' takes them; None leaves a step out."""
+    size = {name: value for name, value in dict(processor.size).items() if value is not None}
+    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", None) else None
+    crop_share = getattr(processor, "crop_pct", None)
+    if crop_share is not None and "shortest_edge" in size:
+        # ConvNeXT's: up to 384 pixels a frame around the crop is resized along, from there on the whole is squeezed into a square.
+        edge = size["shortest_edge"]
+        square = {"height": edge, "width": edge}
+        size, crop = ({"shortest_edge": int(edge / crop_share)}, crop or square) if edge < 384 else (square, crop)
+    return {
+        "kind": "image",
+        "resize": size if processor.do_resize else None,
+        "resample": int(processor.resample),
+        "crop": {name: crop[name] for name in ("height", "width")} if crop is not None else None,
+        "rescale": processor.rescale_factor if processor.do_rescale else None,
+        "mean": list(processor.image_mean) if processor.do_normalize else None,
+        "std": list(processor.image_std) if processor.do_normalize else None,
+    }
+
+
+def head_outputs(directory: Path) -> dict[str, Any]:
+    """How the logits of a classification or regression head are read, by the `problem_type` and `id2label` of its config.json."""
+    config = read_json(directory / "config.json")
+    # transformers leaves out of the file what is its default: two labels.
+    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    names = [labels[str(index)] for index in range(len(labels))]
+    if config.get("problem_type") == "regression":
+        return {"kind": "values", "names": ["score"] if names == ["LABEL_0"] else names}
+    several = config.get("problem_type") == "multi_label_classification"
+    return {"kind": "classes", "activation": "sigmoid" if several else "softmax", "labels": names}
+
+
+def generation_outputs(model: LanguageModel) -> dict[str, Any]:
+    """What a page needs to continue texts, and infer.py reads from the graph and the config: end tokens, positions, cache."""
+    return {
+        "kind": "continuation",
+        "end_tokens": model.end_tokens,
+        "context": model.context,
+        "cache": model.cache_shapes,
+    }
+
+
+def settings_of(directory: Path, graph: str) -> dict[str, Any]:
+    """The manifest of an ONNX directory that is no bundle, from the files beside the `graph` that transformers wrote.
+
+    Its inputs are not verified against transformers', as a bundle's are, so that only well-known image processors are taken.
+    """
+    config = read_json(directory / "config.json")
+    outputs = head_outputs(directory)
+    inputs: dict[str, Any] = {"kind": "text"}
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or []):
+        check_tokenizer(directory)
+        outputs = {"kind": "continuation"}  # all else is in the graph and config.json
+    elif (directory / "preprocessor_config.json").is_file():
+        processor = read_json(directory / "preprocessor_config.json")
+        name = str(processor.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+        if name not in IMAGE_PROCESSORS:
+            raise InputError(
+                f"expected one of the image processors {', '.join(IMAGE_PROCESSORS)} in {directory}, found {name}. Build a bundle "
+                "(pocketformers bundle), which verifies that its images become the same numbers, and load that."
+            )
+        inputs = image_settings(SimpleNamespace(**processor))
+    else:
+        tokenizer = read_json(directory / "tokenizer_config.json")
+        length = max_length(directory, config, tokenizer)
+        inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), False, length)
+    return {"model": graph, "inputs": inputs, "outputs": outputs, "minimum_onnxruntime": "0"}
+
+
+def max_length(directory: Path, config: dict[str, Any], tokenizer: dict[str, Any]) -> int:
+    """The tokens that texts are cut to: as in training, where the stage's record or the run's report says it; else what the model reads."""
+    for name, *keys in (("record.json", "made_by", "task"), ("report.json", "config")):
+        if (directory / name).is_file():
+            found: Any = read_json(directory / name)
+            for key in keys:
+                found = found.get(key) or {}
+            if "max_length" in found:
+                return int(found["max_length"])
+    limits = (tokenizer.get("model_max_length"), config.get("max_position_embeddings"))
+    return int(min(limit for limit in (*limits, 512) if limit))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"expected the {path.name} of a model in {path.parent}, found: {error}. Copy the whole directory."
+        ) from error
+    return found
