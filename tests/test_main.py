@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli import STAGE_COMMANDS, main
+from pipelines.cli import main
 from pipelines.core.config import run_main
 
 TRAIN = [

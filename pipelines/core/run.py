@@ -27,7 +27,7 @@ from typing import Any
 
 import pipelines
 from pipelines.core.errors import InputError
-from pipelines.core.processes import wait_for_all
+from pipelines.core.processes import PATIENCE, wait_for_all
 from pipelines.runtime.infer import available_cores
 
 RECORD = "record.json"
@@ -302,7 +302,7 @@ class Run:
         self.task, self.seed = task, seed
         # A command that trains nothing has not told accelerate yet where it runs, and several processes it takes for those of GPUs.
         on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
-        self.state = PartialState(cpu=on_cpu)
+        self.state = PartialState(cpu=on_cpu, timeout=PATIENCE)
         use_available_cores()
         quieten_libraries(self.state.is_main_process)
         self.stages: list[str] = []  # those of this run's flags; the directory may hold others of an earlier run

@@ -111,7 +111,14 @@ class Task(Protocol):
     primary_metric: str
     greater_is_better: bool
     config: DataConfig
+    settings: tuple[type, ...]  # the dataclasses that the task is made of, in this order: DataConfig first
+    architectures: tuple[str, ...]  # how the names of its models' classes end: ("ForSequenceClassification",)
+    demo: str  # the name of the YAML file of its offline demo
     presentation: Presentation
+
+    @property
+    def example(self) -> str:
+        """An input as a person gives it to infer.py on the command line: '"A text."', 'image.png'."""
 
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on, as JSON."""

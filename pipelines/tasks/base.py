@@ -18,6 +18,9 @@ class Task(ABC):
     """What is the same for every kind of task."""
 
     name: str
+    settings: tuple[type, ...] = (DataConfig,)  # the dataclasses that it is made of
+    architectures: tuple[str, ...]  # how the names of its models' classes end
+    demo: str  # the YAML file of its offline demo
     primary_metric: str
     greater_is_better = True
     causal = False  # whether logits at one token are about the next, so that losses shift labels by one

@@ -25,6 +25,10 @@ class ImageClassification(Classification):
     """One image, and one label out of several."""
 
     name = "image-classification"
+    settings = (DataConfig, AugmentConfig)
+    architectures = ("ForImageClassification",)
+    demo = "vit_digits"
+    example = "image.png"
     # No task type of adapters fits images, so the new head, which has no use for a low rank, is named.
     lora_settings: dict[str, Any] = {
         "target_modules": "all-linear",

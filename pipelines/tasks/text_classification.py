@@ -19,6 +19,8 @@ class TextClassification(Classification):
     """One text, or a pair of texts, and one label out of several."""
 
     name = "text-classification"
+    architectures = ("ForSequenceClassification",)
+    demo = "bert_bbc_news"
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"
@@ -36,6 +38,10 @@ class TextClassification(Classification):
             "max_length": self.config.max_length,
             **self.permissions(),
         }
+
+    @property
+    def example(self) -> str:
+        return '--pair "A first text." "A second text."' if self.config.text_pair_column else '"A text."'
 
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model."""

@@ -84,6 +84,12 @@ class TrainingArguments(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Let DDP look for weights without a gradient."}
     )
+    ddp_timeout: int = field(
+        default=86400,
+        metadata={
+            "help": "Seconds that processes wait for one another, also while one works alone, such as to quantize."
+        },
+    )
     attention_dropout: bool = field(
         default=True,
         metadata={

@@ -19,7 +19,6 @@ from pipelines.core.config import (
     DataConfig,
     DistillConfig,
     PruneConfig,
-    RunConfig,
     StudentConfig,
     TeacherConfig,
     parse_config,
@@ -172,7 +171,7 @@ def test_two_processes_of_which_one_was_killed_end_as_undisturbed_ones_do(csv_fi
 
 
 def read_flags(argv):
-    parse_config([RunConfig, DataConfig], argv=argv, program="recipe.py")
+    parse_config([DataConfig], argv=argv, program="recipe.py")
 
 
 def test_a_bad_flag_is_told_once_with_status_2(tmp_path):
