@@ -18,21 +18,20 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from edge import make_environment
 
-from pipelines.cli import TaskConfig, task_of
-from pipelines.core.config import AugmentConfig, BundleConfig, LanguageConfig, run_main
+from pipelines.core.config import BundleConfig, make_settings, run_main
 from pipelines.core.errors import InputError
 from pipelines.edge.bundle import MANIFEST, example_of, write_manifest
 from pipelines.edge.web import LIBRARIES, add_page
 from pipelines.onnx.export import ONNX_FILE
 from pipelines.onnx.predict import open_session, predict_onnx
 from pipelines.runtime.generate import LanguageModel, Sampling
+from pipelines.tasks import TaskConfig, make_task, task_class
 
 NEW_TOKENS = 100  # as many as the page writes
 ARGUMENTS = 50  # examples to a process of infer.py
@@ -65,11 +64,8 @@ def compare(run: Path, flags: argparse.Namespace, scratch: Path, browser: Any) -
     if not (run / "report.json").is_file() or not (run / "bundle" / "manifest.json").is_file():
         raise InputError(f"expected a finished run with its bundle in {run}, found none. Run a recipe to its end.")
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    kinds = (TaskConfig, AugmentConfig, LanguageConfig)
-    given = report["config"] | {"task": report["task"]}
-    task = task_of(
-        *(kind(**{key.name: given[key.name] for key in fields(kind) if key.name in given}) for kind in kinds)
-    )
+    name = report["task"]
+    task = make_task(make_settings((TaskConfig, *task_class(name).settings), report["config"] | {"task": name}))
     folder = scratch / run.resolve().name
     bundle = Path(shutil.copytree(run / "bundle", folder / "bundle"))
     if not (bundle / "index.html").is_file():

@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # `benchmarks` beside `pipelines`, installed or not
 
 from benchmarks import inference_limits, inference_pages, inference_worker  # noqa: E402
-from pipelines.core.config import LanguageQuantizeConfig, QuantizeConfig, RunConfig, parse_config, peek, run_main  # noqa: E402
+from pipelines.core.config import LanguageQuantizeConfig, QuantizeConfig, parse_config, run_main  # noqa: E402
 from pipelines.core.errors import InputError  # noqa: E402
 from pipelines.onnx.measure import Feed, run_worker, torch_workers  # noqa: E402
 from pipelines.runtime.infer import available_cores  # noqa: E402
@@ -633,12 +633,14 @@ def environment_of(settings: InferenceConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    from pipelines.cli import TASK, task_of
+    from pipelines.tasks import DEFAULT_TASK, TaskConfig, make_task, task_class
+    from pipelines.until_merge import quantize_config
 
-    kind = LanguageQuantizeConfig if peek("task", sys.argv[1:]) == "text-generation" else QuantizeConfig
-    _, settings, quantize, *data = parse_config(
-        [RunConfig, InferenceConfig, kind, *TASK], program="python benchmarks/inference.py"
-    )
+    name = parse_config([TaskConfig], only=True).task.task or DEFAULT_TASK
+    kinds = [InferenceConfig, quantize_config(name), TaskConfig, *task_class(name).settings]
+    given: Any = parse_config(kinds, program="python benchmarks/inference.py")
+    given.task = TaskConfig(name)
+    settings, quantize = given.inference, given.quantize
     output = Path(settings.output_dir).absolute()
     if settings.plot is not None:
         measured = json.loads(Path(settings.plot).read_text(encoding="utf-8"))
@@ -658,7 +660,7 @@ def main() -> None:
             f"expected a way to quantize, found --quantization {quantize.quantization}. The row ours is what 'fp32' ships, ours_standard what "
             "'none' does; leave ours_int8 out with --rows."
         )
-    task = task_of(*data)
+    task = make_task(given)
     # Compiled once by torch.compile, not in every process.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(output / "torch_compile")
     output.mkdir(parents=True, exist_ok=True)
@@ -677,8 +679,8 @@ def main() -> None:
         "rounds": settings.rounds,
         "seconds": settings.seconds,
         "mix_max_length": settings.mix_max_length,
-        "dataset": data[0].dataset,
-        "max_length": data[0].max_length,
+        "dataset": given.data.dataset,
+        "max_length": given.data.max_length,
         "models": [],
     }
     for model, name, how in models:

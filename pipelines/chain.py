@@ -25,7 +25,7 @@ from pipelines.tasks import TaskConfig, make_task, task_class
 from pipelines.training.distill import distill_student
 from pipelines.training.prune import can_be_pruned, prune_and_recover
 from pipelines.training.trainer import TrainingArguments, arguments_for, fine_tune
-from pipelines.until_merge import compute_soft_targets, export_onnx, quantize_config, quantize_onnx
+from pipelines.until_merge import compute_soft_targets, export_onnx, quantize_config, quantize_onnx, stored_settings
 
 # The settings of the stages; those of the task come before them.
 CHAIN = (
@@ -98,11 +98,6 @@ def read_settings(task: str, default_config: Path | None = None) -> Settings:
     settings = parse_config([*task_class(task).settings, *stages], default_config)
     settings.task = TaskConfig(task)
     return settings
-
-
-def stored_settings(distill: DistillConfig) -> DistillConfig:
-    """The settings that stored soft targets depend on, the others left at their defaults, so that a change of these computes nothing."""
-    return DistillConfig(temperature=distill.temperature, soft_target_top_k=distill.soft_target_top_k)
 
 
 def demo_config(task: str) -> Path:

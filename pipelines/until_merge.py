@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipelines.core.config import LanguageQuantizeConfig, QuantizeConfig
+from pipelines.core.config import DistillConfig, LanguageQuantizeConfig, QuantizeConfig
 from pipelines.core.run import Outcome
 from pipelines.onnx import export, quantize, verify
 from pipelines.tasks.text_generation import export as language_export
@@ -23,6 +23,11 @@ from pipelines.training import soft_targets
 def quantize_config(task: str) -> type:
     """The kind of QuantizeConfig, by the name of the task."""
     return type("QuantizeConfig", (LanguageQuantizeConfig,), {}) if task == "text-generation" else QuantizeConfig
+
+
+def stored_settings(distill: DistillConfig) -> DistillConfig:
+    """The settings that stored soft targets depend on, the others left at their defaults, so that a change of these computes nothing."""
+    return DistillConfig(temperature=distill.temperature, soft_target_top_k=distill.soft_target_top_k)
 
 
 def compute_soft_targets(source: str, directory: Path, task: Any, distill: Any) -> Outcome:

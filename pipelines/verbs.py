@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import PartialState
 
 from pipelines import chain
-from pipelines.chain import CHAIN, stored_settings
+from pipelines.chain import CHAIN
 from pipelines.core.config import (
     BundleConfig,
     DistillConfig,
@@ -37,7 +37,14 @@ from pipelines.training.distill import distill_student
 from pipelines.training.prune import prune_and_recover
 from pipelines.training.trainer import TrainingArguments, arguments_for
 from pipelines.training.trainer import fine_tune as fine_tune_model
-from pipelines.until_merge import compute_soft_targets, export_onnx, quantize_config, quantize_onnx, verify_directory
+from pipelines.until_merge import (
+    compute_soft_targets,
+    export_onnx,
+    quantize_config,
+    quantize_onnx,
+    stored_settings,
+    verify_directory,
+)
 
 
 def _flag(default: Any, help: str) -> Any:

@@ -413,28 +413,9 @@ def parse_config(
     key or a bad value in it; a bad flag exits with status 2 as argparse does. With `only` these few settings are looked up ahead
     of the others, whose flags and keys are left alone.
     """
-    from transformers import HfArgumentParser
-
     kinds, argv = list(kinds), sys.argv[1:] if argv is None else argv
-    parser: Any = HfArgumentParser(
-        kinds,
-        prog=program,
-        usage="%(prog)s [--config FILE.yaml] [--flag value …]; --help lists every flag",
-        allow_abbrev=False,
-        add_help=not only,
-    )
-    parser.error = partial(_refuse_flags, parser)
-    parser.add_argument(
-        "--config", default=default_config, help="A YAML file of flags; those on the command line override it."
-    )
-    if "--debug" not in parser._option_string_actions:
-        parser.add_argument("--debug", nargs="*")
+    parser = _make_parser(kinds, default_config, program, only)
     flags = {action.dest: action for action in reversed(parser._actions)}
-    for action in flags.values():
-        if action.dest == "debug":  # ours without a value, transformers' with one, such as underflow_overflow
-            action.nargs, action.help = "*", "Without a value: show the traceback of an error in the input."
-        elif getattr(action.type, "__name__", "") == "string_to_bool":  # every switch can be given without a value
-            action.nargs, action.const = "?", True
     defaults, (named, unknown) = vars(parser.parse_known_args([])[0]), parser.parse_known_args(argv)
     if unknown and not only:
         misspelt = [word for word in unknown if word.startswith("-")] or unknown
@@ -459,6 +440,29 @@ def parse_config(
         flag: value for flag, value in values.items() if value != defaults[flag] and flag not in NOT_RECORDED
     }
     return settings
+
+
+def _make_parser(kinds: list[Any], default_config: Path | None, program: str | None, only: bool) -> Any:
+    from transformers import HfArgumentParser
+
+    parser: Any = HfArgumentParser(
+        kinds,
+        prog=program,
+        usage="%(prog)s [--config FILE.yaml] [--flag value …]; --help lists every flag",
+        allow_abbrev=False,
+        add_help=not only,
+    )
+    parser.error = partial(_refuse_flags, parser)
+    of_file = "A YAML file of flags; those on the command line override it."
+    parser.add_argument("--config", default=default_config, help=of_file)
+    if "--debug" not in parser._option_string_actions:
+        parser.add_argument("--debug")
+    for action in parser._actions:
+        if action.dest == "debug":  # ours without a value, transformers' with one, such as underflow_overflow
+            action.nargs, action.help = "*", "Without a value: show the traceback of an error in the input."
+        elif getattr(action.type, "__name__", "") == "string_to_bool":  # every switch can be given without a value
+            action.nargs, action.const = "?", True
+    return parser
 
 
 def did_you_mean(unknown: Iterable[str], known: Iterable[str]) -> str:

@@ -52,20 +52,22 @@ def fail_in(place, directory, csv, teacher):
     def main() -> None:
         missing = place == "data" and rank() == 1
         task = TextClassification(DataConfig(dataset=csv + ".of process 1" * missing, max_length=32))
-        training = TrainingArguments(
-            output_dir=str(directory), use_cpu=True, disable_tqdm=True, max_steps=4, per_device_train_batch_size=4,
-            eval_strategy="steps", eval_steps=2, save_strategy="no", load_best_model_at_end=False,
-        )  # fmt: skip
+        quick: dict[str, Any] = {
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+        }
+        quick |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "load_best_model_at_end": False}
+        training = TrainingArguments(output_dir=str(directory), **quick)
         run = Run(directory, task, 0)
         if place == "main":
             run.stage("onnx", export, teacher)
         if place == "soft targets":
             run.stage("soft_targets", compute_soft_targets, teacher, distributed=True, shard_examples=20)
         if place == "cut":
-            run.stage(
-                "pruned", prune_and_recover, teacher, distributed=True, teacher=Path(teacher), prune=PruneConfig(),
-                distill=DistillConfig(), training=training,
-            )  # fmt: skip
+            settings = {"prune": PruneConfig(), "distill": DistillConfig(), "training": training}
+            run.stage("pruned", prune_and_recover, teacher, distributed=True, teacher=Path(teacher), **settings)
         run.stage("teacher", fine_tune, teacher, distributed=True, teacher=TeacherConfig(), training=training)
 
     def step(self: Trainer, *arguments: object, **keywords: object) -> object:
