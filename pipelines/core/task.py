@@ -111,9 +111,6 @@ class Task(Protocol):
     primary_metric: str
     greater_is_better: bool
     config: DataConfig
-    settings: tuple[type, ...]  # the dataclasses that the task is made of, in this order: DataConfig first
-    architectures: tuple[str, ...]  # how the names of its models' classes end: ("ForSequenceClassification",)
-    demo: str  # the name of the YAML file of its offline demo
     presentation: Presentation
 
     @property

@@ -50,7 +50,10 @@ def task_of_model(directory: str | Path | None) -> str | None:
     if directory is None or not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [""]
-    except (ValueError, AttributeError):
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
         return None
-    return next((name for name in TASKS if str(found[0]).endswith(task_class(name).architectures)), None)
+    # A later task may be a special case of an earlier one, of the same classes of models.
+    return next((name for name in reversed(TASKS) if task_class(name).recognizes(config)), None)

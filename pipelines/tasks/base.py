@@ -27,6 +27,11 @@ class Task(ABC):
     answers: Answers = None  # what is kept of a batch's logits, where all of them would fill the memory
     config: DataConfig
 
+    @classmethod
+    def recognizes(cls, config: dict[str, Any]) -> bool:
+        """Whether a model with this content of config.json was made for the task."""
+        return str((config.get("architectures") or [""])[0]).endswith(cls.architectures)
+
     @property
     def trust_remote_code(self) -> bool:
         return self.config.trust_remote_code
