@@ -18,7 +18,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -26,8 +25,7 @@ from typing import Any
 
 from edge import make_environment
 
-from pipelines.cli import TaskConfig, task_of
-from pipelines.core.config import AugmentConfig, BundleConfig, LanguageConfig, run_main
+from pipelines.core.config import BundleConfig, make_settings, run_main
 from pipelines.core.errors import InputError
 from pipelines.core.task import Task
 from pipelines.edge.bundle import MANIFEST, example_of, pipeline_outputs, write_manifest
@@ -35,6 +33,7 @@ from pipelines.edge.settings import read_json
 from pipelines.edge.web import LIBRARIES, add_page
 from pipelines.onnx.export import ONNX_FILE
 from pipelines.runtime.generate import LanguageModel, Sampling
+from pipelines.tasks import TaskConfig, make_task, task_class
 
 NEW_TOKENS = 100  # as many as the page writes
 ARGUMENTS = 50  # examples to a process of infer.py
@@ -75,11 +74,8 @@ def compare(run: Path, flags: argparse.Namespace, scratch: Path, browser: Any) -
     if not (run / "report.json").is_file() or not (run / "bundle" / MANIFEST).is_file():
         raise InputError(f"expected a finished run with its bundle in {run}, found none. Run a recipe to its end.")
     report = read_json(run / "report.json")
-    kinds = (TaskConfig, AugmentConfig, LanguageConfig)
-    given = report["config"] | {"task": report["task"]}
-    task = task_of(
-        *(kind(**{key.name: given[key.name] for key in fields(kind) if key.name in given}) for kind in kinds)
-    )
+    name = report["task"]
+    task = make_task(make_settings((TaskConfig, *task_class(name).settings), report["config"] | {"task": name}))
     folder = scratch / run.resolve().name
     bundle = Path(shutil.copytree(run / "bundle", folder / "bundle"))
     if not (bundle / "index.html").is_file():

@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # `benchmarks` beside `pipelines`, installed or not
 
 from benchmarks import inference_limits, inference_pages, inference_worker  # noqa: E402
-from pipelines.core.config import QuantizeConfig, RunConfig, parse_config, run_main  # noqa: E402
+from pipelines.core.config import QuantizeConfig, parse_config, run_main  # noqa: E402
 from pipelines.core.errors import InputError  # noqa: E402
 from pipelines.core.task import Arrays  # noqa: E402
 from pipelines.onnx.measure import run_worker  # noqa: E402
@@ -624,10 +624,13 @@ def environment_of(settings: InferenceConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    from pipelines.cli import TASK, task_of
+    from pipelines.tasks import DEFAULT_TASK, TaskConfig, make_task, task_class
 
-    kinds = [RunConfig, InferenceConfig, QuantizeConfig, *TASK]
-    _, settings, quantize, *data = parse_config(kinds, program="python benchmarks/inference.py")
+    name = parse_config([TaskConfig], only=True).task.task or DEFAULT_TASK
+    kinds = [InferenceConfig, QuantizeConfig, TaskConfig, *task_class(name).settings]
+    given: Any = parse_config(kinds, program="python benchmarks/inference.py")
+    given.task = TaskConfig(name)
+    settings, quantize = given.inference, given.quantize
     output = Path(settings.output_dir).absolute()
     if settings.plot is not None:
         measured = json.loads(Path(settings.plot).read_text(encoding="utf-8"))
@@ -647,7 +650,7 @@ def main() -> None:
             f"expected a way to quantize, found --quantization {quantize.quantization}. The row ours is what 'fp32' ships, ours_standard what "
             "'none' does; leave ours_int8 out with --rows."
         )
-    task = task_of(*data)
+    task = make_task(given)
     # Compiled once by torch.compile, not in every process.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(output / "torch_compile")
     output.mkdir(parents=True, exist_ok=True)
@@ -666,8 +669,8 @@ def main() -> None:
         "rounds": settings.rounds,
         "seconds": settings.seconds,
         "mix_max_length": settings.mix_max_length,
-        "dataset": data[0].dataset,
-        "max_length": data[0].max_length,
+        "dataset": given.data.dataset,
+        "max_length": given.data.max_length,
         "models": [],
     }
     for model, name, how in models:

@@ -1,3 +1,26 @@
 """Pocketformers: fine-tune, distil, prune, quantize, export, verify and measure small transformers."""
 
+import pkgutil
+from typing import Any
+
 __version__ = "0.1.0"
+
+# What a script imports from here. Found when it is asked for: `load` needs no torch, and importing this needs nothing.
+_PUBLIC = {
+    "load": "pipelines.edge.load:load",
+    "DistillationTrainer": "pipelines.training.distill:DistillationTrainer",
+    "prune": "pipelines.api:prune",
+    "export": "pipelines.api:export",
+    "quantize": "pipelines.api:quantize",
+    "verify": "pipelines.api:verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pkgutil.resolve_name(_PUBLIC[name])
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

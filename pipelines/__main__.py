@@ -1,7 +1,6 @@
 """`python -m pipelines` is the command `pocketformers`."""
 
-from pipelines.cli import main
-from pipelines.core.config import run_main
+from pipelines.cli import run
 
 if __name__ == "__main__":
-    run_main(main)
+    run()

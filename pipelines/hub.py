@@ -21,7 +21,7 @@ from pipelines.core.task import Presentation
 from pipelines.report.card import format_model_card
 from pipelines.report.markdown import fence
 from pipelines.report.report import REPORT_FILES, read_report
-from pipelines.tasks import TASKS
+from pipelines.tasks import task_class
 
 MODEL_CARD = "README.md"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -43,7 +43,7 @@ def push(directory: Path, repo_id: str | None = None, private: bool = True, toke
 
     directory = Path(directory)
     report, files = check_run(directory)
-    presentation = TASKS[report["task"]].presentation
+    presentation = task_class(report["task"]).presentation
     repo_id = repo_id or directory.resolve().name
     token = find_token(repo_id, token)
     api = HfApi(token=token, library_name="pocketformers", library_version=pipelines.__version__)

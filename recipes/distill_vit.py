@@ -3,110 +3,25 @@
     accelerate launch recipes/distill_vit.py                                    # offline demo, minutes on a CPU
     accelerate launch recipes/distill_vit.py --config recipes/configs/vit_beans.yaml
 
-1. train a teacher   2. ask it for soft targets   3. train a student on them   4. prune it, and let it recover
-5. export to ONNX    6. quantize                  7. bundle for devices   8. measure, report, push
+1. train a teacher   2. store its soft targets   3. train a student on them   4. prune it, and let it recover
+5. export to ONNX    6. quantize                 7. bundle for devices        8. measure, report, push
+
+No pretrained ViT ships in a package, so the demo's teacher starts from random weights. Teacher and student may see an image at sizes of
+their own, each by its own image processor; a convolutional student is not pruned, since it has neither heads nor neurons.
+The steps are told in pipelines/chain.py. For texts see distill_bert.py, for language models distill_gpt2.py.
 """
 
 from pathlib import Path
 
-from pipelines.core.config import (
-    AugmentConfig,
-    BundleConfig,
-    DataConfig,
-    DistillConfig,
-    PruneConfig,
-    QuantizeConfig,
-    ReportConfig,
-    RunConfig,
-    StudentConfig,
-    TeacherConfig,
-    parse_config,
-    run_main,
-    training_arguments,
-)
+from pipelines.chain import compress, read_settings
+from pipelines.core.config import run_main
 
+TASK = "image-classification"
 DEMO = Path(__file__).parent / "configs" / "vit_digits.yaml"
 
 
 def main() -> None:
-    kinds = [
-        RunConfig,
-        DataConfig,
-        AugmentConfig,
-        TeacherConfig,
-        StudentConfig,
-        DistillConfig,
-        PruneConfig,
-        QuantizeConfig,
-        BundleConfig,
-        ReportConfig,
-        training_arguments,
-    ]
-    command, data, augmentation, teacher, student, distill, prune, quantize, bundle, report, training = parse_config(
-        kinds, DEMO
-    )
-
-    from pipelines.core.run import Run
-    from pipelines.edge.bundle import build_bundle
-    from pipelines.hub import check_access, push_run
-    from pipelines.onnx.export import export_onnx
-    from pipelines.onnx.quantize import quantize_onnx
-    from pipelines.report.results import report_run
-    from pipelines.tasks.image_classification import ImageClassification
-    from pipelines.training.distill import distill_student
-    from pipelines.training.fine_tune import fine_tune
-    from pipelines.training.prune import can_be_pruned, prune_and_recover
-    from pipelines.training.soft_targets import compute_soft_targets
-    from pipelines.training.trainer import arguments_for
-
-    run = Run(training.output_dir, ImageClassification(data, augmentation), training.seed)
-    # A token that the Hub refuses shows now, not after hours of training.
-    if training.push_to_hub:
-        check_access(run, training)
-
-    # The demo's teacher starts from random weights (--teacher_from_scratch), most others from a pretrained checkpoint.
-    teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
-    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
-
-    # Stored answers make teacher and student independent: each sees an image as its own processor makes it, at its own size.
-    # They are of the images as they are; a student of augmented images needs the teacher in the loop (--soft_targets online).
-    soft_targets = None
-    if distill.needs_stored_targets:
-        kept = distill.for_soft_targets()
-        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=kept)
-
-    # The student starts from the teacher's own layers, or is of another kind altogether (--student_model).
-    learning = {"student": student, "training": training, "distributed": True}
-    run.stage("student", distill_student, "teacher", distill=distill, soft_targets=soft_targets, **learning)
-
-    # The baseline that might win: the same student, the same steps, no teacher.
-    if report.label_baseline:
-        run.stage("student_labels_only", distill_student, "teacher", distill=distill.labels_only(), **learning)
-
-    # Pruning removes whole heads and neurons, so the ONNX graph is smaller, not just sparser. Convolutions have neither.
-    small = "student"
-    if (prune.prune_heads or prune.prune_ffn) and can_be_pruned(run.directory / small):
-        small = "pruned"
-        run.stage(
-            small, prune_and_recover, "student", distributed=True, teacher=run.directory / "teacher", prune=prune,
-            distill=distill, training=training, soft_targets=soft_targets,
-        )  # fmt: skip
-
-    # The teacher in ONNX is the fair baseline: what a user gets without any of this.
-    run.stage("teacher_onnx", export_onnx, "teacher")
-    run.stage("onnx", export_onnx, small)
-    if quantize.quantization != "none":
-        run.stage("quantized", quantize_onnx, "onnx", quantize=quantize)
-
-    # What a device or a browser needs, without torch: copy this directory and run infer.py in it.
-    run.stage("bundle", build_bundle, "onnx" if quantize.quantization == "none" else "quantized", bundle=bundle)
-
-    # Only here is the test split read.
-    report_run(run, "distill_vit", report, command.given)
-
-    # Only what was verified and measured is published, and only its owner sees it unless told otherwise.
-    if training.push_to_hub:
-        push_run(run, training)
+    compress(read_settings(TASK, DEMO), recipe="distill_vit")
 
 
 if __name__ == "__main__":

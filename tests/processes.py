@@ -20,7 +20,7 @@ IMPORTS = [
     "pipelines.training.distill",
     "pipelines.data.images",
     "pipelines.tasks.text_generation.task",
-    "pipelines.cli",
+    "pipelines.verbs",
 ]
 
 

@@ -760,13 +760,13 @@ def test_a_recipe_without_a_token_says_so_at_once(
 
 
 def test_flags_of_publishing_are_not_recorded() -> None:
-    from pipelines.core.config import RunConfig, parse_config
+    from pipelines.core.config import parse_config
     from pipelines.training.trainer import TrainingArguments
 
     flags = ["--push_to_hub", "true", "--hub_model_id", "ann/x", "--hub_token", TOKEN, "--hub_private_repo", "false"]
-    command, training = parse_config([RunConfig, TrainingArguments], argv=[*flags, "--use_cpu", "true"])
-    assert command.given == {"use_cpu": True}
-    assert (training.hub_model_id, training.hub_private_repo) == ("ann/x", False)
+    settings = parse_config([TrainingArguments], argv=[*flags, "--use_cpu", "true"])
+    assert settings.given == {"use_cpu": True}
+    assert (settings.training.hub_model_id, settings.training.hub_private_repo) == ("ann/x", False)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,32 @@
-"""`python -m pipelines <stage>`: each stage alone, on directories that no recipe made."""
+"""The front door: every verb of the command alone, on directories that no recipe made, and the same as functions."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipelines.cli import STAGE_COMMANDS, main
+import pipelines
+from pipelines.cli import main
 from pipelines.core.config import run_main
+from pipelines.core.errors import InputError
+from pipelines.verbs import VERBS
 
 TRAIN = [
-    "--max_length", "32", "--num_train_epochs", "2", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8",
-    "--use_cpu", "true",
-]  # fmt: skip
+    "--max_length",
+    "32",
+    "--num_train_epochs",
+    "2",
+    "--learning_rate",
+    "3e-3",
+    "--per_device_train_batch_size",
+    "8",
+    "--use_cpu",
+]
 
 
 @pytest.fixture
@@ -36,7 +48,7 @@ def record(directory: Path) -> dict:
     return json.loads((directory / "record.json").read_text())
 
 
-def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path):
+def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path, capsys):
     data = ["--dataset", str(csv_file), "--max_length", "32"]
     out = {name: str(tmp_path / name) for name in ("teacher", "student", "pruned", "onnx", "quantized")}
 
@@ -48,65 +60,88 @@ def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path):
     teacher = ["--teacher_model", str(pretrained), "--teacher_epochs", "6", "--teacher_learning_rate", "3e-3"]
     ok("fine-tune", *teacher, *data, *TRAIN, "--output_dir", out["teacher"])
     assert record(tmp_path / "teacher")["metrics"]["validation"]["accuracy"] > 0.7
-    ok(
-        "distill",
-        "--teacher_model",
-        out["teacher"],
-        "--student_layers",
-        "0,3",
-        *data,
-        *TRAIN,
-        "--output_dir",
-        out["student"],
-    )
-    assert record(tmp_path / "student")["details"]["soft_targets"] == "online"
+
+    # Soft targets are stored by default: computed first where none are given.
+    student = ["--teacher_model", out["teacher"], "--student_layers", "0,3", *data, *TRAIN]
+    said = ok("distill", *student, "--output_dir", out["student"])
+    assert "--soft_target_dir" in said
+    assert "--soft_targets online" in said
+    assert record(tmp_path / "student")["details"]["soft_targets"] == "stored"
+    soft_targets = tmp_path / "student_soft_targets"
+    assert record(soft_targets)["format"] == "soft targets"
+    ok("soft-targets", "--teacher_model", out["teacher"], *data, "--output_dir", str(tmp_path / "soft_targets"))
+    assert record(tmp_path / "soft_targets")["files"] == record(soft_targets)["files"]
+
+    given = ["--soft_target_dir", str(soft_targets)]
     prune = ["--model", out["student"], "--teacher_model", out["teacher"], "--prune_heads", "0.5", "--prune_steps", "1"]
-    ok("prune", *prune, "--prune_epochs", "1", *data, *TRAIN, "--output_dir", out["pruned"])
+    prune += ["--prune_epochs", "1", *given, *TRAIN, "--output_dir", out["pruned"]]
+    for other, message in ((["--soft_target_dir", out["student"]], "none"), (["--split_seed", "1"], "data changed")):
+        status, _, errors = stage("prune", *prune, *data, *other)
+        assert status == 1
+        assert message in errors
+    ok("prune", *prune, *data)
     assert record(tmp_path / "pruned")["details"]["heads_removed"] == 0.5
+    assert not (tmp_path / "pruned_soft_targets").exists()
+
     ok("export", "--model", out["pruned"], *data, "--output_dir", out["onnx"])
-    ok("quantize", "--model", out["onnx"], "--max_quality_drop", "0.2", *data, "--output_dir", out["quantized"])
+    drop = ["--max_quality_drop", "0.2", *data]
+    ok("quantize", "--model", out["onnx"], *drop, "--output_dir", out["quantized"])
     assert "largest_difference" in ok("verify", "--model", out["onnx"], "--reference", out["pruned"], *data)
-    status, _, errors = stage(
-        "quantize", "--model", out["onnx"], "--quantization", "none", *data, "--output_dir", out["quantized"]
-    )
+    none = ["--quantization", "none", "--output_dir", out["quantized"]]
+    status, _, errors = stage("quantize", "--model", out["onnx"], *data, *none)
     assert status == 1
     assert "ship the exported directory itself" in errors
-    assert "agreement" in ok(
-        "verify", "--model", out["quantized"], "--reference", out["onnx"], "--max_quality_drop", "0.2", *data
-    )
-    timed = ok(
-        "benchmark",
-        "--models",
-        out["pruned"],
-        out["quantized"],
-        "--benchmark_rounds",
-        "1",
-        "--benchmark_seconds",
-        "0.1",
-        *data,
-    )
+    verified = json.loads(ok("verify", "--model", out["quantized"], "--reference", out["onnx"], *drop))
+    assert verified["agreement"] > 0.5
+    once = ["--benchmark_rounds", "1", "--benchmark_seconds", "0.1"]
+    timed = ok("benchmark", "--models", out["pruned"], out["quantized"], *once, *data)
     assert len(json.loads(timed[timed.index("{") :])) == 2
     status, _, errors = stage("verify", "--model", out["onnx"], "--reference", out["teacher"], *data)
     assert status == 1
     assert "must not be used" in errors
-    assert (
-        stage("export", "--model", out["pruned"], *data, "--output_dir", out["onnx"])[1].strip()
-        == "onnx: finished already"
-    )
+
+    # The same as functions: a keyword for every flag, and what is finished is found.
+    settings = {"dataset": str(csv_file), "max_length": 32}
+    assert pipelines.export(out["pruned"], out["onnx"], **settings) == tmp_path / "onnx"
+    assert capsys.readouterr().out.strip() == "onnx: finished already"
+    pipelines.quantize(out["onnx"], tmp_path / "static", quantization="static_int8", max_quality_drop=0.5, **settings)
+    assert pipelines.verify(tmp_path / "static", out["onnx"], max_quality_drop=0.5, **settings)["agreement"] > 0.5
+    few = {"prune_steps": 1, "prune_epochs": 0.5, "use_cpu": True, "soft_targets": "online", **settings}
+    pruned = pipelines.prune(Path(out["student"]), tmp_path / "again", teacher=out["teacher"], prune_heads=0.25, **few)
+    assert record(pruned)["details"]["heads_removed"] == 0.25
     assert not list(tmp_path.glob(".*.partial"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_lenght": 32}, r"found max_lenght\. Did you mean max_length"),
+        ({"task": "text-classify"}, r"Did you mean text-classification"),
+        ({"max_length": 1}, r"--max_length of 2 or more"),
+    ],
+)
+def test_bad_keywords_are_bad_input(settings, message, teacher, csv_file, tmp_path):
+    with pytest.raises(InputError, match=message):
+        pipelines.export(teacher, tmp_path / "onnx", dataset=str(csv_file), **settings)
+
+
+def test_importing_the_library_imports_nothing_else():
+    code = "import sys, pipelines; print(sorted({'torch', 'numpy', 'transformers', 'yaml'} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+    assert set(pipelines._PUBLIC) <= set(dir(pipelines))
+    with pytest.raises(AttributeError, match="no attribute 'squash'"):
+        pipelines.squash  # noqa: B018
+
+
+def test_every_public_name_is_found():
+    assert pipelines.DistillationTrainer.__name__ == "DistillationTrainer"
+    assert all(callable(getattr(pipelines, name)) for name in ("prune", "export", "quantize", "verify"))
+
+
 def test_the_chain_of_a_language_model_stage_by_stage(stage, language_shape, language_text, tmp_path):
-    data = [
-        "--task",
-        "text-generation",
-        "--dataset",
-        str(language_text),
-        "--max_length",
-        "32",
-        "--vocabulary_size",
-        "300",
-    ]
+    task = ["--task", "text-generation"]
+    data = ["--dataset", str(language_text), "--max_length", "32", "--vocabulary_size", "300"]
     train = [*TRAIN, "--max_steps", "8"]
     out = {name: str(tmp_path / name) for name in ("teacher", "student", "pruned", "onnx", "quantized")}
 
@@ -115,17 +150,11 @@ def test_the_chain_of_a_language_model_stage_by_stage(stage, language_shape, lan
         assert status == 0, errors
         return output
 
-    teacher = [
-        "--teacher_model",
-        str(language_shape),
-        "--teacher_from_scratch",
-        "true",
-        "--teacher_learning_rate",
-        "5e-3",
-    ]
-    ok("fine-tune", *teacher, *train, "--max_steps", "30", "--output_dir", out["teacher"])
+    teacher = ["--teacher_model", str(language_shape), "--teacher_from_scratch", "--teacher_learning_rate", "5e-3"]
+    ok("fine-tune", *task, *teacher, *train, "--max_steps", "30", "--output_dir", out["teacher"])
     student = ["--teacher_model", out["teacher"], "--student_layers", "2"]
-    ok("distill", *student, *train, "--output_dir", out["student"])
+    ok("distill", *task, *student, *train, "--output_dir", out["student"])
+    assert record(tmp_path / "student")["details"]["soft_targets"] == "stored"
     prune = [
         "--model",
         out["student"],
@@ -136,18 +165,17 @@ def test_the_chain_of_a_language_model_stage_by_stage(stage, language_shape, lan
         "--prune_samples",
         "16",
     ]
-    ok("prune", *prune, *train, "--output_dir", out["pruned"])
+    # From here on the task is read from the model's config.json.
+    ok("prune", *prune, *train, "--soft_targets", "online", "--output_dir", out["pruned"])
     ok("export", "--model", out["pruned"], "--output_dir", out["onnx"])
     blocks = ["--quantization", "int8_blocks", "--block_size", "16"]
     ok("quantize", "--model", out["onnx"], *blocks, "--output_dir", out["quantized"])
-    assert "'prompts': 20" in ok("verify", "--model", out["onnx"], "--reference", out["pruned"])
+    assert '"prompts": 20' in ok("verify", "--model", out["onnx"], "--reference", out["pruned"])
     assert "perplexity" in ok("verify", "--model", out["quantized"], "--reference", out["onnx"])
-    timed = ok(
-        "benchmark", "--models", out["onnx"], out["quantized"], "--benchmark_rounds", "1", "--benchmark_seconds", "0.1"
-    )
+    once = ["--benchmark_rounds", "1", "--benchmark_seconds", "0.1"]
+    timed = ok("benchmark", *task, "--models", out["onnx"], out["quantized"], *once)
     assert all(timing["tokens_per_second"] > 0 for timing in json.loads(timed[timed.index("{") :]).values())
-    verify = ["verify", "--model", out["onnx"], "--reference", out["teacher"]]
-    status, _, errors = stage(*verify, *data)
+    status, _, errors = stage("verify", "--model", out["onnx"], "--reference", out["teacher"], *data)
     assert status == 1
     assert "must not be used" in errors
 
@@ -155,29 +183,86 @@ def test_the_chain_of_a_language_model_stage_by_stage(stage, language_shape, lan
 def test_a_stage_does_not_overwrite_what_it_did_not_write(stage, teacher, csv_file, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("mine")
-    status, _, errors = stage(
-        "export",
-        "--model",
-        str(teacher),
-        "--dataset",
-        str(csv_file),
-        "--max_length",
-        "32",
-        "--output_dir",
-        str(tmp_path / "photos"),
-    )
+    argv = ["--model", str(teacher), "--dataset", str(csv_file), "--max_length", "32"]
+    status, _, errors = stage("export", *argv, "--output_dir", str(tmp_path / "photos"))
     assert status == 1
     assert "something else" in errors
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
 
 
-def test_help_and_unknown_stages(stage):
-    status, output, _ = stage("--help")
+def test_help_lists_every_verb_without_importing_torch():
+    code = "import sys; from pipelines.cli import main; sys.argv = ['pocketformers']; main(); assert 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    listed = [line.split()[0] for line in shown.splitlines() if line.startswith("    ")]
+    assert sorted(listed) == sorted(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb(verb, stage):
+    status, shown, _ = stage(verb, "--help")
     assert status == 0
-    assert all(name in output for name in STAGE_COMMANDS)
-    for name in STAGE_COMMANDS:
-        assert stage(name, "--help")[0] == 0
+    assert f"usage: pocketformers {verb}" in shown
+    assert ("--num_train_epochs" in shown) == (verb in {"compress", "fine-tune", "distill", "prune"})
+    assert ("--task" in shown) == (verb != "push")
+
+
+def test_an_unknown_verb_and_an_unknown_flag_have_status_2(stage):
     assert stage("squash")[0] == 2
+    status, _, errors = stage("export", "--modle", "x")
+    assert status == 2
+    assert "unknown flags: --modle x. Did you mean model?" in errors
+
+
+@pytest.fixture
+def compressed(monkeypatch):
+    """What the chain would be run with."""
+    found = []
+    monkeypatch.setattr("pipelines.chain.compress", lambda settings, recipe: found.append((settings, recipe)))
+    return found
+
+
+def test_compress_has_the_flags_of_its_task_and_runs_its_demo(stage, compressed, tmp_path):
+    assert stage("compress", "--demo")[0] == 0
+    assert stage("compress", "--demo", "--task", "image-classification", "--random_flip")[0] == 0
+    file = tmp_path / "mine.yaml"
+    file.write_text("task: text-generation\ndataset: texts.txt\nvocabulary_size: 500\n")
+    assert stage("compress", "--config", str(file))[0] == 0
+    (text, recipe), (image, _), (language, _) = compressed
+    assert recipe == "compress"
+    assert (text.task.task, text.training.output_dir) == ("text-classification", "runs/bert_bbc_news")
+    assert Path(image.teacher.teacher_model).is_dir()
+    assert image.augment.random_flip
+    assert (language.data.dataset, language.language.vocabulary_size) == ("texts.txt", 500)
+    assert language.given == {"dataset": "texts.txt", "vocabulary_size": 500}
+    status, _, errors = stage("compress")
+    assert status == 1
+    assert "--demo for the task's offline demo" in errors
+
+
+def test_a_wheel_has_what_a_clone_has(tmp_path):
+    """All rooms, the demos' settings, and what is copied into a bundle."""
+    import zipfile
+
+    repository = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    source = tmp_path / "source"
+    for name in ("pipelines", "recipes"):
+        shutil.copytree(repository / name, source / name)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy2(repository / name, source / name)
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        names = set(opened.namelist())
+        entry_points = opened.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    assert "pocketformers = pipelines.cli:run" in entry_points
+    expected = [path for path in (repository / "pipelines").rglob("*") if path.suffix in (".py", ".html", ".mjs")]
+    assert {str(path.relative_to(repository)) for path in expected} <= names
+    configs = repository / "recipes" / "configs"
+    shipped = {f"pipelines/configs/{path.relative_to(configs)}" for path in configs.rglob("*") if path.is_file()}
+    assert len(shipped) > 9
+    assert shipped <= names
+    assert {name.split("/")[0] for name in names} <= {"pipelines", wheel.name.split("-py3")[0] + ".dist-info"}
 
 
 @pytest.mark.parametrize("name", ["export", "quantize", "prune", "benchmark", "report", "verify"])

@@ -1,4 +1,4 @@
-"""The settings of every stage, and how they are read: --config YAML first, then flags; unknown keys are errors."""
+"""The settings of every stage, and how they are read: a --config YAML first, then flags; unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import argparse
 import difflib
 import json
 import math
-import os
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import yaml
 
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.help import print_help, training_flags
-from pipelines.core.processes import end, first_failure, lost_process
+from pipelines.core.processes import exit_with, first_failure, lost_process
 from pipelines.core.sources import model_fingerprint
 
 
@@ -360,79 +359,123 @@ class ReportConfig:
         return {"rounds": self.benchmark_rounds, "threads": self.benchmark_threads, "seconds": self.benchmark_seconds}
 
 
-# Where it was done and published, and a secret: never written anywhere.
-NOT_RECORDED = ("config", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "web_assets")
+# Where it was done and published, what the report names anyway, and a secret: not among the flags that the report lists.
+NOT_RECORDED = (
+    "config",
+    "debug",
+    "demo",
+    "task",
+    "output_dir",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_token",
+    "web_assets",
+)
 
 
-@dataclass
-class RunConfig:
-    config: str | None = _flag(None, "A YAML file of flags; flags on the command line override it.")
+class Settings(SimpleNamespace):
+    """The settings of one command: an object of each of its dataclasses, by name. `settings.data` is the DataConfig."""
+
     # Every flag that was given a value other than its default, in the file or on the command line: enough to run again.
-    given: dict[str, Any] = field(default_factory=dict, init=False)
+    given: dict[str, Any]
+    data: DataConfig
+    teacher: TeacherConfig
+    student: StudentConfig
+    distill: DistillConfig
+    prune: PruneConfig
+    quantize: QuantizeConfig
+    bundle: BundleConfig
+    report: ReportConfig
+    training: Any  # of the class TrainingArguments
 
 
-def training_arguments() -> type:
-    """The class of the training settings. Named by this function, it is imported, and torch with it, only when flags are parsed."""
-    from pipelines.training.trainer import TrainingArguments
+def settings_name(kind: type) -> str:
+    """The name of a dataclass among the settings: "data" for DataConfig, "training" for TrainingArguments."""
+    return kind.__name__.removesuffix("Config").removesuffix("Arguments").lower()
 
-    return TrainingArguments
+
+def make_settings(kinds: Iterable[type], values: dict[str, Any]) -> Settings:
+    """One object of each dataclass in `kinds` from the `values` of its fields; the dataclasses check them."""
+    settings = Settings(given={})
+    for kind in kinds:
+        own = {one.name: values[one.name] for one in fields(kind) if one.init and one.name in values}
+        made = kind(**own)
+        _check_numbers(made)
+        setattr(settings, settings_name(kind), made)
+    return settings
 
 
 def parse_config(
-    kinds: list[Any], default_config: Path | None = None, argv: list[str] | None = None, program: str | None = None
-) -> list[Any]:
-    """Read one object of each dataclass in `kinds` (or training_arguments) from `--config` (else `default_config`), then from the flags.
+    kinds: Iterable[Any],
+    default_config: Path | None = None,
+    argv: list[str] | None = None,
+    program: str | None = None,
+    only: bool = False,
+) -> Settings:
+    """Read the dataclasses `kinds` from the YAML file named by `--config` (else `default_config`), then from the flags.
 
-    The YAML file is turned into flags that stand before those of the command line, so both are parsed, and refused, by the
-    same code. Raises InputError for a file that is missing or malformed, an unknown key or a bad value; a bad flag exits
-    with status 2 as argparse does.
+    The values of the file become the defaults of the flags. Raises InputError for a file that is missing or malformed, an unknown
+    key or a bad value in it; a bad flag exits with status 2 as argparse does. With `only` these few settings are looked up ahead
+    of the others, whose flags and keys are left alone.
     """
+    kinds, argv = list(kinds), sys.argv[1:] if argv is None else argv
+    parser = _make_parser(kinds, default_config, program, only)
+    flags = {action.dest: action for action in reversed(parser._actions)}
+    defaults, (named, unknown) = vars(parser.parse_known_args([])[0]), parser.parse_known_args(argv)
+    if unknown and not only:
+        misspelt = [word for word in unknown if word.startswith("-")] or unknown
+        parser.error(
+            f"unknown flags: {' '.join(unknown)}.{did_you_mean([word.lstrip('-') for word in misspelt], flags)}"
+        )
+    if named.config is not None:
+        _set_defaults(parser, flags, Path(named.config), only)
+    values = vars(parser.parse_known_args(argv)[0])
+    try:
+        settings = make_settings(kinds, values)
+    except Exception as error:  # transformers' own arguments refuse a value by whatever error it leads to
+        # A bad value in the file is bad input, a bad flag is a usage error: which of the two it is shows when the file is read alone.
+        try:
+            make_settings(kinds, vars(parser.parse_known_args([])[0]))
+        except InputError as in_file:
+            raise InputError(f"{in_file} (in {named.config})") from in_file
+        except Exception as in_file:
+            raise InputError(f"expected settings that can be used in {named.config}, found: {in_file}") from in_file
+        parser.error(str(error))
+    settings.given = {
+        flag: value for flag, value in values.items() if value != defaults[flag] and flag not in NOT_RECORDED
+    }
+    return settings
 
-    def read(flags: list[str]) -> list[Any]:
-        found = list(parser.parse_args_into_dataclasses(flags))
-        for settings in found:
-            _check_numbers(settings)
-        return found
 
-    argv = _without_bare_debug(sys.argv[1:] if argv is None else argv)
-    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only_config.add_argument("--config")
-    named = only_config.parse_known_args(argv)[0].config
-    path = Path(named) if named else default_config
-
-    epilog = "--debug without a value shows the traceback of an error in the input."
-    usage = "%(prog)s [--config FILE.yaml] [--flag value …]; --help lists every flag"
-    texts: dict[str, Any] = {"allow_abbrev": False, "prog": program, "usage": usage, "epilog": epilog}
-    if {"-h", "--help"} & set(argv):
-        if os.environ.get("RANK", "0") == "0":
-            print_help([training_flags() if kind is training_arguments else kind for kind in kinds], **texts)
-        sys.exit(0)
-
+def _make_parser(kinds: list[Any], default_config: Path | None, program: str | None, only: bool) -> Any:
     from transformers import HfArgumentParser
 
-    classes: list[Any] = [kind() if kind is training_arguments else kind for kind in kinds]
-    parser: Any = HfArgumentParser(classes, **texts)
+    parser: Any = HfArgumentParser(
+        kinds,
+        prog=program,
+        usage="%(prog)s [--config FILE.yaml] [--flag value …]; --help lists every flag",
+        allow_abbrev=False,
+        add_help=not only,
+    )
     parser.error = partial(_refuse_flags, parser)
-    from_file = _read_yaml(path, parser) if path is not None else []
-    try:
-        parsed = read(from_file + argv)
-    except Exception as error:  # transformers' own arguments refuse a value by whatever error it leads to
-        # The dataclasses check their values as they are made. A bad value in the file is bad input (status 1), a bad flag is
-        # a usage error (status 2): which of the two it is shows when the file is read alone.
-        try:
-            read(from_file)
-        except InputError as in_file:
-            raise InputError(f"{in_file} (in {path})") from in_file
-        except Exception as in_file:
-            raise InputError(f"expected settings that can be used in {path}, found: {in_file}") from in_file
-        parser.error(str(error))
-    given, defaults = vars(parser.parse_args(from_file + argv)), vars(parser.parse_args([]))
-    for settings in parsed:
-        if isinstance(settings, RunConfig):
-            settings.given = {
-                flag: value for flag, value in given.items() if value != defaults[flag] and flag not in NOT_RECORDED
-            }
-    return parsed
+    of_file = "A YAML file of flags; those on the command line override it."
+    parser.add_argument("--config", default=default_config, help=of_file)
+    if "--debug" not in parser._option_string_actions:
+        parser.add_argument("--debug")
+    for action in parser._actions:
+        if action.dest == "debug":  # ours without a value, transformers' with one, such as underflow_overflow
+            action.nargs, action.help = "*", "Without a value: show the traceback of an error in the input."
+        elif getattr(action.type, "__name__", "") == "string_to_bool":  # every switch can be given without a value
+            action.nargs, action.const = "?", True
+    return parser
+
+
+def did_you_mean(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """A sentence that names what is close to the `unknown` names, empty where nothing is."""
+    known = list(known)
+    close = sorted({match for name in unknown for match in difflib.get_close_matches(name, known, n=2)})
+    return f" Did you mean {', '.join(close)}?" if close else ""
 
 
 def _check_numbers(settings: Any) -> None:
@@ -446,86 +489,56 @@ def _check_numbers(settings: Any) -> None:
             _check(value >= 1, f"--{name} of 1 or more", value)
 
 
-def peek(flag: str, argv: list[str]) -> Any:
-    """The value of one flag in `argv`, or in its --config file, for a command whose other flags depend on it; None where it is not given.
-
-    What is wrong with either is left to parse_config to say.
-    """
-    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    only.add_argument(f"--{flag}")
-    only.add_argument("--config")
+def _set_defaults(parser: Any, flags: dict[str, argparse.Action], path: Path, only: bool) -> None:
+    """Make the values of the YAML file at `path` the defaults of the flags that its keys name."""
     try:
-        given = only.parse_known_args(argv)[0]
-        content = _load_yaml(Path(given.config)) if given.config else {}
-    except (argparse.ArgumentError, OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None
-    in_file = content.get(flag) if isinstance(content, dict) else None
-    return getattr(given, flag) or in_file
-
-
-def _without_bare_debug(argv: list[str]) -> list[str]:
-    """Drop our --debug; one with a value, such as underflow_overflow, is transformers' own."""
-    followed = [not word.startswith("-") for word in argv[1:]] + [False]
-    return [word for word, has_value in zip(argv, followed, strict=False) if word != "--debug" or has_value]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without references to other places, of which a few lines can make a value of gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"a reference (*{self.peek_event().anchor}), where only values are read")
-        return super().compose_node(parent, index)
-
-
-def _load_yaml(path: Path) -> Any:
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-
-
-def _read_yaml(path: Path, parser: Any) -> list[str]:
-    try:
-        content = _load_yaml(path)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
             f"expected a YAML file at {path}, found: {error}. Check the path given to --config."
         ) from error
-    content = {} if content is None else content
-    if not isinstance(content, dict):
+    if not isinstance(content, dict | None):
         raise InputError(f"expected lines of 'flag: value' in {path}, found a {type(content).__name__}.")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    unknown = sorted(str(key) for key in content if key not in known)
-    if unknown:
-        close = {match for key in unknown for match in difflib.get_close_matches(key, known, n=2)}
-        hint = f" Did you mean {', '.join(sorted(close))}?" if close else ""
+    content = content or {}
+    unknown = sorted(str(key) for key in content if key not in flags or key in ("help", "config"))
+    if unknown and not only:
         raise InputError(
-            f"expected only known flags as keys in {path}, found {', '.join(unknown)}.{hint} --help lists every flag."
+            f"expected only known flags as keys in {path}, found {', '.join(unknown)}.{did_you_mean(unknown, flags)} "
+            "--help lists every flag."
         )
-    flags: list[str] = []
     for key, value in content.items():
-        if value is None:
-            continue
-        # Written as ./ or ../, a path is the file's own neighbour, from wherever the command is run.
-        if isinstance(value, str) and value.startswith(("./", "../")):
-            value = str((path.parent / value).resolve())
-        values = value if isinstance(value, list) else [value]
-        written = [json.dumps(item) if isinstance(item, (dict, bool)) else str(item) for item in values]
-        flags += [f"--{key}", *written]
+        if key in flags and value is not None:
+            # Written as ./ or ../, a path is the file's own neighbour, from wherever the command is run.
+            if isinstance(value, str) and value.startswith(("./", "../")):
+                value = str((path.parent / value).resolve())
+            try:
+                parser.set_defaults(**{key: _converted(parser, flags[key], value)})
+            except argparse.ArgumentError as error:
+                raise InputError(
+                    f"expected flags that parse in {path}, found: {error}. --help lists every flag."
+                ) from error
 
-    def refuse(text: str) -> NoReturn:
-        raise InputError(f"expected flags that parse in {path}, found: {text}. --help lists every flag.")
 
-    original, parser.error = parser.error, refuse
-    try:
-        parser.parse_args(flags)
-    finally:
-        parser.error = original
-    return flags
+def _converted(parser: Any, action: argparse.Action, value: Any) -> Any:
+    """A value of a YAML file as the flag would have read it."""
+
+    def convert(item: Any) -> Any:
+        text = json.dumps(item) if isinstance(item, (dict, bool)) else str(item)
+        converted = parser._get_value(action, text)
+        parser._check_value(action, converted)
+        return converted
+
+    if action.nargs in ("+", "*"):
+        return [convert(item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list):
+        raise argparse.ArgumentError(action, f"one value is expected, not the list {value}")
+    return convert(value)
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a command: errors in the input become one message and exit status 1, with a traceback only under --debug.
 
-    Any other error shows its traceback. Of several processes the first to fail is heard, whichever it is; the others end in silence.
+    Any other error shows its traceback. Of several processes only the first that fails prints its message.
     """
     try:
         main()
@@ -542,9 +555,9 @@ def run_main(main: Callable[[], None]) -> None:
             text = f"{type(error).__name__}: {error}"
             if first_failure(f"error: {text}")[0] == f"error: {text}":
                 raise
-        end(f"error: {text}", 1)
+        exit_with(f"error: {text}", 1)
 
 
 def _refuse_flags(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """What argparse does with a bad flag; of several processes one says it."""
-    end(f"{parser.format_usage()}{parser.prog}: error: {message}", 2)
+    """What argparse does with a bad flag; of several processes one prints it."""
+    exit_with(f"{parser.format_usage()}{parser.prog}: error: {message}", 2)

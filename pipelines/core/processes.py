@@ -1,12 +1,11 @@
-"""Several processes of one run: how they wait for one another, and how an error in any one of them ends all.
+"""Several processes of one run: they wait for one another at barriers, and an error in any one of them ends all with one message.
 
-They agree in the store that brought them together, the launcher's, which outlives them. The first to fail is heard, once on every
-machine; those that fail because it is gone are silent.
+Which process failed first they settle in the launcher's key-value store. That one prints its message, once on every machine; those
+that fail because it is gone print nothing.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import sys
@@ -14,16 +13,24 @@ import time
 from datetime import timedelta
 from typing import Any, NoReturn
 
-FAILURE = "failure"
+# How long a process waits at a barrier, while another may work alone: to quantize a model, or to time one. (--ddp_timeout)
+PATIENCE = timedelta(days=1)
+
 # What gloo, NCCL and the store say to a process when another is gone or does not answer.
 LOST = re.compile(r"gloo|NCCL|TCPStore|ProcessGroup|Connection (?:reset|closed|refused)|Broken pipe|Socket", re.I)
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-_barriers = itertools.count()
 
 
 def several_processes() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here. Raises RuntimeError where another one is gone."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
 
 
 def lost_process(error: Exception) -> str | None:
@@ -35,48 +42,29 @@ def lost_process(error: Exception) -> str | None:
     return (
         f"expected all {os.environ['WORLD_SIZE']} processes to work to the end, found that one is gone or does not answer "
         f"({reason:.300}): it was killed, ran out of memory, or its machine or the network failed. Run the same command again, on "
-        "every machine: what is finished stays, and a training goes on from its last checkpoint."
+        "every machine: finished stages are kept, and a training resumes from its last checkpoint."
     )
 
 
-def end(message: str, status: int) -> NoReturn:
-    """End this process with its message, or with that of the process whose failure made it fail; a token in it is not told."""
+def exit_with(message: str, status: int) -> NoReturn:
+    """End this process with its message, or with that of the process whose failure made it fail; tokens are left out of it."""
     for token in {os.environ.get("HF_TOKEN"), *TOKEN.findall(message)} - {None, ""}:
         message = message.replace(str(token), "hf_…")
-    first, tells = first_failure(message)
-    if tells:
+    first, prints = first_failure(message)
+    if prints:
         print(first, file=sys.stderr, flush=True)
     else:
-        time.sleep(1)  # the launcher ends all when one has ended: the one that tells needs the time to
+        time.sleep(1)  # the launcher ends all processes when one has ended, also the one that has yet to print
     sys.exit(status)
 
 
 def first_failure(message: str) -> tuple[str, bool]:
-    """The message of the first process that failed, `message` where it is this one; and whether this one tells it to its machine."""
+    """The message of the first process that failed, `message` where it is this one; and whether this one prints it on its machine."""
     store = _store()
     if store is None:
         return message, True
-    first = store.compare_set(FAILURE, "", message).decode()
-    return first, store.add(f"told/{os.environ.get('GROUP_RANK', '0')}", 1) == 1
-
-
-def wait_for_all() -> None:
-    """Wait until every process is here, however long that takes: a barrier alone gives up after half an hour, while one may work alone.
-
-    Raises RuntimeError where another process has failed meanwhile, or the launcher's store is gone.
-    """
-    from accelerate import PartialState
-
-    store = _store()
-    if store is not None:
-        # Every process comes to the same barriers in the same order.
-        arrived = f"arrived/{next(_barriers)}"
-        store.add(arrived, 1)
-        while store.add(arrived, 0) < int(os.environ["WORLD_SIZE"]):
-            if store.check([FAILURE]):
-                raise RuntimeError("another process failed")
-            time.sleep(0.1)
-    PartialState().wait_for_everyone()
+    first = store.compare_set("failure", "", message).decode()
+    return first, store.add(f"printed/{os.environ.get('GROUP_RANK', '0')}", 1) == 1
 
 
 def _store() -> Any:

@@ -26,7 +26,7 @@ from pipelines.core.disk import no_room as no_room  # noqa: E402, I001
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe, differences
 from pipelines.core.machine import check_launch, quieten_libraries, use_available_cores
-from pipelines.core.processes import wait_for_all
+from pipelines.core.processes import PATIENCE, wait_for_all
 from pipelines.core.records import (
     ATTEMPT,
     RECORD,
@@ -92,7 +92,7 @@ class Run:
         self.task, self.seed = task, seed
         # A command that trains nothing has not told accelerate yet where it runs, and several processes it takes for those of GPUs.
         on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
-        self.state = PartialState(cpu=on_cpu)
+        self.state = PartialState(cpu=on_cpu, timeout=PATIENCE)
         use_available_cores()
         quieten_libraries(self.state.is_main_process)
         self.stages: list[str] = []  # those of this run's flags; the directory may hold others of an earlier run

@@ -141,6 +141,10 @@ class Task(Protocol):
     config: DataConfig
     presentation: Presentation
 
+    @property
+    def example(self) -> str:
+        """An input as a person gives it to infer.py on the command line: '"A text."', 'image.png'."""
+
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on, as JSON."""
 

@@ -1,8 +1,59 @@
 """A data set and a model enter; all that one job needs and another does not leaves. One file a task."""
 
-from pipelines.tasks.base import Task
-from pipelines.tasks.image_classification import ImageClassification
-from pipelines.tasks.text_classification import TextClassification
-from pipelines.tasks.text_generation.task import LanguageModeling
+from __future__ import annotations
 
-TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (TextClassification, ImageClassification, LanguageModeling)}
+import json
+import pkgutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.core.config import Settings, settings_name
+
+if TYPE_CHECKING:
+    from pipelines.core.task import Task
+
+# Where the class of each task is. By name, so that a process that only times a model does not import all of them.
+TASKS = {
+    "text-classification": "pipelines.tasks.text_classification:TextClassification",
+    "image-classification": "pipelines.tasks.image_classification:ImageClassification",
+    "text-generation": "pipelines.tasks.text_generation.task:LanguageModeling",
+}
+DEFAULT_TASK = "text-classification"
+
+
+@dataclass
+class TaskConfig:
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What the model does. Left out: what the model given by --model does, else {DEFAULT_TASK}.",
+            "choices": list(TASKS),
+        },
+    )
+
+
+def task_class(name: str) -> Any:
+    return pkgutil.resolve_name(TASKS[name])
+
+
+def make_task(settings: Settings) -> Task:
+    """The task that `settings.task` names, made of its own dataclasses among the settings."""
+    kind = task_class(settings.task.task)
+    task: Task = kind(*(getattr(settings, settings_name(one)) for one in kind.settings))
+    return task
+
+
+def task_of_model(directory: str | Path | None) -> str | None:
+    """The task that the model in a directory was made for, by its config.json; None where that cannot be told."""
+    path = Path(directory or "") / "config.json"
+    if directory is None or not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        return None
+    # A later task may be a special case of an earlier one, of the same classes of models.
+    return next((name for name in reversed(TASKS) if task_class(name).recognizes(config)), None)

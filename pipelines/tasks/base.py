@@ -48,10 +48,18 @@ class Task(ABC):
     """What is the same for every kind of task."""
 
     name: str
+    settings: tuple[type, ...] = (DataConfig,)  # the dataclasses that it is made of
+    architectures: tuple[str, ...]  # how the names of its models' classes end
+    demo: str  # the YAML file of its offline demo
     primary_metric: str
     greater_is_better = True
     config: DataConfig
     presentation: Presentation
+
+    @classmethod
+    def recognizes(cls, config: dict[str, Any]) -> bool:
+        """Whether a model with this content of config.json was made for the task."""
+        return str((config.get("architectures") or [""])[0]).endswith(cls.architectures)
 
     @property
     def trust_remote_code(self) -> bool:

@@ -71,6 +71,10 @@ class ImageClassification(Classification):
 
     name = "image-classification"
     presentation: Presentation = ImagePresentation()
+    settings = (DataConfig, AugmentConfig)
+    architectures = ("ForImageClassification",)
+    demo = "vit_digits"
+    example = "image.png"
     # No task type of adapters fits images, so the new head, which has no use for a low rank, is named.
     lora_settings: dict[str, Any] = {
         "target_modules": "all-linear",

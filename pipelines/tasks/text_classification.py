@@ -81,6 +81,8 @@ class TextClassification(Classification):
 
     name = "text-classification"
     presentation: Presentation = TextPresentation()
+    architectures = ("ForSequenceClassification",)
+    demo = "bert_bbc_news"
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"
@@ -95,6 +97,10 @@ class TextClassification(Classification):
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
         return super().describe() | {"max_length": self.config.max_length}
+
+    @property
+    def example(self) -> str:
+        return '--pair "A first text." "A second text."' if self.config.text_pair_column else '"A text."'
 
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model."""

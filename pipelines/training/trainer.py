@@ -83,6 +83,12 @@ class TrainingArguments(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Let DDP look for weights without a gradient."}
     )
+    ddp_timeout: int = field(
+        default=86400,
+        metadata={
+            "help": "Seconds that processes wait for one another, also while one works alone, such as to quantize."
+        },
+    )
     cpu_speedups: bool = field(
         default=True,
         metadata={"help": "Train faster on a CPU: see pipelines/training/cpu.py. It changes nothing on a GPU."},

@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from pipelines.core.config import (
+    BundleConfig,
     DataConfig,
     DistillConfig,
+    LanguageConfig,
     PruneConfig,
-    QuantizeConfig,
-    RunConfig,
     StudentConfig,
     TeacherConfig,
     parse_config,
@@ -23,26 +23,56 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def parse(*argv: str, default: Path | None = None):
-    return parse_config([RunConfig, DistillConfig, PruneConfig], default, list(argv))
+    return parse_config([DistillConfig, PruneConfig, StudentConfig, LanguageConfig, BundleConfig], default, list(argv))
 
 
 def test_flags_override_the_file(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("temperature: 4\nsoft_target_weight: 5.0e-1\nhidden_state_map: null\n")
-    run, distill, _ = parse("--config", str(file), "--temperature", "3")
+    settings = parse("--config", str(file), "--temperature", "3")
+    distill = settings.distill
     assert (distill.temperature, distill.soft_target_weight) == (3.0, 0.5)
     assert distill.hidden_state_map is None
-    assert run.given == {"temperature": 3.0, "soft_target_weight": 0.5}
+    assert settings.given == {"temperature": 3.0, "soft_target_weight": 0.5}
+
+
+def test_a_value_of_the_file_is_read_as_the_flag_would_read_it(tmp_path):
+    """Also one that begins with a dash, a number where a text is expected, and a switch."""
+    file = tmp_path / "a.yaml"
+    file.write_text("document_start: '---'\nstudent_layers: 4\nweb: true\nprune_heads: '0.5'\n")
+    settings = parse("--config", str(file))
+    assert settings.language.document_start == "---"
+    assert settings.student.student_layers == "4"
+    assert settings.bundle.web is True
+    assert settings.prune.prune_heads == 0.5
+
+
+def test_a_switch_needs_no_value():
+    assert parse("--web").bundle.web is True
+    assert parse("--web", "false").bundle.web is False
+
+
+def test_a_path_beside_the_file_is_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("student_model: ./student\n")
+    monkeypatch.chdir("/")
+    assert parse("--config", str(tmp_path / "a.yaml")).student.student_model == str(tmp_path / "student")
+
+
+def test_a_few_settings_are_looked_up_ahead_of_the_others(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("temperature: 4\nelse: 1\n")
+    settings = parse_config([DistillConfig], argv=["--config", str(file), "--other", "-1"], only=True)
+    assert settings.distill.temperature == 4
 
 
 def test_the_default_file_is_read_where_none_is_named(tmp_path):
     file = tmp_path / "demo.yaml"
     file.write_text("temperature: 4\n")
-    assert parse(default=file)[1].temperature == 4
+    assert parse(default=file).distill.temperature == 4
     other = tmp_path / "other.yaml"
     other.write_text("prune_ffn: 0.1\n")
-    _, distill, prune = parse("--config", str(other), default=file)
-    assert (distill.temperature, prune.prune_ffn) == (2.0, 0.1)
+    settings = parse("--config", str(other), default=file)
+    assert (settings.distill.temperature, settings.prune.prune_ffn) == (2.0, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +84,7 @@ def test_the_default_file_is_read_where_none_is_named(tmp_path):
         ("- a\n- b", "found a list"),
         ("a: [", "YAML file"),
         ("soft_targets: sometimes", "sometimes"),
+        ("student_layers: [0, 2]", r"one value is expected, not the list"),
     ],
 )
 def test_a_bad_file_is_bad_input(tmp_path, content, message):
@@ -79,44 +110,47 @@ def test_a_bad_flag_exits_with_status_2_and_a_short_message(argv, capsys):
 def test_debug_without_a_value_is_ours_and_with_one_it_is_transformers(tmp_path):
     from pipelines.training.trainer import TrainingArguments
 
-    kinds = [RunConfig, TrainingArguments]
-    _, training = parse_config(kinds, argv=["--debug", "--output_dir", str(tmp_path)])
-    assert not training.debug
-    _, training = parse_config(kinds, argv=["--output_dir", str(tmp_path), "--debug", "underflow_overflow"])
-    assert training.debug
+    kinds = [TrainingArguments]
+    assert not parse_config(kinds, argv=["--debug", "--output_dir", str(tmp_path)]).training.debug
+    argv = ["--output_dir", str(tmp_path), "--debug", "underflow_overflow"]
+    assert parse_config(kinds, argv=argv).training.debug
+    assert parse_config([DistillConfig], argv=["--debug"]).given == {}
 
 
 def test_a_token_is_not_recorded(tmp_path):
     from pipelines.training.trainer import TrainingArguments
 
     argv = ["--hub_token", "hf_secret", "--output_dir", str(tmp_path), "--weight_decay", "0.3"]
-    run, _ = parse_config([RunConfig, TrainingArguments], argv=argv)
-    assert run.given == {"weight_decay": 0.3}
+    assert parse_config([TrainingArguments], argv=argv).given == {"weight_decay": 0.3}
 
 
-def test_every_config_of_the_bert_recipe_parses():
-    from pipelines.core.config import ReportConfig
-    from pipelines.training.trainer import TrainingArguments
+@pytest.mark.parametrize(
+    ("prefix", "task", "count"),
+    [("bert", "text-classification", 3), ("vit", "image-classification", 4), ("gpt2", "text-generation", 2)],
+)
+def test_every_config_of_a_recipe_parses(prefix, task, count, tmp_path, monkeypatch):
+    from pipelines.chain import demo_config, read_settings
 
-    kinds = [
-        RunConfig, DataConfig, TeacherConfig, StudentConfig, DistillConfig, PruneConfig, QuantizeConfig, ReportConfig,
-        TrainingArguments,
-    ]  # fmt: skip
-    files = sorted((REPOSITORY / "recipes" / "configs").glob("bert_*.yaml"))
-    parsed = [parse_config(kinds, argv=["--config", str(file)]) for file in files]
-    assert len(parsed) == len(files) >= 3
-    for file, (_, data, teacher, *_rest) in zip(files, parsed, strict=True):
-        assert data.dataset, file
-        assert teacher.teacher_model, file
+    monkeypatch.chdir(tmp_path)
+    files = sorted((REPOSITORY / "recipes" / "configs").glob(f"{prefix}_*.yaml"))
+    assert len(files) == count
+    assert demo_config(task) in files
+    for file in files:
+        written = yaml.safe_load(file.read_text())
+        monkeypatch.setattr("sys.argv", ["recipe", "--config", str(file)])
+        settings = read_settings(task)
+        assert settings.given.keys() <= written.keys(), file
+        assert settings.data.dataset == written["dataset"], file
+        # A neighbour of the file is found from wherever the recipe is run.
+        assert Path(settings.teacher.teacher_model).is_dir() == written["teacher_model"].startswith("./"), file
 
 
 def test_every_accelerate_config_is_one_that_accelerate_reads():
     from accelerate.commands.config.config_args import load_config_from_file
 
     files = sorted((REPOSITORY / "accelerate_configs").glob("*.yaml"))
-    assert {file.stem for file in files} == {
-        "cpu", "multi_cpu", "single_gpu", "multi_gpu", "fsdp", "deepspeed_zero2", "multi_node",
-    }  # fmt: skip
+    expected = {"cpu", "multi_cpu", "single_gpu", "multi_gpu", "fsdp", "deepspeed_zero2", "multi_node"}
+    assert {file.stem for file in files} == expected
     for file in files:
         read = load_config_from_file(str(file))
         written = yaml.safe_load(file.read_text())
@@ -145,7 +179,7 @@ def test_numbers_that_no_setting_can_be_are_refused(flags, tmp_path, capsys):
 def test_a_token_after_a_misspelt_flag_is_not_told(capsys):
     token = "hf_" + "a1B2c3D4" * 5
     with pytest.raises(SystemExit, match="2"):
-        parse_config([RunConfig, DataConfig], argv=["--hub_tokn", token])
+        parse_config([DataConfig], argv=["--hub_tokn", token])
     said = capsys.readouterr().err
     assert "--hub_tokn" in said
     assert token not in said

@@ -19,7 +19,6 @@ from pipelines.core.config import (
     DataConfig,
     DistillConfig,
     PruneConfig,
-    RunConfig,
     StudentConfig,
     TeacherConfig,
     parse_config,
@@ -54,20 +53,22 @@ def fail_in(place, directory, csv, teacher):
     def main() -> None:
         missing = place == "data" and rank() == 1
         task = TextClassification(DataConfig(dataset=csv + ".of process 1" * missing, max_length=32))
-        training = TrainingArguments(
-            output_dir=str(directory), use_cpu=True, disable_tqdm=True, max_steps=4, per_device_train_batch_size=4,
-            eval_strategy="steps", eval_steps=2, save_strategy="no", load_best_model_at_end=False,
-        )  # fmt: skip
+        quick: dict[str, Any] = {
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+        }
+        quick |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "load_best_model_at_end": False}
+        training = TrainingArguments(output_dir=str(directory), **quick)
         run = Run(directory, task, 0)
         if place == "main":
             run.stage("onnx", export, teacher)
         if place == "soft targets":
             run.stage("soft_targets", compute_soft_targets, teacher, distributed=True, distill=DistillConfig())
         if place == "cut":
-            run.stage(
-                "pruned", prune_and_recover, teacher, distributed=True, teacher=Path(teacher), prune=PruneConfig(),
-                distill=DistillConfig(), training=training,
-            )  # fmt: skip
+            settings = {"prune": PruneConfig(), "distill": DistillConfig(), "training": training}
+            run.stage("pruned", prune_and_recover, teacher, distributed=True, teacher=Path(teacher), **settings)
         run.stage("teacher", fine_tune, teacher, distributed=True, teacher=TeacherConfig(), training=training)
 
     def step(self: Trainer, *arguments: object, **keywords: object) -> object:
@@ -174,7 +175,7 @@ def test_two_processes_of_which_one_was_killed_end_as_undisturbed_ones_do(csv_fi
 
 
 def read_flags(argv):
-    parse_config([RunConfig, DataConfig], argv=argv, program="recipe.py")
+    parse_config([DataConfig], argv=argv, program="recipe.py")
 
 
 def test_a_bad_flag_is_told_once_with_status_2(tmp_path):

@@ -30,7 +30,6 @@ from pipelines.core.config import (
     PruneConfig,
     QuantizeConfig,
     ReportConfig,
-    RunConfig,
     StudentConfig,
     TeacherConfig,
     parse_config,
@@ -250,9 +249,9 @@ def test_the_record_of_a_stage_says_that_code_was_trusted(stage, with_own_code, 
 
 
 def test_trusting_is_a_flag_that_the_report_records():
-    run, data = parse_config([RunConfig, DataConfig], argv=["--trust_remote_code", "true"])
-    assert data.trust_remote_code
-    assert run.given == {"trust_remote_code": True}
+    settings = parse_config([DataConfig], argv=["--trust_remote_code", "true"])
+    assert settings.data.trust_remote_code
+    assert settings.given == {"trust_remote_code": True}
 
 
 # ---- Paths
@@ -400,9 +399,9 @@ def test_a_token_is_in_no_record_and_in_no_list_of_flags(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(f"hub_token: {TOKEN}\nweight_decay: 0.3\noutput_dir: {tmp_path}\n")
     for given_as in (argv, ["--config", str(file)]):
-        run, training = parse_config([RunConfig, TrainingArguments], argv=given_as)
-        assert training.hub_token == TOKEN
-        assert TOKEN not in json.dumps([run.given, describe(training)], default=str)
+        read = parse_config([TrainingArguments], argv=given_as)
+        assert read.training.hub_token == TOKEN
+        assert TOKEN not in json.dumps([read.given, describe(read.training)], default=str)
 
 
 # ---- Anything at all
@@ -413,7 +412,7 @@ FUZZ = settings(
 )  # fmt: skip
 SECONDS = 10  # that one input may take; a call is ended then, where a deadline of hypothesis would wait for its end
 KINDS = [
-    RunConfig, DataConfig, AugmentConfig, LanguageConfig, TeacherConfig, StudentConfig, DistillConfig, PruneConfig, QuantizeConfig,
+    DataConfig, AugmentConfig, LanguageConfig, TeacherConfig, StudentConfig, DistillConfig, PruneConfig, QuantizeConfig,
     ReportConfig, TrainingArguments,
 ]  # fmt: skip
 FLAGS = sorted({flag.name for kind in KINDS for flag in fields(kind) if flag.init})

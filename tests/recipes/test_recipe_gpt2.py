@@ -9,25 +9,59 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 import processes
 from conftest import tiny_language_model
-from pipelines.core.config import parse_config
+from pipelines import chain
 from pipelines.data.windows import train_tokenizer
-from pipelines.report import results
 from watched import check_only_the_main_process_wrote, watched_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "recipes" / "distill_gpt2.py"
-CONFIGS = sorted((REPOSITORY / "recipes" / "configs").glob("gpt2_*.yaml"))
 SMALL = [
-    "--teacher_from_scratch", "true", "--vocabulary_size", "300", "--max_length", "32", "--teacher_epochs", "6",
-    "--teacher_learning_rate", "5e-3", "--num_train_epochs", "1", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8",
-    "--student_layers", "2", "--label_baseline", "false", "--benchmark_rounds", "1", "--benchmark_seconds", "0.1", "--benchmark_threads", "1",
-    "--prune_heads", "0.25", "--prune_ffn", "0.25", "--prune_steps", "1", "--prune_epochs", "0.5", "--prune_samples", "32",
-    "--quantization", "int8_blocks", "--block_size", "16", "--use_cpu", "true", "--web", "false",
-]  # fmt: skip
+    "--teacher_from_scratch",
+    "--vocabulary_size",
+    "300",
+    "--max_length",
+    "32",
+    "--teacher_epochs",
+    "6",
+    "--teacher_learning_rate",
+    "5e-3",
+    "--num_train_epochs",
+    "1",
+    "--learning_rate",
+    "3e-3",
+    "--per_device_train_batch_size",
+    "8",
+    "--student_layers",
+    "2",
+    "--label_baseline",
+    "false",
+    "--benchmark_rounds",
+    "1",
+    "--benchmark_seconds",
+    "0.1",
+    "--benchmark_threads",
+    "1",
+    "--prune_heads",
+    "0.25",
+    "--prune_ffn",
+    "0.25",
+    "--prune_steps",
+    "1",
+    "--prune_epochs",
+    "0.5",
+    "--prune_samples",
+    "32",
+    "--quantization",
+    "int8_blocks",
+    "--block_size",
+    "16",
+    "--use_cpu",
+    "--web",
+    "false",
+]
 STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized"]
 
 
@@ -67,10 +101,20 @@ def test_two_processes_make_every_stage_and_a_report_as_in_the_contract(finished
     assert (report["task"], report["primary_metric"]) == ("text-generation", "perplexity")
     assert [stage["name"] for stage in report["stages"]] == STAGES
     for stage in report["stages"]:
-        assert {
-            "name", "path", "format", "metrics", "quality_retained", "agreement", "parameters", "bytes", "latency_ms",
-            "samples_per_second", "peak_memory_bytes", "seconds", "first_token_ms", "tokens_per_second",
-        } <= stage.keys()  # fmt: skip
+        assert stage.keys() >= {
+            *(
+                "name",
+                "path",
+                "format",
+                "metrics",
+                "quality_retained",
+                "agreement",
+                "parameters",
+                "bytes",
+                "latency_ms",
+            ),
+            *("samples_per_second", "peak_memory_bytes", "seconds", "first_token_ms", "tokens_per_second"),
+        }
         assert stage["tokens_per_second_at_memory_bandwidth"] > 0
         assert stage["metrics"].keys() >= {"perplexity", "bits_per_byte"}
     by_name = {stage["name"]: stage for stage in report["stages"]}
@@ -118,7 +162,7 @@ def test_the_cards_own_code_runs(finished, capsys, monkeypatch):
 
 def without_report(argv: list[str]) -> None:
     """The recipe, which leaves out what differs in times alone."""
-    results.report_run = lambda *arguments: None
+    chain.report_run = lambda *arguments: None
     processes.recipe(argv)
 
 
@@ -128,37 +172,21 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(language_shape, l
     argv += ["--quantization", "none"]  # measured speed chooses among the blocks
     fresh = processes.run_recipe(str(RECIPE), *argv, "--output_dir", str(tmp_path / "fresh"), function=without_report)
     assert fresh.returncode == 0, fresh.stderr[-3000:]
-    monkeypatch.setattr("pipelines.report.results.report_run", lambda *arguments: None)
+    monkeypatch.setattr("pipelines.chain.report_run", lambda *arguments: None)
     assert run_here(*argv, "--output_dir", str(tmp_path / "here"), monkeypatch=monkeypatch) == 0
     for name in ("teacher", "soft_targets", "student", "pruned", "teacher_onnx", "onnx", "bundle"):
         files = [json.loads((tmp_path / run / name / "record.json").read_text())["files"] for run in ("fresh", "here")]
         assert files[0] == files[1], name
 
 
-def kinds():
-    from pipelines.core import config
-    from pipelines.training.trainer import TrainingArguments
+def test_the_demos_shape_has_a_position_for_every_token():
+    from pipelines.chain import demo_config
+    from pipelines.core.config import DataConfig, TeacherConfig, parse_config
 
-    names = ("Run", "Data", "Language", "Teacher", "Student", "Distill", "Prune", "LanguageQuantize", "Report")
-    return [*(getattr(config, f"{name}Config") for name in names), TrainingArguments]
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_parses_and_says_what_it_needs(path, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    settings = yaml.safe_load(path.read_text())
-    run, data, language, teacher, *_ = parse_config(kinds(), argv=["--config", str(path)])
-    assert data.dataset
-    assert data.max_length == settings["max_length"]
-    assert run.given.keys() <= settings.keys()
-    assert Path(teacher.teacher_model).is_dir() == settings["teacher_model"].startswith("./")
-    if teacher.teacher_from_scratch:
-        shape = json.loads((Path(teacher.teacher_model) / "config.json").read_text())
-        assert shape["n_positions"] >= data.max_length
-
-
-def test_there_are_configs():
-    assert len(CONFIGS) == 2
+    path = str(demo_config("text-generation"))
+    settings = parse_config([DataConfig, TeacherConfig], argv=["--config", path], only=True)
+    shape = json.loads((Path(settings.teacher.teacher_model) / "config.json").read_text())
+    assert shape["n_positions"] >= settings.data.max_length
 
 
 @pytest.fixture

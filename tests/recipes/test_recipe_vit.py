@@ -8,24 +8,47 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 import processes
 from conftest import make_image_processor, tiny_config, tiny_model, write_image_folder
-from pipelines.core.config import parse_config
 from pipelines.onnx import quantize
 from pipelines.onnx.measure import measure
 from watched import check_only_the_main_process_wrote, watched_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "recipes" / "distill_vit.py"
-CONFIGS = sorted((REPOSITORY / "recipes" / "configs").glob("vit_*.yaml"))
 SMALL = [
-    "--teacher_from_scratch", "true", "--teacher_epochs", "6", "--teacher_learning_rate", "3e-3", "--num_train_epochs", "3",
-    "--learning_rate", "3e-3", "--per_device_train_batch_size", "8", "--student_layers", "2", "--benchmark_rounds", "1", "--benchmark_seconds", "0.1",
-    "--prune_epochs", "1", "--prune_heads", "0.5", "--prune_steps", "1", "--max_quality_drop", "0.1", "--use_cpu", "true",
-    "--label_baseline", "false", "--web", "false",
-]  # fmt: skip
+    "--teacher_from_scratch",
+    "--teacher_epochs",
+    "6",
+    "--teacher_learning_rate",
+    "3e-3",
+    "--num_train_epochs",
+    "3",
+    "--learning_rate",
+    "3e-3",
+    "--per_device_train_batch_size",
+    "8",
+    "--student_layers",
+    "2",
+    "--benchmark_rounds",
+    "1",
+    "--benchmark_seconds",
+    "0.1",
+    "--prune_epochs",
+    "1",
+    "--prune_heads",
+    "0.5",
+    "--prune_steps",
+    "1",
+    "--max_quality_drop",
+    "0.1",
+    "--use_cpu",
+    "--label_baseline",
+    "false",
+    "--web",
+    "false",
+]
 STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized"]
 
 
@@ -112,7 +135,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(finished, tmp_pat
     # Among the schemes of `--quantization auto` measured speed decides, which is another every time.
     scheme = json.loads((directory / "quantized" / "record.json").read_text())["details"]["scheme"]
     quantization = ["--quantization", *scheme.replace("int8_", "int8 --calibration ").split()]
-    monkeypatch.setattr("pipelines.report.results.report_run", lambda *arguments: None)
+    monkeypatch.setattr("pipelines.chain.report_run", lambda *arguments: None)
     monkeypatch.setattr(sys, "argv", [*argv, "--output_dir", str(tmp_path / "run"), *quantization])
     runpy.run_path(str(RECIPE), run_name="__main__")
     for name in ("teacher", "soft_targets", "student", "pruned", "teacher_onnx", "onnx", "quantized", "bundle"):
@@ -136,31 +159,6 @@ def test_a_convolutional_student_goes_through_the_recipe_without_pruning_in_two_
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == [name for name in STAGES if name != "pruned"]
     assert report["stages"][-1]["metrics"]["accuracy"] > 0.7
-
-
-def kinds():
-    from pipelines.core import config
-    from pipelines.training.trainer import TrainingArguments
-
-    names = ("Run", "Data", "Augment", "Teacher", "Student", "Distill", "Prune", "Quantize", "Report")
-    return [*(getattr(config, f"{name}Config") for name in names), TrainingArguments]
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_parses_and_says_what_it_needs(path, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    settings = yaml.safe_load(path.read_text())
-    run, data, augmentation, teacher, *_ = parse_config(kinds(), argv=["--config", str(path)])
-    assert data.image_column == settings.get("image_column", "image")
-    assert data.label_column == settings.get("label_column", "label")
-    assert run.given.keys() <= settings.keys()
-    assert not augmentation.random_flip or "digits" not in path.stem
-    # A neighbour of the file is found from wherever the recipe is run.
-    assert Path(teacher.teacher_model).is_dir() == settings["teacher_model"].startswith("./")
-
-
-def test_there_are_configs():
-    assert len(CONFIGS) == 4
 
 
 @pytest.fixture
@@ -189,9 +187,7 @@ def bad_arguments(tmp_path, image_folder):
     }
 
 
-BAD_INPUTS = [
-    "one class", "unreadable image", "no weights", "other labels", "no image processor", "missing column",
-]  # fmt: skip
+BAD_INPUTS = ["one class", "unreadable image", "no weights", "other labels", "no image processor", "missing column"]
 
 
 @pytest.mark.parametrize("kind", BAD_INPUTS)

@@ -1,0 +1,120 @@
+"""The whole chain: a model and a data set enter, a small, verified, measured model leaves. Every recipe and `compress` run it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from pipelines.core.config import (
+    BundleConfig,
+    DistillConfig,
+    PruneConfig,
+    QuantizeConfig,
+    ReportConfig,
+    Settings,
+    StudentConfig,
+    TeacherConfig,
+    parse_config,
+)
+from pipelines.core.run import Run
+from pipelines.edge.bundle import build_bundle
+from pipelines.hub import check_access, push_run
+from pipelines.onnx.export import export_onnx
+from pipelines.onnx.quantize import quantize_onnx
+from pipelines.report.results import report_run
+from pipelines.tasks import TaskConfig, make_task, task_class
+from pipelines.training.distill import distill_student
+from pipelines.training.fine_tune import fine_tune
+from pipelines.training.prune import can_be_pruned, prune_and_recover
+from pipelines.training.soft_targets import compute_soft_targets
+from pipelines.training.trainer import TrainingArguments, arguments_for
+
+# The settings of the stages; those of the task come before them.
+CHAIN = (
+    TeacherConfig,
+    StudentConfig,
+    DistillConfig,
+    PruneConfig,
+    QuantizeConfig,
+    BundleConfig,
+    ReportConfig,
+    TrainingArguments,
+)
+
+
+def compress(settings: Settings, recipe: str) -> None:
+    """The chain in a run's directory, a directory inside it for each stage; a stage that is finished is not made again."""
+    teacher, distill, prune, training = settings.teacher, settings.distill, settings.prune, settings.training
+    task = make_task(settings)
+    run = Run(training.output_dir, task, training.seed)
+    # A token that the Hub refuses shows now, not after hours of training.
+    if training.push_to_hub:
+        check_access(run, training)
+
+    # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
+    teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
+    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
+
+    # 2. Stored, the teacher's logits are computed once, and every epoch of the student and of its recovery reads them. They are of the
+    # examples as they are: a student of augmented images, or of hidden states, needs the teacher beside it (--soft_targets online).
+    soft_targets = None
+    if distill.needs_stored_targets:
+        what = distill.for_soft_targets()
+        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=what)
+    learning: dict[str, Any] = {"distributed": True, "training": training, "soft_targets": soft_targets}
+
+    # 3. The student starts from the teacher's own layers, so its embeddings and head come trained; or it is another model altogether.
+    run.stage("student", distill_student, "teacher", student=settings.student, distill=distill, **learning)
+    # The baseline that might win: the same student, the same steps, no teacher.
+    if settings.report.label_baseline:
+        labels_only = {**learning, "distill": distill.labels_only(), "soft_targets": None}
+        run.stage("student_labels_only", distill_student, "teacher", student=settings.student, **labels_only)
+
+    # 4. Pruning removes whole heads and neurons, so the ONNX graph is smaller, not just sparser; the teacher helps it to recover.
+    small = "student"
+    if (prune.prune_heads or prune.prune_ffn) and can_be_pruned(run.directory / small):
+        recovery = {**learning, "teacher": run.directory / "teacher", "distill": distill}
+        small = run.stage("pruned", prune_and_recover, small, prune=prune, **recovery).name
+
+    # 5. The teacher in ONNX is the fair baseline: what a user gets without any of this.
+    run.stage("teacher_onnx", export_onnx, "teacher")
+    shipped = run.stage("onnx", export_onnx, small).name
+
+    # 6. Only what keeps the quality of the exported model is shipped.
+    if settings.quantize.quantization != "none":
+        shipped = run.stage("quantized", quantize_onnx, shipped, quantize=settings.quantize).name
+
+    # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
+    bundle = run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
+
+    # 8. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
+    report_run(run, recipe, settings.report, settings.given)
+    if training.push_to_hub:
+        push_run(run, training)
+    run.state.print(next_commands(run.directory, bundle, task.example))
+
+
+def read_settings(task: str, default_config: Path | None = None) -> Settings:
+    """The settings of the chain for a task, from --config (else `default_config`) and the flags."""
+    settings = parse_config([*task_class(task).settings, *CHAIN], default_config)
+    settings.task = TaskConfig(task)
+    return settings
+
+
+def demo_config(task: str) -> Path:
+    """The YAML of a task's offline demo: in a wheel beside this file, in a clone among the recipes."""
+    here = Path(__file__).parent
+    folders = (here / "configs", here.parent / "recipes" / "configs")
+    return next(folder for folder in folders if folder.is_dir()) / f"{task_class(task).demo}.yaml"
+
+
+def next_commands(directory: Path, bundle: Path, example: str) -> str:
+    infer, run = shlex.quote(str(bundle / "infer.py")), shlex.quote(str(directory))
+    return (
+        "What next:\n"
+        f"  try it      python {infer} {example}\n"
+        f"  measure it  python {infer} --benchmark\n"
+        f"  in Python   from pipelines import load; model = load({str(bundle)!r})\n"
+        f"  publish it  pocketformers push --output_dir {run} --hub_model_id NAME"
+    )

@@ -1,0 +1,287 @@
+"""Every verb of the command `pocketformers` as a function of its settings: any one stage on any one directory, and the whole chain.
+
+A stage alone reads and writes what it does in the chain, with the same record, resuming and safety. The command line (cli.py) and the
+Python functions (api.py) are two doors to what is here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from pipelines import chain
+from pipelines.chain import CHAIN
+from pipelines.core.config import (
+    BundleConfig,
+    DistillConfig,
+    PruneConfig,
+    QuantizeConfig,
+    ReportConfig,
+    Settings,
+    StudentConfig,
+    TeacherConfig,
+)
+from pipelines.core.errors import InputError
+from pipelines.core.identity import differences
+from pipelines.core.records import check_files, read_record
+from pipelines.core.run import MARKER, Run, lock
+from pipelines.data.sources import resolve
+from pipelines.edge.bundle import build_bundle
+from pipelines.hub import push as push_run
+from pipelines.onnx.export import export_onnx
+from pipelines.onnx.quantize import quantize_onnx
+from pipelines.onnx.verify import verify_directory
+from pipelines.report.results import benchmark_directories, finished_stages, report_run
+from pipelines.tasks import TaskConfig, make_task, task_class
+from pipelines.training.distill import distill_student
+from pipelines.training.fine_tune import fine_tune as fine_tune_model
+from pipelines.training.prune import prune_and_recover
+from pipelines.training.soft_targets import compute_soft_targets
+from pipelines.training.trainer import TrainingArguments, arguments_for
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelConfig:
+    model: str | None = _flag(None, "The model directory to work on.")
+
+
+@dataclass
+class ReferenceConfig:
+    reference: str | None = _flag(None, "The directory that the ONNX model was made from.")
+
+
+@dataclass
+class ModelsConfig:
+    models: list[str] = field(
+        default_factory=list, metadata={"help": "The stage directories to time against one another."}
+    )
+
+
+@dataclass
+class SoftTargetConfig:
+    soft_target_dir: str | None = _flag(
+        None,
+        "What the verb soft-targets wrote for this teacher and this data. Left out, with --soft_targets stored: computed first, into "
+        "the directory <output_dir>_soft_targets.",
+    )
+
+
+@dataclass
+class OutputConfig:
+    output_dir: str | None = _flag(None, "The directory to write.")
+    seed: int = _flag(42, "Random seed.")
+
+
+@dataclass
+class PushConfig:
+    output_dir: str | None = _flag(None, "The directory of the finished run.")
+    hub_model_id: str | None = _flag(None, "The repository: name or organisation/name. Left out: the directory's name.")
+    hub_private_repo: bool = _flag(True, "Whether only you can see it.")
+    hub_token: str | None = _flag(None, "A token with write access. Left out: HF_TOKEN, or that of 'hf auth login'.")
+
+
+@dataclass
+class DemoConfig:
+    demo: bool = _flag(False, "Start from the settings of the task's offline demo (pip install 'pocketformers[demo]').")
+
+
+def compress(settings: Settings) -> None:
+    if settings.data.dataset is None:
+        raise InputError(
+            "expected a data set, found none. Pass --dataset, a --config that names one, or --demo for the task's offline demo."
+        )
+    chain.compress(settings, recipe="compress")
+
+
+def fine_tune(settings: Settings) -> Path:
+    teacher, training = settings.teacher, settings.training
+    arguments = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
+    return _stage(
+        make_task(settings),
+        training,
+        fine_tune_model,
+        teacher.teacher_model,
+        distributed=True,
+        teacher=teacher,
+        training=arguments,
+    )
+
+
+def soft_targets(settings: Settings) -> Path:
+    distill = settings.distill.for_soft_targets()
+    teacher = settings.teacher.teacher_model
+    return _stage(
+        make_task(settings), settings.output, compute_soft_targets, teacher, distributed=True, distill=distill
+    )
+
+
+def distill(settings: Settings) -> Path:
+    task, training, teacher = make_task(settings), settings.training, settings.teacher.teacher_model
+    return _stage(
+        task,
+        training,
+        distill_student,
+        teacher,
+        distributed=True,
+        student=settings.student,
+        distill=settings.distill,
+        training=training,
+        soft_targets=_soft_targets(task, settings),
+    )
+
+
+def prune(settings: Settings) -> Path:
+    task, training, source = make_task(settings), settings.training, _source(settings)
+    task.load_model(source)  # one that cannot be used is refused now, not after the soft targets are computed
+    return _stage(
+        task,
+        training,
+        prune_and_recover,
+        source,
+        distributed=True,
+        teacher=Path(resolve(settings.teacher.teacher_model)),
+        prune=settings.prune,
+        distill=settings.distill,
+        training=training,
+        soft_targets=_soft_targets(task, settings),
+    )
+
+
+def export(settings: Settings) -> Path:
+    return _stage(make_task(settings), settings.output, export_onnx, _source(settings))
+
+
+def quantize(settings: Settings) -> Path:
+    if settings.quantize.quantization == "none":
+        raise InputError(
+            "expected a way to quantize, found --quantization none. Leave this stage out: bundle and ship the exported directory itself."
+        )
+    return _stage(make_task(settings), settings.output, quantize_onnx, _source(settings), quantize=settings.quantize)
+
+
+def bundle(settings: Settings) -> Path:
+    return _stage(make_task(settings), settings.output, build_bundle, _source(settings), bundle=settings.bundle)
+
+
+def verify(settings: Settings) -> dict[str, Any]:
+    if settings.reference.reference is None:
+        raise InputError("expected the directory that the model was made from, found none. Pass --reference.")
+    model, reference = Path(_source(settings)), Path(settings.reference.reference)
+    return verify_directory(model, reference, make_task(settings), settings.quantize.max_quality_drop)
+
+
+def benchmark(settings: Settings) -> str:
+    if not settings.models.models:
+        raise InputError("expected the directories to time, found none. Pass --models with one or more.")
+    models = [Path(model) for model in settings.models.models]
+    return benchmark_directories(models, make_task(settings), settings.report)
+
+
+def report(settings: Settings) -> None:
+    run = Run(_run_directory(settings.output.output_dir), make_task(settings), settings.output.seed)
+    run.stages = finished_stages(run)
+    report_run(run, "report", settings.report, settings.given)
+
+
+def push(settings: Settings) -> None:
+    flags = settings.push
+    directory = _run_directory(flags.output_dir)
+    # No run changes these files between their check and their upload.
+    held = lock(directory / ".lock") if (directory / MARKER).exists() else None
+    push_run(directory, flags.hub_model_id, flags.hub_private_repo, flags.hub_token)
+    if held is not None:
+        held.release()
+
+
+# Each verb's function and its dataclasses; where TaskConfig stands, those of the task come, too.
+VERBS: dict[str, tuple[Callable[[Settings], Any], tuple[type, ...]]] = {
+    "compress": (compress, (DemoConfig, TaskConfig, *CHAIN)),
+    "fine-tune": (fine_tune, (TaskConfig, TeacherConfig, TrainingArguments)),
+    "soft-targets": (soft_targets, (TaskConfig, TeacherConfig, DistillConfig, OutputConfig)),
+    "distill": (
+        distill,
+        (TaskConfig, TeacherConfig, StudentConfig, DistillConfig, SoftTargetConfig, TrainingArguments),
+    ),
+    "prune": (
+        prune,
+        (ModelConfig, TaskConfig, TeacherConfig, PruneConfig, DistillConfig, SoftTargetConfig, TrainingArguments),
+    ),
+    "export": (export, (ModelConfig, TaskConfig, OutputConfig)),
+    "quantize": (quantize, (ModelConfig, TaskConfig, QuantizeConfig, OutputConfig)),
+    "verify": (verify, (ModelConfig, ReferenceConfig, TaskConfig, QuantizeConfig)),
+    "benchmark": (benchmark, (ModelsConfig, TaskConfig, ReportConfig)),
+    "bundle": (bundle, (ModelConfig, TaskConfig, BundleConfig, OutputConfig)),
+    "report": (report, (TaskConfig, ReportConfig, OutputConfig)),
+    "push": (push, (PushConfig,)),
+}
+
+
+def kinds_of(verb: str, task: str) -> list[type]:
+    """The dataclasses of a verb for a task."""
+    kinds: list[type] = []
+    for kind in VERBS[verb][1]:
+        if kind is TaskConfig:
+            kinds += [kind, *task_class(task).settings]
+        else:
+            kinds.append(kind)
+    return kinds
+
+
+def _stage(task: Any, output: Any, function: Callable[..., Any], source: str, **arguments: Any) -> Path:
+    """Run one stage function into `output.output_dir`, with the record, the resuming and the safety of a stage of the chain."""
+    if output.output_dir is None:
+        raise InputError("expected a directory to write, found none. Pass --output_dir.")
+    target = Path(output.output_dir).absolute()
+    run = Run(target.parent, task, output.seed, only_stage=target.name)
+    return run.stage(target.name, function, source, **arguments)
+
+
+def _source(settings: Settings) -> str:
+    if settings.model.model is None:
+        raise InputError("expected a model directory, found none. Pass --model.")
+    return str(settings.model.model)
+
+
+def _run_directory(output_dir: str | None) -> Path:
+    if output_dir is None or not Path(output_dir).is_dir():
+        raise InputError(f"expected the directory of a run, found {output_dir!r}. Pass --output_dir.")
+    return Path(output_dir)
+
+
+def _soft_targets(task: Any, settings: Settings) -> Path | None:
+    """The directory of the stored soft targets that a training needs: the one given, once it fits the data, or one that is made first."""
+    teacher, training, given = settings.teacher.teacher_model, settings.training, settings.softtarget.soft_target_dir
+    if not settings.distill.needs_stored_targets:
+        return None
+    if given is None:
+        target = Path(training.output_dir).absolute()
+        beside = OutputConfig(str(target.with_name(f"{target.name}_soft_targets")), training.seed)
+        PartialState().print(
+            f"soft targets: stored in {beside.output_dir}, for other trainings, too (--soft_target_dir). With --soft_targets online the "
+            "teacher runs beside the student instead."
+        )
+        what = settings.distill.for_soft_targets()
+        return _stage(task, beside, compute_soft_targets, teacher, distributed=True, distill=what)
+    record = read_record(Path(given))
+    if record is None or record["format"] != "soft targets":
+        raise InputError(
+            f"expected stored soft targets in {given}, found none. Pass a directory that 'pocketformers soft-targets' wrote, or leave "
+            "--soft_target_dir out."
+        )
+    check_files(Path(given), record)
+    changed = differences(record["made_by"]["task"], json.loads(json.dumps(task.describe(), default=str)))
+    if changed:
+        raise InputError(
+            f"expected the data and the settings that the soft targets in {given} were computed with, found others: {'; '.join(changed)}. "
+            "Pass the same flags, or leave --soft_target_dir out to compute them again."
+        )
+    return Path(given)
