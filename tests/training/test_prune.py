@@ -116,7 +116,7 @@ def test_the_least_important_go_first_and_no_layer_goes_empty():
 
 
 def test_pruning_removes_the_share_asked_for_unevenly_and_recovers(trained_teacher, task, training, tmp_path, capsys):
-    compute_soft_targets(str(trained_teacher), tmp_path, task)
+    compute_soft_targets(str(trained_teacher), tmp_path, task, DistillConfig())
     training.num_train_epochs, training.learning_rate = 3, 3e-3
     arguments = {
         "source": str(trained_teacher), "directory": tmp_path / "pruned", "task": task, "teacher": trained_teacher,
@@ -205,7 +205,7 @@ def test_the_heads_of_a_language_model_that_matter_least_go_first(
     processor.save_pretrained(tmp_path / "model")
     features = language_task.features(processor)["train"].select(range(16))
     distill = DistillConfig(soft_target_weight=0.0)
-    heads, neurons = measure_importance(model, features, language_task.collate(processor), distill, causal=True)
+    heads, neurons = measure_importance(model, features, language_task.collate(processor), distill)
     assert list(np.argsort(-heads[1])) == [0, 1, 2, 3]
     assert [len(layer) for layer in neurons] == [128, 128, 128]
     outcome = prune_and_recover(
