@@ -55,7 +55,7 @@ class DistillationTrainer(Trainer):
             divergence=divergence,
             beta=beta,
         )
-        student = arguments[0] if arguments else keywords.get("model")
+        student: Any = arguments[0] if arguments else keywords.get("model")
         self.hidden_state_map: list[tuple[int, int]] = []
         if self.distill.hidden_state_weight > 0:
             if teacher is None:
