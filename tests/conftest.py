@@ -315,6 +315,23 @@ def language_model_dir(tmp_path_factory: pytest.TempPathFactory, language_task: 
     return directory
 
 
+@pytest.fixture(scope="session")
+def language_teacher(tmp_path_factory: pytest.TempPathFactory, language_model_dir: Path, language_task: Any) -> Path:
+    """The same model after a few steps, so that it is better than guessing."""
+    directory = tmp_path_factory.mktemp("language_teacher")
+    tokenizer = language_task.load_processor(str(language_model_dir))
+    model = language_task.load_model(str(language_model_dir))
+    batch = language_task.collate(tokenizer)(list(language_task.features(tokenizer)["train"].select(range(16))))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(10):
+        model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def make_bundle(source: Path, directory: Path, task: Any) -> Path:
     """The bundle of the ONNX directory `source`, without a page."""
     from pipelines.core.config import BundleConfig

@@ -204,7 +204,8 @@ class Task(Protocol):
         """What is stored of a teacher's outputs: columns `teacher_…`, whose first axis is the examples."""
 
     def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
-        """The loss against the teacher, summed: `teacher` are its outputs (online) or its stored soft targets."""
+        """The loss against the teacher, summed: `teacher` are its outputs (online), `teacher_` before their names, or its stored soft
+        targets."""
 
     def hidden_state_loss(self, student: Tensor, teacher: Tensor, inputs: Tensors, labels: Tensor) -> Tensor:
         """The loss of one pair of hidden states (batch, tokens, width), summed as the other losses are."""

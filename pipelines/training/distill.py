@@ -80,39 +80,44 @@ class DistillationTrainer(Trainer):
         if not model.training:  # an evaluation: the labels alone, and no hidden states to gather
             return super().summed_loss(model, inputs, labels)
 
-        found = model(**inputs, output_hidden_states=self.all_tokens)
+        asked = {"output_hidden_states": True} if self.all_tokens else {}
+        found = model(**inputs, **asked)
         outputs = self.task.outputs(found)
         loss, count = self.task.label_loss(outputs, labels, self.args.label_smoothing_factor)
-        teacher = named
+        teacher: dict[str, Any] = named
+        from_teacher: Any = None
         if self.teacher is not None:
             # A teacher of images has its own processor, so the collator adds what that makes of the same images.
             own = {name: named[TEACHER_COLUMN + name] for name in inputs if TEACHER_COLUMN + name in named}
             with torch.no_grad():
-                from_teacher = self.teacher(**(own or inputs), output_hidden_states=self.all_tokens)
+                from_teacher = self.teacher(**(own or inputs), **asked)
             teacher = {TEACHER_COLUMN + name: values for name, values in self.task.outputs(from_teacher).items()}
         weight = self.distill.soft_target_weight
-        if weight > 0 and not teacher:
-            raise InputError(
-                f"expected a teacher, or a column teacher_logits in the batches, found {', '.join(inputs)}. Pass teacher=model, or "
-                "keep the column (a collator of your own must make a tensor of it)."
-            )
         if weight > 0:
-            soft = self.task.soft_loss(outputs, teacher, labels, self.distill)
-            loss = (1 - weight) * loss + weight * soft
-        maps = getattr(self.accelerator.unwrap_model(model), PROJECTIONS, None)
-        for index, (student_state, teacher_state) in enumerate(self.hidden_state_map):
-            student_hidden = found.hidden_states[student_state]
-            if maps is not None:
-                student_hidden = maps[index](student_hidden)
-            teacher_hidden = from_teacher.hidden_states[teacher_state]
-            if student_hidden.shape[:2] != teacher_hidden.shape[:2]:
+            if not teacher:
                 raise InputError(
-                    f"expected hidden states of as many positions from teacher and student, found {teacher_hidden.shape[1]} and "
-                    f"{student_hidden.shape[1]}. Use --hidden_state_weight 0, or a student with the teacher's image and patch size."
+                    f"expected a teacher, or a column teacher_logits in the batches, found {', '.join(inputs)}. Pass teacher=model, or "
+                    "keep the column (a collator of your own must make a tensor of it)."
                 )
-            hidden = self.task.hidden_state_loss(student_hidden, teacher_hidden, inputs, labels)
-            loss = loss + self.distill.hidden_state_weight * hidden / len(self.hidden_state_map)
+            loss = (1 - weight) * loss + weight * self.task.soft_loss(outputs, teacher, labels, self.distill)
+        if self.hidden_state_map:
+            hidden = self._hidden_state_loss(model, found.hidden_states, from_teacher.hidden_states, inputs, labels)
+            loss = loss + self.distill.hidden_state_weight * hidden
         return loss, count, outputs
+
+    def _hidden_state_loss(self, model: Any, student: Any, teacher: Any, inputs: dict[str, Any], labels: Tensor) -> Any:
+        """The mean of the losses of all pairs of hidden states."""
+        maps = getattr(self.accelerator.unwrap_model(model), PROJECTIONS, None)
+        losses = []
+        for index, (left, right) in enumerate(self.hidden_state_map):
+            if student[left].shape[:2] != teacher[right].shape[:2]:
+                raise InputError(
+                    f"expected hidden states of as many positions from teacher and student, found {teacher[right].shape[1]} and "
+                    f"{student[left].shape[1]}. Use --hidden_state_weight 0, or a student with the teacher's image and patch size."
+                )
+            projected = student[left] if maps is None else maps[index](student[left])
+            losses.append(self.task.hidden_state_loss(projected, teacher[right], inputs, labels))
+        return sum(losses) / len(losses)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -182,11 +182,11 @@ def test_a_shape_becomes_a_model_and_a_student_of_half_its_layers_learns_from_it
 
 
 def test_stored_soft_targets_teach_what_online_distillation_teaches(
-    language_task, language_model_dir, training, tmp_path
+    language_task, language_teacher, training, tmp_path
 ):
     """With all but one of the tokens stored nothing is lost; with few, the loss is less."""
-    tokenizer = language_task.load_processor(str(language_model_dir))
-    teacher = language_task.load_model(str(language_model_dir))
+    tokenizer = language_task.load_processor(str(language_teacher))
+    teacher = language_task.load_model(str(language_teacher))
     features = language_task.features(tokenizer)["train"]
     collate = language_task.collate(tokenizer)
     training.remove_unused_columns, training.load_best_model_at_end, training.eval_strategy = False, False, "no"
@@ -209,7 +209,7 @@ def test_stored_soft_targets_teach_what_online_distillation_teaches(
         directory = tmp_path / str(top_k)
         directory.mkdir()
         stored_as = DistillConfig(temperature=2.0, soft_target_top_k=top_k)
-        details = compute_soft_targets(str(language_model_dir), directory, language_task, stored_as).details
+        details = compute_soft_targets(str(language_teacher), directory, language_task, stored_as).details
         assert details["bytes_per_example"] == 32 * (top_k * 6 + 4)
         stored = WithSoftTargets(features, directory)
         assert stored["length"] == features["length"]
@@ -222,20 +222,20 @@ def test_stored_soft_targets_teach_what_online_distillation_teaches(
 
     training.max_steps, training.per_device_train_batch_size = 3, 4
     outcome = distill_student(
-        str(language_model_dir), tmp_path / "student", language_task, StudentConfig(student_layers="1"),
+        str(language_teacher), tmp_path / "student", language_task, StudentConfig(student_layers="1"),
         DistillConfig(temperature=2.0), training, tmp_path / "5",
     )  # fmt: skip
     assert outcome.details["soft_targets"] == "stored"
 
 
 def test_a_teacher_with_another_vocabulary_of_the_same_size_is_refused(
-    language_task, language_model_dir, training, tmp_path
+    language_task, language_teacher, training, tmp_path
 ):
     tiny_language_model(n_layer=1).save_pretrained(tmp_path)
     train_tokenizer(["QUITE OTHER WORDS"] * 5 + ["AND MORE OF THEM TO LEARN FROM"] * 3, 300).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="same vocabulary.*--student_model"):
         distill_student(
-            str(language_model_dir), tmp_path / "out", language_task, StudentConfig(student_model=str(tmp_path)),
+            str(language_teacher), tmp_path / "out", language_task, StudentConfig(student_model=str(tmp_path)),
             DistillConfig(soft_targets="online"), training,
         )  # fmt: skip
 
@@ -268,12 +268,12 @@ def test_a_tokenizer_is_trained_for_a_shape_alone_and_always_the_same(language_t
 
 
 def test_a_student_from_scratch_has_the_shape_of_a_directory(
-    language_task, language_shape, language_model_dir, training, tmp_path
+    language_task, language_shape, language_teacher, training, tmp_path
 ):
     training.max_steps = 2
     student = StudentConfig(student_model=str(language_shape), student_from_scratch=True)
     outcome = distill_student(
-        str(language_model_dir),
+        str(language_teacher),
         tmp_path / "student",
         language_task,
         student,

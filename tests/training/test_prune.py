@@ -66,30 +66,6 @@ class Standin:
         )
 
 
-# TODO at the merge: delete, the tasks have these themselves.
-@pytest.fixture(autouse=True)
-def tasks_with_losses(monkeypatch):
-    from pipelines.tasks.text_classification import TextClassification
-    from pipelines.tasks.text_generation.task import LanguageModeling
-
-    def next_token_loss(self, outputs, labels):
-        logits, targets = losses.next_token(outputs["logits"], labels)
-        return losses.label_loss(logits, targets), targets.ne(-100).sum()
-
-    def soft_loss(self, outputs, teacher, labels, distill):
-        logits, target = outputs["logits"], teacher.get("teacher_logits", teacher.get("logits"))
-        if logits.dim() == 3:
-            (logits, labels), target = losses.next_token(logits, labels), target[:, :-1]
-        return losses.soft_target_loss(logits, target, distill.temperature, labels.ne(-100), distill.divergence)
-
-    for task in (TextClassification, LanguageModeling):
-        if not hasattr(task, "outputs"):
-            monkeypatch.setattr(task, "outputs", Standin.outputs, raising=False)
-            monkeypatch.setattr(task, "soft_loss", soft_loss, raising=False)
-            label_loss = next_token_loss if task is LanguageModeling else Standin.label_loss
-            monkeypatch.setattr(task, "label_loss", label_loss, raising=False)
-
-
 def make_rows(model_type: str, examples: int = 6) -> list[dict[str, torch.Tensor]]:
     batches = [example_inputs(model_type) for _ in range(examples // 3)]
     for shift, batch in enumerate(batches):
@@ -231,7 +207,7 @@ def test_what_a_family_does_not_allow_is_left_out_with_a_line(monkeypatch, capsy
 
 
 def test_pruning_removes_the_share_asked_for_unevenly_and_recovers(trained_teacher, task, training, tmp_path, capsys):
-    compute_soft_targets(str(trained_teacher), tmp_path, task)
+    compute_soft_targets(str(trained_teacher), tmp_path, task, DistillConfig())
     training.num_train_epochs, training.learning_rate = 3, 3e-3
     arguments = {
         "source": str(trained_teacher),

@@ -133,14 +133,14 @@ def test_logits_that_are_not_finite_are_refused_by_row(task, tokenizer, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]
 
 
-def test_token_soft_targets_are_the_same_in_any_shards(language_task, language_model_dir, tmp_path):
-    features = language_task.features(language_task.load_processor(str(language_model_dir)))["train"]
+def test_token_soft_targets_are_the_same_in_any_shards(language_task, language_teacher, tmp_path):
+    features = language_task.features(language_task.load_processor(str(language_teacher)))["train"]
     details, targets = [], []
     distill = DistillConfig(temperature=2.0, soft_target_top_k=5)
     for size in (1000, 8):
         directory = tmp_path / str(size)
         directory.mkdir()
-        outcome = compute_soft_targets(str(language_model_dir), directory, language_task, distill, shard_examples=size)
+        outcome = compute_soft_targets(str(language_teacher), directory, language_task, distill, shard_examples=size)
         details.append(outcome.details)
         targets.append({name: stored(features, directory, name) for name in TOP_K_COLUMNS})
     assert details[0]["shards"] == 1

@@ -282,10 +282,10 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
 
 
 def test_any_number_of_processes_trains_to_the_curve_of_one_and_scores_every_example_once(
-    trained_teacher, csv_file, image_folder, language_text, language_model_dir, tmp_path
+    trained_teacher, csv_file, image_folder, language_text, language_teacher, tmp_path
 ):
     """The same global batch cut into 2 and 4 processes, and each part in two again, by labels and by distillation."""
-    sources = [str(source) for source in (csv_file, trained_teacher, image_folder, language_text, language_model_dir)]
+    sources = [str(source) for source in (csv_file, trained_teacher, image_folder, language_text, language_teacher)]
     curves, scores = {}, {}
     for count in (1, 2, 3, 4):
         directory = tmp_path / str(count)
