@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
 from pipelines.core.run import Outcome, sealed, write_json
 from pipelines.core.task import Task
-from pipelines.models.families import FAMILIES, groups_of, layers_of, prunable, unit_count, unit_width
+from pipelines.models.families import groups_of, layers_of, prunable, unit_count, unit_width
 from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training.distill import distil
 from pipelines.training.soft_targets import WithSoftTargets
@@ -159,11 +160,12 @@ def possible_pruning(config: Any, prune: PruneConfig) -> PruneConfig:
 
 
 def can_be_pruned(directory: Path) -> bool:
-    """Whether the model in `directory` has heads or neurons to remove; says so where it has none."""
+    """Whether the model in `directory` has heads or neurons that can be removed; says so where it has none."""
     model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type not in FAMILIES and is_main_process():
+    possible = any(prunable(SimpleNamespace(model_type=model_type)).values())
+    if not possible and is_main_process():
         print(f"pruned: skipped, a {model_type} has no attention heads or neurons that can be removed", flush=True)
-    return model_type in FAMILIES
+    return possible
 
 
 def prune_and_recover(

@@ -301,6 +301,7 @@ def test_an_entry_is_all_that_another_family_needs(model_type, tmp_path, monkeyp
         model.set_attn_implementation("eager")
         assert layers_of(model)[0].self_attn.config._attn_implementation == "eager"
         assert model.config.num_attention_heads == 8
+        torch.testing.assert_close(logits_of(copy.deepcopy(model), inputs), logits_of(model, inputs))
 
 
 def test_a_student_of_a_model_whose_layers_are_one(monkeypatch):
