@@ -274,14 +274,14 @@ def make_later(model_type: str, **changes: Any) -> tuple[Any, dict[str, torch.Te
     sizes = {
         "modernbert": {"pad_token_id": 0, "local_attention": 4, "classifier_pooling": "mean"},
         "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
-        "swin": {"image_size": 8, "patch_size": 1, "window_size": 2, "depths": [2, 2], "num_heads": [4, 4], "embed_dim": 16}
-        | {"mlp_ratio": 4.0},
-    }  # fmt: skip
+    }
     if model_type == "swin":
         from transformers import AutoConfig, AutoModelForImageClassification
 
         torch.manual_seed(0)
-        model = AutoModelForImageClassification.from_config(AutoConfig.for_model("swin", **sizes["swin"])).eval()
+        stages = {"depths": [2, 2], "num_heads": [4, 4], "embed_dim": 16, "window_size": 2}
+        config = AutoConfig.for_model("swin", image_size=8, patch_size=1, **stages)
+        model = AutoModelForImageClassification.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
