@@ -26,7 +26,7 @@ from pipelines.report.results import report_run
 from pipelines.tasks import TaskConfig, make_task, task_class
 from pipelines.training.distill import distill_student
 from pipelines.training.fine_tune import fine_tune
-from pipelines.training.prune import can_be_pruned, prune_and_recover
+from pipelines.training.prune import possible_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
 from pipelines.training.trainer import TrainingArguments, arguments_for
 

@@ -240,9 +240,12 @@ class DistillConfig:
 
 @dataclass
 class PruneConfig:
-    prune_heads: float = _flag(0.25, "Share of the attention heads to remove, over all layers together.")
+    prune_heads: float = _flag(
+        0.25,
+        "Share of the attention heads to remove, over all layers together. Query heads that share a key and a value go together.",
+    )
     prune_ffn: float = _flag(0.5, "Share of the feed-forward neurons to remove, over all layers together.")
-    prune_steps: int = _flag(2, "Cut in this many steps, recovering after each.")
+    prune_steps: int = _flag(2, "Remove them in this many steps, and recover after each.")
     prune_epochs: float = _flag(2.0, "Epochs of recovery by distillation after each step.")
     prune_learning_rate: float | None = _flag(None, "Peak learning rate of the recovery. Left out: --learning_rate.")
     prune_samples: int = _flag(512, "Training examples that the importance of heads and neurons is measured on.")

@@ -20,7 +20,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
 from pipelines.core.run import Outcome, sealed, write_json
 from pipelines.core.task import Task
-from pipelines.models.families import FAMILIES, groups_of, layers_of, prunable, unit_count, unit_width
+from pipelines.models.families import groups_of, layers_of, prunable, unit_count, unit_width
 from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write_checksums
 from pipelines.training.distill import TEACHER_COLUMN, train_student
@@ -151,14 +151,6 @@ def possible_pruning(config: Any, prune: PruneConfig) -> PruneConfig:
         prune_heads=0.0 if "heads" in impossible else prune.prune_heads,
         prune_ffn=0.0 if "neurons" in impossible else prune.prune_ffn,
     )
-
-
-def can_be_pruned(directory: Path) -> bool:
-    """Whether the model in `directory` has heads or neurons to remove; says so where it has none."""
-    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type not in FAMILIES and PartialState().is_main_process:
-        print(f"pruned: skipped, a {model_type} has no attention heads or neurons that can be removed", flush=True)
-    return model_type in FAMILIES
 
 
 def prune_and_recover(

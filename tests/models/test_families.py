@@ -274,14 +274,14 @@ def make_later(model_type: str, **changes: Any) -> tuple[Any, dict[str, torch.Te
     sizes = {
         "modernbert": {"pad_token_id": 0, "local_attention": 4, "classifier_pooling": "mean"},
         "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
-        "swin": {"image_size": 8, "patch_size": 1, "window_size": 2, "depths": [2, 2], "num_heads": [4, 4], "embed_dim": 16}
-        | {"mlp_ratio": 4.0},
-    }  # fmt: skip
+    }
     if model_type == "swin":
         from transformers import AutoConfig, AutoModelForImageClassification
 
         torch.manual_seed(0)
-        model = AutoModelForImageClassification.from_config(AutoConfig.for_model("swin", **sizes["swin"])).eval()
+        stages = {"depths": [2, 2], "num_heads": [4, 4], "embed_dim": 16, "window_size": 2}
+        config = AutoConfig.for_model("swin", image_size=8, patch_size=1, **stages)
+        model = AutoModelForImageClassification.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -301,6 +301,7 @@ def test_an_entry_is_all_that_another_family_needs(model_type, tmp_path, monkeyp
         model.set_attn_implementation("eager")
         assert layers_of(model)[0].self_attn.config._attn_implementation == "eager"
         assert model.config.num_attention_heads == 8
+        torch.testing.assert_close(logits_of(copy.deepcopy(model), inputs), logits_of(model, inputs))
 
 
 def test_a_student_of_a_model_whose_layers_are_one(monkeypatch):
