@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 LARGEST_FILE = 2**31 - 2**24  # what a protobuf message, and so an ONNX file, can hold, less some room for the graph
@@ -20,9 +21,26 @@ def size_of(path: Path) -> int:
 
 
 def save(model: ir.Model, target: Path) -> None:
-    """Write `model` and let go of its weights: onnxscript's rules remember the last graph that they matched."""
-    weights = [value for value in model.graph.initializers.values() if value.const_value is not None]
-    large = sum(value.const_value.nbytes for value in weights if value.const_value is not None) > LARGEST_FILE
-    ir.save(model, target, external_data=data_beside(target).name if large else None)
-    for value in weights:
+    """Write `model` and let go of its weights: onnxscript's rules remember the last graph that they matched.
+
+    Protobuf reads messages that follow one another as one, so each weight is appended as a model that has nothing else. With
+    onnx_ir.save, which makes two more copies of all weights, the export of a BERT-base took 4.9 times its fp32 bytes instead of 3.4.
+    """
+    weights = {name: value for name, value in model.graph.initializers.items() if value.const_value is not None}
+    if sum(value.const_value.nbytes for value in weights.values() if value.const_value is not None) > LARGEST_FILE:
+        ir.save(model, target, external_data=data_beside(target).name)
+    else:
+        for name in weights:
+            del model.graph.initializers[name]
+        with target.open("wb") as file:
+            file.write(ir.serde.serialize_model(model).SerializeToString())
+            for name, value in weights.items():
+                one = onnx.ModelProto()
+                tensor = one.graph.initializer.add()
+                assert value.const_value is not None
+                ir.serde.serialize_tensor_into(tensor, value.const_value)
+                tensor.name = name
+                file.write(one.SerializeToString())
+        model.graph.initializers.update(weights)
+    for value in weights.values():
         value.const_value = None

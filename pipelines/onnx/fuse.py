@@ -241,6 +241,7 @@ def _is_same(found: np.ndarray, expected: np.ndarray | None) -> bool:
 
 
 def _write_out_gelu(gelu: Node) -> None:
+    """Put the basic operators in its place that ONNX Runtime fuses again when it loads them, as it does not with the exporter's."""
     graph, [value] = gelu.graph, gelu.inputs
     root, one, half = (
         _constant(graph, name, np.float32(number))

@@ -110,7 +110,8 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
         }
     chosen = choose(tried, candidates, task)
     metrics = tried[chosen]["metrics"]
-    verification = verify_quality(before, metrics, task, quantize.max_quality_drop, chosen)
+    name = chosen if len(tried) == 1 else f"{chosen}, the one to ship of {', '.join(tried)}"
+    verification = verify_quality(before, metrics, task, quantize.max_quality_drop, name)
     for path in (candidates / chosen).iterdir():
         path.rename(directory / path.name)
     shutil.rmtree(candidates)

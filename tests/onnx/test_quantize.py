@@ -7,17 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, ConvNextConfig, ConvNextForImageClassification
-from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from conftest import tiny_model
 from pipelines.core.config import QuantizeConfig
+from pipelines.core.task import Graph
 from pipelines.models.removal import cut, with_stock_shapes
-from pipelines.onnx.export import export_onnx
+from pipelines.onnx.export import export_graph, export_onnx
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.predict import predict_onnx
 from pipelines.onnx.quantize import quantize_dynamic_int8, quantize_onnx
@@ -33,12 +32,10 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = BertForSequenceClassification(config).eval()
     sample = {name: torch.ones(2, 9, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-    shapes = {name: {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=512)} for name in sample}
-    exported = OnnxExporter().export(
-        model, sample, config=OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=20)
-    )
+    sample["attention_mask"][0, 5:] = 0
     directory = tmp_path_factory.mktemp("fused")
-    ir.save(exported.program, directory / "source.onnx")
+    axes = {name: {0: "batch", 1: "sequence"} for name in sample}
+    export_graph(Graph(model, sample, axes, ["logits"]), directory / "source.onnx")
     assert fuse_for_onnxruntime(directory / "source.onnx", directory / "model.onnx")["attention"] == LAYERS
     return directory / "model.onnx"
 
