@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -453,6 +454,8 @@ def _make_parser(kinds: list[Any], default_config: Path | None, program: str | N
         add_help=not only,
     )
     parser.error = partial(_refuse_flags, parser)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes prints the help
+        parser.print_help = lambda: None
     of_file = "A YAML file of flags; those on the command line override it."
     parser.add_argument("--config", default=default_config, help=of_file)
     if "--debug" not in parser._option_string_actions:
