@@ -45,12 +45,13 @@ CHAIN = (
 
 def compress(settings: Settings, recipe: str) -> None:
     """The chain in a run's directory, a directory inside it for each stage; a stage that is finished is not made again."""
-    teacher, distill, prune, training = settings.teacher, settings.distill, settings.prune, settings.training
+    teacher, distill, training = settings.teacher, settings.distill, settings.training
     task = make_task(settings)
     run = Run(training.output_dir, task, training.seed)
-    # A token that the Hub refuses shows now, not after hours of training.
+    # What cannot work shows now, not after hours of training: a token that the Hub refuses, what a family's layers do not allow.
     if training.push_to_hub:
         check_access(run, training)
+    prune = possible_pruning(task.load_config(settings.student.student_model or teacher.teacher_model), settings.prune)
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
@@ -73,7 +74,7 @@ def compress(settings: Settings, recipe: str) -> None:
 
     # 4. Pruning removes whole heads and neurons, so the ONNX graph is smaller, not just sparser; the teacher helps it to recover.
     small = "student"
-    if (prune.prune_heads or prune.prune_ffn) and can_be_pruned(run.directory / small):
+    if prune.prune_heads or prune.prune_ffn:
         recovery = {**learning, "teacher": run.directory / "teacher", "distill": distill}
         small = run.stage("pruned", prune_and_recover, small, prune=prune, **recovery).name
 
@@ -89,7 +90,7 @@ def compress(settings: Settings, recipe: str) -> None:
     bundle = run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
 
     # 8. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
-    report_run(run, recipe, settings.report, settings.given)
+    report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size)
     if training.push_to_hub:
         push_run(run, training)
     run.state.print(next_commands(run.directory, bundle, task.example))

@@ -105,55 +105,28 @@ def compress(settings: Settings) -> None:
 def fine_tune(settings: Settings) -> Path:
     teacher, training = settings.teacher, settings.training
     arguments = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
-    return _stage(
-        make_task(settings),
-        training,
-        fine_tune_model,
-        teacher.teacher_model,
-        distributed=True,
-        teacher=teacher,
-        training=arguments,
-    )
+    learning = {"distributed": True, "teacher": teacher, "training": arguments}
+    return _stage(make_task(settings), training, fine_tune_model, teacher.teacher_model, **learning)
 
 
 def soft_targets(settings: Settings) -> Path:
-    distill = settings.distill.for_soft_targets()
-    teacher = settings.teacher.teacher_model
-    return _stage(
-        make_task(settings), settings.output, compute_soft_targets, teacher, distributed=True, distill=distill
-    )
+    return _store_soft_targets(make_task(settings), settings, settings.output)
 
 
 def distill(settings: Settings) -> Path:
-    task, training, teacher = make_task(settings), settings.training, settings.teacher.teacher_model
-    return _stage(
-        task,
-        training,
-        distill_student,
-        teacher,
-        distributed=True,
-        student=settings.student,
-        distill=settings.distill,
-        training=training,
-        soft_targets=_soft_targets(task, settings),
-    )
+    task, training = make_task(settings), settings.training
+    learning = {"distributed": True, "distill": settings.distill, "training": training, "student": settings.student}
+    learning["soft_targets"] = _soft_targets(task, settings)
+    return _stage(task, training, distill_student, settings.teacher.teacher_model, **learning)
 
 
 def prune(settings: Settings) -> Path:
     task, training, source = make_task(settings), settings.training, _source(settings)
     task.load_model(source)  # one that cannot be used is refused now, not after the soft targets are computed
-    return _stage(
-        task,
-        training,
-        prune_and_recover,
-        source,
-        distributed=True,
-        teacher=Path(resolve(settings.teacher.teacher_model)),
-        prune=settings.prune,
-        distill=settings.distill,
-        training=training,
-        soft_targets=_soft_targets(task, settings),
-    )
+    learning = {"distributed": True, "distill": settings.distill, "training": training, "prune": settings.prune}
+    learning["teacher"] = Path(resolve(settings.teacher.teacher_model))
+    learning["soft_targets"] = _soft_targets(task, settings)
+    return _stage(task, training, prune_and_recover, source, **learning)
 
 
 def export(settings: Settings) -> Path:
@@ -257,20 +230,24 @@ def _run_directory(output_dir: str | None) -> Path:
     return Path(output_dir)
 
 
+def _store_soft_targets(task: Any, settings: Settings, output: Any) -> Path:
+    distill, teacher = stored_settings(settings.distill), settings.teacher.teacher_model
+    return _stage(task, output, compute_soft_targets, teacher, distributed=True, distill=distill)
+
+
 def _soft_targets(task: Any, settings: Settings) -> Path | None:
     """The directory of the stored soft targets that a training needs: the one given, once it fits the data, or one that is made first."""
-    teacher, training, given = settings.teacher.teacher_model, settings.training, settings.softtarget.soft_target_dir
+    given = settings.softtarget.soft_target_dir
     if not settings.distill.needs_stored_targets:
         return None
     if given is None:
-        target = Path(training.output_dir).absolute()
-        beside = OutputConfig(str(target.with_name(f"{target.name}_soft_targets")), training.seed)
+        target = Path(settings.training.output_dir).absolute()
+        beside = OutputConfig(str(target.with_name(f"{target.name}_soft_targets")), settings.training.seed)
         PartialState().print(
             f"soft targets: stored in {beside.output_dir}, for other trainings, too (--soft_target_dir). With --soft_targets online the "
             "teacher runs beside the student instead."
         )
-        what = settings.distill.for_soft_targets()
-        return _stage(task, beside, compute_soft_targets, teacher, distributed=True, distill=what)
+        return _store_soft_targets(task, settings, beside)
     record = read_record(Path(given))
     if record is None or record["format"] != "soft targets":
         raise InputError(

@@ -210,7 +210,7 @@ def test_an_unknown_verb_and_an_unknown_flag_have_status_2(stage):
     assert stage("squash")[0] == 2
     status, _, errors = stage("export", "--modle", "x")
     assert status == 2
-    assert "unknown flags: --modle x. Did you mean model?" in errors
+    assert "unknown flags: --modle x. Did you mean --model?" in errors
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -363,18 +364,7 @@ class ReportConfig:
 
 
 # Where it was done and published, what the report names anyway, and a secret: not among the flags that the report lists.
-NOT_RECORDED = (
-    "config",
-    "debug",
-    "demo",
-    "task",
-    "output_dir",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-    "hub_token",
-    "web_assets",
-)
+NOT_RECORDED = ("config", "debug", "demo", "hub_", "output_dir", "push_to_hub", "task", "web_assets")
 
 
 class Settings(SimpleNamespace):
@@ -427,10 +417,8 @@ def parse_config(
     flags = {action.dest: action for action in reversed(parser._actions)}
     defaults, (named, unknown) = vars(parser.parse_known_args([])[0]), parser.parse_known_args(argv)
     if unknown and not only:
-        misspelt = [word for word in unknown if word.startswith("-")] or unknown
-        parser.error(
-            f"unknown flags: {' '.join(unknown)}.{did_you_mean([word.lstrip('-') for word in misspelt], flags)}"
-        )
+        hint = did_you_mean([word.partition("=")[0] for word in unknown], [f"--{flag}" for flag in flags])
+        parser.error(f"unknown flags: {' '.join(unknown)}.{hint}")
     if named.config is not None:
         _set_defaults(parser, flags, Path(named.config), only)
     values = vars(parser.parse_known_args(argv)[0])
@@ -445,9 +433,8 @@ def parse_config(
         except Exception as in_file:
             raise InputError(f"expected settings that can be used in {named.config}, found: {in_file}") from in_file
         parser.error(str(error))
-    settings.given = {
-        flag: value for flag, value in values.items() if value != defaults[flag] and flag not in NOT_RECORDED
-    }
+    changed = {flag: value for flag, value in values.items() if value != defaults[flag]}
+    settings.given = {flag: value for flag, value in changed.items() if not flag.startswith(NOT_RECORDED)}
     return settings
 
 
@@ -462,6 +449,8 @@ def _make_parser(kinds: list[Any], default_config: Path | None, program: str | N
         add_help=not only,
     )
     parser.error = partial(_refuse_flags, parser)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes prints the help
+        parser.print_help = lambda: None
     of_file = "A YAML file of flags; those on the command line override it."
     parser.add_argument("--config", default=default_config, help=of_file)
     if "--debug" not in parser._option_string_actions:
