@@ -35,9 +35,7 @@ OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 # What differs between two runs that are the same: times, what is computed from them, and means over the steps since a resume.
 TIMES = {
     "seconds", "latency_ms", "samples_per_second", "train_samples_per_second", "peak_memory_bytes", "faster_than_teacher",
-    "faster_than_teacher_onnx", "first_token_ms", "tokens_per_second", "tokens_per_second_at_memory_bandwidth",
-    "memory_bandwidth_bytes_per_second", "files", "sha256", "resumed_from_step",
-    "train_loss", "losses",
+    "faster_than_teacher_onnx", "time_to_first_token_ms", "files", "sha256", "resumed_from_step", "train_loss", "losses",
 }  # fmt: skip
 
 # Stored soft targets, every optional stage, and no choice that is made by measuring time.
