@@ -284,7 +284,7 @@ def test_the_published_model_is_loaded_by_its_name_and_scores_the_same(
         assert accuracy == pytest.approx(report[name]["metrics"]["accuracy"])
     collate = task.collate(task.load_processor(str(a_run / "pruned")))
     for name in ("onnx", "quantized"):
-        expected = predict_onnx(a_run / name / "model.onnx", features, collate)
+        expected = predict_onnx(a_run / name / "model.onnx", features, collate, task)
         np.testing.assert_allclose(read[name], expected, atol=1e-6)
     np.testing.assert_allclose(read["pruned"], read["onnx"], atol=1e-4)
     without = {**environment, "HF_TOKEN": "", "HF_HOME": str(tmp_path / "stranger")}
