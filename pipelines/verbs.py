@@ -231,7 +231,7 @@ def _run_directory(output_dir: str | None) -> Path:
 
 
 def _store_soft_targets(task: Any, settings: Settings, output: Any) -> Path:
-    distill, teacher = stored_settings(settings.distill), settings.teacher.teacher_model
+    distill, teacher = settings.distill.for_soft_targets(), settings.teacher.teacher_model
     return _stage(task, output, compute_soft_targets, teacher, distributed=True, distill=distill)
 
 

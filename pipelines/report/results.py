@@ -43,7 +43,7 @@ def report_run(run: Run, recipe: str, config: ReportConfig, given: dict[str, Any
     made_by = json.loads(json.dumps(made_by, default=str))
     report, changed = read_report(run.directory)
     if changed or report["made_by"] != made_by:
-        report = _score_and_time(run.directory, task, records, recipe, run.seed, config, given, batch_size)
+        report = _score_and_time(run, records, recipe, config, given, batch_size)
         report["made_by"] = made_by
         with needing_room("report", run.directory):
             write_report(run.directory, report, task.presentation)
@@ -88,26 +88,26 @@ def finished_stages(run: Any) -> list[str]:
 
 
 def _score_and_time(
-    directory: Path,
-    task: Task,
+    run: Run,
     records: dict[str, dict[str, Any]],
     recipe: str,
-    seed: int,
     config: ReportConfig,
     given: dict[str, Any],
     batch_size: int,
 ) -> dict[str, Any]:
+    task: Task = run.task
     results = []
     for name, record in records.items():
-        predictions = _predict(directory / name, record["format"], task, batch_size)
+        predictions = _predict(run.directory / name, record["format"], task, batch_size)
         results.append(StageResult(name, name, record["format"], predictions, record, timing={}))
-    timings = _time({name: directory / name for name in records}, task, "test", config)
+    # Before the timing, which takes minutes: a model whose predictions are not finite is refused here.
+    processor = task.load_processor(str(run.directory / TEACHER))
+    comparison = task.compare(results, processor, shipped_stage(results).name)
+    timings = _time({name: run.directory / name for name in records}, task, "test", config)
     for result in results:
         result.timing = timings[result.name]
-    processor = task.load_processor(str(directory / TEACHER))
-    comparison = task.compare(results, processor, shipped_stage(results).name)
-    environment = describe_environment(seed)
-    return build_report(directory, task, results, comparison, recipe=recipe, environment=environment, config=given)
+    environment = describe_environment(run.seed)
+    return build_report(run.directory, task, results, comparison, recipe=recipe, environment=environment, config=given)
 
 
 def _predict(directory: Path, form: str, task: Task, batch_size: int) -> np.ndarray:
