@@ -55,7 +55,7 @@ class DataConfig:
     text_column: str = _flag("text", "The column with the text.")
     text_pair_column: str | None = _flag(None, "The column with the second text, for sentence pairs.")
     image_column: str = _flag("image", "The column with the image.")
-    label_column: str = _flag("label", "The column with the class.")
+    label_column: str = _flag("label", "The column with the class, or with the score where the task is one of scores.")
     max_length: int = _flag(
         128, "Texts are cut to this many tokens; for a language model they are joined and cut into blocks of this many."
     )

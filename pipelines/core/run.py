@@ -68,11 +68,10 @@ def prepare(directory: Path, only_stage: str | None) -> Any:
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # One stage of a run's directory may be what that run is at work on.
-        taken = lock(directory / (".lock" if only_stage is None or is_run else f".{only_stage}.lock"))
         if only_stage is None:
             (directory / MARKER).touch()
-        return taken
+        # One stage of a run's directory may be what that run is at work on.
+        return lock(directory / (".lock" if only_stage is None or is_run else f".{only_stage}.lock"))
     except OSError as error:
         raise InputError(
             f"expected to be able to write to {directory}, found: {error}. Pass an --output_dir that you may write to."

@@ -94,9 +94,21 @@ def test_hub_ids_stay_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["", "texts.csv", "data/texts.jsonl", "/no/such/folder", "./glue", "~/glue", "~nobody/glue", "a/b/c", "two words",
-     "https://example.org/texts", "x" * 5000, "data/"],
-)  # fmt: skip
+    [
+        "",
+        "texts.csv",
+        "data/texts.jsonl",
+        "/no/such/folder",
+        "./glue",
+        "~/glue",
+        "~nobody/glue",
+        "a/b/c",
+        "two words",
+        "https://example.org/texts",
+        "x" * 5000,
+        "data/",
+    ],
+)
 def test_a_missing_path_is_not_taken_for_a_hub_id(source: str) -> None:
     with pytest.raises(InputError, match=r"(?s)expected an existing file.*found.*check the spelling"):
         resolve(source)
