@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.task import Arrays, Presentation, StageResult, Workload
+from pipelines.core.task import Arrays, StageResult, Task, Workload
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
 from pipelines.data.sources import check_onnx_directory, resolve
@@ -44,17 +44,13 @@ def check_predictions(stages: list[StageResult], shape: tuple[int, ...], meaning
             )
 
 
-class Task(ABC):
+class BaseTask(Task):
     """What is the same for every kind of task."""
 
-    name: str
     settings: tuple[type, ...] = (DataConfig,)  # the dataclasses that it is made of
     architectures: tuple[str, ...]  # how the names of its models' classes end
     demo: str  # the YAML file of its offline demo
-    primary_metric: str
     greater_is_better = True
-    config: DataConfig
-    presentation: Presentation
 
     @classmethod
     def recognizes(cls, config: dict[str, Any]) -> bool:
@@ -110,26 +106,6 @@ class Task(ABC):
             "a model's config.json",
             trust_remote_code=self.trust_remote_code,
         )
-
-    @abstractmethod
-    def load_processor(self, source: str) -> Any:
-        """The tokenizer or image processor of a model."""
-
-    @abstractmethod
-    def check_config(self, config: Any, source: str) -> None:
-        """Raise InputError unless a model with the config that `source` has takes this task's inputs."""
-
-    @abstractmethod
-    def features(self, processor: Any) -> Any:
-        """The splits as a model of this processor reads them."""
-
-    @abstractmethod
-    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """What makes a batch of rows of the features."""
-
-    @abstractmethod
-    def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
-        """The scores of predictions against references; of a whole `split` also those that need its text."""
 
     # ---- ONNX
 

@@ -15,14 +15,14 @@ from pipelines.core.task import Comparison, StageResult
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.report.markdown import CLIPPED_TEXT, clip, escape, markdown_table, number
 from pipelines.report.pages import TEACHER, stage_of
-from pipelines.tasks.base import Task, check_predictions
+from pipelines.tasks.base import BaseTask, check_predictions
 from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
 
 LISTED_EXAMPLES = 50  # in report.json
 
 
-class Classification(Task, ClassifierLoss):
+class Classification(ClassifierLoss, BaseTask):
     """One label out of several, whatever the example is."""
 
     primary_metric = PRIMARY_METRIC

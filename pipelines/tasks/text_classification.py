@@ -1,46 +1,37 @@
-"""What a kind of task needs that another does not: how its data is loaded, prepared, batched and scored."""
+"""One text, or a pair of texts, and one label out of several."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from inspect import signature
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipelines.core.config import DataConfig
-from pipelines.core.errors import InputError
-from pipelines.core.task import Graph, Head, Presentation
+from pipelines.core.task import Presentation
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_classes
-from pipelines.data.text import TEXTS, collate, tokenize
-from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
-from pipelines.edge.settings import head_outputs
-from pipelines.models.loading import load_classifier, load_tokenizer
+from pipelines.data.text import TEXTS
 from pipelines.tasks.classification import Classification, ClassifierPresentation
+from pipelines.tasks.texts import TextPresentation, TextTask, is_pair, token_limit
 
 
-class TextPresentation(ClassifierPresentation):
+class TextClassifierPresentation(TextPresentation, ClassifierPresentation):
     """What a report says of a classifier of texts, or of pairs."""
 
     def in_python(self, report: dict[str, Any], model: str) -> str:
-        text = '{"text": "A first text.", "text_pair": "A second text."}' if _is_pair(report) else '"A text."'
+        text = '{"text": "A first text.", "text_pair": "A second text."}' if is_pair(report) else '"A text."'
         return f"""
             from transformers import pipeline
             classify = pipeline("text-classification", model={json.dumps(model)})
-            print(classify({text}, truncation=True, max_length={_limit(report)}))
+            print(classify({text}, truncation=True, max_length={token_limit(report)}))
         """
 
     def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
-        texts = '["A first text."], ["A second text."]' if _is_pair(report) else '["A text."]'
+        texts = '["A first text."], ["A second text."]' if is_pair(report) else '["A text."]'
         return f"""
             import onnxruntime
             from transformers import AutoConfig, AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
-            inputs = tokenizer({texts}, truncation=True, max_length={_limit(report)}, return_tensors="np")
+            inputs = tokenizer({texts}, truncation=True, max_length={token_limit(report)}, return_tensors="np")
             session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
             logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
             print(AutoConfig.from_pretrained({json.dumps(directory)}).id2label[int(logits[0].argmax())])
@@ -48,7 +39,7 @@ class TextPresentation(ClassifierPresentation):
 
     def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
         name = json.dumps(repo_id)
-        if _is_pair(report):  # transformers.js's own pipeline takes single texts
+        if is_pair(report):  # transformers.js's own pipeline takes single texts
             return f"""
                 import {{ AutoModelForSequenceClassification as Model, AutoTokenizer }} from "@huggingface/transformers";
                 const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
@@ -60,141 +51,13 @@ class TextPresentation(ClassifierPresentation):
             console.log(await classify("A text."));
         """
 
-    def in_shell(self, report: dict[str, Any]) -> str:
-        return '--pair "A first text." "A second text."' if _is_pair(report) else '"A text."'
 
-    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
-        # transformers.js cuts texts at the tokenizer's limit.
-        return {"model_max_length": _limit(report)}
-
-
-def _is_pair(report: dict[str, Any]) -> bool:
-    return bool(report["config"].get("text_pair_column"))
-
-
-def _limit(report: dict[str, Any]) -> int:
-    return int(report["config"].get("max_length", DataConfig.max_length))
-
-
-class TextClassification(Classification):
+class TextClassification(TextTask, Classification):
     """One text, or a pair of texts, and one label out of several."""
 
     name = "text-classification"
-    presentation: Presentation = TextPresentation()
-    architectures = ("ForSequenceClassification",)
+    presentation: Presentation = TextClassifierPresentation()
     demo = "bert_bbc_news"
-    # The adapter's task type trains a new head along with it.
-    lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
-    student_head: Head = "new if none"
-
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-        self._features: dict[str, Any] = {}
 
     def load_data(self) -> Examples:
         return load_examples(self.config, TEXTS, read_classes)
-
-    def describe(self) -> dict[str, Any]:
-        """What of the data a stage's result depends on."""
-        return super().describe() | {"max_length": self.config.max_length}
-
-    @property
-    def example(self) -> str:
-        return '--pair "A first text." "A second text."' if self.config.text_pair_column else '"A text."'
-
-    def load_processor(self, source: str) -> Any:
-        """The tokenizer of a model."""
-        return load_tokenizer(source, self.trust_remote_code)
-
-    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
-        """The model with a head for this task's labels; see load_classifier."""
-        from transformers import AutoModelForSequenceClassification
-
-        return load_classifier(
-            AutoModelForSequenceClassification,
-            "ForSequenceClassification",
-            source,
-            self.label_names,
-            head,
-            from_scratch,
-            check_config=lambda config: self.check_config(config, source),
-            trust_remote_code=self.trust_remote_code,
-        )
-
-    def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
-        """Raise InputError unless an online teacher's tokenizer makes the student's tokens of the same texts."""
-        if online:
-            own, teachers = (
-                self.features(tokenizer)["validation"][:32]
-                for tokenizer in (processor, self.load_processor(teacher_source))
-            )
-            if own != teachers:
-                raise InputError(
-                    "expected teacher and student to read the same tokens, found that their tokenizers differ; online distillation "
-                    "would give the teacher tokens that mean something else to it. Store its soft targets first (python -m pipelines "
-                    "soft-targets, or --soft_targets stored in a recipe) and leave out hidden states (--hidden_state_weight 0)."
-                )
-
-    def features(self, processor: Any) -> Any:
-        """The tokenized splits; the same tokenizer tokenizes once in a process."""
-        key = _tokenizer_key(processor)
-        if key not in self._features:
-            self._features[key] = tokenize(self.data, processor, self.config.max_length)
-        return self._features[key]
-
-    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        return collate(processor)
-
-    def training_collate(
-        self, processor: Any, teacher_processor: Any = None, augment: bool = False
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """The collator for training, where an online teacher reads the student's own tokens. Texts are not augmented."""
-        return self.collate(processor)
-
-    def test_texts(self) -> list[str]:
-        """The test examples as a person reads them."""
-        test = self.data.splits["test"]
-        if "text_pair" in test.column_names:
-            return [f"{text} ‖ {pair}" for text, pair in zip(test["text"], test["text_pair"], strict=True)]
-        return list(test["text"])
-
-    def graph(self, model: Any, processor: Any) -> Graph:
-        """Two real examples of different length as the sample, so that the export sees padding and no axis of size 1."""
-        features = self.features(processor)["train"]
-        lengths = np.asarray(features["length"])
-        batch = self.collate(processor)([features[int(np.argmin(lengths))], features[int(np.argmax(lengths))]])
-        # A tokenizer may give more than the model takes, such as token types.
-        taken = signature(model.forward).parameters.keys() - {"labels"}
-        inputs = {name: value for name, value in batch.items() if name in taken}
-        return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ["logits"])
-
-    def check_config(self, config: Any, source: str) -> None:
-        """Raise InputError unless the model has a position for every token."""
-        limit = getattr(config, "max_position_embeddings", None)
-        # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
-        offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        if limit and self.config.max_length > limit - offset:
-            raise InputError(
-                f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {self.config.max_length}. "
-                "Pass a smaller --max_length."
-            )
-
-    # ---- Bundle
-
-    def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
-        return {
-            "inputs": text_inputs(directory, processor, self._reads_pairs, self.config.max_length),
-            "outputs": head_outputs(directory),
-        }
-
-    def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
-        probes = text_probes(processor, self._reads_pairs, self.config.max_length)
-        return verify_predictor(directory, self, processor, probes, self.data.splits["validation"])
-
-    @property
-    def _reads_pairs(self) -> bool:
-        return "text_pair" in self.data.splits["validation"].column_names
-
-
-def _tokenizer_key(processor: Any) -> str:
-    return processor.backend_tokenizer.to_str() if hasattr(processor, "backend_tokenizer") else repr(processor)

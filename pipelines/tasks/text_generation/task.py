@@ -17,7 +17,7 @@ from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary
 from pipelines.edge.settings import generation_outputs
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
 from pipelines.runtime.generate import LanguageModel
-from pipelines.tasks.base import Task
+from pipelines.tasks.base import BaseTask
 from pipelines.tasks.text_generation.report import GenerationPresentation, compare_language_models
 from pipelines.training.losses import NextTokenLoss
 
@@ -44,7 +44,7 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "t
 PROMPT_TOKENS, NEW_TOKENS = 16, 64  # what a language model is timed on, at most
 
 
-class LanguageModeling(Task, NextTokenLoss):
+class LanguageModeling(NextTokenLoss, BaseTask):
     """Text, of which every token is to be predicted from those before it."""
 
     name = "text-generation"
