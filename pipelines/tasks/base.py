@@ -92,6 +92,11 @@ class BaseTask(Task):
         return self.data.splits
 
     @property
+    def label_names(self) -> list[str]:
+        """What the rows of a model's head are for."""
+        return self.data.label_names
+
+    @property
     def details(self) -> dict[str, Any]:
         """How the splits came about, for the report, ready for JSON."""
         return self.data.details

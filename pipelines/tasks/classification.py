@@ -27,10 +27,6 @@ class Classification(ClassifierLoss, BaseTask):
 
     primary_metric = PRIMARY_METRIC
 
-    @property
-    def label_names(self) -> list[str]:
-        return self.data.label_names
-
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
         """The scores of logits (examples, labels) against label ids (examples)."""
         return classification_metrics(np.argmax(predictions, axis=-1), np.asarray(references), self.label_names)

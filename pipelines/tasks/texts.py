@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -54,11 +53,6 @@ class TextTask(BaseTask):
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model."""
         return load_tokenizer(source, self.trust_remote_code)
-
-    @property
-    @abstractmethod
-    def label_names(self) -> list[str]:
-        """What the rows of a model's head are for."""
 
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
         """The model with a head for this task's labels; see load_classifier."""

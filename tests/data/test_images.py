@@ -259,10 +259,12 @@ def image_teacher(image_task, image_processor, tmp_path_factory):
     tiny_config("vit", initializer_range=0.1).save_pretrained(shape)
     image_processor.save_pretrained(shape)
     outcome = fine_tune(
-        str(shape), directory, image_task,
+        str(shape),
+        directory,
+        image_task,
         TeacherConfig(teacher_epochs=6, teacher_learning_rate=3e-3, teacher_from_scratch=True),
         arguments(directory),
-    )  # fmt: skip
+    )
     assert outcome.metrics["validation"]["accuracy"] > 0.8
     return directory
 
@@ -278,9 +280,15 @@ def arguments(directory, **changes):
     from pipelines.training.trainer import TrainingArguments
 
     settings = {
-        "num_train_epochs": 4, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "eval_strategy": "no",
-        "save_strategy": "no", "load_best_model_at_end": False, "disable_tqdm": True, "use_cpu": True,
-    }  # fmt: skip
+        "num_train_epochs": 4,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 8,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
     return TrainingArguments(output_dir=str(directory), **{**settings, **changes})
 
 
@@ -323,9 +331,14 @@ def test_a_student_of_another_kind_and_size_learns_from_stored_answers(
     tiny_model(model_type, **other, **names).save_pretrained(checkpoint)
     make_image_processor(16, mean=0.25).save_pretrained(checkpoint)
     outcome = distill_student(
-        str(image_teacher), student, image_task, StudentConfig(student_model=str(checkpoint)), DistillConfig(),
-        arguments(student, num_train_epochs=8), soft_targets,
-    )  # fmt: skip
+        str(image_teacher),
+        student,
+        image_task,
+        StudentConfig(student_model=str(checkpoint)),
+        DistillConfig(),
+        arguments(student, num_train_epochs=8),
+        soft_targets,
+    )
     assert outcome.metrics["validation"]["accuracy"] > 0.8
     exported = export_onnx(str(student), onnx, image_task)
     assert exported.details["inputs"] == ["pixel_values"]
@@ -335,7 +348,9 @@ def test_a_student_of_another_kind_and_size_learns_from_stored_answers(
         details = quantize_static_int8(onnx / "model.onnx", tmp_path / "int8.onnx", feeds, "minmax", True)
         assert details["quantized"]["Conv"] >= 4  # all but the stem
         features, own = image_task.features(processor)["validation"], image_task.collate(processor)
-        answers = [predict_onnx(path, features, own) for path in (onnx / "model.onnx", tmp_path / "int8.onnx")]
+        answers = [
+            predict_onnx(path, features, own, image_task) for path in (onnx / "model.onnx", tmp_path / "int8.onnx")
+        ]
         assert image_task.agreement(*answers) > 0.8
 
 
@@ -349,9 +364,14 @@ def test_a_teacher_in_the_loop_sees_what_its_own_processor_makes(
     losses = {}
     for kind, stored in (("stored", soft_targets), ("online", None)):
         outcome = distill_student(
-            str(image_teacher), tmp_path / kind, image_task, StudentConfig(student_model=str(checkpoint)),
-            DistillConfig(soft_targets=kind), arguments(tmp_path, max_steps=3, logging_steps=1), stored,
-        )  # fmt: skip
+            str(image_teacher),
+            tmp_path / kind,
+            image_task,
+            StudentConfig(student_model=str(checkpoint)),
+            DistillConfig(soft_targets=kind),
+            arguments(tmp_path, max_steps=3, logging_steps=1),
+            stored,
+        )
         assert outcome.details["soft_targets"] == kind
         losses[kind] = [line["loss"] for line in outcome.details["losses"]]
     assert losses["stored"] == pytest.approx(losses["online"], abs=2e-4)
@@ -380,9 +400,12 @@ def test_lora_trains_an_adapter_and_a_new_head(image_task, image_teacher, tmp_pa
     ).save_pretrained(source)
     image_task.load_processor(str(image_teacher)).save_pretrained(source)
     outcome = fine_tune(
-        str(source), tmp_path / "lora", image_task,
-        TeacherConfig(teacher_epochs=6, teacher_learning_rate=1e-2, lora_rank=4), arguments(tmp_path),
-    )  # fmt: skip
+        str(source),
+        tmp_path / "lora",
+        image_task,
+        TeacherConfig(teacher_epochs=6, teacher_learning_rate=1e-2, lora_rank=4),
+        arguments(tmp_path),
+    )
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "lora")
     assert outcome.metrics["validation"]["accuracy"] > 0.8
     assert outcome.details["trainable_parameters"] < sum(p.numel() for p in merged.parameters()) / 2
@@ -414,7 +437,7 @@ def test_static_quantization_keeps_the_answers(calibration, image_task, image_te
     graph = onnx.load(tmp_path / "int8.onnx").graph
     assert "ConvInteger" not in {node.op_type for node in graph.node}
     features, own = image_task.features(processor)["validation"], image_task.collate(processor)
-    exact = predict_torch(image_task.load_model(str(image_teacher)), features, own)
-    rounded = predict_onnx(tmp_path / "int8.onnx", features, own)
+    exact = predict_torch(image_task.load_model(str(image_teacher)), features, own, image_task)
+    rounded = predict_onnx(tmp_path / "int8.onnx", features, own, image_task)
     assert 0 < np.abs(rounded - exact).max() < 0.5 * np.abs(exact).max()
     assert image_task.agreement(rounded, exact) > 0.9

@@ -72,7 +72,7 @@ def refused(bundle: Path, *arguments: str, **options: Any) -> tuple[int, str]:
 
 def test_the_same_logits_to_the_last_digit_without_torch(text_bundle, task, tokenizer):
     features = task.features(tokenizer)["test"]
-    expected = predict_onnx(text_bundle / "model.onnx", features, task.collate(tokenizer))
+    expected = predict_onnx(text_bundle / "model.onnx", features, task.collate(tokenizer), task)
     (text_bundle.parent / "lines.txt").write_text("\n".join(task.test_texts()), encoding="utf-8")
     found = predictions(text_bundle, "--file", str(text_bundle.parent / "lines.txt"))
     assert len(found) == len(features) == 48
@@ -106,7 +106,7 @@ def test_pairs(tmp_path, text_onnx):
     # Both halves are cut, and the second is told from the first.
     assert max(features["length"]) == 16
     assert any(1 in row for row in features["token_type_ids"])
-    expected = predict_onnx(bundle / "model.onnx", features, task.collate(tokenizer))
+    expected = predict_onnx(bundle / "model.onnx", features, task.collate(tokenizer), task)
     (tmp_path / "lines.txt").write_text(
         "".join(f"{a}\t{b}\n" for a, b in zip(test["text"], test["text_pair"], strict=True))
     )

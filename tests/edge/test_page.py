@@ -21,7 +21,7 @@ from test_edge import image_files
 from test_load import LABELS, VALUES, bundle_by_hand
 
 from conftest import make_texts
-from pipelines.core.config import BundleConfig, DataConfig, LanguageQuantizeConfig, QuantizeConfig
+from pipelines.core.config import BundleConfig, DataConfig, QuantizeConfig
 from pipelines.core.errors import InputError
 from pipelines.edge.bundle import build_bundle, write_manifest
 from pipelines.edge.settings import image_settings
@@ -30,7 +30,6 @@ from pipelines.onnx.quantize import quantize_onnx
 from pipelines.runtime import infer
 from pipelines.runtime.generate import LanguageModel, Sampling
 from pipelines.tasks.text_classification import TextClassification
-from pipelines.tasks.text_generation.quantize import quantize_language_model
 
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js on the PATH")
 TEXTS = [text for text, _ in make_texts(12, seed=5)]
@@ -503,8 +502,8 @@ def test_continuations_in_a_browser(browser, language_bundle, language_task, tmp
 @pytest.mark.slow
 def test_quantized_continuations_in_a_browser(browser, language_bundle, language_task, tmp_path, libraries):
     (tmp_path / "quantized").mkdir()
-    config = LanguageQuantizeConfig(quantization="int4_blocks_int8_embeddings", block_size=16, max_quality_drop=9.0)
-    quantize_language_model(str(language_bundle.parent / "onnx"), tmp_path / "quantized", language_task, config)
+    config = QuantizeConfig(quantization="int4_blocks_int8_embeddings", block_size=16, max_quality_drop=9.0)
+    quantize_onnx(str(language_bundle.parent / "onnx"), tmp_path / "quantized", language_task, config)
     with opened(browser, tmp_path / "quantized", tmp_path / "bundle", language_task, libraries) as page:
         model = LanguageModel(tmp_path / "bundle")
         # Blocks of weights are multiplied by other kernels here than there, and later near ties may fall otherwise.

@@ -92,7 +92,7 @@ def test_predictions_come_in_the_order_of_the_examples(exported):
     features, collate = task.features(processor)["test"], task.collate(processor)
     one = predict_onnx(target / "model.onnx", features, collate, task)
     many = predict_onnx(target / "model.onnx", features, collate, task, batch_size=7)
-    from_torch = predict_torch(load_model(source), features, collate, batch_size=5)
+    from_torch = predict_torch(load_model(source), features, collate, task, batch_size=5)
     np.testing.assert_allclose(one, from_torch, atol=1e-4)
     np.testing.assert_allclose(many, from_torch, atol=1e-4)
     assert np.abs(one - np.roll(one, 1, axis=0)).max() > 1e-3
@@ -124,7 +124,7 @@ def test_labels_in_another_order_are_exported_in_the_datas_and_a_graph_in_anothe
     config = task.load_config(str(target))
     assert list(config.id2label.values()) == task.label_names
     features, collate = task.features(processor)["validation"], task.collate(processor)
-    expected = predict_torch(task.load_model(str(source)), features, collate)
+    expected = predict_torch(task.load_model(str(source)), features, collate, task)
     np.testing.assert_allclose(predict_onnx(target / "model.onnx", features, collate, task), expected, atol=1e-4)
     verify_directory(target, source, task, 0.01)
 

@@ -107,8 +107,13 @@ def test_the_trainers_loss_is_the_models_own_and_independent_of_accumulation(
 def test_the_best_checkpoint_by_perplexity_has_the_least(name, language_task, language_model_dir, tmp_path):
     tokenizer = language_task.load_processor(str(language_model_dir))
     training = TrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=2, learning_rate=1e-3, metric_for_best_model=name, disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        metric_for_best_model=name,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
     features = language_task.features(tokenizer)["train"]
     model = language_task.load_model(str(language_model_dir))
     details = train(model, language_task, tokenizer, training, tmp_path, features)
@@ -127,9 +132,14 @@ def test_the_distillation_loss_over_tokens_is_the_formula(language_task, languag
     training.remove_unused_columns, training.load_best_model_at_end, training.eval_strategy = False, False, "no"
     features = language_task.features(tokenizer)["train"]
     trainer = DistillationTrainer(
-        model=student, args=training, train_dataset=features, data_collator=language_task.collate(tokenizer),
-        distill=distill, teacher=teacher, task=language_task,
-    )  # fmt: skip
+        model=student,
+        args=training,
+        train_dataset=features,
+        data_collator=language_task.collate(tokenizer),
+        distill=distill,
+        teacher=teacher,
+        task=language_task,
+    )
     batch = language_task.collate(tokenizer)([features[row] for row in range(4)])
     batch["labels"][0, :10] = IGNORED
     found = trainer.compute_loss(student, batch).item()
@@ -157,15 +167,22 @@ def test_a_shape_becomes_a_model_and_a_student_of_half_its_layers_learns_from_it
     training.per_device_train_batch_size, training.num_train_epochs, training.learning_rate = 8, 1, 3e-3
     training.logging_steps = 5
     teacher = fine_tune(
-        str(language_shape), tmp_path / "teacher", language_task,
-        TeacherConfig(teacher_from_scratch=True, teacher_epochs=4, teacher_learning_rate=5e-3), training,
-    )  # fmt: skip
+        str(language_shape),
+        tmp_path / "teacher",
+        language_task,
+        TeacherConfig(teacher_from_scratch=True, teacher_epochs=4, teacher_learning_rate=5e-3),
+        training,
+    )
     assert teacher.metrics["validation"]["perplexity"] < 150
     training.max_steps = 8
     student = distill_student(
-        str(tmp_path / "teacher"), tmp_path / "student", language_task, StudentConfig(student_layers="2"),
-        DistillConfig(soft_targets="online"), training,
-    )  # fmt: skip
+        str(tmp_path / "teacher"),
+        tmp_path / "student",
+        language_task,
+        StudentConfig(student_layers="2"),
+        DistillConfig(soft_targets="online"),
+        training,
+    )
     assert student.details["layers"] == [0, 3]
     assert student.details["soft_targets"] == "online"
     assert student.metrics["validation"]["perplexity"] < 150
@@ -222,9 +239,14 @@ def test_stored_soft_targets_teach_what_online_distillation_teaches(
 
     training.max_steps, training.per_device_train_batch_size = 3, 4
     outcome = distill_student(
-        str(language_teacher), tmp_path / "student", language_task, StudentConfig(student_layers="1"),
-        DistillConfig(temperature=2.0), training, tmp_path / "5",
-    )  # fmt: skip
+        str(language_teacher),
+        tmp_path / "student",
+        language_task,
+        StudentConfig(student_layers="1"),
+        DistillConfig(temperature=2.0),
+        training,
+        tmp_path / "5",
+    )
     assert outcome.details["soft_targets"] == "stored"
 
 
@@ -235,9 +257,13 @@ def test_a_teacher_with_another_vocabulary_of_the_same_size_is_refused(
     train_tokenizer(["QUITE OTHER WORDS"] * 5 + ["AND MORE OF THEM TO LEARN FROM"] * 3, 300).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="same vocabulary.*--student_model"):
         distill_student(
-            str(language_teacher), tmp_path / "out", language_task, StudentConfig(student_model=str(tmp_path)),
-            DistillConfig(soft_targets="online"), training,
-        )  # fmt: skip
+            str(language_teacher),
+            tmp_path / "out",
+            language_task,
+            StudentConfig(student_model=str(tmp_path)),
+            DistillConfig(soft_targets="online"),
+            training,
+        )
 
 
 def test_a_block_above_the_models_limit_is_refused(language_text, language_model_dir):

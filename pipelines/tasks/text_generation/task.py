@@ -57,7 +57,6 @@ class LanguageModeling(NextTokenLoss, BaseTask):
     student_head: Head = "required"
     primary_metric = "perplexity"
     greater_is_better = False
-    label_names: list[str] = []
 
     def __init__(self, config: DataConfig, language: LanguageConfig) -> None:
         self.config, self.language = config, language
