@@ -404,7 +404,7 @@ def score_rows(
             continue
         predictions = predictions_of(task, np.load(workers.folder / "logits.npy"), references)
         first = predictions if first is None else first
-        metrics = task.metrics(predictions, references)
+        metrics = task.scores(predictions, references)
         pair = (predictions, first)
         chosen, chosen_first = (one[..., 1] if workers.generating else one.argmax(-1) for one in pair)
         scores[row] = {
@@ -421,7 +421,9 @@ def score_rows(
 
 
 def predictions_of(task: Any, logits: np.ndarray, references: np.ndarray) -> np.ndarray:
-    return logits if task.answers is None else task.answers(logits, references)
+    import torch
+
+    return task.predictions({"logits": torch.from_numpy(logits)}, torch.from_numpy(references)).numpy()
 
 
 def weight_bytes(directory: Path) -> int:

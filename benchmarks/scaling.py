@@ -108,7 +108,8 @@ def example_series(examples: int, folder: Path) -> dict[str, float]:
         return result
 
     config = DataConfig(dataset=str(folder / "texts.csv"), max_length=LENGTH)
-    task = timed("read, check, de-duplicate, split", lambda: TextClassification(config))
+    task = TextClassification(config)
+    timed("read, check, de-duplicate, split", lambda: task.data)
     features = timed("tokenize", lambda: task.features(task.load_processor(str(folder)))["train"])
     timed("order of an epoch", lambda: list(EpochLengthGroupedSampler(16, list(features["length"]), 0)))
     targets = folder / "soft_targets"

@@ -46,8 +46,10 @@ class LanguageModel:
         """Open `directory` on the CPU, or use a `session` that has its model open already."""
         directory = Path(directory)
         if session is None:
-            from pipelines.runtime.infer import open_session
-
+            if __package__:
+                from pipelines.runtime.infer import open_session
+            else:  # in a bundle infer.py is beside this file
+                from infer import open_session  # type: ignore[no-redef]
             session = open_session(directory / "model.onnx", threads)
         self.session = session
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
