@@ -74,7 +74,7 @@ def score(row: str, flags: argparse.Namespace) -> dict[str, Any]:
         batches = list(batches)
         padded = sum(len(places) * int(lengths[places].max()) for places in batches)
         found["padded_tokens_per_token"] = padded / int(lengths.sum())
-        logits = np.empty((len(texts), len(classifier.labels)), np.float32)
+        logits = np.empty((len(texts), len(classifier.manifest["outputs"]["labels"])), np.float32)
         for places in batches:
             logits[places] = classifier.session.run(["logits"], pad([prepared[place] for place in places]))[0]
         return logits

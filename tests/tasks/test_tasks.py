@@ -18,6 +18,7 @@ def test_a_task_has_all_of_the_protocol(name):
     assert kind.name == name
     owners = {member: next((one for one in kind.__mro__ if member in vars(one)), None) for member in members(Task)}
     assert len(owners) > 30
+    assert kind.__abstractmethods__ == set()
     # The constructor sets `config`.
     assert [member for member, owner in owners.items() if owner in (None, Task)] == ["config"]
     assert [member for member in members(Presentation) if not hasattr(kind.presentation, member)] == []
