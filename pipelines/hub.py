@@ -16,7 +16,7 @@ from typing import Any
 
 import pipelines
 from pipelines.core.errors import InputError
-from pipelines.core.run import check_files, fingerprint, read_record
+from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.task import Presentation
 from pipelines.report.card import format_model_card
 from pipelines.report.markdown import fence

@@ -17,8 +17,9 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from hub_server import HubServer
+from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
-from pipelines.core.run import RECORD, fingerprint, hash_file, sealed
+from pipelines.core.records import RECORD, fingerprint, with_checksum
 from pipelines.data.images import read_image
 from pipelines.hub import check_access, check_run, push
 from pipelines.onnx.predict import predict_onnx
@@ -587,7 +588,7 @@ def change_record(run: Path, stage: str, change: Any) -> None:
     path = run / stage / RECORD
     record = json.loads(path.read_text())
     change(record)
-    path.write_text(json.dumps(sealed(record)))
+    path.write_text(json.dumps(with_checksum(record)))
 
 
 @pytest.mark.parametrize("stage", ["onnx", "quantized", "bundle"])
@@ -795,7 +796,7 @@ def test_bad_input_on_the_command_line(argv: list[str], named: str, monkeypatch:
 def test_a_run_at_work_is_not_published(a_run: Path, hub: HubServer, monkeypatch: Any, capsys: Any) -> None:
     from pipelines.cli import main
     from pipelines.core.config import run_main
-    from pipelines.core.run import lock
+    from pipelines.core.disk import lock
 
     held = lock(a_run / ".lock")
     monkeypatch.setattr(sys, "argv", ["pipelines", "push", "--output_dir", str(a_run)])

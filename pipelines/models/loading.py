@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.core.errors import InputError
+from pipelines.core.sources import resolve
 from pipelines.core.task import Head
-from pipelines.data.sources import check_model, resolve
+from pipelines.data.sources import check_model
 
 GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
 

@@ -14,11 +14,11 @@ from PIL import Image
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
+from pipelines.core.sources import resolve
 from pipelines.core.task import Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.images import IMAGES, collate
 from pipelines.data.references import read_classes
-from pipelines.data.sources import resolve
 from pipelines.edge.bundle import image_probes, verify_predictor
 from pipelines.edge.settings import head_outputs, image_settings
 from pipelines.models.families import FAMILIES

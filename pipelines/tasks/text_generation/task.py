@@ -10,9 +10,10 @@ import numpy as np
 
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
+from pipelines.core.sources import resolve
 from pipelines.core.task import IGNORED, Arrays, Comparison, Graph, Head, Presentation, StageResult, Tensors, Workload
 from pipelines.data.documents import TextData, load_documents
-from pipelines.data.sources import check_model, resolve
+from pipelines.data.sources import check_model
 from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.edge.settings import generation_outputs
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
