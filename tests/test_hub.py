@@ -543,7 +543,7 @@ def test_a_network_that_stays_away_is_one_message(a_run: Path, hub: HubServer, m
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.drop_uploads = 1000
     message = refusal(a_run)
-    assert f"python -m pipelines push --output_dir {a_run} --hub_model_id ann/small" in message
+    assert f"pocketformers push --output_dir {a_run} --hub_model_id ann/small" in message
     hub.drop_uploads = 0
     push(a_run, "ann/small", token=TOKEN)
     assert len(hub.repository("ann/small")["commits"]) == 2
@@ -665,7 +665,7 @@ def test_a_push_in_between_is_not_overwritten(a_run: Path, hub: HubServer, monke
         patch.setattr("pipelines.hub.format_model_card", format_slowly)
         message = refusal(a_run)
     assert "A commit has happened since" in message
-    assert f"repeat: python -m pipelines push --output_dir {a_run} --hub_model_id ann/small" in message
+    assert f"repeat: pocketformers push --output_dir {a_run} --hub_model_id ann/small" in message
     assert set(hub.files("ann/small")) == {".gitattributes", "notes.txt"}
     push(a_run, "ann/small", token=TOKEN)
     assert len(hub.repository("ann/small")["commits"]) == 3
