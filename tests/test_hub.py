@@ -26,7 +26,7 @@ from pipelines.onnx.predict import predict_onnx
 from pipelines.report.card import format_model_card
 from pipelines.report.report import read_report
 from pipelines.runtime import generate, infer
-from pipelines.tasks import TASKS
+from pipelines.tasks import task_class
 
 REPOSITORY = Path(__file__).parents[1]
 TOKEN, READ_TOKEN = "hf_ThisIsTheSecret", "hf_ThisIsAnotherSecret_read"
@@ -483,7 +483,7 @@ def test_the_cards_lines_fit_the_task(finished: Path, changes: dict[str, Any], l
     report, files = check_run(finished)
     report |= changes
     files = {**files, "bundle/index.html": finished}
-    text = usage_section(report, TASKS[report["task"]].presentation, "ann/small", files)
+    text = usage_section(report, task_class(report["task"]).presentation, "ann/small", files)
     assert "at http://127.0.0.1:8000" in text
     assert all(line in text for line in lines)
     assert len([line for line in text.splitlines() if line.startswith("```")]) == 6
@@ -500,7 +500,7 @@ def test_the_card_says_who_cannot_open_a_language_model_without_some_heads(finis
     for heads, told in ((4, False), (3, True)):
         cache = onnx.helper.make_tensor_value_info("past_key_values.1.key", 1, ["batch_size", heads, "past", 8])
         onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "cached", [cache], [])), graph)
-        text = usage_section(report, TASKS["text-generation"].presentation, "ann/small", files)
+        text = usage_section(report, task_class("text-generation").presentation, "ann/small", files)
         assert ("optimum-onnx 0.1.0" in text) is told
 
 
@@ -544,7 +544,7 @@ def test_a_network_that_stays_away_is_one_message(a_run: Path, hub: HubServer, m
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.drop_uploads = 1000
     message = refusal(a_run)
-    assert f"python -m pipelines push --output_dir {a_run} --hub_model_id ann/small" in message
+    assert f"pocketformers push --output_dir {a_run} --hub_model_id ann/small" in message
     hub.drop_uploads = 0
     push(a_run, "ann/small", token=TOKEN)
     assert len(hub.repository("ann/small")["commits"]) == 2
@@ -666,7 +666,7 @@ def test_a_push_in_between_is_not_overwritten(a_run: Path, hub: HubServer, monke
         patch.setattr("pipelines.hub.format_model_card", format_slowly)
         message = refusal(a_run)
     assert "A commit has happened since" in message
-    assert f"repeat: python -m pipelines push --output_dir {a_run} --hub_model_id ann/small" in message
+    assert f"repeat: pocketformers push --output_dir {a_run} --hub_model_id ann/small" in message
     assert set(hub.files("ann/small")) == {".gitattributes", "notes.txt"}
     push(a_run, "ann/small", token=TOKEN)
     assert len(hub.repository("ann/small")["commits"]) == 3

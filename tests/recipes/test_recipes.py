@@ -345,7 +345,7 @@ def bad_inputs(tmp_path: Path, tokenizer) -> dict[str, tuple[list[str], str]]:
         "unknown key": (["--config", str(unknown_key)], "teacher_model"),
         "too long": (["--max_length", "100000"], "max_length"),
         "package not installed": (["--teacher_model", "package://no_such_package/model"], "no_such_package"),
-        "outside the package": (["--teacher_model", "package://datasets/../evaluate"], "datasets"),
+        "outside the package": (["--teacher_model", "package://datasets/../numpy"], "datasets"),
     }
 
 
