@@ -160,20 +160,19 @@ def _is_attention(inputs: list[Value | None], outputs: list[Value], attributes: 
     attention = ir.Graph(
         [*stand_ins.values()], node.outputs, nodes=[node], opset_imports={"": ATTENTION_OPSET}, name="attention"
     )
-    graph_inputs = [value for value in outputs[0].graph.inputs if value not in values]
-    mask = inputs[3]
-    feeds = _random_feeds([*values, *graph_inputs])
+    graph, mask = outputs[0].graph, inputs[3]
+    known = list(dict.fromkeys([*values, *graph.inputs]))
+    try:
+        block = ir.convenience.extract(graph, known, outputs)
+    except ValueError:  # it reads other values, too
+        return False
+    feeds = _random_feeds(known)
     if len(inputs) > 4 and mask is not None:  # as many tokens in the past as there are new ones
         feeds[mask.name] = np.concatenate([feeds[mask.name], feeds[mask.name][..., ::-1]], axis=-1)
-    found = _run(attention, {value.name: feeds[value.name] for value in values})
-    expected = [_evaluate(output, values, feeds) for output in outputs]
-    return found is not None and all(map(_is_same, found, expected))
-
-
-def _is_same(found: np.ndarray, expected: np.ndarray | None) -> bool:
-    if expected is None or found.shape != expected.shape:
+    found, expected = _run(attention, {value.name: feeds[value.name] for value in values}), _run(block, feeds)
+    if found is None or expected is None or [one.shape for one in found] != [one.shape for one in expected]:
         return False
-    return np.allclose(found, expected, rtol=0, atol=1e-5)
+    return all(np.allclose(one, other, rtol=0, atol=1e-5) for one, other in zip(found, expected, strict=True))
 
 
 # Around attention
@@ -335,17 +334,6 @@ def _random_feeds(values: list[Value]) -> dict[str, np.ndarray]:
         if value.dtype == ir.DataType.FLOAT:
             feeds[value.name] = random.standard_normal(shape, np.float32)
     return feeds
-
-
-def _evaluate(output: Value, known: list[Value], feeds: dict[str, np.ndarray]) -> np.ndarray | None:
-    """`output` as its graph computes it from its own inputs and from the values that are `known`."""
-    inputs = list(dict.fromkeys([*known, *output.graph.inputs]))
-    try:
-        part = ir.convenience.extract(output.graph, inputs, [output])
-    except ValueError:
-        return None
-    found = _run(part, {value.name: feeds[value.name] for value in inputs})
-    return None if found is None else found[0]
 
 
 def _run(graph: Graph, feeds: dict[str, np.ndarray]) -> list[np.ndarray] | None:
