@@ -33,6 +33,7 @@ from pipelines.edge.settings import read_json
 from pipelines.edge.web import LIBRARIES, add_page
 from pipelines.onnx.export import ONNX_FILE
 from pipelines.runtime.generate import LanguageModel, Sampling
+from pipelines.runtime.infer import open_session
 from pipelines.tasks import TaskConfig, make_task, task_class
 
 NEW_TOKENS = 100  # as many as the page writes
@@ -130,7 +131,7 @@ def predict_here(bundle: Path, task: Task, examples: list[tuple[str, ...]]) -> l
     """What the pipeline predicts, with its own processor and ONNX Runtime."""
     outputs = read_json(bundle / MANIFEST)["outputs"]
     if outputs["kind"] == "continuation":
-        model = LanguageModel(bundle)
+        model = LanguageModel(bundle, open_session(bundle / "model.onnx"))
         return [model.generate([prompt], Sampling(max_new_tokens=NEW_TOKENS))[0] for (prompt,) in examples]
     names = outputs.get("labels") or outputs["names"]
     processor = task.load_processor(str(bundle))

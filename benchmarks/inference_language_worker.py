@@ -16,7 +16,8 @@ import numpy as np
 
 from benchmarks.inference_worker import MINIMUM_REPETITIONS, read_feeds
 from pipelines.onnx.measure import peak_memory_bytes, time_calls
-from pipelines.onnx.predict import empty_cache, open_session
+from pipelines.onnx.predict import empty_cache
+from pipelines.runtime.infer import open_session
 
 # What continues a prompt by some tokens, and the logits (batch, tokens, vocabulary) of windows of tokens.
 Loaded = tuple[Callable[[list[int], int], list[int]], Callable[[np.ndarray], np.ndarray]]
@@ -110,7 +111,7 @@ def load_exporters(path: Path, threads: int) -> Loaded:
 def load_ours(path: Path, threads: int) -> Loaded:
     from pipelines.runtime.generate import LanguageModel, Sampling
 
-    model = LanguageModel(path, threads)
+    model = LanguageModel(path, open_session(path / "model.onnx", threads))
     model.end_tokens = []  # every row writes as many tokens as it is told to
 
     def logits(windows: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipelines.core.task import Arrays
 from pipelines.onnx.measure import peak_memory_bytes, time_batches, time_calls
-from pipelines.onnx.predict import open_session
+from pipelines.runtime.infer import open_session
 
 # Fewer than the report's: the largest batches take a second a call, and rounds tell the spread.
 MINIMUM_REPETITIONS = 3

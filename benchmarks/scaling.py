@@ -75,8 +75,8 @@ def make_model(layers: int, folder: Path) -> tuple[Any, Any]:
     from pipelines.core.task import Graph
     from pipelines.onnx.export import export_graph
     from pipelines.onnx.fuse import fuse_for_onnxruntime
-    from pipelines.onnx.predict import open_session
     from pipelines.onnx.quantize import quantize_dynamic_int8
+    from pipelines.runtime.infer import open_session
 
     model = BertForSequenceClassification(write_shape(folder, WIDTH, layers)).eval()
     sample = {"input_ids": torch.randint(5, 65, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.int64)}

@@ -390,7 +390,8 @@ def test_others_open_it_by_name_and_cut_texts_where_it_does(
     shutil.rmtree(folder / "cache", ignore_errors=True)
     for stage in ("onnx", "quantized"):
         if kind == "text-generation":
-            (continued,) = generate.LanguageModel(directory / stage).generate([given], generate.Sampling(8))
+            model = generate.LanguageModel(directory / stage, infer.open_session(directory / stage / "model.onnx"))
+            (continued,) = model.generate([given], generate.Sampling(8))
             assert found[stage] == [{"generated_text": given + continued}]
         else:
             scores = {answer["label"]: answer["score"] for answer in found[stage]}

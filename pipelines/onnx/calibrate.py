@@ -6,18 +6,17 @@ transformers.exporters' OnnxRuntimeQuantizer would calibrate on all batches at o
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from pipelines.onnx.export import quiet_exporters
 from pipelines.onnx.file import data_beside
-from pipelines.onnx.predict import complete_feed, open_session
+from pipelines.onnx.predict import complete_feed, feed_of
+from pipelines.runtime.infer import open_session
 
 if TYPE_CHECKING:
     from pipelines.core.task import Arrays, Task
@@ -56,21 +55,15 @@ def calibration_feeds(task: Task, processor: Any, samples: int) -> list[Arrays]:
     features: Any = task.features(processor)["train"]
     collate = task.collate(processor)
     count = min(samples, len(features))
-    feeds = []
-    for start in range(0, count, _BATCH):
-        batch = collate([features[index] for index in range(start, min(start + _BATCH, count))])
-        feeds.append({name: np.asarray(value) for name, value in batch.items() if name != "labels"})
-    return feeds
+    starts = range(0, count, _BATCH)
+    return [feed_of(features, range(start, min(start + _BATCH, count)), collate) for start in starts]
 
 
-def quantize_static_int8(
-    source: Path, target: Path, feeds: list[Arrays], calibration: str, reduce_range: bool
-) -> dict[str, Any]:
+def quantize_static_int8(source: Path, target: Path, feeds: list[Arrays], calibration: str, reduce_range: bool) -> None:
     """Quantize matmuls and convolutions of `source`, weights for each output channel, into the one file `target`.
 
     `calibration` is one of CALIBRATIONS; `reduce_range` as for quantize_dynamic_int8. Convolutions that read the graph's input
     stay in fp32: the patches of a ViT, the stem of a convolutional network. So does attention between its projections.
-    Returns "quantized": how many nodes of each type have int8 weights.
     """
     large = data_beside(source).exists()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".quantize-") as scratch, quiet_exporters():
@@ -102,10 +95,3 @@ def quantize_static_int8(
                 "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
             },
         )
-    quantized = onnx.load(target, load_external_data=False).graph
-    int8 = {tensor.name for tensor in quantized.initializer if tensor.data_type == onnx.TensorProto.INT8}
-    weights = {
-        node.output[0] for node in quantized.node if node.op_type == "DequantizeLinear" and node.input[0] in int8
-    }
-    counts = Counter(node.op_type for node in quantized.node if weights & {*node.input})
-    return {"quantized": dict(counts), "calibration_samples": sum(len(next(iter(feed.values()))) for feed in feeds)}

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from pipelines.core.memory import give_memory_back
 from pipelines.core.records import Outcome
 from pipelines.models.removal import load_model
 from pipelines.onnx.file import save
-from pipelines.onnx.fuse import has_cache, simplify
-from pipelines.onnx.predict import open_session
+from pipelines.onnx.fuse import simplify
 from pipelines.onnx.verify import verify_against_torch
 
 if TYPE_CHECKING:
@@ -40,65 +40,86 @@ def quiet_exporters() -> Iterator[None]:
 
 
 @contextmanager
-def eager_attention(module: Any) -> Iterator[None]:
-    """Attention in single steps, which can be fused and has no rows of NaN where all is padding; sdpa's graph has both faults."""
+def simple_operators(module: Any) -> Iterator[None]:
+    """Let `module` compute in operators that make a small graph.
+
+    Attention is in single steps, which can be fused and has no rows of NaN where all is padding; sdpa's graph has both faults. Its mask is
+    computed without indices. GPT-2's matmuls keep their tokens apart, which its own layer flattens and restores.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.pytorch_utils import Conv1D
+
     model: Any = next(part for part in module.modules() if hasattr(part, "set_attn_implementation"))
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = eager_mask
     try:
-        yield
+        with patch.object(Conv1D, "forward", lambda layer, inputs: inputs @ layer.weight + layer.bias):
+            yield
     finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["eager"]  # what stands there without ours
         if before != "eager":  # convolutional networks have no other
             model.set_attn_implementation(before)
 
 
-def export_graph(graph: Graph, path: Path) -> dict[str, dict[str, int]]:
-    """Write `graph` as one ONNX file; return how many nodes of each operator it has ("operators"), and what was "simplified"."""
+def eager_mask(
+    *, mask_function: Any, attention_mask: Any, kv_length: int, kv_offset: int, dtype: Any, **settings: Any
+) -> Any:
+    """What is added to the scores (batch, 1, query tokens, key tokens) as transformers' own function gives it; none where it hides nothing."""
     import torch
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-    from torch.export import Dim
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    if attention_mask is None and mask_function is bidirectional_mask_function:
+        return None
+    settings |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    seen: Any = sdpa_mask(mask_function=mask_function, kv_length=kv_length, kv_offset=kv_offset, **settings)
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, None, kv_offset : kv_offset + kv_length].bool()
+    return torch.where(seen, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
+
+
+def gelu(inputs: Any, approximate: str = "none") -> Any:
+    """GELU in the one order of operators that ONNX Runtime fuses again when it loads them, as it does not fuse the exporter's."""
+    from onnxscript import opset18 as op
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_gelu
+
+    if approximate == "tanh":
+        return aten_gelu(inputs, approximate)
+    return op.Mul(0.5, op.Mul(inputs, op.Add(op.Erf(op.Div(inputs, 2**0.5)), 1.0)))
+
+
+def trace(graph: Graph, opset: int = OPSET) -> Any:
+    """`graph` as an onnx_ir.Model in the operators of an opset."""
+    import torch
     from torch.utils import _pytree
 
-    axes = [dict.fromkeys(named, Dim.DYNAMIC) for named in graph.dynamic_axes.values()]
-    shapes = _pytree.tree_unflatten(axes, _pytree.tree_structure(graph.inputs))
-    with eager_attention(graph.module), quiet_exporters():
+    shapes = _pytree.tree_unflatten(graph.dynamic_axes.values(), _pytree.tree_structure(graph.inputs))
+    with simple_operators(graph.module), quiet_exporters():
         program: Any = torch.onnx.export(
             graph.module.eval(),
             kwargs=graph.inputs,
             dynamic_shapes=shapes,
             input_names=list(graph.dynamic_axes),
             output_names=graph.outputs,
-            opset_version=OPSET,
+            opset_version=opset,
+            custom_translation_table={torch.ops.aten.gelu.default: gelu},
             dynamo=True,
             verbose=False,
         )
-    model = program.model
-    name_axes(model.graph, graph.dynamic_axes)
+    return program.model
+
+
+def export_graph(graph: Graph, path: Path) -> dict[str, dict[str, int]]:
+    """Write `graph` as one ONNX file; return how many nodes of each operator it has ("operators"), and what was "simplified"."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    model = trace(graph)
     # The exporter notes for every node the lines of Python it came from: half a megabyte that names this machine's folders.
     ClearMetadataAndDocStringPass()(model)
-    simplified = {} if has_cache(model.graph) else simplify(model)
-    operators = Counter(
-        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes()
-    )
+    simplified = simplify(model)
+    operators = Counter(node.op_type for node in model.graph.all_nodes())
     save(model, path)
     return {"operators": dict(sorted(operators.items())), "simplified": simplified}
-
-
-def name_axes(graph: Any, dynamic_axes: dict[str, dict[int, str]]) -> None:
-    """Give the dynamic axes of the inputs, and of every value that shares them, readable names."""
-    import onnx_ir
-
-    renamed = {
-        str(value.shape[axis]): label
-        for value in graph.inputs
-        for axis, label in dynamic_axes.get(value.name, {}).items()
-    }
-    computed = [value for node in graph.all_nodes() for value in node.outputs]
-    for value in (*computed, *graph.inputs, *graph.outputs):
-        if value.shape is not None and any(str(axis) in renamed for axis in value.shape):
-            value.shape = onnx_ir.Shape(
-                [axis if isinstance(axis, int) else renamed.get(str(axis), str(axis)) for axis in value.shape]
-            )
 
 
 def export_onnx(source: str, directory: Path, task: Task) -> Outcome:
@@ -113,9 +134,8 @@ def export_onnx(source: str, directory: Path, task: Task) -> Outcome:
     give_memory_back()
     verification = verify_against_torch(directory / ONNX_FILE, model, task, processor)
     verification |= task.verify_behaviour(directory, model, processor)
-    inputs = [value.name for value in open_session(directory / ONNX_FILE).get_inputs()]
     return Outcome(
         "onnx",
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        details={"opset": OPSET, "inputs": inputs, **exported, "verification": verification},
+        details={"opset": OPSET, **exported, "verification": verification},
     )

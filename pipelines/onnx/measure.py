@@ -27,8 +27,8 @@ import numpy as np
 
 from pipelines.core.errors import InputError
 from pipelines.core.task import Arrays, Workload
-from pipelines.onnx.predict import complete_feed, open_session
-from pipelines.runtime.infer import available_cores
+from pipelines.onnx.predict import complete_feed, feed_of
+from pipelines.runtime.infer import available_cores, open_session
 
 if TYPE_CHECKING:
     from pipelines.core.task import Collate
@@ -91,14 +91,11 @@ def timing_feeds(features: Any, collate: Collate) -> tuple[Arrays, list[Arrays]]
     """The longest example alone, for the latency, and a fixed sample in batches of like length, for the throughput."""
     from pipelines.models.predict import batches_by_length
 
-    def feed(indices: np.ndarray) -> Arrays:
-        batch = collate([features[int(index)] for index in indices])
-        return {key: np.asarray(value) for key, value in batch.items() if key != "labels"}
-
     lengths = np.asarray(features["length"] if "length" in features.column_names else [1] * len(features))
     sample = np.sort(np.random.default_rng(0).permutation(len(features))[:THROUGHPUT_EXAMPLES])
-    batches = [feed(sample[batch]) for batch in batches_by_length(lengths[sample], THROUGHPUT_BATCH)]
-    return feed(np.array([int(np.argmax(lengths))])), batches
+    batches = batches_by_length(lengths[sample], THROUGHPUT_BATCH)
+    longest = feed_of(features, [int(np.argmax(lengths))], collate)
+    return longest, [feed_of(features, sample[batch], collate) for batch in batches]
 
 
 def encoder_workload(single: Arrays, batches: list[Arrays]) -> Workload:
@@ -108,16 +105,8 @@ def encoder_workload(single: Arrays, batches: list[Arrays]) -> Workload:
 
 
 def _check_subjects(subjects: list[Subject]) -> None:
-    names = [subject.name for subject in subjects]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"expected one or more subjects with different names, found {names}. Name every stage once.")
     for subject in subjects:
-        needed = {"onnx": "model.onnx", "transformers": "config.json"}.get(subject.format)
-        if needed is None:
-            raise InputError(
-                f"expected the format of {subject.name} to be 'transformers' or 'onnx', found {subject.format!r}. "
-                "Export the model first if it is something else."
-            )
+        needed = {"onnx": "model.onnx", "transformers": "config.json"}[subject.format]
         if not (subject.path / needed).is_file():
             raise InputError(
                 f"expected {needed} in {subject.path}, found none. Run the stage {subject.name} again, or give the "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipelines.core.errors import InputError
-from pipelines.core.task import Arrays, Collate, Task
 from pipelines.models.predict import predict_batches
-from pipelines.runtime.infer import available_cores
+from pipelines.runtime.infer import available_cores, open_session
 
 if TYPE_CHECKING:
     from pipelines.core.task import Arrays, Collate, Task
@@ -18,15 +18,10 @@ if TYPE_CHECKING:
 PAST, PRESENT = "past_key_values.", "present."  # how the names of a KV cache begin, among inputs and outputs
 
 
-def open_session(path: Path, threads: int | None = None) -> Any:
-    """An ONNX Runtime CPU session on the cores this process may use."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or available_cores()
-    # Fused graphs name operators the optimizer then finds nothing to do for; only errors are worth a line.
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def feed_of(features: Any, indices: Iterable[int], collate: Collate) -> Arrays:
+    """Some examples as a batch for a graph: without their labels."""
+    batch = collate([features[int(index)] for index in indices])
+    return {name: np.asarray(value) for name, value in batch.items() if name != "labels"}
 
 
 def empty_cache(session: Any, batch_size: int) -> Arrays:

@@ -33,30 +33,26 @@ SAME_TIME = 1.05  # times this close to the fastest count as equal
 Feeds = Callable[[], "list[Arrays]"]
 
 
-def _fp32(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) -> dict[str, Any]:
+def _fp32(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) -> None:
     save(ir.load(source), target)
-    return {}
 
 
-def _dynamic_int8(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) -> dict[str, Any]:
-    return quantize_dynamic_int8(source, target, quantize.reduce_range, quantize.block_size)
+def _dynamic_int8(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) -> None:
+    quantize_dynamic_int8(source, target, quantize.reduce_range, quantize.block_size)
 
 
-def _static_int8(
-    source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds, calibration: str
-) -> dict[str, Any]:
-    return quantize_static_int8(source, target, feeds(), calibration, quantize.reduce_range)
+def _static_int8(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds, calibration: str) -> None:
+    quantize_static_int8(source, target, feeds(), calibration, quantize.reduce_range)
 
 
 def _blocks(
     source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds, table_bits: int, weight_bits: int
-) -> dict[str, Any]:
+) -> None:
     quantize_blocks(source, target, table_bits, weight_bits, quantize.block_size)
-    return {"block_size": quantize.block_size}
 
 
 # How a fused graph becomes a quantized one, by the names that tasks, records and --quantization use.
-SCHEMES: dict[str, Callable[[Path, Path, QuantizeConfig, Feeds], dict[str, Any]]] = {
+SCHEMES: dict[str, Callable[[Path, Path, QuantizeConfig, Feeds], None]] = {
     "fp32": _fp32,
     "dynamic_int8": _dynamic_int8,
     "static_int8_minmax": partial(_static_int8, calibration="minmax"),
@@ -96,13 +92,13 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
         folder = candidates / name
         folder.mkdir()
         copy_beside(Path(source), folder)
-        made = SCHEMES[name](fused, folder / ONNX_FILE, quantize, feeds)
+        SCHEMES[name](fused, folder / ONNX_FILE, quantize, feeds)
         give_memory_back()
+        nodes = onnx.load(folder / ONNX_FILE, load_external_data=False).graph.node
         after = score_onnx(folder / ONNX_FILE, task, processor, "validation", f"score {name}")
         lost = quality_lost(before[task.primary_metric], after[task.primary_metric], task.greater_is_better)
         tried[name] = {
-            **made,
-            "operators": _operators(folder / ONNX_FILE),
+            "operators": dict(sorted(Counter(node.op_type for node in nodes).items())),
             "bytes": size_of(folder / ONNX_FILE),
             "metrics": after,
             "quality_lost": lost,
@@ -142,13 +138,12 @@ def choose(tried: dict[str, dict[str, Any]], candidates: Path, task: Task) -> st
     return min(allowed or tried, key=lambda name: tried[name]["quality_lost"])
 
 
-def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool, block_size: int = 32) -> dict[str, Any]:
+def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool, block_size: int = 32) -> None:
     """Quantize the matmuls (a scale for each output column) and embeddings of `source` into the one file `target`.
 
     `reduce_range` keeps the weights of matmuls within 7 bits, as x86 processors without VNNI need: their kernels add pairs of 8-bit
     products in 16 bits, which saturate. Embeddings stay bytes, of which only the rows that are read are dequantized; those with a tied
     head are blocks of int8, which both read. On loading, ONNX Runtime merges each MatMulInteger with what converts around it.
-    Returns "quantized", how many nodes have int8 weights: "MatMul" (Gemm among them) and "Gather".
     """
     from onnxruntime.quantization import QuantType
     from transformers.exporters.configs import ExportFormat
@@ -171,19 +166,4 @@ def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool, block_
         for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
             value.shape = None  # the quantizer transposes weights, and then finds the shapes behind them wrong
         quantized = OnnxRuntimeQuantizer(config).quantize(model, {}, ExportFormat.ONNX)
-    int8 = (ir.DataType.INT8, ir.DataType.UINT8)
-    graph: Any = quantized.graph
-    operators = Counter(node.op_type for node in graph)
-    rows = [node for node in graph if node.op_type == "Gather" and node.inputs[0].dtype in int8]
     save(quantized, target)
-    return {
-        "quantized": {
-            "MatMul": operators["MatMulInteger"] + operators["MatMulNBits"],
-            "Gather": len(rows) + operators["GatherBlockQuantized"],
-        }
-    }
-
-
-def _operators(path: Path) -> dict[str, int]:
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    return dict(sorted(Counter(node.op_type for node in nodes).items()))

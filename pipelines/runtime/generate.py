@@ -40,17 +40,9 @@ class Sampling:
 
 
 class LanguageModel:
-    """A directory with model.onnx, tokenizer.json and config.json, ready to continue text."""
+    """The `session` of a graph with a KV cache, and the tokenizer.json and config.json in its `directory`: ready to continue text."""
 
-    def __init__(self, directory: str | Path, threads: int | None = None, session: Any = None) -> None:
-        """Open `directory` on the CPU, or use a `session` that has its model open already."""
-        directory = Path(directory)
-        if session is None:
-            if __package__:
-                from pipelines.runtime.infer import open_session
-            else:  # in a bundle infer.py is beside this file
-                from infer import open_session  # type: ignore[no-redef]
-            session = open_session(directory / "model.onnx", threads)
+    def __init__(self, directory: Path, session: Any) -> None:
         self.session = session
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.tokenizer.no_padding()

@@ -336,7 +336,7 @@ class Generator:
         self.manifest = manifest or read_manifest(directory)
         minimum = self.manifest["minimum_onnxruntime"]
         self.session = open_session(directory / self.manifest["model"], minimum=minimum, **how)
-        self.model = generation().LanguageModel(directory, session=self.session)
+        self.model = generation().LanguageModel(directory, self.session)
 
     def stream(self, prompt: str, sampling: Any = None) -> Iterator[str]:
         """The continuation of a text in pieces, each as soon as it is there; `sampling` is generate.py's."""

@@ -172,7 +172,9 @@ def test_an_image_processor_that_is_not_known_needs_a_bundle(image_onnx, tmp_pat
 
 
 def test_a_language_model(language_bundle):
-    expected = LanguageModel(language_bundle).generate(["the team said"], Sampling(max_new_tokens=7))
+    expected = LanguageModel(language_bundle, infer.open_session(language_bundle / "model.onnx")).generate(
+        ["the team said"], Sampling(max_new_tokens=7)
+    )
     for directory in (language_bundle, language_bundle.parent / "onnx"):
         found = load(directory)("the team said", max_new_tokens=7)
         assert found == {"input": "the team said", "continuation": expected[0]}

@@ -492,7 +492,7 @@ def test_continuations_in_a_browser(browser, language_bundle, language_task, tmp
         assert (begun, button) == ("Stop", "Continue")
         assert 0 < len(stopped) == len(later) < len(expected) / 2
 
-        model = LanguageModel(tmp_path / "bundle")
+        model = infer.Generator(tmp_path / "bundle").model
         expected = native_logits(model, model.encode("the team said"))
         np.testing.assert_allclose(page.evaluate(FIRST_LOGITS, ["the team said", False]), expected, atol=1e-3)
         expected = native_logits(model, model.end_tokens)
@@ -505,7 +505,7 @@ def test_quantized_continuations_in_a_browser(browser, language_bundle, language
     config = QuantizeConfig(quantization="int4_blocks_int8_embeddings", block_size=16, max_quality_drop=9.0)
     quantize_onnx(str(language_bundle.parent / "onnx"), tmp_path / "quantized", language_task, config)
     with opened(browser, tmp_path / "quantized", tmp_path / "bundle", language_task, libraries) as page:
-        model = LanguageModel(tmp_path / "bundle")
+        model = infer.Generator(tmp_path / "bundle").model
         # Blocks of weights are multiplied by other kernels here than there, and later near ties may fall otherwise.
         expected = native_logits(model, model.encode("the team said"))
         np.testing.assert_allclose(page.evaluate(FIRST_LOGITS, ["the team said", False]), expected, atol=2e-2)

@@ -16,9 +16,10 @@ from pipelines.edge.bundle import build_bundle
 from pipelines.models.predict import predict_torch
 from pipelines.models.removal import cut, load_model, with_stock_shapes
 from pipelines.onnx.export import export_onnx
-from pipelines.onnx.predict import open_session, predict_onnx
+from pipelines.onnx.predict import predict_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.onnx.verify import quality_lost, verify_against_torch, verify_directory, verify_quality
+from pipelines.runtime.infer import open_session
 from pipelines.tasks.text_classification import TextClassification
 
 HEADS = [np.array([0, 3]), np.array([1]), np.array([0, 1, 2, 3]), np.array([2])]

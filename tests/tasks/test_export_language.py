@@ -22,10 +22,11 @@ from pipelines.onnx import file as onnx_file
 from pipelines.onnx.export import export_graph, export_onnx
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.measure import Subject, measure, paired_ratios
-from pipelines.onnx.predict import empty_cache, open_session, score_onnx
+from pipelines.onnx.predict import empty_cache, score_onnx
 from pipelines.onnx.quantize import SCHEMES, quantize_onnx
 from pipelines.onnx.verify import verify_against_torch, verify_directory, verify_same_graph
 from pipelines.runtime.generate import LanguageModel, Sampling, choose, keep_likely, penalize
+from pipelines.runtime.infer import open_session
 from pipelines.tasks.text_generation.export import graph_with_cache, torch_greedy, verify_generation
 from pipelines.tasks.text_generation.measure import time_generation
 from pipelines.tasks.text_generation.task import LanguageModeling
@@ -108,7 +109,7 @@ def test_every_layer_becomes_one_attention_with_its_own_heads_and_cache(exported
     source, directory, _ = exported
     original, fused = directory / "model.onnx", tmp_path / "model.onnx"
     counts = fuse_for_onnxruntime(original, fused)
-    assert counts == {"attention_blocks": 3, "matmuls": 12, "attention": 3, "causal_mask": 1}
+    assert counts == {"attention_blocks": 3, "attention": 3, "residual": 0, "first_token": 0}
     graph = onnx.load(fused).graph
     attention = [node for node in graph.node if node.op_type == "Attention"]
     heads = [next(one.i for one in node.attribute if one.name == "q_num_heads") for node in attention]
@@ -153,8 +154,10 @@ def test_the_loop_needs_neither_torch_nor_this_library(exported, tmp_path):
     runtime = Path(__file__).resolve().parents[2] / "pipelines" / "runtime"
     script = (
         f"import sys; sys.path.insert(0, {str(runtime)!r})\n"
-        "from generate import LanguageModel, Sampling\n"
-        f"pieces = LanguageModel({str(directory)!r}).stream('team', Sampling(sampling_temperature=5.0))\n"
+        "from pathlib import Path; from generate import LanguageModel, Sampling; from infer import open_session\n"
+        f"directory = Path({str(directory)!r})\n"
+        "model = LanguageModel(directory, open_session(directory / 'model.onnx'))\n"
+        "pieces = model.stream('team', Sampling(sampling_temperature=5.0))\n"
         "print('team', *pieces, sep='')\n"
         "assert not {'torch', 'transformers', 'pipelines', 'onnx'} & set(sys.modules), sorted(sys.modules)\n"
     )
@@ -166,7 +169,7 @@ def test_the_loop_needs_neither_torch_nor_this_library(exported, tmp_path):
 
 def test_streamed_pieces_are_the_generated_text_and_stop_tokens_stop(exported):
     _, directory, _ = exported
-    model = LanguageModel(directory, threads=1)
+    model = LanguageModel(directory, open_session(directory / "model.onnx", 1))
     sampling = Sampling(max_new_tokens=20, sampling_temperature=5.0, seed=3)  # hot enough to break characters apart
     whole = model.generate(["the team"], sampling)[0]
     assert "".join(model.stream("the team", sampling)) == whole
@@ -180,7 +183,7 @@ def test_streamed_pieces_are_the_generated_text_and_stop_tokens_stop(exported):
 
 def test_generation_ends_where_the_model_has_no_position_left(exported):
     source, directory, _ = exported
-    model = LanguageModel(directory, threads=1)
+    model = LanguageModel(directory, open_session(directory / "model.onnx", 1))
     model.end_tokens = []
     prompt = list(range(1, 61))
     assert len(model.generate_tokens([prompt], Sampling(max_new_tokens=50))[0]) == 64 - 60 + 1
@@ -305,7 +308,8 @@ def test_the_fastest_scheme_within_the_limit_is_shipped(exported, language_task,
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert LanguageModel(tmp_path).generate(["the team"], Sampling(max_new_tokens=3))
+    model = LanguageModel(tmp_path, open_session(tmp_path / "model.onnx"))
+    assert model.generate(["the team"], Sampling(max_new_tokens=3))
     json.dumps(outcome.details, allow_nan=False)
     verified = verify_directory(tmp_path, directory, language_task, 0.2)
     assert verified["quality_lost"] == tried[outcome.details["scheme"]]["quality_lost"]
@@ -381,4 +385,5 @@ def test_fp32_is_the_same_text_of_one_attention_operator_a_layer(exported, langu
     assert operators["Attention"] == 3
     assert not operators.keys() & {"MatMulNBits", "MatMulInteger", "GatherBlockQuantized", "Softmax"}
     prompts, sampling = ["the team", "shares"], Sampling(max_new_tokens=8)
-    assert LanguageModel(tmp_path).generate(prompts, sampling) == LanguageModel(directory).generate(prompts, sampling)
+    here, there = (LanguageModel(path, open_session(path / "model.onnx")) for path in (tmp_path, directory))
+    assert here.generate(prompts, sampling) == there.generate(prompts, sampling)

@@ -20,6 +20,7 @@ from pipelines.core.task import Arrays, Graph
 from pipelines.onnx.predict import PAST, PRESENT, empty_cache
 from pipelines.onnx.verify import TOLERANCE
 from pipelines.runtime.generate import LanguageModel, Sampling
+from pipelines.runtime.infer import open_session
 
 VERIFIED_PROMPTS = 20
 
@@ -133,7 +134,7 @@ def verify_generation(
     Neither stops at the end token, so that every continuation is compared in full. Raises VerificationError at the first token that
     differs, unless torch itself finds the two equally likely within rounding.
     """
-    edge = LanguageModel(directory)
+    edge = LanguageModel(directory, open_session(directory / "model.onnx"))
     edge.end_tokens = []
     prompts = prompts_for(task, processor, count)
     new = max(2, len(task.features(processor)["validation"][0]["input_ids"]) // 2)

@@ -59,8 +59,9 @@ def time_generation(generate: Generate, prompt_tokens: int, new_tokens: int, sec
 
 def _load_onnx(path: Path, threads: int) -> Generate:
     from pipelines.runtime.generate import LanguageModel, Sampling
+    from pipelines.runtime.infer import open_session
 
-    model = LanguageModel(path, threads)
+    model = LanguageModel(path, open_session(path / "model.onnx", threads))
     model.end_tokens = []  # every model generates as many tokens as it is told to
     return lambda prompt, new: [time.perf_counter() for _ in model.steps([prompt], Sampling(max_new_tokens=new))]
 

@@ -18,6 +18,7 @@ from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary
 from pipelines.edge.settings import generation_outputs
 from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
 from pipelines.runtime.generate import LanguageModel
+from pipelines.runtime.infer import open_session
 from pipelines.tasks.base import BaseTask
 from pipelines.tasks.text_generation.report import GenerationPresentation, compare_language_models
 from pipelines.training.losses import NextTokenLoss
@@ -243,7 +244,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
 
         return {
             "inputs": prompt_inputs(directory, processor),
-            "outputs": generation_outputs(LanguageModel(directory)),
+            "outputs": generation_outputs(LanguageModel(directory, open_session(directory / "model.onnx"))),
         }
 
     def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
