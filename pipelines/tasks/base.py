@@ -12,11 +12,11 @@ import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.task import Arrays, StageResult, Task, Workload
+from pipelines.core.task import Arrays, Head, StageResult, Task, Workload
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
-from pipelines.data.sources import check_onnx_directory, resolve
-from pipelines.models.loading import load
+from pipelines.data.sources import check_model, check_onnx_directory, resolve
+from pipelines.models.loading import load, load_classifier
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
 from pipelines.onnx.verify import verification_batches
@@ -48,6 +48,7 @@ class BaseTask(Task):
     """What is the same for every kind of task."""
 
     settings: tuple[type, ...] = (DataConfig,)  # the dataclasses that it is made of
+    auto_class: Any  # of transformers, for a model with its head
     architectures: tuple[str, ...]  # how the names of its models' classes end
     demo: str  # the YAML file of its offline demo
     greater_is_better = True
@@ -106,11 +107,22 @@ class BaseTask(Task):
         from transformers import AutoConfig
 
         return load(
-            AutoConfig.from_pretrained,
-            resolve(source),
-            "a model's config.json",
-            trust_remote_code=self.trust_remote_code,
+            AutoConfig.from_pretrained, source, "a model's config.json", trust_remote_code=self.trust_remote_code
         )
+
+    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
+        """The model with a head for this task's labels; see load_classifier."""
+        config = self.checked_config(source, from_scratch)
+        code = {"trust_remote_code": self.trust_remote_code}
+        return load_classifier(self.auto_class, source, config, self.label_names, head, from_scratch, **code)
+
+    def checked_config(self, source: str, from_scratch: bool) -> Any:
+        """The config of a model that can be loaded for this task: its weights are whole, its inputs are the task's."""
+        if not from_scratch:
+            check_model(resolve(source))
+        config = self.load_config(source)
+        self.check_config(config, source)
+        return config
 
     # ---- ONNX
 

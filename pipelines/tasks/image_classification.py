@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
@@ -18,11 +19,10 @@ from pipelines.core.task import Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.images import IMAGES, collate
 from pipelines.data.references import read_classes
-from pipelines.data.sources import resolve
 from pipelines.edge.bundle import image_probes, verify_predictor
 from pipelines.edge.settings import head_outputs, image_settings
 from pipelines.models.families import FAMILIES
-from pipelines.models.loading import load, load_classifier
+from pipelines.models.loading import load
 from pipelines.tasks.classification import Classification, ClassifierPresentation
 
 
@@ -72,6 +72,7 @@ class ImageClassification(Classification):
     name = "image-classification"
     presentation: Presentation = ImagePresentation()
     settings = (DataConfig, AugmentConfig)
+    auto_class = AutoModelForImageClassification
     architectures = ("ForImageClassification",)
     demo = "vit_digits"
     example = "image.png"
@@ -103,28 +104,11 @@ class ImageClassification(Classification):
 
     def load_processor(self, source: str) -> Any:
         """The image processor of a model; the one over Pillow, so that an image becomes the same numbers on every machine."""
-        from transformers import AutoImageProcessor
-
         return load(
             AutoImageProcessor.from_pretrained,
-            resolve(source),
+            source,
             "an image processor",
             backend="pil",
-            trust_remote_code=self.trust_remote_code,
-        )
-
-    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
-        """The model with a head for this task's labels; see load_classifier."""
-        from transformers import AutoModelForImageClassification
-
-        return load_classifier(
-            AutoModelForImageClassification,
-            "ForImageClassification",
-            source,
-            self.label_names,
-            head,
-            from_scratch,
-            check_config=lambda config: self.check_config(config, source),
             trust_remote_code=self.trust_remote_code,
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoModelForSequenceClassification
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
@@ -15,7 +16,7 @@ from pipelines.core.task import Graph, Head
 from pipelines.data.text import collate, tokenize
 from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
-from pipelines.models.loading import load_classifier, load_tokenizer
+from pipelines.models.loading import load_tokenizer
 from pipelines.tasks.base import BaseTask
 
 
@@ -33,6 +34,7 @@ class TextPresentation:
 class TextTask(BaseTask):
     """A job on one text, or a pair of texts."""
 
+    auto_class = AutoModelForSequenceClassification
     architectures = ("ForSequenceClassification",)
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
@@ -53,21 +55,6 @@ class TextTask(BaseTask):
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model."""
         return load_tokenizer(source, self.trust_remote_code)
-
-    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
-        """The model with a head for this task's labels; see load_classifier."""
-        from transformers import AutoModelForSequenceClassification
-
-        return load_classifier(
-            AutoModelForSequenceClassification,
-            "ForSequenceClassification",
-            source,
-            self.label_names,
-            head,
-            from_scratch,
-            check_config=lambda config: self.check_config(config, source),
-            trust_remote_code=self.trust_remote_code,
-        )
 
     def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
         """Raise InputError unless an online teacher's tokenizer makes the student's tokens of the same texts."""
