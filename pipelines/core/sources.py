@@ -8,6 +8,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
 
 PACKAGE_SCHEME = "package://"
@@ -116,9 +117,7 @@ def _directory_fingerprint(path: Path) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name}\0{content}\n".encode())
+        digest.update(f"{file.name}\0{hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 

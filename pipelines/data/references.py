@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -13,16 +12,9 @@ import numpy as np
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
 
-
-@dataclass
-class References:
-    """The references of each split that the data set has, by the split's own name; -1 (a class) or NaN (a score) where a row has none."""
-
-    values: dict[str, np.ndarray]
-    feature: datasets.ClassLabel | datasets.Value  # the type of the column `label`
-    names: list[str] = field(default_factory=list)  # of the classes, whose ids the values are; none for scores
-
-
+# By the name of a split its references, -1 (a class) or NaN (a score) where a row has none; and the type of the column `label`, a
+# datasets.ClassLabel or Value.
+References = tuple[dict[str, np.ndarray], Any]
 # Of the splits that are used, by their own names; the first is the training split.
 ReadReferences = Callable[[dict[str, datasets.Dataset], DataConfig], References]
 
@@ -89,7 +81,7 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
     for name, split in splits.items():
         by_cell = {value: ids[str(label)] for value, label in cells[name].items() if label is not None}
         values[name] = np.array(_map(split, column, by_cell, -1), np.int64)
-    return References(values, datasets.ClassLabel(names=names), names)
+    return values, datasets.ClassLabel(names=names)
 
 
 def _class_of(value: Any, declared: list[str] | None) -> Any:
@@ -142,7 +134,7 @@ def read_scores(splits: dict[str, datasets.Dataset], config: DataConfig) -> Refe
         raise InputError(
             f"expected scores that differ in the column {column!r}, found one value at most; name the column of scores with --label_column"
         )
-    return References(values, datasets.Value("float32"))
+    return values, datasets.Value("float32")
 
 
 def _score_of(value: Any, split: str, config: DataConfig) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
+from torch import Tensor
 
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
@@ -18,9 +20,6 @@ from pipelines.data.kinds import Kind
 from pipelines.data.references import dtype
 from pipelines.data.remembered import folder
 from pipelines.data.tables import FILE_BUILDERS, read_table
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +111,9 @@ def tokenize(data: Examples, tokenizer: Any, max_length: int) -> datasets.Datase
         }
 
     fingerprint = digest([_TOKENS_VERSION, data.fingerprint, tokenizer_content(tokenizer), max_length])[:32]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    truncation = None if backend is None else backend.truncation
-    tokens = datasets.DatasetDict(
+    # The call leaves its truncation in the tokenizer, so that one saved later would tell whether the tokens came from the cache.
+    tokenizer = copy.deepcopy(tokenizer)
+    return datasets.DatasetDict(
         {
             name: split.map(
                 encode,
@@ -128,10 +127,6 @@ def tokenize(data: Examples, tokenizer: Any, max_length: int) -> datasets.Datase
             for name, split in data.splits.items()
         }
     )
-    if backend is not None:
-        # Or the tokenizer.json that is saved later would tell whether the tokens came from the cache.
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-    return tokens
 
 
 def tokenizer_content(tokenizer: Any) -> list[str]:

@@ -20,6 +20,9 @@ from pipelines.models.loading import load, load_classifier
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
 from pipelines.onnx.verify import verification_batches
+from pipelines.report.markdown import CLIPPED_TEXT, clip
+
+LISTED_EXAMPLES = 50  # in report.json
 
 
 def check_predictions(stages: list[StageResult], shape: tuple[int, ...], meaning: str, teacher: str) -> None:
@@ -42,6 +45,15 @@ def check_predictions(stages: list[StageResult], shape: tuple[int, ...], meaning
                 f"expected finite predictions from {stage.name}, found NaN or infinity in {infinite.sum()} of {len(infinite)} rows of the "
                 "test split. Do not use this model; export or quantize it again, in fp32 if need be."
             )
+
+
+def listed_examples(order: np.ndarray, texts: list[str], **columns: np.ndarray) -> list[dict[str, Any]]:
+    """The first of the test examples in this order, as report.json lists them: number, text, and the value of each column."""
+    return [
+        {"index": int(index), "text": clip(texts[index], CLIPPED_TEXT)}
+        | {name: values[index].item() for name, values in columns.items()}
+        for index in order[:LISTED_EXAMPLES]
+    ]
 
 
 class BaseTask(Task):

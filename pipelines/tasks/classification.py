@@ -13,13 +13,11 @@ from scipy.special import softmax
 from pipelines.core.errors import InputError
 from pipelines.core.task import Comparison, StageResult
 from pipelines.models.loading import label_order, reorder_labels
-from pipelines.report.markdown import CLIPPED_TEXT, clip, escape, markdown_table, number
+from pipelines.report.markdown import escape, markdown_table, number
 from pipelines.report.pages import TEACHER, stage_of
-from pipelines.tasks.base import BaseTask, check_predictions
+from pipelines.tasks.base import BaseTask, check_predictions, listed_examples
 from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
-
-LISTED_EXAMPLES = 50  # in report.json
 
 
 class Classification(ClassifierLoss, BaseTask):
@@ -74,10 +72,6 @@ class Classification(ClassifierLoss, BaseTask):
                 f"{source}. Export its model again with this data set (python -m pipelines export)."
             )
 
-    def agreement(self, logits: np.ndarray, reference_logits: np.ndarray) -> float:
-        """Share of examples that two models answer alike."""
-        return float(np.mean(np.argmax(logits, axis=-1) == np.argmax(reference_logits, axis=-1)))
-
     # ---- Report
 
     @abstractmethod
@@ -130,21 +124,19 @@ def _broken_examples(
     broken = np.flatnonzero((before == references) & (after != references))
     repaired = np.flatnonzero((before != references) & (after == references))
     confidence_before, confidence = (softmax(logits, axis=-1).max(axis=-1) for logits in (teacher, shipped))
+    names = np.array(label_names)
     ordered = broken[np.argsort(-confidence[broken], kind="stable")]
     return {
         "total": len(broken),
         "repaired_total": len(repaired),
-        "examples": [
-            {
-                "index": int(index),
-                "text": clip(texts[index], CLIPPED_TEXT),
-                "reference": label_names[references[index]],
-                "teacher_probability": float(confidence_before[index]),
-                "shipped_prediction": label_names[after[index]],
-                "shipped_probability": float(confidence[index]),
-            }
-            for index in ordered[:LISTED_EXAMPLES]
-        ],
+        "examples": listed_examples(
+            ordered,
+            texts,
+            reference=names[references],
+            teacher_probability=confidence_before,
+            shipped_prediction=names[after],
+            shipped_probability=confidence,
+        ),
     }
 
 

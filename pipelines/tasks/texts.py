@@ -11,9 +11,10 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification
 
 from pipelines.core.config import DataConfig
+from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.core.task import Graph, Head
-from pipelines.data.text import collate, tokenize
+from pipelines.data.text import collate, tokenize, tokenizer_content
 from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
 from pipelines.models.loading import load_tokenizer
@@ -50,7 +51,7 @@ class TextTask(BaseTask):
 
     @property
     def example(self) -> str:
-        return '--pair "A first text." "A second text."' if self.config.text_pair_column else '"A text."'
+        return '--pair "A first text." "A second text."' if self._reads_pairs else '"A text."'
 
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model."""
@@ -72,7 +73,7 @@ class TextTask(BaseTask):
 
     def features(self, processor: Any) -> Any:
         """The tokenized splits; the same tokenizer tokenizes once in a process."""
-        key = _tokenizer_key(processor)
+        key = digest(tokenizer_content(processor))
         if key not in self._features:
             self._features[key] = tokenize(self.data, processor, self.config.max_length)
         return self._features[key]
@@ -89,7 +90,7 @@ class TextTask(BaseTask):
     def test_texts(self) -> list[str]:
         """The test examples as a person reads them."""
         test = self.data.splits["test"]
-        if "text_pair" in test.column_names:
+        if self._reads_pairs:
             return [f"{text} ‖ {pair}" for text, pair in zip(test["text"], test["text_pair"], strict=True)]
         return list(test["text"])
 
@@ -104,15 +105,7 @@ class TextTask(BaseTask):
         return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ["logits"])
 
     def check_config(self, config: Any, source: str) -> None:
-        """Raise InputError unless the model has a position for every token."""
-        limit = getattr(config, "max_position_embeddings", None)
-        # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
-        offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        if limit and self.config.max_length > limit - offset:
-            raise InputError(
-                f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {self.config.max_length}. "
-                "Pass a smaller --max_length."
-            )
+        check_positions(config, self.config.max_length, source)
 
     # ---- Bundle
 
@@ -128,7 +121,7 @@ class TextTask(BaseTask):
 
     @property
     def _reads_pairs(self) -> bool:
-        return "text_pair" in self.data.splits["validation"].column_names
+        return self.config.text_pair_column is not None
 
 
 def is_pair(report: dict[str, Any]) -> bool:
@@ -139,5 +132,13 @@ def token_limit(report: dict[str, Any]) -> int:
     return int(report["config"].get("max_length", DataConfig.max_length))
 
 
-def _tokenizer_key(processor: Any) -> str:
-    return processor.backend_tokenizer.to_str() if hasattr(processor, "backend_tokenizer") else repr(processor)
+def check_positions(config: Any, max_length: int, source: str) -> None:
+    """Raise InputError unless the model that `source` has has a position for every token."""
+    limit = getattr(config, "max_position_embeddings", None)
+    # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
+    offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    if limit and max_length > limit - offset:
+        raise InputError(
+            f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {max_length}. Pass a smaller "
+            "--max_length."
+        )

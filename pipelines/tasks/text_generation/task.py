@@ -24,6 +24,7 @@ from pipelines.runtime.generate import LanguageModel
 from pipelines.tasks.base import BaseTask
 from pipelines.tasks.text_generation import export
 from pipelines.tasks.text_generation.report import GenerationPresentation, compare_language_models
+from pipelines.tasks.texts import check_positions
 from pipelines.training.losses import NextTokenLoss
 
 BUNDLE_PROMPTS = 8  # that a bundle is verified with
@@ -133,12 +134,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model has a position for every token of a window."""
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit and self.config.max_length > limit:
-            raise InputError(
-                f"expected --max_length of at most {limit}, the positions that {source} has, found {self.config.max_length}. Pass a "
-                "smaller --max_length."
-            )
+        check_positions(config, self.config.max_length, source)
 
     def features(self, processor: Any) -> Any:
         """Windows of tokens of every split; the same vocabulary tokenizes once in a process."""
@@ -225,11 +221,9 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         }
 
     def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
-        """Of beginnings of validation windows of different lengths, from 1 token to half a window, and of probes."""
-        windows = self.features(processor)["validation"]
-        lengths = [1 + index * (len(windows[0]["input_ids"]) // 2) // BUNDLE_PROMPTS for index in range(BUNDLE_PROMPTS)]
-        tokens = [windows[i * len(windows) // BUNDLE_PROMPTS]["input_ids"][:length] for i, length in enumerate(lengths)]
-        return verify_generator(directory, processor, processor.batch_decode(tokens))
+        """Of beginnings of validation windows, and of probes."""
+        prompts = export.prompts_for(self.features(processor)["validation"], BUNDLE_PROMPTS)
+        return verify_generator(directory, processor, processor.batch_decode(prompts))
 
     # ---- Report
 
