@@ -65,7 +65,7 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
     state = state_of(config.dataset)
     source = load_source(config, kind)
     roles = choose_splits(source.splits, config, partial(has_references, config=config))
-    used = {name: _prepared(source.splits[name], name, config, kind) for name in roles.values() if name is not None}
+    used = {name: prepared(source.splits[name], name, config, kind) for name in roles.values() if name is not None}
     labels, feature = read_references(used, config)
     given = {}
     for role, name in roles.items():
@@ -136,24 +136,21 @@ def split_examples(
     return Examples(datasets.DatasetDict(splits), details, content.hexdigest(), names)
 
 
-def check_column(split: datasets.Dataset, name: str, column: str, flag: str) -> None:
-    """Raise InputError unless the split has the column that a flag names."""
-    if column not in split.column_names:
-        raise InputError(
-            f"expected a column {column!r} in the split {name!r}, found the columns "
-            f"{', '.join(split.column_names)}; name the right one with --{flag}"
-        )
-
-
-def _prepared(split: datasets.Dataset, name: str, config: DataConfig, kind: Kind) -> datasets.Dataset:
+def prepared(
+    split: datasets.Dataset, name: str, config: DataConfig, kind: Kind, labelled: bool = True
+) -> datasets.Dataset:
     """The split, ready to read; raises InputError unless the columns are there and the inputs hold what the kind reads."""
     if len(split) == 0:
         raise InputError(
             f"expected examples in the split {name!r}, found none; give a data set with rows in every split"
         )
-    columns = kind.columns_of(config) | {"label_column": config.label_column}
+    columns = kind.columns_of(config) | ({"label_column": config.label_column} if labelled else {})
     for flag, column in columns.items():
-        check_column(split, name, column, flag)
+        if column not in split.column_names:
+            raise InputError(
+                f"expected a column {column!r} in the split {name!r}, found the columns "
+                f"{', '.join(split.column_names)}; name the right one with --{flag}"
+            )
     for flag, column in kind.columns_of(config).items():
         ready = kind.prepare(split, column)
         if ready is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
+from pipelines.core.task import Collate
 from pipelines.data.kinds import Kind
 from pipelines.data.tables import read_table
 from pipelines.runtime import infer
@@ -163,9 +163,7 @@ def augment(image: Image.Image, config: AugmentConfig) -> Image.Image:
     return wide.transform(image.size, Image.Transform.AFFINE, moved, resample=Image.Resampling.BILINEAR)
 
 
-def collate(
-    processor: Any, teacher_processor: Any = None, augmentation: AugmentConfig | None = None
-) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+def collate(processor: Any, teacher_processor: Any = None, augmentation: AugmentConfig | None = None) -> Collate:
     """A collator of rows with `image`, `labels` and perhaps `teacher_logits`.
 
     `pixel_values` (batch, 3, height, width) are what `processor` makes of the images; with a `teacher_processor`,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
+from pipelines.core.task import Collate
 from pipelines.data.examples import Examples
 from pipelines.data.kinds import Kind
 from pipelines.data.references import dtype
@@ -44,12 +45,7 @@ def read_text(path: Path) -> tuple[str, str]:
 
 def read_text_files(folder: Path, files: list[tuple[Path, str]]) -> datasets.Dataset:
     """Each file as a row; a warning names those whose encoding was guessed."""
-    try:
-        texts = [read_text(path) for path, _ in files]
-    except OSError as error:
-        raise InputError(
-            f"expected readable text files in {folder}, found: {error}; check the files and their permissions"
-        ) from error
+    texts = [read_text(path) for path, _ in files]
     guessed = [path for (path, _), (_, encoding) in zip(files, texts, strict=True) if encoding != "utf-8"]
     if guessed:
         logger.warning(
@@ -140,7 +136,7 @@ def tokenizer_content(tokenizer: Any) -> list[str]:
     return [type(tokenizer).__name__, *sides, json.dumps(content, sort_keys=True, default=str)]
 
 
-def collate(tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+def collate(tokenizer: Any) -> Collate:
     """A collator that pads a batch of tokenize()'s rows to its own longest, and leaves out `length`.
 
     Token columns come out as (batch, longest) int64, `labels` as (batch,) int64, and any other column of equally long

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.task import Arrays, Head, StageResult, Task, Workload
+from pipelines.core.task import Arrays, Collate, Head, Presentation, StageResult, Task, Workload
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
 from pipelines.data.sources import check_model, check_onnx_directory, resolve
@@ -54,6 +54,32 @@ def listed_examples(order: np.ndarray, texts: list[str], **columns: np.ndarray) 
         | {name: values[index].item() for name, values in columns.items()}
         for index in order[:LISTED_EXAMPLES]
     ]
+
+
+class BasePresentation(Presentation):
+    """What a report says of a task on examples, each of which is read once."""
+
+    unit = "examples"
+    digits = 3
+    latency_digits = 1
+    latency_of = "one example"
+    speed_unit = "samples/s"
+
+    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
+        return {}
+
+    def how_timed(self, report: dict[str, Any]) -> str:
+        shape = " x ".join(str(size) for size in report["stages"][0]["latency_ms"]["shape"])
+        return (
+            f"*p50*, *p95*: one call with an input of shape {shape}. *samples/s*: over batches of 16 test examples, texts together with "
+            "others of their length."
+        )
+
+    def remarks(self, files: Mapping[str, Path]) -> list[str]:
+        return []
+
+    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
+        return {}
 
 
 class BaseTask(Task):
@@ -135,6 +161,10 @@ class BaseTask(Task):
         config = self.load_config(source)
         self.check_config(config, source)
         return config
+
+    def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
+        """The collator for training, where an online teacher reads the student's own inputs. Nothing is augmented."""
+        return self.collate(processor)
 
     # ---- ONNX
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Graph, Head, Presentation
+from pipelines.core.task import Collate, Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.images import IMAGES, collate
 from pipelines.data.references import read_classes
@@ -61,9 +60,6 @@ class ImagePresentation(ClassifierPresentation):
 
     def in_shell(self, report: dict[str, Any]) -> str:
         return '"image.png"'
-
-    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
-        return {}
 
 
 class ImageClassification(Classification):
@@ -116,12 +112,10 @@ class ImageClassification(Classification):
         """The splits with encoded images, whatever the processor: the collator decodes them, since pixels fill any disk."""
         return self._features
 
-    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collate(self, processor: Any) -> Collate:
         return collate(processor)
 
-    def training_collate(
-        self, processor: Any, teacher_processor: Any = None, augment: bool = False
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
         """The collator for training: images augmented if asked, the same ones for an online teacher, by its own processor."""
         if self.augmentation.any and not augment:
             from accelerate import PartialState

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ from transformers import AutoModelForSequenceClassification
 from pipelines.core.config import DataConfig
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
-from pipelines.core.task import Graph, Head
+from pipelines.core.task import Collate, Graph, Head
 from pipelines.data.text import collate, tokenize, tokenizer_content
 from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
 from pipelines.models.loading import load_tokenizer
-from pipelines.tasks.base import BaseTask
+from pipelines.tasks.base import BasePresentation, BaseTask
 
 
-class TextPresentation:
+class TextPresentation(BasePresentation):
     """What a report says of any job on texts."""
 
     def in_shell(self, report: dict[str, Any]) -> str:
@@ -78,14 +77,8 @@ class TextTask(BaseTask):
             self._features[key] = tokenize(self.data, processor, self.config.max_length)
         return self._features[key]
 
-    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collate(self, processor: Any) -> Collate:
         return collate(processor)
-
-    def training_collate(
-        self, processor: Any, teacher_processor: Any = None, augment: bool = False
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """The collator for training, where an online teacher reads the student's own tokens. Texts are not augmented."""
-        return self.collate(processor)
 
     def test_texts(self) -> list[str]:
         """The test examples as a person reads them."""

@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.core.task import IGNORED, Comparison, StageResult
 from pipelines.report.markdown import markdown_table, number
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.base import check_predictions, listed_examples
+from pipelines.tasks.base import BasePresentation, check_predictions, listed_examples
 
 
 def compare_language_models(
@@ -76,7 +76,7 @@ def _broken_windows(before: np.ndarray, after: np.ndarray, texts: list[str]) -> 
     }
 
 
-class GenerationPresentation:
+class GenerationPresentation(BasePresentation):
     """What a report says of a language model."""
 
     unit = "documents"
@@ -180,9 +180,6 @@ class GenerationPresentation:
             "Pruning left layers with fewer heads than `config.json` says. transformers.js reads each layer's number from the graph. "
             "optimum-onnx 0.1.0 takes the number of the config for all layers, and cannot run the ONNX files."
         ]
-
-    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
-        return {}
 
 
 def _has_other_heads(files: Mapping[str, Path]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,18 @@ from transformers import AutoModelForCausalLM
 
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Arrays, Comparison, Graph, Head, Presentation, StageResult, Tensors, Workload
+from pipelines.core.task import (
+    IGNORED,
+    Arrays,
+    Collate,
+    Comparison,
+    Graph,
+    Head,
+    Presentation,
+    StageResult,
+    Tensors,
+    Workload,
+)
 from pipelines.data.documents import TextData, load_documents
 from pipelines.data.sources import resolve
 from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
@@ -143,13 +154,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
             self._features[key] = tokenize_windows(self.data, processor, self.config.max_length, self.stride)
         return self._features[key]
 
-    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        return collate_windows
-
-    def training_collate(
-        self, processor: Any, teacher_processor: Any = None, augment: bool = False
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """The collator for training, where an online teacher reads the student's own tokens. Texts are not augmented."""
+    def collate(self, processor: Any) -> Collate:
         return collate_windows
 
     def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
@@ -230,10 +235,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
     def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = "teacher") -> Comparison:
         references = np.asarray(self.features(processor)["test"]["labels"])
         texts = [processor.decode(labels[labels != IGNORED]) for labels in references]
-
-        def score(predictions: np.ndarray) -> dict[str, Any]:
-            return self.scores(predictions, references, "test")
-
+        score = partial(self.scores, references=references, split="test")
         return compare_language_models(stages, references, score, texts, processor.eos_token_id, shipped, teacher)
 
     # ---- ONNX.
