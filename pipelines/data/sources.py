@@ -156,11 +156,9 @@ def model_license(source: str) -> str | None:
     from huggingface_hub import ModelCard
 
     resolved = resolve(source)
-    card = Path(resolved) / "README.md" if os.path.isabs(resolved) else None
-    if card is not None and not card.is_file():
-        return None
+    card = Path(resolved) / "README.md" if os.path.isabs(resolved) else resolved
     try:
-        found = ModelCard.load(card or resolved, ignore_metadata_errors=True).data.license
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.license
     except Exception:  # a card is a courtesy: whatever is wrong with it, the model can be used
         return None
     return found if isinstance(found, str) else None

@@ -99,12 +99,9 @@ def tokenize(data: Examples, tokenizer: Any, max_length: int) -> datasets.Datase
     """
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        tokens = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
-        return {
-            **tokens,
-            "labels": batch["label"],
-            "length": [len(input_ids) for input_ids in tokens["input_ids"]],
-        }
+        texts = batch["text"], batch.get("text_pair")
+        tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_length=True)
+        return {**tokens, "labels": batch["label"]}
 
     fingerprint = digest([_TOKENS_VERSION, data.fingerprint, tokenizer_content(tokenizer), max_length])[:32]
     # The call leaves its truncation in the tokenizer, so that one saved later would tell whether the tokens came from the cache.

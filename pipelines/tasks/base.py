@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.task import Arrays, Collate, Head, Presentation, StageResult, Task, Workload
+from pipelines.core.task import Arrays, Collate, Head, StageResult, Task, Workload
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
 from pipelines.data.sources import check_model, check_onnx_directory, resolve
@@ -56,7 +56,7 @@ def listed_examples(order: np.ndarray, texts: list[str], **columns: np.ndarray) 
     ]
 
 
-class BasePresentation(Presentation):
+class BasePresentation:
     """What a report says of a task on examples, each of which is read once."""
 
     unit = "examples"
@@ -165,6 +165,17 @@ class BaseTask(Task):
     def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
         """The collator for training, where an online teacher reads the student's own inputs. Nothing is augmented."""
         return self.collate(processor)
+
+    def check_config(self, config: Any, source: str) -> None:
+        """Raise InputError unless the model has a position for every token of a text."""
+        limit = getattr(config, "max_position_embeddings", None)
+        # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
+        offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        if limit and self.config.max_length > limit - offset:
+            raise InputError(
+                f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {self.config.max_length}. "
+                "Pass a smaller --max_length."
+            )
 
     # ---- ONNX
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +89,6 @@ class ImageClassification(Classification):
     def load_data(self) -> Examples:
         return load_examples(self.config, IMAGES, read_classes)
 
-    @cached_property
-    def _features(self) -> Any:
-        return self.data.splits.rename_column("label", "labels")
-
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
         return super().describe() | {"augmentation": asdict(self.augmentation)}
@@ -110,7 +105,7 @@ class ImageClassification(Classification):
 
     def features(self, processor: Any) -> Any:
         """The splits with encoded images, whatever the processor: the collator decodes them, since pixels fill any disk."""
-        return self._features
+        return self.data.splits.rename_column("label", "labels")
 
     def collate(self, processor: Any) -> Collate:
         return collate(processor)
@@ -131,12 +126,13 @@ class ImageClassification(Classification):
 
     def graph(self, model: Any, processor: Any) -> Graph:
         """Two real examples as the sample; a model has one image size, so only the batch varies."""
-        batch = self.collate(processor)([self._features["train"][index] for index in (0, 1)])
+        features = self.features(processor)["train"]
+        batch = self.collate(processor)([features[0], features[1]])
         return Graph(model, {"pixel_values": batch["pixel_values"]}, {"pixel_values": {0: "batch"}}, ["logits"])
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model takes what its own image processor makes."""
-        row = {"image": self._features["train"][0]["image"], "labels": 0}
+        row = {"image": self.data.splits["train"][0]["image"], "labels": 0}
         found = list(self.collate(self.load_processor(source))([row])["pixel_values"].shape[1:])
         # Position embeddings are for one size; a convolutional network takes any, and its config says what it was trained on.
         size = config.image_size if config.model_type in FAMILIES else found[1:]

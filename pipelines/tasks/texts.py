@@ -97,9 +97,6 @@ class TextTask(BaseTask):
         inputs = {name: value for name, value in batch.items() if name in taken}
         return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ["logits"])
 
-    def check_config(self, config: Any, source: str) -> None:
-        check_positions(config, self.config.max_length, source)
-
     # ---- Bundle
 
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
@@ -123,15 +120,3 @@ def is_pair(report: dict[str, Any]) -> bool:
 
 def token_limit(report: dict[str, Any]) -> int:
     return int(report["config"].get("max_length", DataConfig.max_length))
-
-
-def check_positions(config: Any, max_length: int, source: str) -> None:
-    """Raise InputError unless the model that `source` has has a position for every token."""
-    limit = getattr(config, "max_position_embeddings", None)
-    # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
-    offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    if limit and max_length > limit - offset:
-        raise InputError(
-            f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {max_length}. Pass a smaller "
-            "--max_length."
-        )

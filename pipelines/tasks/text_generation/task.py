@@ -35,7 +35,6 @@ from pipelines.runtime.generate import LanguageModel
 from pipelines.tasks.base import BaseTask
 from pipelines.tasks.text_generation import export
 from pipelines.tasks.text_generation.report import GenerationPresentation, compare_language_models
-from pipelines.tasks.texts import check_positions
 from pipelines.training.losses import NextTokenLoss
 
 BUNDLE_PROMPTS = 8  # that a bundle is verified with
@@ -142,10 +141,6 @@ class LanguageModeling(NextTokenLoss, BaseTask):
             pad_token_id=tokenizer.pad_token_id,
             **code,
         )
-
-    def check_config(self, config: Any, source: str) -> None:
-        """Raise InputError unless the model has a position for every token of a window."""
-        check_positions(config, self.config.max_length, source)
 
     def features(self, processor: Any) -> Any:
         """Windows of tokens of every split; the same vocabulary tokenizes once in a process."""
