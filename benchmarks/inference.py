@@ -539,7 +539,7 @@ def measure_model(
     model: Path, name: str, task: Any, settings: InferenceConfig, quantize: QuantizeConfig
 ) -> dict[str, Any]:
     """All rows of one model."""
-    from pipelines.core.run import read_record
+    from pipelines.core.records import read_record
     from pipelines.models.removal import load_model, shape_of
 
     record = read_record(model) or {}

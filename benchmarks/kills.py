@@ -184,7 +184,7 @@ def without_times(value: Any) -> Any:
 
 def compare(one: Path, other: Path) -> list[str]:
     """What differs between two finished runs, and what is left in the second beside its files."""
-    from pipelines.core.run import differences
+    from pipelines.core.identity import differences
 
     found = []
     for path in sorted(one.glob("*/record.json")):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pipelines
 from pipelines.core.errors import InputError
-from pipelines.core.run import check_files, fingerprint, read_record
+from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.task import Presentation
 from pipelines.report.card import format_model_card
 from pipelines.report.markdown import fence
@@ -47,7 +47,7 @@ def push(directory: Path, repo_id: str | None = None, private: bool = True, toke
     repo_id = repo_id or directory.resolve().name
     token = find_token(repo_id, token)
     api = HfApi(token=token, library_name="pocketformers", library_version=pipelines.__version__)
-    with explained(repo_id, token, f"python -m pipelines push --output_dir {directory} --hub_model_id {repo_id}"):
+    with explained(repo_id, token, f"pocketformers push --output_dir {directory} --hub_model_id {repo_id}"):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         before = api.model_info(repo_id)
         # An existing repository keeps its visibility whatever was asked for.

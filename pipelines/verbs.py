@@ -26,11 +26,12 @@ from pipelines.core.config import (
     StudentConfig,
     TeacherConfig,
 )
+from pipelines.core.disk import lock
 from pipelines.core.errors import InputError
 from pipelines.core.identity import differences
 from pipelines.core.records import check_files, read_record
-from pipelines.core.run import MARKER, Run, lock
-from pipelines.data.sources import resolve
+from pipelines.core.run import MARKER, Run
+from pipelines.core.sources import resolve
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import push as push_run
 from pipelines.onnx.export import export_onnx

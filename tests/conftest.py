@@ -23,9 +23,17 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 # The files that take longest come first, so that no process is left alone with one of them in the end.
 LONGEST = (
-    "test_recipes.py", "test_recipe_vit.py", "test_recipe_gpt2.py", "test_training.py", "test_benchmark_training.py",
-    "test_inference_benchmark.py", "test_export_language.py", "test_edge.py", "test_processes.py", "test_soft_targets.py",
-)  # fmt: skip
+    "test_recipes.py",
+    "test_recipe_vit.py",
+    "test_recipe_gpt2.py",
+    "test_training.py",
+    "test_benchmark_training.py",
+    "test_inference_benchmark.py",
+    "test_export_language.py",
+    "test_edge.py",
+    "test_processes.py",
+    "test_soft_targets.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -246,9 +254,14 @@ def trained_teacher(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, 
 
     directory = tmp_path_factory.mktemp("trained_teacher")
     training = TrainingArguments(
-        output_dir=str(directory), disable_tqdm=True, use_cpu=True, per_device_train_batch_size=8,
-        eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
-    )  # fmt: skip
+        output_dir=str(directory),
+        disable_tqdm=True,
+        use_cpu=True,
+        per_device_train_batch_size=8,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+    )
     torch.manual_seed(0)
     outcome = fine_tune(
         str(pretrained), directory, task, TeacherConfig(teacher_epochs=8, teacher_learning_rate=3e-3), training

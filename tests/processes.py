@@ -50,9 +50,15 @@ def run_processes(
     processes = []
     for rank in range(count):
         environment = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "ACCELERATE_USE_CPU": "true",
-        }  # fmt: skip
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "ACCELERATE_USE_CPU": "true",
+        }
         named = (
             {name: str(value) for name, value in environment.items()} if count > 1 else {"ACCELERATE_USE_CPU": "true"}
         )

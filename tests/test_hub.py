@@ -17,15 +17,16 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from hub_server import HubServer
+from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
-from pipelines.core.run import RECORD, fingerprint, hash_file, sealed
+from pipelines.core.records import RECORD, fingerprint, with_checksum
 from pipelines.data.images import read_image
 from pipelines.hub import check_access, check_run, push
 from pipelines.onnx.predict import predict_onnx
 from pipelines.report.card import format_model_card
 from pipelines.report.report import read_report
 from pipelines.runtime import generate, infer
-from pipelines.tasks import TASKS
+from pipelines.tasks import task_class
 
 REPOSITORY = Path(__file__).parents[1]
 TOKEN, READ_TOKEN = "hf_ThisIsTheSecret", "hf_ThisIsAnotherSecret_read"
@@ -482,7 +483,7 @@ def test_the_cards_lines_fit_the_task(finished: Path, changes: dict[str, Any], l
     report, files = check_run(finished)
     report |= changes
     files = {**files, "bundle/index.html": finished}
-    text = usage_section(report, TASKS[report["task"]].presentation, "ann/small", files)
+    text = usage_section(report, task_class(report["task"]).presentation, "ann/small", files)
     assert "at http://127.0.0.1:8000" in text
     assert all(line in text for line in lines)
     assert len([line for line in text.splitlines() if line.startswith("```")]) == 6
@@ -499,7 +500,7 @@ def test_the_card_says_who_cannot_open_a_language_model_without_some_heads(finis
     for heads, told in ((4, False), (3, True)):
         cache = onnx.helper.make_tensor_value_info("past_key_values.1.key", 1, ["batch_size", heads, "past", 8])
         onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "cached", [cache], [])), graph)
-        text = usage_section(report, TASKS["text-generation"].presentation, "ann/small", files)
+        text = usage_section(report, task_class("text-generation").presentation, "ann/small", files)
         assert ("optimum-onnx 0.1.0" in text) is told
 
 
@@ -543,7 +544,7 @@ def test_a_network_that_stays_away_is_one_message(a_run: Path, hub: HubServer, m
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.drop_uploads = 1000
     message = refusal(a_run)
-    assert f"python -m pipelines push --output_dir {a_run} --hub_model_id ann/small" in message
+    assert f"pocketformers push --output_dir {a_run} --hub_model_id ann/small" in message
     hub.drop_uploads = 0
     push(a_run, "ann/small", token=TOKEN)
     assert len(hub.repository("ann/small")["commits"]) == 2
@@ -587,7 +588,7 @@ def change_record(run: Path, stage: str, change: Any) -> None:
     path = run / stage / RECORD
     record = json.loads(path.read_text())
     change(record)
-    path.write_text(json.dumps(sealed(record)))
+    path.write_text(json.dumps(with_checksum(record)))
 
 
 @pytest.mark.parametrize("stage", ["onnx", "quantized", "bundle"])
@@ -665,7 +666,7 @@ def test_a_push_in_between_is_not_overwritten(a_run: Path, hub: HubServer, monke
         patch.setattr("pipelines.hub.format_model_card", format_slowly)
         message = refusal(a_run)
     assert "A commit has happened since" in message
-    assert f"repeat: python -m pipelines push --output_dir {a_run} --hub_model_id ann/small" in message
+    assert f"repeat: pocketformers push --output_dir {a_run} --hub_model_id ann/small" in message
     assert set(hub.files("ann/small")) == {".gitattributes", "notes.txt"}
     push(a_run, "ann/small", token=TOKEN)
     assert len(hub.repository("ann/small")["commits"]) == 3
@@ -795,7 +796,7 @@ def test_bad_input_on_the_command_line(argv: list[str], named: str, monkeypatch:
 def test_a_run_at_work_is_not_published(a_run: Path, hub: HubServer, monkeypatch: Any, capsys: Any) -> None:
     from pipelines.cli import main
     from pipelines.core.config import run_main
-    from pipelines.core.run import lock
+    from pipelines.core.disk import lock
 
     held = lock(a_run / ".lock")
     monkeypatch.setattr(sys, "argv", ["pipelines", "push", "--output_dir", str(a_run)])

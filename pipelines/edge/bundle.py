@@ -15,10 +15,12 @@ import onnx
 
 import pipelines
 from pipelines.core.config import BundleConfig
+from pipelines.core.disk import hash_file, write_json
 from pipelines.core.errors import VerificationError
-from pipelines.core.run import Outcome, hash_file, read_record, shipped_files, write_json
+from pipelines.core.records import Outcome, read_record, shipped_files
+from pipelines.core.sources import WEIGHT_SUFFIXES
 from pipelines.core.task import Arrays, Collate, Task
-from pipelines.data.sources import WEIGHT_SUFFIXES, check_onnx_directory
+from pipelines.data.sources import check_onnx_directory
 from pipelines.edge.settings import check_tokenizer, text_settings
 from pipelines.edge.web import RUNTIME_LIBRARY, TOKENIZER_LIBRARY, add_page
 from pipelines.onnx.export import ONNX_FILE

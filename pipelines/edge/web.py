@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from pipelines.core.config import BundleConfig
+from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
-from pipelines.core.run import hash_file
 
 HERE = Path(__file__).parents[1] / "runtime"
 SECONDS = 60  # that a page which nobody asked for may take

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.core.errors import InputError
+from pipelines.core.sources import resolve
 from pipelines.core.task import Head
-from pipelines.data.sources import resolve
 
 GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from pipelines.core.errors import InputError
-from pipelines.data.sources import check_model, resolve
+from pipelines.core.sources import resolve
+from pipelines.data.sources import check_model
 from pipelines.models.families import FAMILIES, Group, groups_of, input_axis, layers_of, slices, unit_count, unit_width
 
 Kept = Sequence[np.ndarray] | None  # of each layer the units to keep, in rising order; None keeps all

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.core.memory import give_memory_back
-from pipelines.core.run import Outcome
+from pipelines.core.records import Outcome
 from pipelines.models.removal import load_model
 from pipelines.onnx.file import save
 from pipelines.onnx.fuse import has_cache, simplify

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from pipelines.core.config import QuantizeConfig
 from pipelines.core.memory import give_memory_back
-from pipelines.core.run import Outcome, copy_beside, read_record
+from pipelines.core.records import Outcome, copy_beside, read_record
 from pipelines.onnx.blocks import quantize_blocks, tied_tables
 from pipelines.onnx.calibrate import calibration_feeds, quantize_static_int8
 from pipelines.onnx.export import ONNX_FILE, quiet_exporters

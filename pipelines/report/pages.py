@@ -171,8 +171,8 @@ def reproduce_section(report: dict[str, Any]) -> str:
         return records
     flags = {flag: value for flag, value in report["config"].items() if flag != "output_dir"}
     settings = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True, width=1000)
-    command = f"accelerate launch recipes/{report['recipe']}.py --config run.yaml"
+    command = f"accelerate launch -m pipelines compress --task {report['task']} --config run.yaml"
     return (
-        "Save these flags as run.yaml in a clone of Pocketformers (a path that starts with `<local>` was a local file) "
+        "Save these flags as run.yaml (a path that starts with `<local>` was a local file), install Pocketformers, "
         f"and run\n\n{fence(command, 'bash')}\n\n{fence(settings, 'yaml')}\n\n{records}"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.core.errors import InputError
-from pipelines.core.run import CHECKSUM, checksum, damaged_files, sealed, versions
+from pipelines.core.records import CHECKSUM, checksum, damaged_files, versions, with_checksum
 from pipelines.core.task import Comparison, Presentation, StageResult, Task
 from pipelines.onnx.measure import paired_ratios
 from pipelines.report.bootstrap import paired_bootstrap
@@ -129,7 +129,7 @@ def _divide(numerator: float, denominator: float) -> float | None:
 
 def _describe_source(source: str | None) -> dict[str, str | None]:
     """How a model or data set is named in public, and its Hub id where it has one."""
-    from pipelines.data.sources import resolve
+    from pipelines.core.sources import resolve
 
     try:
         hub_id = source if source and "://" not in source and resolve(source) == source else None
@@ -164,7 +164,7 @@ def write_report(run_dir: str | Path, report: dict[str, Any], presentation: Pres
         "README.md": format_model_card(report, presentation).encode(),
     }
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in pages.items()}
-    text = json.dumps(sealed(report | {"files": hashes}), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(with_checksum(report | {"files": hashes}), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     for name, content in {**pages, "report.json": text.encode()}.items():
         target = Path(run_dir) / name
         temporary = target.with_name(f".{name}.partial")

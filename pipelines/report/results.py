@@ -10,8 +10,11 @@ import numpy as np
 
 import pipelines
 from pipelines.core.config import ReportConfig
+from pipelines.core.disk import needing_room
 from pipelines.core.errors import InputError
-from pipelines.core.run import Run, check_files, differences, fingerprint, needing_room, read_record
+from pipelines.core.identity import differences
+from pipelines.core.records import check_files, fingerprint, read_record
+from pipelines.core.run import Run
 from pipelines.core.task import StageResult, Task
 from pipelines.models.predict import predict_torch
 from pipelines.models.removal import load_model

@@ -12,10 +12,11 @@ import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError, VerificationError
+from pipelines.core.sources import resolve
 from pipelines.core.task import Arrays, Collate, Head, StageResult, Task, Workload
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
-from pipelines.data.sources import check_model, check_onnx_directory, resolve
+from pipelines.data.sources import check_model, check_onnx_directory
 from pipelines.models.loading import load, load_classifier
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session

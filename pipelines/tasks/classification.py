@@ -68,7 +68,7 @@ class Classification(ClassifierLoss, BaseTask):
         if label_order(config, self.label_names) != list(range(len(self.label_names))):
             raise InputError(
                 f"expected an ONNX model for the labels {self.label_names}, in this order, found {list(config.id2label.values())} in "
-                f"{source}. Export its model again with this data set (python -m pipelines export)."
+                f"{source}. Export its model again with this data set (pocketformers export)."
             )
 
     # ---- Report

@@ -66,7 +66,7 @@ class TextTask(BaseTask):
             if own != teachers:
                 raise InputError(
                     "expected teacher and student to read the same tokens, found that their tokenizers differ; online distillation "
-                    "would give the teacher tokens that mean something else to it. Store its soft targets first (python -m pipelines "
+                    "would give the teacher tokens that mean something else to it. Store its soft targets first (pocketformers "
                     "soft-targets, or --soft_targets stored in a recipe) and leave out hidden states (--hidden_state_weight 0)."
                 )
 

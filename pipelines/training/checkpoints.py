@@ -8,7 +8,8 @@ from typing import Any
 
 import transformers
 
-from pipelines.core.run import damaged_files, hash_file, write_json
+from pipelines.core.disk import hash_file, write_json
+from pipelines.core.records import damaged_files
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipelines.core.config import DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
-from pipelines.core.run import Outcome
+from pipelines.core.records import Outcome
 from pipelines.core.task import Task
 from pipelines.models.families import layer_count
 from pipelines.models.students import parse_layers, student_from_layers

@@ -10,7 +10,7 @@ import transformers
 from accelerate import PartialState
 
 from pipelines.core.config import TeacherConfig
-from pipelines.core.run import Outcome
+from pipelines.core.records import Outcome
 from pipelines.core.task import Task
 from pipelines.data.sources import model_license
 from pipelines.models.predict import predict_torch

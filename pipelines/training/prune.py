@@ -16,9 +16,10 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from pipelines.core.config import DistillConfig, PruneConfig
+from pipelines.core.disk import write_json
 from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
-from pipelines.core.run import Outcome, sealed, write_json
+from pipelines.core.records import Outcome, with_checksum
 from pipelines.core.task import Task
 from pipelines.models.families import groups_of, layers_of, prunable, unit_count, unit_width
 from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
@@ -250,6 +251,6 @@ def choose_units(
 def _write_cut(model: Any, processor: Any, steps: list[dict[str, Any]], directory: Path) -> None:
     partial = directory.with_suffix(".partial")
     save(with_stock_shapes(model), processor, partial)
-    write_json(partial / STEPS, sealed({"steps": steps}))
+    write_json(partial / STEPS, with_checksum({"steps": steps}))
     write_checksums(partial)
     partial.rename(directory)

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
-from pipelines.core.run import Outcome
+from pipelines.core.records import Outcome
 from pipelines.core.task import Arrays, Task, Tensors
 from pipelines.models.predict import map_batches
 from pipelines.training.fine_tune import validation_metrics

@@ -281,10 +281,14 @@ def flip(path: Path) -> None:
 
 
 DAMAGES = [
-    *((damage, name) for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "checksums.json")
-      for damage in (halve, flip, Path.unlink)),
-    (halve, "config.json"), (flip, "scheduler.pt"),
-]  # fmt: skip
+    *(
+        (damage, name)
+        for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "checksums.json")
+        for damage in (halve, flip, Path.unlink)
+    ),
+    (halve, "config.json"),
+    (flip, "scheduler.pt"),
+]
 
 
 def test_every_damage_to_a_checkpoint_is_noticed(interrupted, tmp_path, capsys):

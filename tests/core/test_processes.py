@@ -25,7 +25,8 @@ from pipelines.core.config import (
     run_main,
 )
 from pipelines.core.errors import InputError
-from pipelines.core.run import Outcome, Run
+from pipelines.core.records import Outcome
+from pipelines.core.run import Run
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training import prune, soft_targets
 from pipelines.training.distill import distill_student
@@ -194,7 +195,8 @@ from pathlib import Path
 import pipelines.core.run
 from pipelines.core.config import run_main
 from pipelines.core.errors import InputError
-from pipelines.core.run import Outcome, Run
+from pipelines.core.records import Outcome
+from pipelines.core.run import Run
 
 directory = Path(sys.argv[1])
 

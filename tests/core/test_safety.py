@@ -84,12 +84,17 @@ def test_a_pickle_is_refused_on_every_road(pickled, teacher, task, training, lan
         "teacher": lambda: task.load_model(str(directory)),
         "teacher with a new head": lambda: task.load_model(str(directory), "new if other"),
         "student": lambda: distill_student(
-            str(teacher), tmp_path / "student", task, StudentConfig(student_model=str(directory)), DistillConfig(), training
+            str(teacher),
+            tmp_path / "student",
+            task,
+            StudentConfig(student_model=str(directory)),
+            DistillConfig(),
+            training,
         ),
         "image model": lambda: image_task.load_model(str(directory)),
         "language model": lambda: language_task.load_model(str(directory)),
         "export, verify, benchmark, report": lambda: load_model(directory),
-    }  # fmt: skip
+    }
     for road, load in roads.items():
         with pytest.raises(InputError, match=r"pytorch_model\.bin.*save_pretrained"):
             load()
@@ -259,9 +264,21 @@ def test_trusting_is_a_flag_that_the_report_records():
 
 @pytest.mark.parametrize(
     "inside",
-    ["../secret", "data/../../secret", "/etc/passwd", "//etc/passwd", "data/link/secret", "\0", "a" * 5000, "data/\0",
-     "..", "~", "%2e%2e/secret", "data\\..\\..\\secret"],
-)  # fmt: skip
+    [
+        "../secret",
+        "data/../../secret",
+        "/etc/passwd",
+        "//etc/passwd",
+        "data/link/secret",
+        "\0",
+        "a" * 5000,
+        "data/\0",
+        "..",
+        "~",
+        "%2e%2e/secret",
+        "data\\..\\..\\secret",
+    ],
+)
 def test_a_package_path_never_leaves_its_package(inside, tmp_path, monkeypatch):
     root = tmp_path / "site" / "somebodys_package"
     (root / "data").mkdir(parents=True)
@@ -326,8 +343,11 @@ def test_nul_bytes_and_unpaired_surrogates(tmp_path, tokenizer, language_model_d
     surrogate = "goal \ud800 match".encode("utf-8", "surrogatepass")
     refused = {
         "surrogate.jsonl": lines.encode() + b'{"text": "goal \\ud800 match", "label": "sport"}\n',
-        "surrogate.csv": b"text,label\n" + b"".join(f"{text},{label}\n".encode() for text, label in rows) + surrogate + b",sport\n",
-    }  # fmt: skip
+        "surrogate.csv": b"text,label\n"
+        + b"".join(f"{text},{label}\n".encode() for text, label in rows)
+        + surrogate
+        + b",sport\n",
+    }
     import pyarrow
     import pyarrow.parquet
 
@@ -407,14 +427,25 @@ def test_a_token_is_in_no_record_and_in_no_list_of_flags(tmp_path):
 # ---- Anything at all
 
 FUZZ = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None,
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+)
 SECONDS = 10  # that one input may take; a call is ended then, where a deadline of hypothesis would wait for its end
 KINDS = [
-    DataConfig, AugmentConfig, LanguageConfig, TeacherConfig, StudentConfig, DistillConfig, PruneConfig, QuantizeConfig,
-    ReportConfig, TrainingArguments,
-]  # fmt: skip
+    DataConfig,
+    AugmentConfig,
+    LanguageConfig,
+    TeacherConfig,
+    StudentConfig,
+    DistillConfig,
+    PruneConfig,
+    QuantizeConfig,
+    ReportConfig,
+    TrainingArguments,
+]
 FLAGS = sorted({flag.name for kind in KINDS for flag in fields(kind) if flag.init})
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["stored", "3"]),
@@ -461,10 +492,22 @@ def test_any_bytes_as_settings_are_read_or_refused(content, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["a: &a [x, x]\nstudent_layers: [*a, *a]", "temperature: 2001-99-99", "[" * 3000, "temperature: !!python/none",
-     "accelerator_config: -0.5", "accelerator_config: {a: 1}", "logging_steps: '1e400'", "deepspeed: a", "lr_scheduler_type: stored",
-     "? [a]\n: b", "hidden_state_map: '%s %(prog)s'", "\ud800", "dataset: 'a\\0b'"],
-)  # fmt: skip
+    [
+        "a: &a [x, x]\nstudent_layers: [*a, *a]",
+        "temperature: 2001-99-99",
+        "[" * 3000,
+        "temperature: !!python/none",
+        "accelerator_config: -0.5",
+        "accelerator_config: {a: 1}",
+        "logging_steps: '1e400'",
+        "deepspeed: a",
+        "lr_scheduler_type: stored",
+        "? [a]\n: b",
+        "hidden_state_map: '%s %(prog)s'",
+        "\ud800",
+        "dataset: 'a\\0b'",
+    ],
+)
 def test_settings_that_readers_stumble_over(content, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_bytes(content.encode("utf-8", "surrogatepass"))

@@ -24,7 +24,7 @@ from PIL import Image
 from conftest import make_bundle, make_texts
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.run import read_record
+from pipelines.core.records import read_record
 from pipelines.data.images import MOST_PIXELS, read_image
 from pipelines.edge.bundle import PROBE_TEXTS, oldest_runtime, write_manifest
 from pipelines.edge.settings import image_settings

@@ -191,7 +191,7 @@ def test_the_demos_shape_has_a_position_for_every_token():
 @pytest.fixture
 def bad_arguments(tmp_path, language_model_dir):
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "latin.txt").write_bytes("caf\xe9\n\n".encode("latin-1") * 30)
+    (tmp_path / "unknown.txt").write_bytes(b"caf\x81\n\n" * 30)
     other = tmp_path / "other"
     tiny_language_model(n_layer=1).save_pretrained(other)
     train_tokenizer(["QUITE OTHER WORDS"] * 5 + ["AND MORE OF THEM TO LEARN FROM"] * 3, 300).save_pretrained(other)
@@ -200,7 +200,7 @@ def bad_arguments(tmp_path, language_model_dir):
     known = ["--teacher_model", str(language_model_dir), "--teacher_from_scratch", "false"]
     return {
         "empty file": (["--dataset", str(tmp_path / "empty.txt")], "empty file"),
-        "not UTF-8": (["--dataset", str(tmp_path / "latin.txt")], "UTF-8"),
+        "neither UTF-8 nor cp1252": (["--dataset", str(tmp_path / "unknown.txt")], "UTF-8, or at least cp1252"),
         "block above the limit": (["--max_length", "128"], "--max_length of at most 64"),
         "other vocabulary": ([*known, "--student_model", str(other)], "same vocabulary"),
         "no tokenizer": (["--teacher_model", str(weights_only), "--teacher_from_scratch", "false"], "a tokenizer"),
@@ -208,7 +208,14 @@ def bad_arguments(tmp_path, language_model_dir):
     }
 
 
-BAD_INPUTS = ["empty file", "not UTF-8", "block above the limit", "other vocabulary", "no tokenizer", "stride"]
+BAD_INPUTS = [
+    "empty file",
+    "neither UTF-8 nor cp1252",
+    "block above the limit",
+    "other vocabulary",
+    "no tokenizer",
+    "stride",
+]
 
 
 @pytest.mark.parametrize("kind", BAD_INPUTS)

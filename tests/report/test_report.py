@@ -25,7 +25,7 @@ from pipelines.report.pages import format_markdown, format_summary
 from pipelines.report.plot import draw_report
 from pipelines.report.report import build_report, describe_environment, shipped_stage, write_report
 from pipelines.tasks.classification import compare_classifiers
-from pipelines.tasks.text_classification import TextPresentation
+from pipelines.tasks.text_classification import TextClassifierPresentation
 
 LABELS = ["bad", "good"]
 # Ten test examples; the models below predict LABELS[answer] with a confidence that grows with the margin.
@@ -48,7 +48,7 @@ CONTRACT = {
     "peak_memory_bytes",
     "seconds",
 }
-WORDS = TextPresentation()
+WORDS = TextClassifierPresentation()
 
 
 def logits_of(answers: np.ndarray, margins: np.ndarray | float = 2.0) -> np.ndarray:

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import example_inputs, tiny_model
 from pipelines.core.config import DistillConfig, StudentConfig
-from pipelines.core.run import describe
+from pipelines.core.identity import describe
 from pipelines.models.families import layers_of
 from pipelines.models.removal import cut
 from pipelines.training.cpu import cls_token_only

@@ -11,7 +11,7 @@ import torch
 from conftest import example_inputs, tiny_config, tiny_language_model, tiny_model
 from pipelines.core.config import DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
-from pipelines.core.run import describe, differences
+from pipelines.core.identity import describe, differences
 from pipelines.models.loading import label_order
 from pipelines.models.students import parse_layers, student_from_layers
 from pipelines.training import fine_tune

@@ -13,7 +13,8 @@ import pytest
 
 from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
-from pipelines.core.run import RECORD, Run
+from pipelines.core.records import RECORD
+from pipelines.core.run import Run
 from pipelines.models.predict import predict_torch
 from pipelines.training.losses import TOP_K_COLUMNS
 from pipelines.training.soft_targets import WithSoftTargets, compute_soft_targets, shard_is_whole, write_shards

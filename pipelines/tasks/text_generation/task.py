@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
+from pipelines.core.sources import resolve
 from pipelines.core.task import (
     IGNORED,
     Arrays,
@@ -26,7 +27,6 @@ from pipelines.core.task import (
     Workload,
 )
 from pipelines.data.documents import TextData, load_documents
-from pipelines.data.sources import resolve
 from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.edge.bundle import prompt_inputs, verify_generator
 from pipelines.edge.settings import generation_outputs

@@ -1,0 +1,260 @@
+"""One text, or a pair of texts, and a score: a number whose size means something."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from pipelines.core.errors import InputError
+from pipelines.core.task import IGNORED, Comparison, Head, Presentation, StageResult, Tensors
+from pipelines.data.examples import Examples, load_examples
+from pipelines.data.references import read_scores
+from pipelines.data.text import TEXTS
+from pipelines.report.markdown import CLIPPED_TEXT, clip, markdown_table, number
+from pipelines.report.pages import TEACHER
+from pipelines.tasks.base import check_predictions
+from pipelines.tasks.texts import TextPresentation, TextTask, is_pair, token_limit
+from pipelines.training.losses import hidden_state_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipelines.core.config import DistillConfig
+
+LISTED_EXAMPLES = 50  # in report.json
+CLOSE = 0.1  # two scores this share of the labels' standard deviation apart count as the same
+
+
+def pearson(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Pearson's correlation over the last axis; 0 where one of the two is constant."""
+    scores, references = (values - values.mean(axis=-1, keepdims=True) for values in (scores, references))
+    scale = np.sqrt((scores**2).sum(axis=-1) * (references**2).sum(axis=-1))
+    return np.where(scale > 0, (scores * references).sum(axis=-1) / np.where(scale > 0, scale, 1), 0.0)
+
+
+def regression_metrics(scores: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Pearson's correlation, Spearman's (Pearson's of the ranks), and the root of the mean squared error, in the labels' unit."""
+    scores, references = np.asarray(scores, np.float64), np.asarray(references, np.float64)
+    return {
+        "pearson": float(pearson(scores, references)),
+        "spearman": float(pearson(rankdata(scores), rankdata(references))),
+        "root_mean_squared_error": float(np.sqrt(np.mean((scores - references) ** 2))),
+    }
+
+
+class RegressionPresentation(TextPresentation):
+    """What a report says of a model that scores texts, or pairs of texts."""
+
+    unit = "examples"
+    digits = 3
+    latency_digits = 1
+    latency_of = "one example"
+    speed_unit = "samples/s"
+    hub_metrics: Mapping[str, str] = {"pearson": "pearsonr", "spearman": "spearmanr"}
+    limitations: Sequence[str] = (
+        "The score has the unit and the range of the training labels. Nothing keeps it within that range.",
+        "A correlation says how well texts are ordered. How far a single score is off is the root mean squared error.",
+        "It learned from its teacher and its data, errors and biases included.",
+    )
+
+    def kind(self, report: dict[str, Any]) -> str:
+        return f"scoring {'pairs of texts' if is_pair(report) else 'texts'}"
+
+    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
+        return {
+            "spearman": number(stage["metrics"]["spearman"], ".3f"),
+            "RMSE": number(stage["metrics"]["root_mean_squared_error"], ".3f"),
+        }
+
+    def how_scored(self, report: dict[str, Any]) -> str:
+        return (
+            "*pearson*, *spearman*: correlation with the labels, of the scores and of their ranks. *RMSE*: root mean squared error, in the "
+            "labels' unit. *retained*: the correlation divided by the teacher's. *agreement*: the share of examples whose score is at most "
+            f"{CLOSE:g} standard deviations of the labels away from the teacher's."
+        )
+
+    def how_timed(self, report: dict[str, Any]) -> str:
+        shape = " x ".join(str(size) for size in report["stages"][0]["latency_ms"]["shape"])
+        return (
+            f"*p50*, *p95*: one call with an input of shape {shape}. *samples/s*: over batches of 16 test examples, texts together with "
+            "others of their length."
+        )
+
+    def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
+        worse, name = report["worse_examples"], shipped["name"]
+        examples = worse["examples"][:listed]
+        parts = [
+            f"Test examples whose score from {name} is further from the label than the teacher's: {worse['total']:,} of "
+            f"{report['test_examples']:,}." + (f" The {len(examples)} whose error grew most:" if examples else "")
+        ]
+        if examples:
+            header = ["example", "text", "label", "teacher's score", f"{name}'s score"]
+            rows = [
+                [str(one["index"]), one["text"], *(number(one[key], ".2f") for key in ("label", "teacher", "shipped"))]
+                for one in examples
+            ]
+            parts.append(markdown_table(header, rows, text_columns=2))
+        return "\n\n".join(parts)
+
+    def in_python(self, report: dict[str, Any], model: str) -> str:
+        text = '{"text": "A first text.", "text_pair": "A second text."}' if is_pair(report) else '"A text."'
+        return f"""
+            from transformers import pipeline
+            score = pipeline("text-classification", model={json.dumps(model)}, function_to_apply="none")
+            print(score({text}, truncation=True, max_length={token_limit(report)}))
+        """
+
+    def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
+        texts = '["A first text."], ["A second text."]' if is_pair(report) else '["A text."]'
+        return f"""
+            import onnxruntime
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
+            inputs = tokenizer({texts}, truncation=True, max_length={token_limit(report)}, return_tensors="np")
+            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
+            print(session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0])
+        """
+
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        name = json.dumps(repo_id)
+        texts = '"A first text.", { text_pair: "A second text." }' if is_pair(report) else '"A text."'
+        return f"""
+            import {{ AutoModelForSequenceClassification as Model, AutoTokenizer }} from "@huggingface/transformers";
+            const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
+            console.log((await model(tokenizer({texts}))).logits.tolist());
+        """
+
+    def remarks(self, files: Mapping[str, Path]) -> list[str]:
+        return []
+
+
+class TextRegression(TextTask):
+    """One text, or a pair of texts, and a score. Scores have the labels' own unit, from the teacher to the bundle."""
+
+    name = "text-regression"
+    presentation: Presentation = RegressionPresentation()
+    demo = "bert_stsb"
+    primary_metric = "pearson"
+    label_names = ["score"]
+
+    @classmethod
+    def recognizes(cls, config: dict[str, Any]) -> bool:
+        return super().recognizes(config) and config.get("problem_type") == "regression"
+
+    def load_data(self) -> Examples:
+        examples = load_examples(self.config, TEXTS, read_scores)
+        if any((np.asarray(split["label"][:]) == IGNORED).any() for split in examples.splits.values()):
+            raise InputError(
+                f"expected scores other than {IGNORED} in the column {self.config.label_column!r}, found some: transformers' losses leave "
+                "that number out. Shift or rescale the scores."
+            )
+        return examples
+
+    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
+        """The model with one output, in the labels' unit: a fresh head starts at their mean, with outputs of their spread."""
+        import torch
+
+        from pipelines.models.families import head_output
+
+        model = super().load_model(source, head, from_scratch)
+        config = self.load_config(source)
+        has_head = any("ForSequenceClassification" in name for name in config.architectures or [])
+        if from_scratch or not has_head or config.num_labels != 1:
+            labels, output = np.asarray(self.splits["train"]["label"][:]), head_output(model)
+            with torch.no_grad():
+                output.weight.mul_(float(labels.std()))
+                output.bias.fill_(float(labels.mean()))
+        model.config.problem_type = "regression"
+        return model
+
+    def align_labels(self, model: Any, source: str) -> None:
+        """Nothing but the number of outputs: there is one."""
+        if model.config.num_labels != 1:
+            raise InputError(
+                f"expected a model with one output, a score, found {model.config.num_labels} in {source}. Fine-tune it on this data set."
+            )
+
+    def check_teacher(self, metrics: dict[str, Any], config: Any) -> None:
+        if not metrics["pearson"] > 0:
+            raise InputError(
+                f"expected a teacher that knows the task, found one whose scores have a correlation of {metrics['pearson']:.3f} with the "
+                "labels of the validation split, no better than guessing. Train it longer or slower (--teacher_epochs, "
+                "--teacher_learning_rate), or check that its scores mean what the data set's do."
+            )
+
+    # ---- Losses: squared errors over the labels' variance, so that learning rates and weights do not depend on their unit
+
+    @property
+    def _variance(self) -> float:
+        return float(np.var(np.asarray(self.splits["train"]["label"][:], np.float64)))
+
+    def outputs(self, model_output: Any) -> Tensors:
+        return {"logits": model_output.logits}
+
+    def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        counted = labels.ne(IGNORED)
+        errors = outputs["logits"][:, 0].float() - labels
+        return errors[counted].pow(2).sum() / self._variance, counted.sum()
+
+    def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
+        return {"teacher_logits": outputs["logits"].float()}
+
+    def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
+        """The squared distance of the teacher's score: a score has no distribution, so temperature and divergence say nothing."""
+        errors = outputs["logits"][:, 0].float() - teacher["teacher_logits"][:, 0].float()
+        return errors[labels.ne(IGNORED)].pow(2).sum() / self._variance
+
+    def hidden_state_loss(self, student: Tensor, teacher: Tensor, inputs: Tensors, labels: Tensor) -> Tensor:
+        counted = labels.ne(IGNORED)
+        return hidden_state_loss(student[counted], teacher[counted], inputs["attention_mask"][counted])
+
+    # ---- Scores
+
+    def predictions(self, outputs: Tensors, labels: Tensor) -> Tensor:
+        return outputs["logits"][:, 0]
+
+    def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
+        return regression_metrics(predictions, np.asarray(references))
+
+    # ---- Report
+
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
+        references = np.asarray(self.features(processor)["test"]["labels"], np.float64)
+        check_predictions(stages, references.shape, "examples", teacher)
+        found = {stage.name: stage.predictions.astype(np.float64) for stage in stages}
+        tolerance = CLOSE * float(references.std())
+        compared = {
+            name: {
+                "metrics": regression_metrics(scores, references),
+                "agreement": float(np.mean(np.abs(scores - found[teacher]) <= tolerance)),
+            }
+            for name, scores in found.items()
+        }
+        growth = np.abs(found[shipped] - references) - np.abs(found[teacher] - references)
+        texts = self.test_texts()
+        worst = [index for index in np.argsort(-growth, kind="stable")[:LISTED_EXAMPLES] if growth[index] > 0]
+        report = {
+            "test_examples": len(references),
+            "label_mean": float(references.mean()),
+            "label_standard_deviation": float(references.std()),
+            "worse_examples": {
+                "total": int((growth > 0).sum()),
+                "examples": [
+                    {
+                        "index": int(index),
+                        "text": clip(texts[index], CLIPPED_TEXT),
+                        "label": float(references[index]),
+                        "teacher": float(found[teacher][index]),
+                        "shipped": float(found[shipped][index]),
+                    }
+                    for index in worst
+                ],
+            },
+        }
+        return Comparison(compared, report, {name: (scores, references) for name, scores in found.items()}, pearson)
