@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ class TextPresentation(BasePresentation):
 
     def in_shell(self, report: dict[str, Any]) -> str:
         return '--pair "A first text." "A second text."' if is_pair(report) else '"A text."'
+
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        """Prints the logits: transformers.js's own pipeline takes single texts, and makes probabilities of scores."""
+        name = json.dumps(repo_id)
+        texts = '"A first text.", { text_pair: "A second text." }' if is_pair(report) else '"A text."'
+        return f"""
+            import {{ AutoModelForSequenceClassification as Model, AutoTokenizer }} from "@huggingface/transformers";
+            const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
+            console.log((await model(tokenizer({texts}))).logits.tolist());
+        """
 
     def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
         # transformers.js cuts texts at the tokenizer's limit.
