@@ -8,6 +8,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
 
 PACKAGE_SCHEME = "package://"
@@ -103,7 +104,7 @@ def model_fingerprint(source: str) -> str:
 def _directory_fingerprint(path: Path) -> str:
     files = [
         file
-        for file in sorted(path.iterdir() if path.is_dir() else [], key=lambda file: file.name)
+        for file in sorted(path.glob("*"))
         if file.is_file()
         and file.suffix not in NOT_MODEL_SUFFIXES
         and file.name not in NOT_MODEL_FILES
@@ -116,9 +117,7 @@ def _directory_fingerprint(path: Path) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name}\0{content}\n".encode())
+        digest.update(f"{file.name}\0{hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -126,10 +125,7 @@ def _hub_commit(model_id: str) -> str:
     import huggingface_hub
 
     try:
-        commit = huggingface_hub.model_info(model_id).sha
-        if commit:
-            return commit
-        reason = "the Hub named no commit"
+        return str(huggingface_hub.model_info(model_id).sha)
     except Exception as error:  # the network fails in many ways, and each has the same two remedies
         reason = f"{type(error).__name__}: {error}"
     cached = huggingface_hub.try_to_load_from_cache(model_id, "config.json")

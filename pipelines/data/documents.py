@@ -14,7 +14,7 @@ import numpy as np
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
-from pipelines.data.examples import Examples, Given, check_column, hash_of, split_examples
+from pipelines.data.examples import Examples, Given, hash_of, prepared, split_examples
 from pipelines.data.folders import files_by_split, guessed_encodings, load_source, split_named_by, visible
 from pipelines.data.kinds import Source
 from pipelines.data.splits import choose_splits
@@ -104,13 +104,7 @@ def _parts(file: dict[str, str], document_start: str | None) -> list[str]:
 
 def _documents(split: datasets.Dataset, name: str, config: DataConfig, document_start: str | None) -> Iterator[str]:
     """The documents of a split: its rows, or runs of rows of which the first matches `document_start`."""
-    check_column(split, name, config.text_column, "text_column")
-    column = split[config.text_column]
-    if any(not isinstance(value, (str, type(None))) for value in column[:100]):
-        raise InputError(
-            f"expected texts in the column {config.text_column!r} of the split {name!r}, found values such as {column[0]!r:.80}; name a "
-            f"column of texts with --text_column (columns: {', '.join(split.column_names)})"
-        )
+    column = prepared(split, name, config, TEXTS, labelled=False)[config.text_column]
     texts = (value or "" for value in column)
     if document_start is None:
         yield from texts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,14 +17,9 @@ from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
 from pipelines.data.folders import load_source
 from pipelines.data.kinds import SPLITS, Kind, Source
-from pipelines.data.references import ReadReferences, References, dtype, has_references, missing
+from pipelines.data.references import ReadReferences, dtype, has_references, missing
 from pipelines.data.remembered import remembered, state_of
 from pipelines.data.splits import choose_splits, cut_missing_splits, cut_stratified, drop_duplicates
-
-DROP_ROWS = (
-    "remove these rows first (for a Hub data set: datasets.load_dataset(…).filter(…).save_to_disk(folder), then pass "
-    "that folder)"
-)
 
 
 @dataclass
@@ -69,17 +65,18 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
     state = state_of(config.dataset)
     source = load_source(config, kind)
     roles = choose_splits(source.splits, config, partial(has_references, config=config))
-    used = {name: _prepared(source.splits[name], name, config, kind) for name in roles.values() if name is not None}
-    references = read_references(used, config)
+    used = {name: prepared(source.splits[name], name, config, kind) for name in roles.values() if name is not None}
+    labels, feature = read_references(used, config)
     given = {}
     for role, name in roles.items():
         if name is not None:
             inputs = _inputs(used[name], config, kind)
             key = [config.dataset_config, config.label_column, name, list(kind.columns_of(config).values())]
             hashes = remembered(state, key, partial(_hash_rows, inputs, used[name], name, source, kind))
-            given[role] = Given(name, inputs, hashes, references.values[name])
-            _check_labels(given[role], used[name], source)
-    return split_examples(given, config, kind.noun, source.details, references)
+            given[role] = Given(name, inputs, hashes, labels[name])
+            unlabelled = np.flatnonzero(missing(labels[name]))
+            _check_rows(unlabelled, "a label (neither empty nor -1, unless that is named)", name, used[name], source)
+    return split_examples(given, config, kind.noun, source.details, feature)
 
 
 def split_examples(
@@ -87,10 +84,10 @@ def split_examples(
     config: DataConfig,
     noun: str,
     details: dict[str, Any],
-    references: References | None = None,
+    feature: Any = None,
 ) -> Examples:
-    """The three splits of what a data set has by their roles; without `references` they have no column `label`."""
-    names = [] if references is None else references.names
+    """The three splits of what a data set has by their roles; `feature` is the type of their column `label`, None for none."""
+    names = getattr(feature, "names", [])
     train = given["train"]
     # Only classes can be spread evenly.
     strata = train.labels if names else np.zeros(len(train.labels), np.int64)
@@ -117,8 +114,8 @@ def split_examples(
     splits, content = {}, hashlib.sha256(json.dumps(names).encode())
     for role, origin in origins.items():
         table = origin.inputs
-        if references is not None:
-            table = table.add_column("label", origin.labels, feature=references.feature)
+        if feature is not None:
+            table = table.add_column("label", origin.labels, feature=feature)
         # Only row numbers and labels take memory.
         splits[role] = table.select(kept[role], keep_in_memory=True)
         content.update(f"\n{role} {len(kept[role])}\n".encode())
@@ -139,24 +136,21 @@ def split_examples(
     return Examples(datasets.DatasetDict(splits), details, content.hexdigest(), names)
 
 
-def check_column(split: datasets.Dataset, name: str, column: str, flag: str) -> None:
-    """Raise InputError unless the split has the column that a flag names."""
-    if column not in split.column_names:
-        raise InputError(
-            f"expected a column {column!r} in the split {name!r}, found the columns "
-            f"{', '.join(split.column_names)}; name the right one with --{flag}"
-        )
-
-
-def _prepared(split: datasets.Dataset, name: str, config: DataConfig, kind: Kind) -> datasets.Dataset:
+def prepared(
+    split: datasets.Dataset, name: str, config: DataConfig, kind: Kind, labelled: bool = True
+) -> datasets.Dataset:
     """The split, ready to read; raises InputError unless the columns are there and the inputs hold what the kind reads."""
     if len(split) == 0:
         raise InputError(
             f"expected examples in the split {name!r}, found none; give a data set with rows in every split"
         )
-    columns = kind.columns_of(config) | {"label_column": config.label_column}
+    columns = kind.columns_of(config) | ({"label_column": config.label_column} if labelled else {})
     for flag, column in columns.items():
-        check_column(split, name, column, flag)
+        if column not in split.column_names:
+            raise InputError(
+                f"expected a column {column!r} in the split {name!r}, found the columns "
+                f"{', '.join(split.column_names)}; name the right one with --{flag}"
+            )
     for flag, column in kind.columns_of(config).items():
         ready = kind.prepare(split, column)
         if ready is None:
@@ -199,11 +193,7 @@ def _hash_rows(inputs: datasets.Dataset, split: datasets.Dataset, name: str, sou
             else:
                 hashes[row] = [hash_of(part) for part in content]
         start += len(rows)
-    if unusable:
-        raise InputError(
-            f"expected {kind.usable} in every row of the split {name!r}, found {len(unusable)} without one "
-            f"({_row_names(split, unusable, source)}); {DROP_ROWS}"
-        )
+    _check_rows(unusable, kind.usable, name, split, source)
     return hashes
 
 
@@ -212,22 +202,20 @@ def hash_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _check_labels(given: Given, split: datasets.Dataset, source: Source) -> None:
-    unlabelled = np.flatnonzero(missing(given.labels))
-    if len(unlabelled):
-        raise InputError(
-            f"expected a label in every row of the split {given.name!r}, found {len(unlabelled)} of {len(given.labels)} rows "
-            f"without one (empty, or -1; {_row_names(split, unlabelled.tolist(), source)}); {DROP_ROWS}, or, if -1 is "
-            "a class, name it"
-        )
-
-
-def _row_names(split: datasets.Dataset, rows: list[int], source: Source) -> str:
-    shown = rows[:10]
+def _check_rows(
+    unusable: Sequence[int] | np.ndarray, what: str, name: str, split: datasets.Dataset, source: Source
+) -> None:
+    """Raise InputError for rows without what every row must have."""
+    if len(unusable) == 0:
+        return
     column = source.row_name_column
-    names = [str(row) if column is None else split[row][column] for row in shown]
+    names = [str(row) if column is None else split[int(row)][column] for row in unusable[:10]]
     unit = "rows, counted from 0:" if column is None else "files"
-    return f"{unit} {', '.join(names)}" + (" …" if len(rows) > len(shown) else "")
+    raise InputError(
+        f"expected {what} in every row of the split {name!r}, found {len(unusable)} of {len(split)} rows without one "
+        f"({unit} {', '.join(names)}{' …' if len(unusable) > len(names) else ''}); remove these rows first (for a Hub data set: "
+        "datasets.load_dataset(…).filter(…).save_to_disk(folder), then pass that folder)"
+    )
 
 
 def _check_classes(counts: dict[str, np.ndarray], label_names: list[str], config: DataConfig) -> None:

@@ -39,9 +39,11 @@ def load_source(config: DataConfig, kind: Kind) -> Source:
     entries = visible(path)
     tables = [entry for entry in entries if entry.is_file() and entry.name.lower().endswith(kind.suffixes)]
     if tables:
-        return _load_folder_of_files(path, tables, config, kind)
-    if folders := _folders(path):
-        return _load_class_folders(path, folders, kind)
+        by_split = {"train": tables} if len(tables) == 1 else files_by_split(path, tables)
+        read = {split: [_load_file(file, config, kind) for file in files] for split, files in by_split.items()}
+        return Source({split: datasets.concatenate_datasets(shards) for split, shards in read.items()})
+    if _folders(path):
+        return _load_class_folders(path, kind)
     raise InputError(
         f"expected {kind.noun} in {path}: files ({formats}), one sub-folder per class, or a saved DatasetDict; "
         f"found {', '.join(entry.name for entry in entries[:10]) or 'an empty folder'}; give another "
@@ -86,17 +88,6 @@ def _load_file(path: Path, config: DataConfig, kind: Kind) -> datasets.Dataset:
     return kind.read_file(path, config)
 
 
-def _load_folder_of_files(path: Path, files: list[Path], config: DataConfig, kind: Kind) -> Source:
-    if len(files) == 1:
-        return Source({"train": _load_file(files[0], config, kind)})
-    return Source(
-        {
-            split: datasets.concatenate_datasets([_load_file(file, config, kind) for file in split_files])
-            for split, split_files in files_by_split(path, files).items()
-        }
-    )
-
-
 def split_named_by(file: Path) -> str | None:
     """The split that a file is named after: "train.csv", or a shard such as "train-00000-of-00002.parquet"."""
     return SPLIT_NAMES.get(re.split(r"[-_.]", file.name.lower())[0])
@@ -117,13 +108,12 @@ def files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
     return {str(split): split_files for split, split_files in by_split.items()}
 
 
-def _load_class_folders(path: Path, folders: list[Path], kind: Kind) -> Source:
+def _load_class_folders(path: Path, kind: Kind) -> Source:
     """Files in one sub-folder per class, or in one folder per split that holds the sub-folders."""
+    folders = _folders(path)
     per_split = {SPLIT_NAMES[folder.name.lower()]: folder for folder in folders if folder.name.lower() in SPLIT_NAMES}
-    if len(per_split) == len(folders):
-        splits = {split: _read_class_folders(folder, _folders(folder), kind) for split, folder in per_split.items()}
-    else:
-        splits = {"train": _read_class_folders(path, folders, kind)}
+    by_split = per_split if len(per_split) == len(folders) else {"train": path}
+    splits = {split: _read_class_folders(folder, kind) for split, folder in by_split.items()}
     return Source(splits, row_name_column="file", details=guessed_encodings(splits))
 
 
@@ -135,17 +125,16 @@ def guessed_encodings(splits: dict[str, datasets.Dataset]) -> dict[str, int]:
 
 def visible(folder: Path) -> list[Path]:
     """The entries of a folder by name, without hidden ones and what tools leave behind (__pycache__, __MACOSX)."""
-    entries = (entry for entry in folder.iterdir() if not entry.name.startswith((".", "__")))
-    return sorted(entries, key=lambda entry: entry.name)
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "__")))
 
 
 def _folders(path: Path) -> list[Path]:
     return [entry for entry in visible(path) if entry.is_dir()]
 
 
-def _read_class_folders(path: Path, folders: list[Path], kind: Kind) -> datasets.Dataset:
+def _read_class_folders(path: Path, kind: Kind) -> datasets.Dataset:
     files: list[tuple[Path, str]] = []
-    for folder in folders:
+    for folder in _folders(path):
         held = [entry for entry in visible(folder) if entry.is_file()]
         if not held:
             raise InputError(

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 import pandas
+import torch
 from PIL import Image
+from torch import Tensor
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
+from pipelines.core.task import Collate
 from pipelines.data.kinds import Kind
 from pipelines.data.tables import read_table
 from pipelines.runtime import infer
 from pipelines.runtime.infer import MOST_PIXELS, available_cores
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PIXEL_TABLES = (".csv", ".csv.gz")
 
@@ -72,17 +71,14 @@ def _encoded(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
 
 
 def _read_files(path: Path, files: list[tuple[Path, str]]) -> datasets.Dataset:
-    columns = {
-        "image": datasets.Image(decode=False),
-        "label": datasets.Value("string"),
-        "file": datasets.Value("string"),
-    }
     rows = {
         "image": [str(file) for file, _ in files],
         "label": [label for _, label in files],
         "file": [f"{label}/{file.name}" for file, label in files],
     }
-    return datasets.Dataset.from_dict(rows, features=datasets.Features(columns))
+    text = datasets.Value("string")
+    features = datasets.Features(image=datasets.Image(decode=False), label=text, file=text)
+    return datasets.Dataset.from_dict(rows, features)
 
 
 def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
@@ -105,7 +101,7 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
 
     try:
         table = pandas.read_csv(path)
-        if not any(map(_is_name, table.columns)):
+        if pandas.to_numeric(table.columns, errors="coerce").notna().all():  # a first line of numbers is no header
             table = pandas.read_csv(path, header=None)
     except (OSError, ValueError, EOFError) as error:
         raise refuse(f"a file that cannot be read ({error})") from error
@@ -122,15 +118,6 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
     images = [{"bytes": _png(image), "path": None} for image in grey]
     rows = datasets.Dataset.from_dict({config.image_column: images, config.label_column: table[label].tolist()})
     return rows.cast_column(config.image_column, datasets.Image(decode=False))
-
-
-def _is_name(cell: str) -> bool:
-    """Whether a cell of a table's first line names a column, and is no value of one."""
-    try:
-        float(cell)
-    except ValueError:
-        return True
-    return False
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -159,8 +146,6 @@ def augment(image: Image.Image, config: AugmentConfig) -> Image.Image:
 
     Draws from torch's generator, whose state the Trainer keeps in its checkpoints.
     """
-    import torch
-
     if not config.any:
         return image
     shift_x, shift_y, crop, crop_x, crop_y, flip = torch.rand(6).tolist()
@@ -178,9 +163,7 @@ def augment(image: Image.Image, config: AugmentConfig) -> Image.Image:
     return wide.transform(image.size, Image.Transform.AFFINE, moved, resample=Image.Resampling.BILINEAR)
 
 
-def collate(
-    processor: Any, teacher_processor: Any = None, augmentation: AugmentConfig | None = None
-) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+def collate(processor: Any, teacher_processor: Any = None, augmentation: AugmentConfig | None = None) -> Collate:
     """A collator of rows with `image`, `labels` and perhaps `teacher_logits`.
 
     `pixel_values` (batch, 3, height, width) are what `processor` makes of the images; with a `teacher_processor`,
@@ -193,8 +176,6 @@ def _collate_rows(
     processor: Any, teacher_processor: Any, augmentation: AugmentConfig | None, rows: list[dict[str, Any]]
 ) -> dict[str, Tensor]:
     # At module level, so that the workers of a DataLoader can receive it pickled.
-    import torch
-
     images = [read_image(row["image"]) for row in rows]
     if augmentation is not None:
         images = [augment(image, augmentation) for image in images]

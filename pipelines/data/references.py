@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -13,16 +12,9 @@ import numpy as np
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
 
-
-@dataclass
-class References:
-    """The references of each split that the data set has, by the split's own name; -1 (a class) or NaN (a score) where a row has none."""
-
-    values: dict[str, np.ndarray]
-    feature: datasets.ClassLabel | datasets.Value  # the type of the column `label`
-    names: list[str] = field(default_factory=list)  # of the classes, whose ids the values are; none for scores
-
-
+# By the name of a split its references, -1 (a class) or NaN (a score) where a row has none; and the type of the column `label`, a
+# datasets.ClassLabel or Value.
+References = tuple[dict[str, np.ndarray], Any]
 # Of the splits that are used, by their own names; the first is the training split.
 ReadReferences = Callable[[dict[str, datasets.Dataset], DataConfig], References]
 
@@ -65,31 +57,25 @@ def _check_plain(split: datasets.Dataset, name: str, what: str, config: DataConf
         )
 
 
-def _map(split: datasets.Dataset, column: str, values: dict[Any, Any], otherwise: Any) -> list[Any]:
-    """The column's cells by what `values` makes of each different one."""
-    batches = split.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
-    return [values.get(cell, otherwise) for batch in batches for cell in batch[column].to_pylist()]
-
-
 # ---- Classes
 
 
 def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> References:
     """The classes' ids: in a ClassLabel's own order, numbers and truth values by size, anything else by alphabet."""
     column = config.label_column
-    cells = {}
+    classes = {}
     for name, split in splits.items():
         _check_plain(split, name, "class name or number", config)
         declared = getattr(split.features[column], "names", None)
-        cells[name] = {value: _class_of(value, declared) for value in split.unique(column)}
-    found = {label for by_cell in cells.values() for label in by_cell.values() if label is not None}
+        classes[name] = [_class_of(cell, declared) for cell in split[column][:]]
+    found = {label for labels in classes.values() for label in labels if label is not None}
     names = _label_names(found, getattr(next(iter(splits.values())).features[column], "names", None), config)
     ids = {label: class_id for class_id, label in enumerate(names)}
-    values = {}
-    for name, split in splits.items():
-        by_cell = {value: ids[str(label)] for value, label in cells[name].items() if label is not None}
-        values[name] = np.array(_map(split, column, by_cell, -1), np.int64)
-    return References(values, datasets.ClassLabel(names=names), names)
+    values = {
+        name: np.array([-1 if label is None else ids[str(label)] for label in labels], np.int64)
+        for name, labels in classes.items()
+    }
+    return values, datasets.ClassLabel(names=names)
 
 
 def _class_of(value: Any, declared: list[str] | None) -> Any:
@@ -136,13 +122,12 @@ def read_scores(splits: dict[str, datasets.Dataset], config: DataConfig) -> Refe
     values = {}
     for name, split in splits.items():
         _check_plain(split, name, "number", config)
-        by_cell = {value: _score_of(value, name, config) for value in split.unique(column)}
-        values[name] = np.array(_map(split, column, by_cell, math.nan), np.float32)
+        values[name] = np.array([_score_of(cell, name, config) for cell in split[column][:]], np.float32)
     if len(np.unique(np.concatenate([column[~missing(column)] for column in values.values()]))) < 2:
         raise InputError(
             f"expected scores that differ in the column {column!r}, found one value at most; name the column of scores with --label_column"
         )
-    return References(values, datasets.Value("float32"))
+    return values, datasets.Value("float32")
 
 
 def _score_of(value: Any, split: str, config: DataConfig) -> float:

@@ -96,19 +96,17 @@ def check_onnx_directory(path: Path) -> None:
     import onnx
 
     file = path / "model.onnx"
-    if not file.is_file():
-        raise InputError(
-            f"expected an ONNX directory with {file.name}, as the stages export and quantize write it, found none in {path}. Run one of "
-            "them first."
-        )
     try:
         nodes = onnx.load(file, load_external_data=False).graph.node
-        found = "" if nodes else "no operators in it"
+        found = "" if nodes else "a damaged file (no operators in it)"
+    except FileNotFoundError:
+        found = "no such file"
     except Exception as error:  # protobuf's own, which is of another class in each of its implementations
-        found = f"{type(error).__name__}: {error}"
+        found = f"a damaged file ({type(error).__name__}: {str(error):.200})"
     if found:
         raise InputError(
-            f"expected an ONNX graph in {file}, found a damaged file ({found:.200}). Export it again, or copy it again."
+            f"expected an ONNX graph in {file}, as the stages export and quantize write it, found {found}. Export the model again, or copy "
+            "the file again."
         )
 
 
@@ -156,11 +154,9 @@ def model_license(source: str) -> str | None:
     from huggingface_hub import ModelCard
 
     resolved = resolve(source)
-    card = Path(resolved) / "README.md" if os.path.isabs(resolved) else None
-    if card is not None and not card.is_file():
-        return None
+    card = Path(resolved) / "README.md" if os.path.isabs(resolved) else resolved
     try:
-        found = ModelCard.load(card or resolved, ignore_metadata_errors=True).data.license
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.license
     except Exception:  # a card is a courtesy: whatever is wrong with it, the model can be used
         return None
     return found if isinstance(found, str) else None

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
+from torch import Tensor
 
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
+from pipelines.core.task import Collate
 from pipelines.data.examples import Examples
 from pipelines.data.kinds import Kind
 from pipelines.data.references import dtype
 from pipelines.data.remembered import folder
 from pipelines.data.tables import FILE_BUILDERS, read_table
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,7 @@ def read_text(path: Path) -> tuple[str, str]:
 
 def read_text_files(folder: Path, files: list[tuple[Path, str]]) -> datasets.Dataset:
     """Each file as a row; a warning names those whose encoding was guessed."""
-    try:
-        texts = [read_text(path) for path, _ in files]
-    except OSError as error:
-        raise InputError(
-            f"expected readable text files in {folder}, found: {error}; check the files and their permissions"
-        ) from error
+    texts = [read_text(path) for path, _ in files]
     guessed = [path for (path, _), (_, encoding) in zip(files, texts, strict=True) if encoding != "utf-8"]
     if guessed:
         logger.warning(
@@ -104,17 +99,14 @@ def tokenize(data: Examples, tokenizer: Any, max_length: int) -> datasets.Datase
     """
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        tokens = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
-        return {
-            **tokens,
-            "labels": batch["label"],
-            "length": [len(input_ids) for input_ids in tokens["input_ids"]],
-        }
+        texts = batch["text"], batch.get("text_pair")
+        tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_length=True)
+        return {**tokens, "labels": batch["label"]}
 
     fingerprint = digest([_TOKENS_VERSION, data.fingerprint, tokenizer_content(tokenizer), max_length])[:32]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    truncation = None if backend is None else backend.truncation
-    tokens = datasets.DatasetDict(
+    # The call leaves its truncation in the tokenizer, so that one saved later would tell whether the tokens came from the cache.
+    tokenizer = copy.deepcopy(tokenizer)
+    return datasets.DatasetDict(
         {
             name: split.map(
                 encode,
@@ -128,10 +120,6 @@ def tokenize(data: Examples, tokenizer: Any, max_length: int) -> datasets.Datase
             for name, split in data.splits.items()
         }
     )
-    if backend is not None:
-        # Or the tokenizer.json that is saved later would tell whether the tokens came from the cache.
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-    return tokens
 
 
 def tokenizer_content(tokenizer: Any) -> list[str]:
@@ -145,7 +133,7 @@ def tokenizer_content(tokenizer: Any) -> list[str]:
     return [type(tokenizer).__name__, *sides, json.dumps(content, sort_keys=True, default=str)]
 
 
-def collate(tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+def collate(tokenizer: Any) -> Collate:
     """A collator that pads a batch of tokenize()'s rows to its own longest, and leaves out `length`.
 
     Token columns come out as (batch, longest) int64, `labels` as (batch,) int64, and any other column of equally long

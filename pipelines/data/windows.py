@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 
 from pipelines.core.disk import digest
-from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED
 from pipelines.data.examples import Examples
 
@@ -39,10 +38,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
 def token_stream(texts: Iterable[str], tokenizer: Any) -> np.ndarray:
     """All documents as one array of token ids, with the end token before the first and after each."""
     end = tokenizer.eos_token_id
-    if end is None:
-        raise InputError(
-            "expected a tokenizer with an end token (eos_token) to join documents with, found none. Set one and save it."
-        )
     texts = list(texts)
     pieces = [np.array([end], np.int32)]
     for start in range(0, len(texts), 1000):  # Python's own integers take ten times the memory of the array's
@@ -75,8 +70,6 @@ def tokenize_windows(data: Examples, tokenizer: Any, size: int, stride: int) -> 
     splits = {}
     for role, split in data.splits.items():
         windows = cut_windows(token_stream(split["text"], tokenizer), size, size - 1 if role == "train" else stride)
-        if windows["input_ids"].shape[1] < 2:
-            raise InputError(f"expected text of more than one token in the {role} split, found less. Add documents.")
         length = [windows["input_ids"].shape[1]] * len(windows["input_ids"])
         splits[role] = datasets.Dataset.from_dict({**windows, "length": length})
     return datasets.DatasetDict(splits)

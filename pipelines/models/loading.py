@@ -8,66 +8,71 @@ from typing import Any
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.core.task import Head
-from pipelines.data.sources import check_model
 
 GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
 
 
 def load_classifier(
-    model_class: Any,
-    suffix: str,
-    source: str,
-    label_names: list[str],
-    head: Head,
-    from_scratch: bool,
-    check_config: Callable[[Any], None],
-    trust_remote_code: bool = False,
+    model_class: Any, source: str, config: Any, label_names: list[str], head: Head, from_scratch: bool, **code: bool
 ) -> Any:
-    """The model in `source`, by an Auto class, with a head for `label_names` in their order.
+    """The model in `source`, by an Auto class, with a head for `label_names` in their order; `config` is what `source` has.
 
     A head for exactly these labels, in any order, is kept, and its rows are put in the data's order. Where the checkpoint has
-    none, or one for other labels, `head` says whether it gets a fresh one; raises InputError where it may not. `suffix` ends, or
-    is part of, the names of classes with such a head. With `from_scratch` all weights are random and `source` need have none.
+    none, or one for other labels, `head` says whether it gets a fresh one; raises InputError where it may not. With `from_scratch`
+    all weights are random and `source` need have none.
     """
-    from transformers import AutoConfig
-
-    located = resolve(source)
-    if not from_scratch:
-        check_model(located)
-    code = {"trust_remote_code": trust_remote_code}
-    config = load(AutoConfig.from_pretrained, located, "a model's config.json", **code)
-    check_config(config)
     labels = dict(enumerate(label_names))
-    names = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
+    names = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "num_labels": len(labels)}
     if from_scratch:
-        shape = load(
-            AutoConfig.from_pretrained, located, "a model's config.json", num_labels=len(labels), **names, **code
-        )
-        shape.architectures = shape.architectures or []  # from_config cannot do without
-        return load(lambda _: model_class.from_config(shape, dtype="float32", **code), located, "the shape of a model")
+        return new_model(model_class, source, **names, **code)
+    suffix = model_class.__name__.removeprefix("AutoModel")
     has_head = any(suffix in name for name in config.architectures or [])
     order = label_order(config, label_names) if has_head else None
-    if order is None and (head == "required" or (head == "new if none" and has_head)):
+    if order is not None:
+        model = load_weights(model_class, source, **code)
+        reorder_labels(model, order, label_names)
+        return model
+    if head == "required" or (head == "new if none" and has_head):
         found = f"the labels {list(config.id2label.values())}" if has_head else "no classification head"
         raise InputError(
             f"expected a model for the labels {label_names}, found {found} in {source}; teacher and student need the same "
             "labels. Fine-tune it on this data set (a teacher: --teacher_epochs above 0), or use the data set it was fine-tuned on."
         )
-    keep = order is not None
+    return load_weights(model_class, source, head_may_be_new=True, **names, **code)
+
+
+def new_model(model_class: Any, source: str, **settings: Any) -> Any:
+    """A model by an Auto class with random weights, in the shape of the one in `source` with other `settings`."""
+    from transformers import AutoConfig
+
+    shape = load(AutoConfig.from_pretrained, source, "a model's config.json", **settings)
+    shape.architectures = shape.architectures or []  # from_config cannot do without
+    code = {"trust_remote_code": settings.get("trust_remote_code", False)}
+    return load(lambda _: model_class.from_config(shape, dtype="float32", **code), source, "the shape of a model")
+
+
+def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, **settings: Any) -> Any:
+    """The model in `source` by an Auto class; refuses weights that leave part of it at random, which transformers only logs."""
     model, info = load(
         model_class.from_pretrained,
-        located,
+        source,
         "a model's weights",
         output_loading_info=True,
         use_safetensors=True,  # a pickle runs whatever code is in it
         dtype="float32",  # whatever it was stored in: mixed precision is the Trainer's
-        **code,
-        ignore_mismatched_sizes=not keep,
-        **({} if keep else {"num_labels": len(labels), **names}),
+        ignore_mismatched_sizes=head_may_be_new,
+        **settings,
     )
-    check_only_head_is_new(model, info, source, head_may_be_new=not keep)
-    if order is not None:
-        reorder_labels(model, order, label_names)
+    prefix = f"{model.base_model_prefix}."
+    # The pooler belongs to the head where it is trained with it: a masked language model has none.
+    fresh = [str(name) for name in [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]]
+    encoder = [name for name in fresh if name.startswith(prefix) and ".pooler." not in name]
+    if encoder or (fresh and not head_may_be_new):
+        missing = encoder or fresh
+        raise InputError(
+            f"expected the weights of a whole {type(model).__name__} in {source}, found none for {len(missing)} of its tensors, such as "
+            f"{missing[0]}. Use a checkpoint of that architecture, or save it again with save_pretrained."
+        )
     return model
 
 
@@ -104,25 +109,11 @@ def reorder_labels(model: Any, order: list[int], label_names: list[str]) -> None
     model.config.label2id = {name: index for index, name in enumerate(label_names)}
 
 
-def check_only_head_is_new(model: Any, info: dict[str, Any], source: str, head_may_be_new: bool) -> None:
-    """Refuse weights that leave part of the encoder at random, which transformers reports only in a log line."""
-    prefix = f"{model.base_model_prefix}."
-    # The pooler belongs to the head where it is trained with it: a masked language model has none.
-    fresh = [str(name) for name in [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]]
-    encoder = [name for name in fresh if name.startswith(prefix) and ".pooler." not in name]
-    if encoder or (fresh and not head_may_be_new):
-        missing = encoder or fresh
-        raise InputError(
-            f"expected the weights of a whole {type(model).__name__} in {source}, found none for {len(missing)} of its tensors, such as "
-            f"{missing[0]}. Use a checkpoint of that architecture, or save it again with save_pretrained."
-        )
-
-
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer in `source`. Raises InputError where there is none."""
     from transformers import AutoTokenizer
 
-    tokenizer = load(AutoTokenizer.from_pretrained, resolve(source), "a tokenizer", trust_remote_code=trust_remote_code)
+    tokenizer = load(AutoTokenizer.from_pretrained, source, "a tokenizer", trust_remote_code=trust_remote_code)
     # Without its files transformers makes one of special tokens alone, and says nothing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(
@@ -133,9 +124,10 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
 
 def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -> Any:
-    """`loader(source, …)`, with one message for the many ways in which that fails."""
+    """`loader(source, …)`, `source` being located, with one message for the many ways in which that fails."""
+    located = resolve(source)
     try:
-        return loader(source, **arguments)
+        return loader(located, **arguments)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         summary = " ".join(str(error).split())[:400]
         if "trust_remote_code" in str(error):

@@ -29,19 +29,17 @@ def build_student(student: StudentConfig, teacher: str, task: Task) -> Student:
 
 def parse_layers(text: str, teacher_layers: int) -> list[int]:
     """The teacher layers a student keeps: '3' spreads three over the depth, first and last included; '0,2,5' names them."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"expected --student_layers such as 3 or 0,2,5, found {text!r}.") from error
-    if "," in text:
-        if sorted(set(numbers)) != numbers or not 0 <= numbers[0] <= numbers[-1] < teacher_layers:
-            raise InputError(
-                f"expected --student_layers to name layers from 0 to {teacher_layers - 1} in rising order, found {text!r}."
-            )
+    named = "," in text
+    allowed = range(teacher_layers) if named else range(1, teacher_layers + 1)
+    numbers = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    if numbers != sorted(set(numbers) & set(allowed)):
+        raise InputError(
+            f"expected --student_layers of at most {teacher_layers}, the teacher's, or its layers from 0 to {teacher_layers - 1} in rising "
+            f"order such as 0,2,5, found {text!r}."
+        )
+    if named:
         return numbers
     count = numbers[0]
-    if not 1 <= count <= teacher_layers:
-        raise InputError(f"expected --student_layers between 1 and the teacher's {teacher_layers}, found {count}.")
     if count == 1:
         return [0]
     # Rounded down: three of six layers are 0, 2 and 5.

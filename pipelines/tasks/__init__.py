@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pkgutil
 from dataclasses import dataclass, field
@@ -47,14 +48,10 @@ def make_task(settings: Settings) -> Task:
 
 def task_of_model(directory: str | Path | None) -> str | None:
     """The task that the model in a directory was made for, by its config.json; None where that cannot be told."""
-    path = Path(directory or "") / "config.json"
-    if directory is None or not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        return None
+    config = None
+    if directory is not None:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no JSON
+            config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
     # A later task may be a special case of an earlier one, of the same classes of models.
-    return next((name for name in reversed(TASKS) if task_class(name).recognizes(config)), None)
+    found = (name for name in reversed(TASKS) if isinstance(config, dict) and task_class(name).recognizes(config))
+    return next(found, None)

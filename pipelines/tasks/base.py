@@ -13,14 +13,17 @@ import numpy as np
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.sources import resolve
-from pipelines.core.task import Arrays, StageResult, Task, Workload
+from pipelines.core.task import Arrays, Collate, Head, StageResult, Task, Workload
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
-from pipelines.data.sources import check_onnx_directory
-from pipelines.models.loading import load
+from pipelines.data.sources import check_model, check_onnx_directory
+from pipelines.models.loading import load, load_classifier
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
 from pipelines.onnx.verify import verification_batches
+from pipelines.report.markdown import CLIPPED_TEXT, clip
+
+LISTED_EXAMPLES = 50  # in report.json
 
 
 def check_predictions(stages: list[StageResult], shape: tuple[int, ...], meaning: str, teacher: str) -> None:
@@ -45,10 +48,46 @@ def check_predictions(stages: list[StageResult], shape: tuple[int, ...], meaning
             )
 
 
+def listed_examples(order: np.ndarray, texts: list[str], **columns: np.ndarray) -> list[dict[str, Any]]:
+    """The first of the test examples in this order, as report.json lists them: number, text, and the value of each column."""
+    return [
+        {"index": int(index), "text": clip(texts[index], CLIPPED_TEXT)}
+        | {name: values[index].item() for name, values in columns.items()}
+        for index in order[:LISTED_EXAMPLES]
+    ]
+
+
+class BasePresentation:
+    """What a report says of a task on examples, each of which is read once."""
+
+    unit = "examples"
+    digits = 3
+    latency_digits = 1
+    latency_of = "one example"
+    speed_unit = "samples/s"
+
+    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
+        return {}
+
+    def how_timed(self, report: dict[str, Any]) -> str:
+        shape = " x ".join(str(size) for size in report["stages"][0]["latency_ms"]["shape"])
+        return (
+            f"*p50*, *p95*: one call with an input of shape {shape}. *samples/s*: over batches of 16 test examples, texts together with "
+            "others of their length."
+        )
+
+    def remarks(self, files: Mapping[str, Path]) -> list[str]:
+        return []
+
+    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
 class BaseTask(Task):
     """What is the same for every kind of task."""
 
     settings: tuple[type, ...] = (DataConfig,)  # the dataclasses that it is made of
+    auto_class: Any  # of transformers, for a model with its head
     architectures: tuple[str, ...]  # how the names of its models' classes end
     demo: str  # the YAML file of its offline demo
     greater_is_better = True
@@ -107,11 +146,37 @@ class BaseTask(Task):
         from transformers import AutoConfig
 
         return load(
-            AutoConfig.from_pretrained,
-            resolve(source),
-            "a model's config.json",
-            trust_remote_code=self.trust_remote_code,
+            AutoConfig.from_pretrained, source, "a model's config.json", trust_remote_code=self.trust_remote_code
         )
+
+    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
+        """The model with a head for this task's labels; see load_classifier."""
+        config = self.checked_config(source, from_scratch)
+        code = {"trust_remote_code": self.trust_remote_code}
+        return load_classifier(self.auto_class, source, config, self.label_names, head, from_scratch, **code)
+
+    def checked_config(self, source: str, from_scratch: bool) -> Any:
+        """The config of a model that can be loaded for this task: its weights are whole, its inputs are the task's."""
+        if not from_scratch:
+            check_model(resolve(source))
+        config = self.load_config(source)
+        self.check_config(config, source)
+        return config
+
+    def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
+        """The collator for training, where an online teacher reads the student's own inputs. Nothing is augmented."""
+        return self.collate(processor)
+
+    def check_config(self, config: Any, source: str) -> None:
+        """Raise InputError unless the model has a position for every token of a text."""
+        limit = getattr(config, "max_position_embeddings", None)
+        # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
+        offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        if limit and self.config.max_length > limit - offset:
+            raise InputError(
+                f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {self.config.max_length}. "
+                "Pass a smaller --max_length."
+            )
 
     # ---- ONNX
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,11 @@ from scipy.special import softmax
 from pipelines.core.errors import InputError
 from pipelines.core.task import Comparison, StageResult
 from pipelines.models.loading import label_order, reorder_labels
-from pipelines.report.markdown import CLIPPED_TEXT, clip, escape, markdown_table, number
+from pipelines.report.markdown import escape, markdown_table, number
 from pipelines.report.pages import TEACHER, stage_of
-from pipelines.tasks.base import BaseTask, check_predictions
+from pipelines.tasks.base import BasePresentation, BaseTask, check_predictions, listed_examples
 from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
-
-LISTED_EXAMPLES = 50  # in report.json
 
 
 class Classification(ClassifierLoss, BaseTask):
@@ -74,10 +71,6 @@ class Classification(ClassifierLoss, BaseTask):
                 f"{source}. Export its model again with this data set (pocketformers export)."
             )
 
-    def agreement(self, logits: np.ndarray, reference_logits: np.ndarray) -> float:
-        """Share of examples that two models answer alike."""
-        return float(np.mean(np.argmax(logits, axis=-1) == np.argmax(reference_logits, axis=-1)))
-
     # ---- Report
 
     @abstractmethod
@@ -130,32 +123,25 @@ def _broken_examples(
     broken = np.flatnonzero((before == references) & (after != references))
     repaired = np.flatnonzero((before != references) & (after == references))
     confidence_before, confidence = (softmax(logits, axis=-1).max(axis=-1) for logits in (teacher, shipped))
+    names = np.array(label_names)
     ordered = broken[np.argsort(-confidence[broken], kind="stable")]
     return {
         "total": len(broken),
         "repaired_total": len(repaired),
-        "examples": [
-            {
-                "index": int(index),
-                "text": clip(texts[index], CLIPPED_TEXT),
-                "reference": label_names[references[index]],
-                "teacher_probability": float(confidence_before[index]),
-                "shipped_prediction": label_names[after[index]],
-                "shipped_probability": float(confidence[index]),
-            }
-            for index in ordered[:LISTED_EXAMPLES]
-        ],
+        "examples": listed_examples(
+            ordered,
+            texts,
+            reference=names[references],
+            teacher_probability=confidence_before,
+            shipped_prediction=names[after],
+            shipped_probability=confidence,
+        ),
     }
 
 
-class ClassifierPresentation:
+class ClassifierPresentation(BasePresentation):
     """What a report says of any classifier; its code is that of the example's kind."""
 
-    unit = "examples"
-    digits = 3
-    latency_digits = 1
-    latency_of = "one example"
-    speed_unit = "samples/s"
     hub_metrics: Mapping[str, str] = {
         "accuracy": "accuracy",
         "macro_f1": "f1",
@@ -175,20 +161,10 @@ class ClassifierPresentation:
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         return f"{report['task']} with {len(names)} labels ({shown}{more})"
 
-    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
-        return {}
-
     def how_scored(self, report: dict[str, Any]) -> str:
         return (
             "*retained*: the score divided by the teacher's. *agreement*: the share of examples that are predicted as the teacher "
             "predicts them."
-        )
-
-    def how_timed(self, report: dict[str, Any]) -> str:
-        shape = " x ".join(str(size) for size in report["stages"][0]["latency_ms"]["shape"])
-        return (
-            f"*p50*, *p95*: one call with an input of shape {shape}. *samples/s*: over batches of 16 test examples, texts together with "
-            "others of their length."
         )
 
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
@@ -228,6 +204,3 @@ class ClassifierPresentation:
             ]
             parts.append(markdown_table(header, rows, text_columns=len(header)))
         return "\n\n".join(parts)
-
-    def remarks(self, files: Mapping[str, Path]) -> list[str]:
-        return []

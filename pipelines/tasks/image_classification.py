@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.sources import resolve
-from pipelines.core.task import Graph, Head, Presentation
+from pipelines.core.task import Collate, Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.images import IMAGES, collate
 from pipelines.data.references import read_classes
 from pipelines.edge.bundle import image_probes, verify_predictor
 from pipelines.edge.settings import head_outputs, image_settings
 from pipelines.models.families import FAMILIES
-from pipelines.models.loading import load, load_classifier
+from pipelines.models.loading import load
 from pipelines.tasks.classification import Classification, ClassifierPresentation
 
 
@@ -62,9 +60,6 @@ class ImagePresentation(ClassifierPresentation):
     def in_shell(self, report: dict[str, Any]) -> str:
         return '"image.png"'
 
-    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
-        return {}
-
 
 class ImageClassification(Classification):
     """One image, and one label out of several."""
@@ -72,6 +67,7 @@ class ImageClassification(Classification):
     name = "image-classification"
     presentation: Presentation = ImagePresentation()
     settings = (DataConfig, AugmentConfig)
+    auto_class = AutoModelForImageClassification
     architectures = ("ForImageClassification",)
     demo = "vit_digits"
     example = "image.png"
@@ -93,51 +89,28 @@ class ImageClassification(Classification):
     def load_data(self) -> Examples:
         return load_examples(self.config, IMAGES, read_classes)
 
-    @cached_property
-    def _features(self) -> Any:
-        return self.data.splits.rename_column("label", "labels")
-
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
         return super().describe() | {"augmentation": asdict(self.augmentation)}
 
     def load_processor(self, source: str) -> Any:
         """The image processor of a model; the one over Pillow, so that an image becomes the same numbers on every machine."""
-        from transformers import AutoImageProcessor
-
         return load(
             AutoImageProcessor.from_pretrained,
-            resolve(source),
+            source,
             "an image processor",
             backend="pil",
             trust_remote_code=self.trust_remote_code,
         )
 
-    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
-        """The model with a head for this task's labels; see load_classifier."""
-        from transformers import AutoModelForImageClassification
-
-        return load_classifier(
-            AutoModelForImageClassification,
-            "ForImageClassification",
-            source,
-            self.label_names,
-            head,
-            from_scratch,
-            check_config=lambda config: self.check_config(config, source),
-            trust_remote_code=self.trust_remote_code,
-        )
-
     def features(self, processor: Any) -> Any:
         """The splits with encoded images, whatever the processor: the collator decodes them, since pixels fill any disk."""
-        return self._features
+        return self.data.splits.rename_column("label", "labels")
 
-    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collate(self, processor: Any) -> Collate:
         return collate(processor)
 
-    def training_collate(
-        self, processor: Any, teacher_processor: Any = None, augment: bool = False
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
         """The collator for training: images augmented if asked, the same ones for an online teacher, by its own processor."""
         if self.augmentation.any and not augment:
             from accelerate import PartialState
@@ -153,12 +126,13 @@ class ImageClassification(Classification):
 
     def graph(self, model: Any, processor: Any) -> Graph:
         """Two real examples as the sample; a model has one image size, so only the batch varies."""
-        batch = self.collate(processor)([self._features["train"][index] for index in (0, 1)])
+        features = self.features(processor)["train"]
+        batch = self.collate(processor)([features[0], features[1]])
         return Graph(model, {"pixel_values": batch["pixel_values"]}, {"pixel_values": {0: "batch"}}, ["logits"])
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model takes what its own image processor makes."""
-        row = {"image": self._features["train"][0]["image"], "labels": 0}
+        row = {"image": self.data.splits["train"][0]["image"], "labels": 0}
         found = list(self.collate(self.load_processor(source))([row])["pixel_values"].shape[1:])
         # Position embeddings are for one size; a convolutional network takes any, and its config says what it was trained on.
         size = config.image_size if config.model_type in FAMILIES else found[1:]

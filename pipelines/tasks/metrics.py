@@ -13,15 +13,8 @@ PRIMARY_METRIC = "accuracy"
 def classification_metrics(predictions: np.ndarray, references: np.ndarray, label_names: list[str]) -> dict[str, Any]:
     """All scores of one set of predictions, ready for JSON.
 
-    `predictions` and `references` are class ids of shape (examples,); raises ValueError where their shapes differ or there is no
-    example. Macro F1 is the mean over the classes that occur, so that a class that a small split does not hold does not lower it.
+    `predictions` and `references` are class ids of shape (examples,). Macro F1 is the mean over the classes that occur, so that a class that a small split does not hold does not lower it.
     """
-    predictions, references = np.asarray(predictions), np.asarray(references)
-    if predictions.shape != references.shape or predictions.ndim != 1 or predictions.size == 0:
-        raise ValueError(
-            f"expected one predicted and one reference class id per example, found the shapes {predictions.shape} and "
-            f"{references.shape}; reduce logits with argmax(-1) first"
-        )
     # 0 is scikit-learn's value, too, where there is one class only, but with a warning.
     varied = len({*predictions.tolist(), *references.tolist()}) > 1
     recall = recall_score(references, predictions, labels=range(len(label_names)), average=None, zero_division=0.0)

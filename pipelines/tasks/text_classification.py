@@ -38,16 +38,11 @@ class TextClassifierPresentation(TextPresentation, ClassifierPresentation):
         """
 
     def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
-        name = json.dumps(repo_id)
-        if is_pair(report):  # transformers.js's own pipeline takes single texts
-            return f"""
-                import {{ AutoModelForSequenceClassification as Model, AutoTokenizer }} from "@huggingface/transformers";
-                const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
-                console.log((await model(tokenizer("A first text.", {{ text_pair: "A second text." }}))).logits.tolist());
-            """
+        if is_pair(report):
+            return super().in_javascript(report, repo_id, dtype)
         return f"""
             import {{ pipeline }} from "@huggingface/transformers";
-            const classify = await pipeline("text-classification", {name}, {{ dtype: "{dtype}" }});
+            const classify = await pipeline("text-classification", {json.dumps(repo_id)}, {{ dtype: "{dtype}" }});
             console.log(await classify("A text."));
         """
 

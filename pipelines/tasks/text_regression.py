@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
+from torch import Tensor
 
+from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Comparison, Head, Presentation, StageResult, Tensors
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_scores
 from pipelines.data.text import TEXTS
-from pipelines.report.markdown import CLIPPED_TEXT, clip, markdown_table, number
+from pipelines.report.markdown import markdown_table, number
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.base import check_predictions
+from pipelines.tasks.base import check_predictions, listed_examples
 from pipelines.tasks.texts import TextPresentation, TextTask, is_pair, token_limit
-from pipelines.training.losses import hidden_state_loss
+from pipelines.training.losses import ClassifierLoss
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipelines.core.config import DistillConfig
-
-LISTED_EXAMPLES = 50  # in report.json
 CLOSE = 0.1  # two scores this share of the labels' standard deviation apart count as the same
 
 
@@ -50,11 +45,6 @@ def regression_metrics(scores: np.ndarray, references: np.ndarray) -> dict[str, 
 class RegressionPresentation(TextPresentation):
     """What a report says of a model that scores texts, or pairs of texts."""
 
-    unit = "examples"
-    digits = 3
-    latency_digits = 1
-    latency_of = "one example"
-    speed_unit = "samples/s"
     hub_metrics: Mapping[str, str] = {"pearson": "pearsonr", "spearman": "spearmanr"}
     limitations: Sequence[str] = (
         "The score has the unit and the range of the training labels. Nothing keeps it within that range.",
@@ -76,13 +66,6 @@ class RegressionPresentation(TextPresentation):
             "*pearson*, *spearman*: correlation with the labels, of the scores and of their ranks. *RMSE*: root mean squared error, in the "
             "labels' unit. *retained*: the correlation divided by the teacher's. *agreement*: the share of examples whose score is at most "
             f"{CLOSE:g} standard deviations of the labels away from the teacher's."
-        )
-
-    def how_timed(self, report: dict[str, Any]) -> str:
-        shape = " x ".join(str(size) for size in report["stages"][0]["latency_ms"]["shape"])
-        return (
-            f"*p50*, *p95*: one call with an input of shape {shape}. *samples/s*: over batches of 16 test examples, texts together with "
-            "others of their length."
         )
 
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
@@ -121,20 +104,8 @@ class RegressionPresentation(TextPresentation):
             print(session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0])
         """
 
-    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
-        name = json.dumps(repo_id)
-        texts = '"A first text.", { text_pair: "A second text." }' if is_pair(report) else '"A text."'
-        return f"""
-            import {{ AutoModelForSequenceClassification as Model, AutoTokenizer }} from "@huggingface/transformers";
-            const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
-            console.log((await model(tokenizer({texts}))).logits.tolist());
-        """
 
-    def remarks(self, files: Mapping[str, Path]) -> list[str]:
-        return []
-
-
-class TextRegression(TextTask):
+class TextRegression(ClassifierLoss, TextTask):
     """One text, or a pair of texts, and a score. Scores have the labels' own unit, from the teacher to the bundle."""
 
     name = "text-regression"
@@ -188,31 +159,22 @@ class TextRegression(TextTask):
                 "--teacher_learning_rate), or check that its scores mean what the data set's do."
             )
 
-    # ---- Losses: squared errors over the labels' variance, so that learning rates and weights do not depend on their unit
+    # ---- Losses: as a classifier with one label has them, but squared errors over the labels' variance, so that learning rates and weights
+    # do not depend on their unit
 
     @property
     def _variance(self) -> float:
         return float(np.var(np.asarray(self.splits["train"]["label"][:], np.float64)))
-
-    def outputs(self, model_output: Any) -> Tensors:
-        return {"logits": model_output.logits}
 
     def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         counted = labels.ne(IGNORED)
         errors = outputs["logits"][:, 0].float() - labels
         return errors[counted].pow(2).sum() / self._variance, counted.sum()
 
-    def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
-        return {"teacher_logits": outputs["logits"].float()}
-
     def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
         """The squared distance of the teacher's score: a score has no distribution, so temperature and divergence say nothing."""
         errors = outputs["logits"][:, 0].float() - teacher["teacher_logits"][:, 0].float()
         return errors[labels.ne(IGNORED)].pow(2).sum() / self._variance
-
-    def hidden_state_loss(self, student: Tensor, teacher: Tensor, inputs: Tensors, labels: Tensor) -> Tensor:
-        counted = labels.ne(IGNORED)
-        return hidden_state_loss(student[counted], teacher[counted], inputs["attention_mask"][counted])
 
     # ---- Scores
 
@@ -237,24 +199,15 @@ class TextRegression(TextTask):
             for name, scores in found.items()
         }
         growth = np.abs(found[shipped] - references) - np.abs(found[teacher] - references)
-        texts = self.test_texts()
-        worst = [index for index in np.argsort(-growth, kind="stable")[:LISTED_EXAMPLES] if growth[index] > 0]
+        order = np.argsort(-growth, kind="stable")
+        columns = {"label": references, "teacher": found[teacher], "shipped": found[shipped]}
         report = {
             "test_examples": len(references),
             "label_mean": float(references.mean()),
             "label_standard_deviation": float(references.std()),
             "worse_examples": {
                 "total": int((growth > 0).sum()),
-                "examples": [
-                    {
-                        "index": int(index),
-                        "text": clip(texts[index], CLIPPED_TEXT),
-                        "label": float(references[index]),
-                        "teacher": float(found[teacher][index]),
-                        "shipped": float(found[shipped][index]),
-                    }
-                    for index in worst
-                ],
+                "examples": listed_examples(order[growth[order] > 0], self.test_texts(), **columns),
             },
         }
         return Comparison(compared, report, {name: (scores, references) for name, scores in found.items()}, pearson)

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoModelForSequenceClassification
 
 from pipelines.core.config import DataConfig
+from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
-from pipelines.core.task import Graph, Head
-from pipelines.data.text import collate, tokenize
+from pipelines.core.task import Collate, Graph, Head
+from pipelines.data.text import collate, tokenize, tokenizer_content
 from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
-from pipelines.models.loading import load_classifier, load_tokenizer
-from pipelines.tasks.base import BaseTask
+from pipelines.models.loading import load_tokenizer
+from pipelines.tasks.base import BasePresentation, BaseTask
 
 
-class TextPresentation:
+class TextPresentation(BasePresentation):
     """What a report says of any job on texts."""
 
     def in_shell(self, report: dict[str, Any]) -> str:
         return '--pair "A first text." "A second text."' if is_pair(report) else '"A text."'
+
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        """Prints the logits: transformers.js's own pipeline takes single texts, and makes probabilities of scores."""
+        name = json.dumps(repo_id)
+        texts = '"A first text.", { text_pair: "A second text." }' if is_pair(report) else '"A text."'
+        return f"""
+            import {{ AutoModelForSequenceClassification as Model, AutoTokenizer }} from "@huggingface/transformers";
+            const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
+            console.log((await model(tokenizer({texts}))).logits.tolist());
+        """
 
     def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
         # transformers.js cuts texts at the tokenizer's limit.
@@ -33,6 +45,7 @@ class TextPresentation:
 class TextTask(BaseTask):
     """A job on one text, or a pair of texts."""
 
+    auto_class = AutoModelForSequenceClassification
     architectures = ("ForSequenceClassification",)
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
@@ -48,26 +61,11 @@ class TextTask(BaseTask):
 
     @property
     def example(self) -> str:
-        return '--pair "A first text." "A second text."' if self.config.text_pair_column else '"A text."'
+        return '--pair "A first text." "A second text."' if self._reads_pairs else '"A text."'
 
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model."""
         return load_tokenizer(source, self.trust_remote_code)
-
-    def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
-        """The model with a head for this task's labels; see load_classifier."""
-        from transformers import AutoModelForSequenceClassification
-
-        return load_classifier(
-            AutoModelForSequenceClassification,
-            "ForSequenceClassification",
-            source,
-            self.label_names,
-            head,
-            from_scratch,
-            check_config=lambda config: self.check_config(config, source),
-            trust_remote_code=self.trust_remote_code,
-        )
 
     def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
         """Raise InputError unless an online teacher's tokenizer makes the student's tokens of the same texts."""
@@ -85,24 +83,18 @@ class TextTask(BaseTask):
 
     def features(self, processor: Any) -> Any:
         """The tokenized splits; the same tokenizer tokenizes once in a process."""
-        key = _tokenizer_key(processor)
+        key = digest(tokenizer_content(processor))
         if key not in self._features:
             self._features[key] = tokenize(self.data, processor, self.config.max_length)
         return self._features[key]
 
-    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collate(self, processor: Any) -> Collate:
         return collate(processor)
-
-    def training_collate(
-        self, processor: Any, teacher_processor: Any = None, augment: bool = False
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """The collator for training, where an online teacher reads the student's own tokens. Texts are not augmented."""
-        return self.collate(processor)
 
     def test_texts(self) -> list[str]:
         """The test examples as a person reads them."""
         test = self.data.splits["test"]
-        if "text_pair" in test.column_names:
+        if self._reads_pairs:
             return [f"{text} ‖ {pair}" for text, pair in zip(test["text"], test["text_pair"], strict=True)]
         return list(test["text"])
 
@@ -115,17 +107,6 @@ class TextTask(BaseTask):
         taken = signature(model.forward).parameters.keys() - {"labels"}
         inputs = {name: value for name, value in batch.items() if name in taken}
         return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ["logits"])
-
-    def check_config(self, config: Any, source: str) -> None:
-        """Raise InputError unless the model has a position for every token."""
-        limit = getattr(config, "max_position_embeddings", None)
-        # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
-        offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        if limit and self.config.max_length > limit - offset:
-            raise InputError(
-                f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {self.config.max_length}. "
-                "Pass a smaller --max_length."
-            )
 
     # ---- Bundle
 
@@ -141,7 +122,7 @@ class TextTask(BaseTask):
 
     @property
     def _reads_pairs(self) -> bool:
-        return "text_pair" in self.data.splits["validation"].column_names
+        return self.config.text_pair_column is not None
 
 
 def is_pair(report: dict[str, Any]) -> bool:
@@ -150,7 +131,3 @@ def is_pair(report: dict[str, Any]) -> bool:
 
 def token_limit(report: dict[str, Any]) -> int:
     return int(report["config"].get("max_length", DataConfig.max_length))
-
-
-def _tokenizer_key(processor: Any) -> str:
-    return processor.backend_tokenizer.to_str() if hasattr(processor, "backend_tokenizer") else repr(processor)

@@ -549,12 +549,12 @@ def test_empty_texts_are_refused_by_row(tmp_path: Path) -> None:
     rows = make_rows()
     for row, text in [(3, ""), (7, "  \n"), (8, None)]:
         rows["text"][row] = text
-    refused(write_parquet(tmp_path / "texts", rows), "3 without one", "3, 7, 8", "remove these rows")
+    refused(write_parquet(tmp_path / "texts", rows), "3 of 60 rows without one", "3, 7, 8", "remove these rows")
     pairs = {**make_rows(), "other": ["", *["something"] * 59]}
     refused(write_csv(tmp_path / "pairs.csv", pairs), "counted from 0: 0)", text_pair_column="other")
     folder = write_class_folders(tmp_path / "classes", make_rows())
     (folder / "art" / "0001.txt").write_text("\n")
-    refused(folder, "1 without one (files 0001.txt)")
+    refused(folder, "1 of 60 rows without one (files 0001.txt)")
 
 
 def test_missing_labels_are_refused_by_row(tmp_path: Path) -> None:

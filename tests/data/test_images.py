@@ -193,7 +193,7 @@ def test_an_image_that_cannot_be_read_is_refused_by_name(tmp_path, content):
     folder = write_image_folder(tmp_path, 30)
     whole = (folder / "tech" / "001.png").read_bytes()
     (folder / "tech" / "broken.png").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
-    refused(folder, "tech/broken.png", "an image that can be read", "1 without one")
+    refused(folder, "tech/broken.png", "an image that can be read", "1 of 31 rows without one")
 
 
 def test_one_class_an_empty_folder_and_texts_are_refused(tmp_path):
@@ -353,7 +353,7 @@ def test_a_student_of_another_kind_and_size_learns_from_stored_answers(
         answers = [
             predict_onnx(path, features, own, image_task) for path in (onnx / "model.onnx", tmp_path / "int8.onnx")
         ]
-        assert image_task.agreement(*answers) > 0.8
+        assert np.mean(np.equal(*(answer.argmax(axis=-1) for answer in answers))) > 0.8
 
 
 def test_a_teacher_in_the_loop_sees_what_its_own_processor_makes(
@@ -452,4 +452,4 @@ def test_static_quantization_keeps_the_answers(calibration, image_task, image_te
     exact = predict_torch(image_task.load_model(str(image_teacher)), features, own, image_task)
     rounded = predict_onnx(tmp_path / "int8.onnx", features, own, image_task)
     assert 0 < np.abs(rounded - exact).max() < 0.5 * np.abs(exact).max()
-    assert image_task.agreement(rounded, exact) > 0.9
+    assert np.mean(rounded.argmax(axis=-1) == exact.argmax(axis=-1)) > 0.9

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from transformers import AutoTokenizer
 
 from conftest import tiny_language_model
 from pipelines.core.config import DataConfig, LanguageConfig, QuantizeConfig
@@ -189,7 +190,7 @@ def test_generation_ends_where_the_model_has_no_position_left(exported):
     assert len(model.generate_tokens([prompt], Sampling(max_new_tokens=50))[0]) == 64 - 60 + 1
     with pytest.raises(ValueError, match="fewer than 64"):
         model.generate_tokens([list(range(64))])
-    expected = torch_greedy(load_model(source), [prompt], 5)
+    expected = torch_greedy(load_model(source), AutoTokenizer.from_pretrained(source), [prompt], 5)
     assert model.generate_tokens([prompt], Sampling(max_new_tokens=5)) == expected
 
 

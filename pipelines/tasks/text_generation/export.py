@@ -8,6 +8,7 @@ transformers.js, which makes its empty past from the graph's shapes and knows th
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,10 @@ def _without_padding(outputs: Arrays, mask: np.ndarray) -> Arrays:
     return {name: (one if name == "logits" else one.swapaxes(1, 2))[tokens] for name, one in outputs.items()}
 
 
-def prompts_for(task: Any, processor: Any, count: int) -> list[list[int]]:
-    """Beginnings of validation windows of different lengths, from 1 token to half a window."""
-    features = task.features(processor)["validation"]
-    length = len(features[0]["input_ids"])
-    return [
-        features[index * len(features) // count]["input_ids"][: 1 + index * (length // 2) // count]
-        for index in range(count)
-    ]
+def prompts_for(windows: Any, count: int) -> list[list[int]]:
+    """Beginnings of windows of different lengths, from 1 token to half a window."""
+    half = len(windows[0]["input_ids"]) // 2
+    return [windows[i * len(windows) // count]["input_ids"][: 1 + i * half // count] for i in range(count)]
 
 
 def verify_generation(
@@ -136,16 +133,17 @@ def verify_generation(
     """
     edge = LanguageModel(directory, open_session(directory / "model.onnx"))
     edge.end_tokens = []
-    prompts = prompts_for(task, processor, count)
-    new = max(2, len(task.features(processor)["validation"][0]["input_ids"]) // 2)
+    windows = task.features(processor)["validation"]
+    prompts, new = prompts_for(windows, count), max(2, len(windows[0]["input_ids"]) // 2)
     tokens = ties = 0
     for group in [[prompt] for prompt in prompts] + [prompts[start : start + 5] for start in range(0, count, 5)]:
-        expected, found = torch_greedy(model, group, new), edge.generate_tokens(group, Sampling(max_new_tokens=new))
+        expected = torch_greedy(model, processor, group, new)
+        found = edge.generate_tokens(group, Sampling(max_new_tokens=new))
         for prompt, theirs, ours in zip(group, expected, found, strict=True):
             tokens += len(theirs)
             if theirs == ours:
                 continue
-            at = next(i for i, theirs_there in enumerate([*theirs, None]) if [*ours, None][i : i + 1] != [theirs_there])
+            at = len(os.path.commonprefix([theirs, ours]))
             if is_tie(model, [*prompt, *theirs[:at]]):
                 ties += 1
                 continue
@@ -157,22 +155,17 @@ def verify_generation(
     return {"prompts": len(prompts), "largest_batch": min(5, count), "tokens": tokens, "ties": ties}
 
 
-def torch_greedy(model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+def torch_greedy(model: Any, tokenizer: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
     """The `new` tokens after each prompt by torch's generate, which goes on after an end token."""
     from transformers import GenerationConfig
 
-    longest = max(map(len, prompts))
-    ids = torch.zeros((len(prompts), longest), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     # The checkpoint's own settings may sample, penalize or stop.
     before = model.generation_config
     model.generation_config = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0)
     try:
         with torch.inference_mode():
-            generated: list[list[int]] = model.generate(ids, attention_mask=mask)[:, longest:].tolist()
+            generated: list[list[int]] = model.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()
     finally:
         model.generation_config = before
     return generated

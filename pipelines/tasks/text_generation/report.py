@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.core.task import IGNORED, Comparison, StageResult
-from pipelines.report.markdown import CLIPPED_TEXT, clip, markdown_table, number
+from pipelines.report.markdown import markdown_table, number
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.base import check_predictions
-
-LISTED_WINDOWS = 50  # in report.json
+from pipelines.tasks.base import BasePresentation, check_predictions, listed_examples
 
 
 def compare_language_models(
@@ -69,24 +67,16 @@ def perplexity(losses: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def _broken_windows(before: np.ndarray, after: np.ndarray, texts: list[str]) -> dict[str, Any]:
     """The windows whose mean loss a token rose most, by the perplexities of both models."""
     rise = after - before
-    order = np.argsort(-rise, kind="stable")[:LISTED_WINDOWS]
+    order = np.argsort(-rise, kind="stable")
+    perplexities = {"teacher_perplexity": np.exp(before), "shipped_perplexity": np.exp(after)}
     return {
         "total": int((rise > 0).sum()),
         "repaired_total": int((rise < 0).sum()),
-        "examples": [
-            {
-                "index": int(index),
-                "text": clip(texts[index], CLIPPED_TEXT),
-                "teacher_perplexity": float(np.exp(before[index])),
-                "shipped_perplexity": float(np.exp(after[index])),
-            }
-            for index in order
-            if rise[index] > 0
-        ],
+        "examples": listed_examples(order[rise[order] > 0], texts, **perplexities),
     }
 
 
-class GenerationPresentation:
+class GenerationPresentation(BasePresentation):
     """What a report says of a language model."""
 
     unit = "documents"
@@ -190,9 +180,6 @@ class GenerationPresentation:
             "Pruning left layers with fewer heads than `config.json` says. transformers.js reads each layer's number from the graph. "
             "optimum-onnx 0.1.0 takes the number of the config for all layers, and cannot run the ONNX files."
         ]
-
-    def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
-        return {}
 
 
 def _has_other_heads(files: Mapping[str, Path]) -> bool:

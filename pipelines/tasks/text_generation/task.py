@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
-from pipelines.core.task import IGNORED, Arrays, Comparison, Graph, Head, Presentation, StageResult, Tensors, Workload
+from pipelines.core.task import (
+    IGNORED,
+    Arrays,
+    Collate,
+    Comparison,
+    Graph,
+    Head,
+    Presentation,
+    StageResult,
+    Tensors,
+    Workload,
+)
 from pipelines.data.documents import TextData, load_documents
-from pipelines.data.sources import check_model
 from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
+from pipelines.edge.bundle import prompt_inputs, verify_generator
 from pipelines.edge.settings import generation_outputs
-from pipelines.models.loading import check_only_head_is_new, load, load_tokenizer
+from pipelines.models.loading import load_tokenizer, load_weights, new_model
 from pipelines.runtime.generate import LanguageModel
 from pipelines.runtime.infer import open_session
 from pipelines.tasks.base import BaseTask
+from pipelines.tasks.text_generation import export
 from pipelines.tasks.text_generation.report import GenerationPresentation, compare_language_models
 from pipelines.training.losses import NextTokenLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 BUNDLE_PROMPTS = 8  # that a bundle is verified with
 
 
 def collate_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Windows of one length as a batch (batch, tokens); nothing is padded, so nothing needs a mask."""
-    import torch
-
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "length"}
     return {
         name: torch.as_tensor(column if column.dtype == np.float32 else column.astype(np.int64))
@@ -52,6 +62,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
     name = "text-generation"
     presentation: Presentation = GenerationPresentation()
     settings = (DataConfig, LanguageConfig)
+    auto_class = AutoModelForCausalLM
     architectures = ("ForCausalLM", "LMHeadModel")
     demo = "gpt2_bbc_news"
     example = '"The beginning of a text"'
@@ -116,48 +127,21 @@ class LanguageModeling(NextTokenLoss, BaseTask):
 
         With `from_scratch` all weights are random, in the shape of `source`, for the tokens of its tokenizer.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        located = resolve(source)
-        if not from_scratch:
-            check_model(located)
         code = {"trust_remote_code": self.trust_remote_code}
-        self.check_config(self.load_config(source), source)
-        if from_scratch:
-            tokenizer = self.load_processor(source)
-            end = tokenizer.eos_token_id
-            tokens = {
-                "vocab_size": len(tokenizer),
-                "bos_token_id": end if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
-                "eos_token_id": end,
-                "pad_token_id": tokenizer.pad_token_id,
-            }
-            shape = load(AutoConfig.from_pretrained, located, "a model's config.json", **tokens, **code)
-            return load(
-                lambda _: AutoModelForCausalLM.from_config(shape, dtype="float32", **code),
-                located,
-                "the shape of a causal language model",
-            )
-        model, info = load(
-            AutoModelForCausalLM.from_pretrained,
-            located,
-            "a causal language model",
-            output_loading_info=True,
-            use_safetensors=True,  # a pickle runs whatever code is in it
-            dtype="float32",  # whatever it was stored in: mixed precision is the Trainer's
+        self.checked_config(source, from_scratch)
+        if not from_scratch:
+            return load_weights(self.auto_class, source, **code)
+        tokenizer = self.load_processor(source)
+        end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
+        return new_model(
+            self.auto_class,
+            source,
+            vocab_size=len(tokenizer),
+            bos_token_id=end if begin is None else begin,
+            eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id,
             **code,
         )
-        check_only_head_is_new(model, info, source, head_may_be_new=False)
-        return model
-
-    def check_config(self, config: Any, source: str) -> None:
-        """Raise InputError unless the model has a position for every token of a window."""
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit and self.config.max_length > limit:
-            raise InputError(
-                f"expected --max_length of at most {limit}, the positions that {source} has, found {self.config.max_length}. Pass a "
-                "smaller --max_length."
-            )
 
     def features(self, processor: Any) -> Any:
         """Windows of tokens of every split; the same vocabulary tokenizes once in a process."""
@@ -166,13 +150,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
             self._features[key] = tokenize_windows(self.data, processor, self.config.max_length, self.stride)
         return self._features[key]
 
-    def collate(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        return collate_windows
-
-    def training_collate(
-        self, processor: Any, teacher_processor: Any = None, augment: bool = False
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """The collator for training, where an online teacher reads the student's own tokens. Texts are not augmented."""
+    def collate(self, processor: Any) -> Collate:
         return collate_windows
 
     def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
@@ -207,8 +185,6 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         The logits themselves are thousands of numbers for every token. Where the label is -100, and at the first position, the loss is 0
         and the most likely token -1.
         """
-        import torch
-
         logits = outputs["logits"].float()
         # Each position's target is the next token; the last has none. Labels are shifted, since logits would be copied.
         targets = torch.nn.functional.pad(labels.to(logits.device)[:, 1:], (0, 1), value=IGNORED)
@@ -240,64 +216,45 @@ class LanguageModeling(NextTokenLoss, BaseTask):
     # ---- Bundle
 
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
-        from pipelines.edge.bundle import prompt_inputs
-
         return {
             "inputs": prompt_inputs(directory, processor),
             "outputs": generation_outputs(LanguageModel(directory, open_session(directory / "model.onnx"))),
         }
 
     def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
-        """Of beginnings of validation windows of different lengths, from 1 token to half a window, and of probes."""
-        from pipelines.edge.bundle import verify_generator
-
-        windows = self.features(processor)["validation"]
-        lengths = [1 + index * (len(windows[0]["input_ids"]) // 2) // BUNDLE_PROMPTS for index in range(BUNDLE_PROMPTS)]
-        tokens = [windows[i * len(windows) // BUNDLE_PROMPTS]["input_ids"][:length] for i, length in enumerate(lengths)]
-        return verify_generator(directory, processor, processor.batch_decode(tokens))
+        """Of beginnings of validation windows, and of probes."""
+        prompts = export.prompts_for(self.features(processor)["validation"], BUNDLE_PROMPTS)
+        return verify_generator(directory, processor, processor.batch_decode(prompts))
 
     # ---- Report
 
     def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = "teacher") -> Comparison:
         references = np.asarray(self.features(processor)["test"]["labels"])
         texts = [processor.decode(labels[labels != IGNORED]) for labels in references]
-
-        def score(predictions: np.ndarray) -> dict[str, Any]:
-            return self.scores(predictions, references, "test")
-
+        score = partial(self.scores, references=references, split="test")
         return compare_language_models(stages, references, score, texts, processor.eos_token_id, shipped, teacher)
 
-    # ---- ONNX. Its imports bring torch, so they wait until they are needed.
+    # ---- ONNX.
 
     quantization_schemes = ("dynamic_int8", "int8_blocks", "int4_blocks", "int4_blocks_int8_embeddings")
     default_quantization = "auto"
 
     def graph(self, model: Any, processor: Any) -> Graph:
-        from pipelines.tasks.text_generation.export import graph_with_cache
-
-        return graph_with_cache(model)
+        return export.graph_with_cache(model)
 
     def verification_feeds(self, processor: Any) -> list[Arrays]:
         """Windows of validation text, whole and in two parts joined by the cache, with and without padding on the left."""
-        from pipelines.tasks.text_generation.export import verification_feeds
-
-        return verification_feeds(self.features(processor)["validation"])
+        return export.verification_feeds(self.features(processor)["validation"])
 
     def run_model(self, model: Any, feed: Arrays) -> Arrays:
-        from pipelines.tasks.text_generation.export import run_model
-
-        return run_model(model, feed)
+        return export.run_model(model, feed)
 
     def run_graph(self, session: Any, feed: Arrays) -> Arrays:
-        from pipelines.tasks.text_generation.export import run_graph
-
-        return run_graph(session, feed)
+        return export.run_graph(session, feed)
 
     def verify_behaviour(self, directory: Path, model: Any, processor: Any) -> dict[str, Any]:
         """Compare the text that the exported directory generates with what torch generates."""
-        from pipelines.tasks.text_generation.export import verify_generation
-
-        return {"generation": verify_generation(directory, model, self, processor)}
+        return {"generation": export.verify_generation(directory, model, self, processor)}
 
     def workload(self, directory: Path, split: str) -> Workload:
         """A continuation of a prompt, whatever the split."""
