@@ -124,16 +124,25 @@ def test_a_token_is_not_recorded(tmp_path):
     assert parse_config([TrainingArguments], argv=argv).given == {"weight_decay": 0.3}
 
 
-@pytest.mark.parametrize(
-    ("prefix", "task", "count"),
-    [("bert", "text-classification", 3), ("vit", "image-classification", 4), ("gpt2", "text-generation", 2)],
-)
-def test_every_config_of_a_recipe_parses(prefix, task, count, tmp_path, monkeypatch):
+CONFIGS = {
+    "text-classification": ["bert_bbc_news", "bert_mnli", "bert_sst2"],
+    "text-regression": ["bert_stsb"],
+    "image-classification": ["vit_beans", "vit_cifar10", "vit_digits", "vit_imagefolder"],
+    "text-generation": ["gpt2_bbc_news", "gpt2_wikitext"],
+}
+
+
+def test_every_config_is_of_a_task():
+    files = (REPOSITORY / "recipes" / "configs").glob("*.yaml")
+    assert sorted(file.stem for file in files) == sorted(name for names in CONFIGS.values() for name in names)
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_every_config_of_a_recipe_parses(task, tmp_path, monkeypatch):
     from pipelines.chain import demo_config, read_settings
 
     monkeypatch.chdir(tmp_path)
-    files = sorted((REPOSITORY / "recipes" / "configs").glob(f"{prefix}_*.yaml"))
-    assert len(files) == count
+    files = [REPOSITORY / "recipes" / "configs" / f"{name}.yaml" for name in CONFIGS[task]]
     assert demo_config(task) in files
     for file in files:
         written = yaml.safe_load(file.read_text())
