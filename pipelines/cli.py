@@ -52,11 +52,14 @@ def read_settings(verb: str, argv: list[str]) -> Settings:
     """The settings of a verb. Which flags there are depends on the task, so that is looked up first."""
     from pipelines.chain import demo_config
     from pipelines.tasks import DEFAULT_TASK, TaskConfig, task_of_model
-    from pipelines.verbs import DemoConfig, ModelConfig, kinds_of
+    from pipelines.verbs import DemoConfig, ModelConfig, ModelsConfig, OutputConfig, kinds_of
 
     program = f"pocketformers {verb}"
-    first = parse_config([TaskConfig, ModelConfig, DemoConfig], argv=argv, program=program, only=True)
-    task = first.task.task or task_of_model(first.model.model) or DEFAULT_TASK
+    kinds = [TaskConfig, ModelConfig, ModelsConfig, OutputConfig, DemoConfig]
+    first = parse_config(kinds, argv=argv, program=program, only=True)
+    run = Path(first.output.output_dir or "", "teacher") if verb == "report" else None
+    models = [first.model.model, *first.models.models, run]
+    task = first.task.task or next(filter(None, map(task_of_model, models)), DEFAULT_TASK)
     demo = demo_config(task) if first.demo.demo and verb == "compress" else None
     settings = parse_config(kinds_of(verb, task), demo, argv, program)
     settings.task = TaskConfig(task)

@@ -28,10 +28,11 @@ from pipelines.core.config import (
 )
 from pipelines.core.disk import lock
 from pipelines.core.errors import InputError
-from pipelines.core.identity import differences
-from pipelines.core.records import check_files, read_record
+from pipelines.core.identity import describe, differences
+from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.run import MARKER, Run
-from pipelines.core.sources import resolve
+from pipelines.core.sources import model_fingerprint, resolve
+from pipelines.core.task import Task
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import push as push_run
 from pipelines.onnx.export import export_onnx
@@ -210,7 +211,7 @@ def kinds_of(verb: str, task: str) -> list[type]:
     return kinds
 
 
-def _stage(task: Any, output: Any, function: Callable[..., Any], source: str, **arguments: Any) -> Path:
+def _stage(task: Task, output: Any, function: Callable[..., Any], source: str, **arguments: Any) -> Path:
     """Run one stage function into `output.output_dir`, with the record, the resuming and the safety of a stage of the chain."""
     if output.output_dir is None:
         raise InputError("expected a directory to write, found none. Pass --output_dir.")
@@ -231,12 +232,12 @@ def _run_directory(output_dir: str | None) -> Path:
     return Path(output_dir)
 
 
-def _store_soft_targets(task: Any, settings: Settings, output: Any) -> Path:
+def _store_soft_targets(task: Task, settings: Settings, output: Any) -> Path:
     distill, teacher = settings.distill.for_soft_targets(), settings.teacher.teacher_model
     return _stage(task, output, compute_soft_targets, teacher, distributed=True, distill=distill)
 
 
-def _soft_targets(task: Any, settings: Settings) -> Path | None:
+def _soft_targets(task: Task, settings: Settings) -> Path | None:
     """The directory of the stored soft targets that a training needs: the one given, once it fits the data, or one that is made first."""
     given = settings.softtarget.soft_target_dir
     if not settings.distill.needs_stored_targets:
@@ -256,10 +257,17 @@ def _soft_targets(task: Any, settings: Settings) -> Path | None:
             "--soft_target_dir out."
         )
     check_files(Path(given), record)
-    changed = differences(record["made_by"]["task"], json.loads(json.dumps(task.describe(), default=str)))
+    teacher = settings.teacher.teacher_model
+    made = read_record(Path(teacher)) if Path(teacher).is_dir() else None
+    now = {
+        "task": task.describe(),
+        "distill": describe(settings.distill.for_soft_targets()),
+        "source_fingerprint": model_fingerprint(teacher) if made is None else fingerprint(made),
+    }
+    changed = differences({key: record["made_by"][key] for key in now}, json.loads(json.dumps(now, default=str)))
     if changed:
         raise InputError(
-            f"expected the data and the settings that the soft targets in {given} were computed with, found others: {'; '.join(changed)}. "
-            "Pass the same flags, or leave --soft_target_dir out to compute them again."
+            f"expected the teacher, the data and the settings that the soft targets in {given} were computed with, found others: "
+            f"{'; '.join(changed)}. Pass the same flags, or leave --soft_target_dir out to compute them again."
         )
     return Path(given)

@@ -75,7 +75,12 @@ def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path, capsys)
     given = ["--soft_target_dir", str(soft_targets)]
     prune = ["--model", out["student"], "--teacher_model", out["teacher"], "--prune_heads", "0.5", "--prune_steps", "1"]
     prune += ["--prune_epochs", "1", *given, *TRAIN, "--output_dir", out["pruned"]]
-    for other, message in ((["--soft_target_dir", out["student"]], "none"), (["--split_seed", "1"], "data changed")):
+    for other, message in (
+        (["--soft_target_dir", out["student"]], "none"),
+        (["--split_seed", "1"], "data changed"),
+        (["--temperature", "4"], "temperature changed from 2.0 to 4.0"),
+        (["--teacher_model", str(pretrained)], "source changed"),
+    ):
         status, _, errors = stage("prune", *prune, *data, *other)
         assert status == 1
         assert message in errors

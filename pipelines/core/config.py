@@ -353,7 +353,7 @@ class ReportConfig:
         None, "Threads of each measurement. Left out: every core this process may use."
     )
     benchmark_seconds: float = _flag(
-        1.0, "Seconds that one measurement repeats its calls for, and ten of them at least."
+        1.0, "Seconds that one measurement repeats its calls for, and 20 of them at least."
     )
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,7 @@ class TextRegression(ClassifierLoss, TextTask):
     # ---- Losses: as a classifier with one label has them, but squared errors over the labels' variance, so that learning rates and weights
     # do not depend on their unit
 
-    @property
+    @cached_property
     def _variance(self) -> float:
         return float(np.var(np.asarray(self.splits["train"]["label"][:], np.float64)))
 

@@ -15,7 +15,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome
 from pipelines.core.task import Task
 from pipelines.models.families import layer_count
-from pipelines.models.students import parse_layers, student_from_layers
+from pipelines.models.students import build_student
 from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish
 from pipelines.training.soft_targets import WithSoftTargets, check_teacher
@@ -136,7 +136,9 @@ def add_projections(student: Any, teacher: Any, count: int) -> None:
         # The same whatever was drawn before: a resumed pruning has not trained its earlier steps.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            student.add_module(PROJECTIONS, nn.ModuleList(nn.Linear(*widths) for _ in range(count)))
+            student.add_module(
+                PROJECTIONS, nn.ModuleList(nn.Linear(*widths, dtype=student.dtype) for _ in range(count))
+            )
 
 
 def remove_projections(student: Any) -> None:
@@ -230,16 +232,10 @@ def distill_student(
     soft_targets: Path | None = None,
 ) -> Outcome:
     """Build a student of the teacher in `source` and train it on the labels and the teacher's logits."""
+    model, processor, layers = build_student(student, source, task)
+    vars(model.config).pop(TEACHER_LAYERS, None)  # those of another teacher
     details: dict[str, Any] = {}
-    if student.student_model is not None:
-        processor = task.load_processor(student.student_model)
-        model = task.load_model(student.student_model, task.student_head, student.student_from_scratch)
-        vars(model.config).pop(TEACHER_LAYERS, None)  # those of another teacher
-    else:
-        processor = task.load_processor(source)
-        teacher = task.load_model(source)
-        layers = parse_layers(student.student_layers, layer_count(teacher.config))
-        model = student_from_layers(teacher, layers)
+    if layers is not None:
         setattr(model.config, TEACHER_LAYERS, layers)
         details["layers"] = layers
     details |= train_student(model, processor, task, source, distill, training, soft_targets, directory / CHECKPOINTS)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Tensors
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def soft_target_loss(
     Logits are (…, labels), `valid` (…) is true where a position counts. The gradient of soft targets shrinks as 1/T², so the
     factor keeps it comparable to that of the labels. Computed in float32.
     """
+    if student_logits.shape != teacher_logits.shape:
+        raise InputError(
+            f"expected logits of one shape from student and teacher, found {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}. "
+            "Take a teacher with the student's labels, or vocabulary, and the same inputs."
+        )
     # Positions that do not count are left out, not multiplied by 0: of padding even the logits may be infinite.
     teacher = F.log_softmax(teacher_logits[valid].float() / temperature, dim=-1)
     student = F.log_softmax(student_logits[valid].float() / temperature, dim=-1)
@@ -177,4 +183,11 @@ def losses_of(model: Any) -> ClassifierLoss:
 
     stock = model.get_base_model() if hasattr(model, "get_base_model") else model  # below a LoRA adapter
     is_causal = type(stock).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    config = stock.config
+    if not is_causal and (config.num_labels == 1 or config.problem_type not in (None, "single_label_classification")):
+        raise InputError(
+            f"expected a model that chooses one of several labels, or a causal language model, found {type(stock).__name__} with "
+            f"{config.num_labels} outputs (problem_type {config.problem_type!r}). Scores are distilled by pocketformers compress --task "
+            "text-regression."
+        )
     return NextTokenLoss() if is_causal else ClassifierLoss()

@@ -190,7 +190,7 @@ def prune_and_recover(
     for step in range(last, prune.prune_steps):
         if PartialState().is_main_process and not cuts[step].is_dir():
             importance = _importance(
-                model.to(training.device), processor, task, str(teacher), prune.prune_samples, distill, soft_targets
+                model.to(training.device), processor, task, str(teacher), prune, distill, training, soft_targets
             )
             cut(model, **choose_units(importance, before, prune, (step + 1) / prune.prune_steps))
             _write_cut(model, processor, steps, cuts[step])
@@ -212,7 +212,7 @@ def prune_and_recover(
         return Outcome("transformers")
     after = shape_of(model)
     removed = {f"{kind}_removed": 1 - sum(left) / sum(before[kind]) for kind, left in after.items()}
-    metrics = validation_metrics(model, task, processor)
+    metrics = validation_metrics(model, task, processor, training.per_device_eval_batch_size)
     save(with_stock_shapes(model), processor, directory)
     details = {"before": before, "after": after, **removed, "steps": steps}
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
@@ -223,17 +223,19 @@ def _importance(
     processor: Any,
     task: Task,
     teacher: str,
-    samples: int,
+    prune: PruneConfig,
     distill: DistillConfig,
+    training: transformers.TrainingArguments,
     soft_targets: Path | None,
 ) -> dict[str, list[np.ndarray]]:
-    """Importance by the loss of the recovery, of `samples` training examples: with soft targets that are stored, or the teacher's."""
+    """Importance by the loss of the recovery, of --prune_samples training examples: with soft targets that are stored, or the teacher's."""
     features: Any = task.features(processor)["train"]
     if soft_targets is not None:
         features = WithSoftTargets(features, soft_targets)
-    chosen = np.random.default_rng(0).permutation(len(features))[:samples]
+    chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
     loss = training_loss(model, processor, task, distill, teacher if soft_targets is None else None)
-    return measure_importance(model, features.select(np.sort(chosen)), loss)
+    batch_size = training.per_device_train_batch_size
+    return measure_importance(model, features.select(np.sort(chosen)), loss, batch_size)
 
 
 def choose_units(

@@ -172,7 +172,12 @@ class Trainer(transformers.Trainer):
     def __init__(
         self, *arguments: Any, task: Task | None = None, train_collate: Collate | None = None, **keywords: Any
     ) -> None:
+        if keywords.get("compute_loss_func") is not None:
+            raise InputError(
+                "expected no compute_loss_func, found one: the losses are those of the task. Override summed_loss in a subclass instead."
+            )
         super().__init__(*arguments, **keywords)
+        self.has_task = task is not None
         self.task: Any = losses_of(self.model) if task is None else task
         self.train_collate = train_collate
         self.model_accepts_loss_kwargs = True  # the labels of the global batch are counted,
@@ -208,6 +213,11 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
+        if "labels" not in inputs:
+            raise InputError(
+                f"expected a column labels in every batch, found {', '.join(inputs)}. Use a collator that makes one, such as "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False) for a language model."
+            )
         labels = inputs.pop("labels")
         loss, count, outputs = self.summed_loss(model, inputs, labels)
         if num_items_in_batch is None:
@@ -263,7 +273,7 @@ class Trainer(transformers.Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
         if self.args.should_save:
-            write_checksums(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+            write_checksums(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
 
     # ---- Data
 
@@ -279,7 +289,7 @@ class Trainer(transformers.Trainer):
             self.data_collator, self.train_dataset = usual
 
     def _groups_lengths(self) -> bool:
-        return self.args.train_sampling_strategy == "group_by_length"
+        return self.has_task and self.args.train_sampling_strategy == "group_by_length"
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

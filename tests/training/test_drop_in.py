@@ -180,3 +180,19 @@ def test_one_process_that_sees_two_gpus_uses_one(tmp_path, capsys):
     assert trainer.args.n_gpu == 1
     assert trainer._train_batch_size == 4
     assert "on one of 2 GPUs; accelerate launch" in capsys.readouterr().out
+
+
+def test_what_cannot_be_distilled_is_one_message(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    student = tiny_model()
+    with pytest.raises(InputError, match="chooses one of several labels"):
+        DistillationTrainer(tiny_model(num_labels=1), args=arguments, teacher=student)
+    with pytest.raises(InputError, match="no compute_loss_func"):
+        DistillationTrainer(student, args=arguments, teacher=student, compute_loss_func=lambda *_: 0)
+    trainer = DistillationTrainer(student, args=arguments, teacher=tiny_model(num_labels=5))
+    ids = torch.arange(5, 13).reshape(2, 4)
+    student.train()
+    with pytest.raises(InputError, match="a column labels in every batch, found input_ids"):
+        trainer.compute_loss(student, {"input_ids": ids})
+    with pytest.raises(InputError, match=r"logits of one shape .* \(2, 3\) and \(2, 5\)"):
+        trainer.compute_loss(student, {"input_ids": ids, "labels": torch.tensor([0, 1])})
