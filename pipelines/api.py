@@ -8,7 +8,7 @@ Every setting of a stage, of its data and of its training is a keyword, by the n
     export("runs/x/student", "out/onnx", **data)
     quantize("out/onnx", "out/int8", **data, max_quality_drop=0.02)
 
-`task` is read from the model's config.json where it is left out. A stage that is finished is not made again. Raises InputError for
+`task` is read from the model's config.json where it is left out. A finished stage is not rebuilt. Raises InputError for
 settings that cannot be used, VerificationError for a model that is not what it was made from.
 """
 

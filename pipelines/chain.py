@@ -44,7 +44,7 @@ CHAIN = (
 
 
 def compress(settings: Settings, recipe: str) -> None:
-    """The chain in a run's directory, a directory inside it for each stage; a stage that is finished is not made again."""
+    """The chain in a run's directory, a directory inside it for each stage; a finished stage is not rebuilt."""
     teacher, distill, training = settings.teacher, settings.distill, settings.training
     task = make_task(settings)
     run = Run(training.output_dir, task, training.seed)

@@ -9,15 +9,21 @@ import sys
 import pytest
 
 SCRIPT = """
-import resource, torch
+import resource, statistics, torch
 from pipelines.training.cpu import keep_freed_memory
 from contextlib import nullcontext
 
+def count():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
 def faults(steps=20):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    # Of a usual step: the system may take pages back at any moment.
+    found = []
     for _ in range(steps):
+        before = count()
         torch.zeros(10_000_000).add_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        found.append(count() - before)
+    return int(statistics.median(found))
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -36,7 +42,7 @@ def test_pages_are_kept_while_it_lasts_and_returned_after_it():
     told = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True).stdout
     usual, kept, more, after = (int(value) for value in told.split())
     pages = 40_000_000 // resource.getpagesize()
-    assert usual > 10 * pages  # 20 times the pages of a tensor, or fewer where the system's pages are larger
-    assert kept < pages
-    assert after > 10 * pages
+    assert usual > pages / 2  # the pages of a tensor, or fewer where the system's pages are larger
+    assert kept < pages / 20
+    assert after > pages / 2
     assert more < 20_000_000

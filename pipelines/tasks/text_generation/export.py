@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.core.errors import VerificationError
-from pipelines.core.task import Arrays, Graph
+from pipelines.core.task import Arrays, Graph, Task
 from pipelines.onnx.predict import PAST, PRESENT, empty_cache
 from pipelines.onnx.verify import TOLERANCE
 from pipelines.runtime.generate import LanguageModel, Sampling
@@ -124,7 +124,7 @@ def prompts_for(windows: Any, count: int) -> list[list[int]]:
 
 
 def verify_generation(
-    directory: Path, model: Any, task: Any, processor: Any, count: int = VERIFIED_PROMPTS
+    directory: Path, model: Any, task: Task, processor: Any, count: int = VERIFIED_PROMPTS
 ) -> dict[str, Any]:
     """Continue prompts greedily with the ONNX loop and with torch's generate, one by one and in batches padded on the left.
 
