@@ -17,6 +17,7 @@ from pipelines.core.config import (
     TeacherConfig,
     parse_config,
 )
+from pipelines.core.quality import check_stage
 from pipelines.core.run import Run
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import check_access, push_run
@@ -53,6 +54,11 @@ def compress(settings: Settings, recipe: str) -> None:
         check_access(run, training)
     prune = possible_pruning(task.load_config(settings.student.student_model or teacher.teacher_model), settings.prune)
 
+    def check_quality(name: str) -> None:
+        """A stage is kept, but what a user would not want of it stops the run."""
+        if run.state.is_main_process:
+            check_stage(run.directory / name, task, settings.quantize, run.directory / "teacher")
+
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
     run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
@@ -67,6 +73,7 @@ def compress(settings: Settings, recipe: str) -> None:
 
     # 3. The student starts from the teacher's own layers, so its embeddings and head come trained; or it is another model altogether.
     run.stage("student", distill_student, "teacher", student=settings.student, distill=distill, **learning)
+    check_quality("student")
     # The baseline that might win: the same student, the same steps, no teacher.
     if settings.report.label_baseline:
         labels_only = {**learning, "distill": distill.labels_only(), "soft_targets": None}
@@ -77,6 +84,7 @@ def compress(settings: Settings, recipe: str) -> None:
     if prune.prune_heads or prune.prune_ffn:
         recovery = {**learning, "teacher": run.directory / "teacher", "distill": distill}
         small = run.stage("pruned", prune_and_recover, small, prune=prune, **recovery).name
+        check_quality("pruned")
 
     # 5. The teacher in ONNX is the fair baseline: what a user gets without any of this.
     run.stage("teacher_onnx", export_onnx, "teacher")
@@ -85,6 +93,7 @@ def compress(settings: Settings, recipe: str) -> None:
     # 6. Only what keeps the quality of the exported model is shipped.
     if settings.quantize.quantization != "none":
         shipped = run.stage("quantized", quantize_onnx, shipped, quantize=settings.quantize).name
+        check_quality("quantized")
 
     # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
     bundle = run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)

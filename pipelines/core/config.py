@@ -275,6 +275,24 @@ class TargetConfig:
         return self.target_cpu in ("any", "avx2")
 
 
+@dataclass
+class GateConfig:
+    gate: str | None = _flag(
+        None,
+        "The metric that a student, a pruned and a quantized model are checked by on the validation split, such as macro_f1 or "
+        "spearman. Left out: the task's primary metric. The recall of every class is checked besides.",
+    )
+    max_quality_drop: float = _flag(
+        0.01,
+        "Largest share of the --gate metric that quantization may lose: 0.01 allows an accuracy of 0.90 to fall to 0.891, a perplexity of "
+        "20 to rise to 20.2. A student and a pruned model may lose a half of it, and no class a half of its recall, unless this is more; "
+        "1 goes on whatever was lost.",
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.max_quality_drop >= 0, "--max_quality_drop of 0 or more", self.max_quality_drop)
+
+
 QUANTIZATIONS = (
     "auto",
     "dynamic_int8",
@@ -289,7 +307,7 @@ CALIBRATIONS = ("minmax", "entropy", "percentile")
 
 
 @dataclass
-class QuantizeConfig(TargetConfig):
+class QuantizeConfig(GateConfig, TargetConfig):
     quantization: str | None = _flag(
         None,
         "How the shipped model is quantized: 'dynamic_int8' measures the ranges of activations on every call, 'static_int8' once, on "
@@ -306,20 +324,15 @@ class QuantizeConfig(TargetConfig):
         choices=list(CALIBRATIONS),
     )
     calibration_samples: int = _flag(256, "Training examples that static_int8 measures activations on.")
-    max_quality_drop: float = _flag(
-        0.01,
-        "Largest share of the primary metric that quantization may lose on the validation split: 0.01 allows an accuracy of 0.90 to fall "
-        "to 0.891, a perplexity of 20 to rise to 20.2.",
-    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kinds, ranges = ", ".join(QUANTIZATIONS), ", ".join(CALIBRATIONS)
         _check(self.quantization in (None, *QUANTIZATIONS), f"--quantization out of {kinds}", self.quantization)
         _check(self.calibration in CALIBRATIONS, f"--calibration out of {ranges}", self.calibration)
         is_power = self.block_size >= 16 and self.block_size & (self.block_size - 1) == 0
         _check(is_power, "a power of 2 from 16 on for --block_size", self.block_size)
         _check(self.calibration_samples >= 1, "--calibration_samples of 1 or more", self.calibration_samples)
-        _check(self.max_quality_drop >= 0, "--max_quality_drop of 0 or more", self.max_quality_drop)
 
 
 @dataclass

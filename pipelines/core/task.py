@@ -136,7 +136,8 @@ class Task(Protocol):
     """One job: its data, its losses, its scores, its graph, its words."""
 
     name: str  # as the Hub names it: "text-classification"
-    primary_metric: str
+    metrics: Mapping[str, bool]  # those that `scores` always has and a choice can be made by: whether greater is better
+    primary_metric: str  # one of them
     greater_is_better: bool
     config: DataConfig
     presentation: Presentation
@@ -216,7 +217,10 @@ class Task(Protocol):
         """What is kept of a batch's outputs to score it, first axis examples: all, or what fits into memory."""
 
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
-        """The scores of predictions against references; of a whole `split` also those that need its text."""
+        """The scores of predictions against references; of a whole `split` also those that need its text.
+
+        A task with classes has `recall_per_class` and `examples_per_class` among them, by the names of the classes.
+        """
 
     # ---- ONNX
 

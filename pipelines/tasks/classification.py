@@ -15,13 +15,14 @@ from pipelines.models.loading import label_order, reorder_labels
 from pipelines.report.markdown import escape, markdown_table, number
 from pipelines.report.pages import TEACHER, stage_of
 from pipelines.tasks.base import BasePresentation, BaseTask, check_predictions, listed_examples
-from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
+from pipelines.tasks.metrics import METRICS, PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
 
 
 class Classification(ClassifierLoss, BaseTask):
     """One label out of several, whatever the example is."""
 
+    metrics = METRICS
     primary_metric = PRIMARY_METRIC
 
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:

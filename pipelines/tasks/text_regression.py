@@ -112,6 +112,7 @@ class TextRegression(ClassifierLoss, TextTask):
     name = "text-regression"
     presentation: Presentation = RegressionPresentation()
     demo = "bert_stsb"
+    metrics: Mapping[str, bool] = {"pearson": True, "spearman": True, "root_mean_squared_error": False}
     primary_metric = "pearson"
     label_names = ["score"]
 

@@ -17,7 +17,7 @@ from pipelines.core.task import Task
 from pipelines.models.families import layer_count
 from pipelines.models.students import build_student
 from pipelines.training.checkpoints import CHECKPOINTS
-from pipelines.training.fine_tune import finish
+from pipelines.training.fine_tune import finish, source_metrics
 from pipelines.training.soft_targets import WithSoftTargets, check_teacher
 from pipelines.training.trainer import Trainer, train
 
@@ -234,9 +234,10 @@ def distill_student(
     """Build a student of the teacher in `source` and train it on the labels and the teacher's logits."""
     model, processor, layers = build_student(student, source, task)
     vars(model.config).pop(TEACHER_LAYERS, None)  # those of another teacher
-    details: dict[str, Any] = {}
+    batch_size = training.per_device_eval_batch_size
+    details: dict[str, Any] = {"source_metrics": source_metrics(source, task, batch_size)}
     if layers is not None:
         setattr(model.config, TEACHER_LAYERS, layers)
         details["layers"] = layers
     details |= train_student(model, processor, task, source, distill, training, soft_targets, directory / CHECKPOINTS)
-    return finish(model, task, processor, directory, details, training.per_device_eval_batch_size)
+    return finish(model, task, processor, directory, details, batch_size)

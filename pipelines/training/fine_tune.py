@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import transformers
 from accelerate import PartialState
 
 from pipelines.core.config import TeacherConfig
-from pipelines.core.records import Outcome
+from pipelines.core.records import Outcome, read_record
 from pipelines.core.task import Task
 from pipelines.data.sources import model_license
 from pipelines.models.predict import predict_torch
@@ -78,6 +79,17 @@ def validation_metrics(model: Any, task: Task, processor: Any, batch_size: int =
     predict = partial(predict_torch, model.to(PartialState().device), name="validate")
     predictions = predict(features, task.collate(processor), task, batch_size)
     return task.scores(predictions, features["labels"], "validation")
+
+
+def source_metrics(source: str, task: Task, batch_size: int) -> dict[str, Any]:
+    """The validation scores of the model that another is made from, on the main process: its record's, where that is of the same data."""
+    if not PartialState().is_main_process:
+        return {}
+    record = read_record(Path(source))
+    if record is not None and record["made_by"]["task"] == json.loads(json.dumps(task.describe(), default=str)):
+        metrics: dict[str, Any] = record["metrics"]["validation"]
+        return metrics
+    return validation_metrics(task.load_model(source), task, task.load_processor(source), batch_size)
 
 
 def save(model: Any, processor: Any, directory: Path) -> None:

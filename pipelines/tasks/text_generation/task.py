@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
     example = '"The beginning of a text"'
     lora_settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     student_head: Head = "required"
+    metrics: Mapping[str, bool] = {"perplexity": False, "loss": False, "next_token_accuracy": True}
     primary_metric = "perplexity"
     greater_is_better = False
 
