@@ -136,9 +136,9 @@ class Task(Protocol):
     """One job: its data, its losses, its scores, its graph, its words."""
 
     name: str  # as the Hub names it: "text-classification"
-    metrics: Mapping[str, bool]  # those that `scores` always has and a choice can be made by: whether greater is better
-    primary_metric: str  # one of them
+    primary_metric: str
     greater_is_better: bool
+    metrics: Mapping[str, bool]  # its scores that are one number each, and whether greater is better
     config: DataConfig
     presentation: Presentation
 

@@ -13,17 +13,17 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import Comparison, StageResult
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.report.markdown import escape, markdown_table, number
-from pipelines.report.pages import TEACHER, stage_of
+from pipelines.report.pages import BASELINES, TEACHER, stage_of
 from pipelines.tasks.base import BasePresentation, BaseTask, check_predictions, listed_examples
-from pipelines.tasks.metrics import METRICS, PRIMARY_METRIC, classification_metrics
+from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
 
 
 class Classification(ClassifierLoss, BaseTask):
     """One label out of several, whatever the example is."""
 
-    metrics = METRICS
     primary_metric = PRIMARY_METRIC
+    metrics: Mapping[str, bool] = dict.fromkeys(("accuracy", "macro_f1", "matthews_correlation"), True)
 
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
         """The scores of logits (examples, labels) against label ids (examples)."""
@@ -110,10 +110,20 @@ def compare_classifiers(
         "label_names": label_names,
         "test_examples": len(references),
         "test_examples_per_class": dict(zip(label_names, counts.tolist(), strict=True)),
+        "lost_most": [_lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
         "broken_examples": _broken_examples(logits[teacher], logits[shipped], references, texts, label_names),
     }
     samples = {name: ((found == references).astype(float),) for name, found in predictions.items()}
     return Comparison(compared, report, samples, metric=lambda correct: np.mean(correct, axis=-1))
+
+
+def _lost_most(stage: StageResult) -> dict[str, Any]:
+    """The class whose recall on the validation split fell most from the model that a stage was made from."""
+    before, after = stage.record["details"]["source_metrics"], stage.record["metrics"]["validation"]
+    old, new, counts = before["recall_per_class"], after["recall_per_class"], after["examples_per_class"]
+    label = min(counts, key=lambda name: new[name] - old[name])
+    found = {"class": label, "examples": counts[label], "before": old[label], "after": new[label]}
+    return {"stage": stage.name, "source": stage.record["made_by"]["source"], **found}
 
 
 def _broken_examples(
@@ -186,6 +196,21 @@ class ClassifierPresentation(BasePresentation):
         parts = ["Recall per class, the largest loss first:", markdown_table(header, rows)]
         if len(classes) > 20:
             parts.append(f"The other {len(classes) - 20} classes are in report.json.")
+        lost = [one for one in report["lost_most"] if one["after"] < one["before"] and one["stage"] not in BASELINES]
+        if lost:
+            header = ["stage", "made from", "class", "validation examples", "recall before", "recall after"]
+            rows = [
+                [
+                    *(one[key] for key in ("stage", "source", "class")),
+                    str(one["examples"]),
+                    *(number(one[key], ".3f") for key in ("before", "after")),
+                ]
+                for one in lost
+            ]
+            parts += [
+                "The class that each stage took most from, on the validation split:",
+                markdown_table(header, rows, text_columns=3),
+            ]
         examples = broken["examples"][:listed]
         parts.append(
             f"Test examples that the teacher predicts right and {name} wrong: {broken['total']:,} of {report['test_examples']:,}. The other "

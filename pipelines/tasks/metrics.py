@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
 
-METRICS = {"accuracy": True, "macro_f1": True, "matthews_correlation": True}  # greater is better
 PRIMARY_METRIC = "accuracy"
 
 

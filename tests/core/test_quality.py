@@ -16,8 +16,10 @@ from pipelines.core.config import DataConfig, GateConfig, LanguageConfig, Quanti
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.quality import HALF, check_stage, problem_of, quality_lost
 from pipelines.core.records import with_checksum
+from pipelines.core.task import StageResult
 from pipelines.onnx.verify import verify_quality
 from pipelines.tasks import TASKS, TaskConfig, make_task, task_class
+from pipelines.tasks.classification import ClassifierPresentation, compare_classifiers
 from pipelines.tasks.metrics import classification_metrics
 
 CLASSIFICATION, REGRESSION = task_class("text-classification"), task_class("text-regression")
@@ -161,6 +163,24 @@ def test_a_stage_is_compared_with_its_source_and_with_the_teacher(tmp_path):
     ):
         check_stage(pruned, CLASSIFICATION, gate, teacher)
     check_stage(pruned, CLASSIFICATION, GateConfig(max_quality_drop=1), teacher)
+
+
+def test_the_report_names_the_class_that_each_stage_took_most_from():
+    logits = np.eye(2)[REFERENCES]
+    stages = [StageResult("teacher", "teacher", "transformers", logits, {"details": {}}, {})]
+    for name, source, before, after in (("student", "teacher", 27, 16), ("quantized", "student", 16, 17)):
+        made = {"made_by": {"source": source}, "details": {"source_metrics": scores(before)}}
+        record = made | {"metrics": {"validation": scores(after)}}
+        stages.append(StageResult(name, name, "transformers", logits, record, {}))
+    compared = compare_classifiers(stages, REFERENCES, ["a text"] * 300, ["many", "rare"], "quantized")
+    assert [(one["stage"], one["class"]) for one in compared.report["lost_most"]] == [
+        ("student", "rare"),
+        ("quantized", "many"),
+    ]
+    report = compared.report | {"stages": [{"name": name, **stage} for name, stage in compared.stages.items()]}
+    text = ClassifierPresentation().what_was_lost(report, report["stages"][-1], 5)
+    assert "| student | teacher | rare | 30 | 0.900 | 0.533 |" in text
+    assert "| quantized |" not in text  # which lost nothing
 
 
 def test_a_broken_student_is_kept_and_the_same_command_goes_on_from_it(

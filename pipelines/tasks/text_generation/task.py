@@ -69,8 +69,8 @@ class LanguageModeling(NextTokenLoss, BaseTask):
     example = '"The beginning of a text"'
     lora_settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     student_head: Head = "required"
-    metrics: Mapping[str, bool] = {"perplexity": False, "loss": False, "next_token_accuracy": True}
     primary_metric = "perplexity"
+    metrics: Mapping[str, bool] = {"perplexity": False, "next_token_accuracy": True}
     greater_is_better = False
 
     def __init__(self, config: DataConfig, language: LanguageConfig) -> None:
