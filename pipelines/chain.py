@@ -57,7 +57,8 @@ def compress(settings: Settings, recipe: str) -> None:
     def check_quality(name: str) -> None:
         """A stage is kept, but what a user would not want of it stops the run."""
         if run.state.is_main_process:
-            check_stage(run.directory / name, task, settings.quantize, run.directory / "teacher")
+            of_teacher = run.record("teacher")["metrics"]["validation"]
+            check_stage(run.directory / name, task, settings.quantize, teacher=of_teacher)
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)

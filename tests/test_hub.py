@@ -16,7 +16,6 @@ import onnx
 import pytest
 from huggingface_hub import ModelCard, constants
 
-from conftest import example_inputs
 from hub_server import HubServer
 from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
@@ -234,7 +233,7 @@ def test_what_is_published_holds_no_secret_and_no_folder_of_this_machine(a_run: 
 
 
 def test_weights_beside_a_graph_are_published_under_a_name_of_their_own(
-    tmp_path: Path, teacher: Path, task: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, teacher: Path, task: Any, tokenizer: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As they lie beside graphs above 2 GB: those of both graphs have the same name in the run."""
     monkeypatch.setattr("pipelines.onnx.file.LARGEST_FILE", 1000)
@@ -242,7 +241,7 @@ def test_weights_beside_a_graph_are_published_under_a_name_of_their_own(
     push(run, "ann/large", token=TOKEN)
     files = hub.files("ann/large")
     assert {name for name in files if name.startswith("onnx/")} == GRAPHS | {f"{name}_data" for name in GRAPHS}
-    inputs = {name: value.numpy() for name, value in example_inputs().items()}
+    inputs = task.verification_feeds(tokenizer)[0]
     for stage, name in (("onnx", "model"), ("quantized", "model_quantized")):
         for file in (f"{name}.onnx", f"{name}.onnx_data"):
             (tmp_path / file).write_bytes(hub.content(files[f"onnx/{file}"]))

@@ -36,29 +36,13 @@ def gate_metric(task: Task, gate: GateConfig) -> str:
     return name
 
 
-def quality_lost(before: float | None, after: float | None, greater_is_better: bool) -> float:
+def quality_lost(before: float, after: float, greater_is_better: bool) -> float:
     """The share of a metric that is lost: 0.01 where an accuracy of 0.90 becomes 0.891, or a perplexity of 19.8 becomes 20.
 
-    Less than 0 where it is gained. (A metric that was 0 has no shares: then it is the difference.) NaN where one of the two is not a
-    number, which a record holds as None.
+    Less than 0 where it is gained. (A metric that was 0 has no shares: then it is the difference.)
     """
-    if before is None or after is None:
-        return math.nan
     whole, kept = (before, after) if greater_is_better else (after, before)
     return float((whole - kept) / (abs(whole) or 1.0))
-
-
-def broken_classes(before: dict[str, Any], after: dict[str, Any], gate: GateConfig) -> list[str]:
-    """The classes whose recall fell to half or below by more than chance, in words; none where a task has no classes."""
-    broken = []
-    for label, count in after.get("examples_per_class", {}).items():
-        had, kept = (round(metrics["recall_per_class"][label] * count) for metrics in (before, after))
-        lost = quality_lost(had, kept, greater_is_better=True)
-        if lost >= HALF and lost > gate.max_quality_drop and had - kept >= LOST_EXAMPLES:
-            broken.append(
-                (lost, f"{label!r}, {had / count:.3f} before and {kept / count:.3f} after ({count} examples)")
-            )
-    return [words for _, words in sorted(broken, reverse=True)]
 
 
 def problem_of(
@@ -68,31 +52,36 @@ def problem_of(
 
     The gate's metric may lose --max_quality_drop, or `least` where that is more; from 1 on whatever is lost, as long as it is a number.
     """
-    metric = gate_metric(task, gate)
-    lost, limit = quality_lost(before[metric], after[metric], task.metrics[metric]), max(least, gate.max_quality_drop)
+    metric, limit = gate_metric(task, gate), max(least, gate.max_quality_drop)
+    # A record holds None for what is not a number.
+    old, new = (math.nan if one[metric] is None else one[metric] for one in (before, after))
+    lost, problems = quality_lost(old, new, task.metrics[metric]), []
     if not lost <= (math.inf if limit >= 1 else limit):
-        values = (f"{math.nan if value is None else value:.4f}" for value in (before[metric], after[metric]))
-        return f"{metric} {' before and '.join(values)} after ({lost:.1%} lost of {limit:.1%} allowed)"
-    broken = broken_classes(before, after, gate)
-    if not broken:
-        return None
-    more = f"; and {len(broken) - LISTED_CLASSES} more" if len(broken) > LISTED_CLASSES else ""
-    return f"half or more of the recall lost of {'; '.join(broken[:LISTED_CLASSES])}{more}"
+        problems.append(f"{metric} {old:.4f} before and {new:.4f} after ({lost:.1%} lost, {limit:.1%} allowed)")
+    broken = []
+    for label, count in after.get("examples_per_class", {}).items():
+        had, kept = (round(metrics["recall_per_class"][label] * count) for metrics in (before, after))
+        lost = quality_lost(had, kept, greater_is_better=True)
+        if lost >= HALF and lost > gate.max_quality_drop and had - kept >= LOST_EXAMPLES:
+            broken.append((lost, f"{label!r} {had / count:.3f} before and {kept / count:.3f} after ({count} examples)"))
+    if broken:
+        worst = [words for _, words in sorted(broken, reverse=True)[:LISTED_CLASSES]]
+        more = f", and of {len(broken) - len(worst)} more" if len(broken) > len(worst) else ""
+        problems.append(f"at most half of the recall left of class {', '.join(worst)}{more}")
+    return "; ".join(problems) or None
 
 
-def check_stage(directory: Path, task: Task, gate: GateConfig, *others: Path) -> None:
-    """Raise VerificationError where the model in `directory` lost more than half of what its source has, or one of the `others`.
+def check_stage(directory: Path, task: Task, gate: GateConfig, **others: dict[str, Any]) -> None:
+    """Raise VerificationError where the model in `directory` lost more than half of what its source has, or one with the scores `others`.
 
     It is finished, with a record that says what was lost, and stays: with --max_quality_drop 1 the same command goes on from it.
     """
     record = read_record(directory)
     assert record is not None
-    references = {record["made_by"]["source"]: record["details"].get("source_metrics")}
-    references |= {other.name: (read_record(other) or {"metrics": {}})["metrics"].get("validation") for other in others}
+    after = record["metrics"]["validation"]
+    references = {record["made_by"]["source"]: record["details"].get("source_metrics", after), **others}
     for name, before in references.items():
-        problem = None
-        if before is not None:
-            problem = problem_of(before, record["metrics"]["validation"], task, gate, least=HALF)
+        problem = problem_of(before, after, task, gate, least=HALF)
         if problem is not None:
             remedy = REMEDIES[record["made_by"]["function"].rpartition(".")[2]]
             rare = "; for rare classes --class_weights balanced may help" if "recall_per_class" in before else ""

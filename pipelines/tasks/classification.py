@@ -122,8 +122,7 @@ def _lost_most(stage: StageResult) -> dict[str, Any]:
     before, after = stage.record["details"]["source_metrics"], stage.record["metrics"]["validation"]
     old, new, counts = before["recall_per_class"], after["recall_per_class"], after["examples_per_class"]
     label = min(counts, key=lambda name: new[name] - old[name])
-    found = {"class": label, "examples": counts[label], "before": old[label], "after": new[label]}
-    return {"stage": stage.name, "source": stage.record["made_by"]["source"], **found}
+    return {"stage": stage.name, "class": label, "examples": counts[label], "before": old[label], "after": new[label]}
 
 
 def _broken_examples(
@@ -198,19 +197,13 @@ class ClassifierPresentation(BasePresentation):
             parts.append(f"The other {len(classes) - 20} classes are in report.json.")
         lost = [one for one in report["lost_most"] if one["after"] < one["before"] and one["stage"] not in BASELINES]
         if lost:
-            header = ["stage", "made from", "class", "validation examples", "recall before", "recall after"]
+            header = ["stage", "class", "validation examples", "recall before", "recall after"]
             rows = [
-                [
-                    *(one[key] for key in ("stage", "source", "class")),
-                    str(one["examples"]),
-                    *(number(one[key], ".3f") for key in ("before", "after")),
-                ]
+                [one["stage"], one["class"], str(one["examples"]), f"{one['before']:.3f}", f"{one['after']:.3f}"]
                 for one in lost
             ]
-            parts += [
-                "The class that each stage took most from, on the validation split:",
-                markdown_table(header, rows, text_columns=3),
-            ]
+            parts.append("The class that each stage took most from, on the validation split:")
+            parts.append(markdown_table(header, rows, text_columns=2))
         examples = broken["examples"][:listed]
         parts.append(
             f"Test examples that the teacher predicts right and {name} wrong: {broken['total']:,} of {report['test_examples']:,}. The other "

@@ -48,7 +48,7 @@ def scores(right_of_rare: int, rare: int = 30, right_of_many: int = 270) -> dict
         (0.0, 0.3, True, -0.3),
         (-0.2, -0.3, True, 0.5),  # a correlation
         (0.4, 0.0, False, -0.4),
-        (None, 0.4, True, float("nan")),  # what a record makes of infinity
+        (float("nan"), 0.4, True, float("nan")),
     ],
 )
 def test_a_loss_is_the_share_of_the_metric(before, after, greater_is_better, expected):
@@ -60,8 +60,13 @@ def test_a_class_that_falls_to_half_is_named_whatever_accuracy_says():
     assert after["accuracy"] > 0.92
     problem = problem_of(before, after, CLASSIFICATION, GateConfig(max_quality_drop=0.1))
     assert problem is not None
-    assert "'rare', 0.900 before and 0.300 after (30 examples)" in problem
+    assert "'rare' 0.900 before and 0.300 after (30 examples)" in problem
     assert "'many'" not in problem
+    # Where the metric falls, too, both are said.
+    problem = problem_of(before, after, CLASSIFICATION, GateConfig())
+    assert problem is not None
+    assert "accuracy 0.9900 before and 0.9300 after" in problem
+    assert "'rare' 0.900 before" in problem
     # The same of a trained model, and at half exactly; a bit more than half is kept.
     assert problem_of(before, after, CLASSIFICATION, GateConfig(), least=HALF)
     assert problem_of(scores(20), scores(10), CLASSIFICATION, GateConfig(), least=HALF)
@@ -89,7 +94,7 @@ def test_many_broken_classes_are_one_short_message():
     problem = problem_of(before, after, CLASSIFICATION, GateConfig(max_quality_drop=0.96))
     assert problem is not None
     assert problem.count("before") == 5
-    assert problem.endswith("and 14 more")
+    assert problem.endswith("and of 14 more")
 
 
 def test_another_metric_can_be_the_gate():
@@ -141,9 +146,9 @@ def test_metrics_that_can_be_named_are_among_the_scores(task, language_task):
     assert language_task.metrics.keys() <= language_task.scores(predictions, references).keys()
 
 
-def write_stage(directory: Path, function: str, source: str, before: Any, after: dict[str, Any]) -> Path:
+def write_stage(directory: Path, function: str, source: str, before: dict[str, Any], after: dict[str, Any]) -> Path:
     made_by = {"function": f"pipelines.training.{function}", "source": source}
-    details = {} if before is None else {"source_metrics": before}
+    details = {"source_metrics": before}
     record = {"made_by": made_by, "metrics": {"validation": after}, "details": details, "files": {}}
     directory.mkdir()
     (directory / "record.json").write_text(json.dumps(with_checksum(record)))
@@ -152,17 +157,16 @@ def write_stage(directory: Path, function: str, source: str, before: Any, after:
 
 def test_a_stage_is_compared_with_its_source_and_with_the_teacher(tmp_path):
     gate = GateConfig()
-    teacher = write_stage(tmp_path / "teacher", "fine_tune.fine_tune", "hub/model", None, scores(27))
     student = write_stage(tmp_path / "student", "distill.distill_student", "teacher", scores(27), scores(16))
-    check_stage(student, CLASSIFICATION, gate, teacher)
+    check_stage(student, CLASSIFICATION, gate, teacher=scores(27))
     # Little more than half twice is a quarter.
     pruned = write_stage(tmp_path / "pruned", "prune.prune_and_recover", "student", scores(16), scores(9))
     check_stage(pruned, CLASSIFICATION, gate)
     with pytest.raises(
         VerificationError, match=r"pruned to keep.* what teacher has.*'rare'.*prune less.*class_weights"
     ):
-        check_stage(pruned, CLASSIFICATION, gate, teacher)
-    check_stage(pruned, CLASSIFICATION, GateConfig(max_quality_drop=1), teacher)
+        check_stage(pruned, CLASSIFICATION, gate, teacher=scores(27))
+    check_stage(pruned, CLASSIFICATION, GateConfig(max_quality_drop=1), teacher=scores(27))
 
 
 def test_the_report_names_the_class_that_each_stage_took_most_from():
@@ -179,7 +183,7 @@ def test_the_report_names_the_class_that_each_stage_took_most_from():
     ]
     report = compared.report | {"stages": [{"name": name, **stage} for name, stage in compared.stages.items()]}
     text = ClassifierPresentation().what_was_lost(report, report["stages"][-1], 5)
-    assert "| student | teacher | rare | 30 | 0.900 | 0.533 |" in text
+    assert "| student | rare | 30 | 0.900 | 0.533 |" in text
     assert "| quantized |" not in text  # which lost nothing
 
 

@@ -96,16 +96,13 @@ def test_a_score_that_means_no_label_to_transformers_is_refused(tmp_path):
         TextRegression(DataConfig(dataset=str(path))).data  # noqa: B018
 
 
-@pytest.mark.parametrize("column", ["label", "edition"])
-def test_scores_that_are_all_the_same_are_refused(column, tmp_path):
-    lines = write_scores(tmp_path / "scores.csv").read_text().splitlines()
-    (tmp_path / "scores.csv").write_text("\n".join([f"{lines[0]},edition", *(f"{line},4.5" for line in lines[1:])]))
-    task = TextRegression(DataConfig(dataset=str(tmp_path / "scores.csv"), label_column=column))
-    if column == "label":
-        assert np.ptp(task.data.splits["train"]["label"]) == 30
-        return
-    with pytest.raises(InputError, match="found 4.5 in every row of the .* split.*--label_column"):
-        task.data  # noqa: B018
+@pytest.mark.parametrize("constant", ["train", "validation"])
+def test_a_split_whose_scores_are_all_the_same_is_refused(constant, tmp_path):
+    for index, name in enumerate(("train", "validation", "test")):
+        rows = [f"text {index} {row},{4.5 if name == constant else row}" for row in range(20)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows]))
+    with pytest.raises(InputError, match=f"found 4.5 in every row of the {constant} split.*--label_column"):
+        TextRegression(DataConfig(dataset=str(tmp_path))).data  # noqa: B018
 
 
 def test_the_comparison_names_the_texts_whose_error_grew(scored, tokenizer):
