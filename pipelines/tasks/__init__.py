@@ -43,6 +43,11 @@ def make_task(settings: Settings) -> Task:
     """The task that `settings.task` names, made of its own dataclasses among the settings."""
     kind = task_class(settings.task.task)
     task: Task = kind(*(getattr(settings, settings_name(one)) for one in kind.settings))
+    task.allow_weak_teacher = "teacher" in vars(settings) and settings.teacher.allow_weak_teacher
+    if "training" in vars(settings):
+        from pipelines.training.trainer import check_training  # and torch with it
+
+        check_training(settings.training, task)
     return task
 
 

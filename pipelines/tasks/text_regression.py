@@ -113,6 +113,7 @@ class TextRegression(ClassifierLoss, TextTask):
     presentation: Presentation = RegressionPresentation()
     demo = "bert_stsb"
     primary_metric = "pearson"
+    metrics: Mapping[str, bool] = {"pearson": True, "spearman": True, "root_mean_squared_error": False}
     label_names = ["score"]
 
     @classmethod

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conftest import make_tokenizer, tiny_language_model, tiny_model
-from pipelines.core.config import DataConfig, DistillConfig, PruneConfig, TeacherConfig, run_main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig, DistillConfig, PruneConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training.checkpoints import checkpoint_damage

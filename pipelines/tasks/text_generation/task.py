@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
     lora_settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     student_head: Head = "required"
     primary_metric = "perplexity"
+    metrics: Mapping[str, bool] = {"perplexity": False, "next_token_accuracy": True}
     greater_is_better = False
 
     def __init__(self, config: DataConfig, language: LanguageConfig) -> None:
