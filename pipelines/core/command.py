@@ -111,7 +111,9 @@ def _read_file(path: Path, flags: dict[str, argparse.Action], only: bool) -> lis
             f"expected a YAML file at {path}, found: {error}. Check the path given to --config, and that line."
         ) from error
     if not isinstance(root, yaml.MappingNode | None):
-        raise InputError(f"expected lines of 'flag: value' in {path}, found a {root.tag.rpartition(':')[2]}.")
+        raise InputError(
+            f"expected lines of 'flag: value' in {path}, found {'a list' if isinstance(root, yaml.SequenceNode) else 'one value'}."
+        )
     keys = [(str(key.value).replace("-", "_"), value) for key, value in (root.value if root else [])]
     names = [key for key, _ in keys]
     unknown = sorted(key for key in names if key not in flags or key in ("help", "config"))

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
@@ -31,6 +32,7 @@ from pipelines.training.losses import ClassifierLoss, NextTokenLoss, losses_of
 WEIGHTS = "model.safetensors"
 # The scale of fp16 is halved at every overflow, so that it is found after 16 steps at most; none of these updates the weights.
 HARMLESS_OVERFLOWS = 20
+LOGGER_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml"}  # the others are named as their loggers
 
 
 @dataclass
@@ -381,17 +383,34 @@ def best_metric(arguments: transformers.TrainingArguments, task: Task) -> tuple[
 
 
 def check_training(arguments: transformers.TrainingArguments, task: Task) -> None:
-    """Raise InputError for settings that the Trainer will refuse, before any data is read: a logger or an optimizer that is not
-    installed, a precision that this machine has not, arguments that a schedule does not take.
+    """Raise InputError for settings that the Trainer will refuse, before any data is read: an optimizer that is not installed,
+    arguments that a schedule does not take.
 
     transformers looks at most of them when a Trainer is made, so one is made here, of a model of two weights.
     """
     best_metric(arguments, task)
+    missing = set(arguments.report_to or ()) - {
+        *get_available_reporting_integrations(),
+        "flyte",
+    }  # which says so itself
+    if missing:
+        packages = " ".join(LOGGER_PACKAGES.get(name, name) for name in sorted(missing))
+        raise InputError(
+            f"expected loggers that are installed for --report_to, found {', '.join(sorted(missing))}, which cannot be imported. Install "
+            f"what is missing (pip install {packages}), or leave --report_to out."
+        )
+    if arguments.mixed_precision == "fp16" and arguments.device.type == "cpu":
+        raise InputError(
+            "expected a GPU for fp16, found none: it would be left out in silence. Train in full precision (without --fp16, "
+            "accelerate launch --mixed_precision no), or with --bf16 --use_cpu."
+        )
     tried = copy.copy(arguments)
     tried.push_to_hub = tried.torch_compile = False
     with tempfile.TemporaryDirectory() as tried.output_dir:
         try:
             trainer = transformers.Trainer(torch.nn.Linear(1, 1), tried, eval_dataset=[])
+            if arguments.use_liger_kernel:
+                apply_liger_kernel(trainer.model, None)
             if arguments.torch_compile:
                 backend, mode = str(arguments.torch_compile_backend), arguments.torch_compile_mode
                 torch.compile(torch.nn.Linear(1, 1), backend=backend, mode=mode)(torch.ones(1, 1))
@@ -399,8 +418,8 @@ def check_training(arguments: transformers.TrainingArguments, task: Task) -> Non
                 trainer.create_optimizer_and_scheduler(num_training_steps=10)
         except Exception as error:
             raise InputError(
-                f"expected settings of a training that this machine can carry out, found: {error} Install what is missing, or change the "
-                "flag."
+                f"expected settings that a training can be carried out with on this machine, found: {str(error).rstrip('.')}. Install what "
+                "is missing, or change the flag."
             ) from error
 
 
