@@ -16,7 +16,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.sources import model_fingerprint
 
 
-def _flag(default: Any, help: str, **metadata: Any) -> Any:
+def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field whose help text and default are written once, here."""
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -60,40 +60,40 @@ class Checked:
 
 @dataclass
 class DataConfig:
-    dataset: str | None = _flag(
+    dataset: str | None = flag(
         None,
         "The data set: a Hub id, a csv, json, jsonl or parquet file, a folder of such files or with one sub-folder per "
         "class, or package://<installed package>/<path inside it>.",
     )
-    dataset_config: str | None = _flag(None, "The Hub data set's configuration, such as sst2 for glue.")
-    train_split: str = _flag("train", "The split to train on.")
-    validation_split: str | None = _flag(
+    dataset_config: str | None = flag(None, "The Hub data set's configuration, such as sst2 for glue.")
+    train_split: str = flag("train", "The split to train on.")
+    validation_split: str | None = flag(
         None,
         "The split every choice is made on. Left out: 'validation' if it has labels and is not the test split, else cut from the "
         "training split.",
     )
-    test_split: str | None = _flag(
+    test_split: str | None = flag(
         None,
         "The split only the report reads. Left out: 'test' if it has labels; else 'validation' if it has and --validation_split is left "
         "out too; else cut from the training split.",
     )
-    text_column: str = _flag("text", "The column with the text.")
-    text_pair_column: str | None = _flag(None, "The column with the second text, for sentence pairs.")
-    image_column: str = _flag("image", "The column with the image.")
-    label_column: str = _flag("label", "The column with the class, or with the score where the task is one of scores.")
-    max_length: int = _flag(
+    text_column: str = flag("text", "The column with the text.")
+    text_pair_column: str | None = flag(None, "The column with the second text, for sentence pairs.")
+    image_column: str = flag("image", "The column with the image.")
+    label_column: str = flag("label", "The column with the class, or with the score where the task is one of scores.")
+    max_length: int = flag(
         128, "Texts are cut to this many tokens; for a language model they are joined and cut into blocks of this many."
     )
-    max_train_samples: int | None = _flag(None, "Use at most this many training examples.")
-    max_eval_samples: int | None = _flag(None, "Use at most this many validation and this many test examples.")
-    validation_size: float = _flag(
+    max_train_samples: int | None = flag(None, "Use at most this many training examples.")
+    max_eval_samples: int | None = flag(None, "Use at most this many validation and this many test examples.")
+    validation_size: float = flag(
         0.1, "Share of the examples cut off for validation where the data set has no such split."
     )
-    test_size: float = _flag(0.2, "Share of the examples cut off for the test where the data set has no such split.")
-    split_seed: int = _flag(
+    test_size: float = flag(0.2, "Share of the examples cut off for the test where the data set has no such split.")
+    split_seed: int = flag(
         0, "Seed of the split and of the choice of samples; apart from --seed, so that seeds share a split."
     )
-    trust_remote_code: bool = _flag(
+    trust_remote_code: bool = flag(
         False,
         "Run the Python code that a model or tokenizer brings along, with all that you may do on this machine. Read it first; every "
         "record and the report say that it was run.",
@@ -110,7 +110,7 @@ class DataConfig:
 
 @dataclass
 class LabelConfig(Checked):
-    class_weights: str = _flag(
+    class_weights: str = flag(
         "none",
         "'balanced' gives every class the same weight in the loss against the labels, however rare it is (scikit-learn's formula: "
         "examples / (classes * examples of the class), of the training split), and in the score that checkpoints, pruned and quantized "
@@ -121,17 +121,17 @@ class LabelConfig(Checked):
 
 @dataclass
 class LanguageConfig(Checked):
-    document_start: str | None = _flag(
+    document_start: str | None = flag(
         None,
         "A regular expression: rows (of a text file: lines) in which it is found begin a document, the others belong to the one "
         "before. Left out: every row is a document, and blank lines part those of a text file.",
     )
-    stride: Annotated[int | None, "at least 1"] = _flag(
+    stride: Annotated[int | None, "at least 1"] = flag(
         None,
         "Step of the window that scores held-out text; every token sees at least --max_length minus this many before it. "
         "Left out: half of --max_length.",
     )
-    vocabulary_size: Annotated[int, "at least 257"] = _flag(
+    vocabulary_size: Annotated[int, "at least 257"] = flag(
         4096,
         "Tokens of the tokenizer that is trained where --teacher_from_scratch takes a shape without one: 256 bytes, the end token, and "
         "more.",
@@ -147,15 +147,15 @@ class LanguageConfig(Checked):
 
 @dataclass
 class AugmentConfig(Checked):
-    random_shift: Annotated[float, "at least 0", "below 0.5"] = _flag(
+    random_shift: Annotated[float, "at least 0", "below 0.5"] = flag(
         0.0,
         "Shift every training image by up to this share of its sides at random. This and the next two serve wherever the "
         "student's soft targets are not stored: in the teacher's fine-tuning, and with --soft_targets online.",
     )
-    random_crop: Annotated[float, "at least 0", "below 0.5"] = _flag(
+    random_crop: Annotated[float, "at least 0", "below 0.5"] = flag(
         0.0, "Crop up to this share of every training image's sides at random."
     )
-    random_flip: bool = _flag(False, "Mirror half of the training images left to right; wrong for digits and letters.")
+    random_flip: bool = flag(False, "Mirror half of the training images left to right; wrong for digits and letters.")
 
     @property
     def any(self) -> bool:
@@ -164,22 +164,22 @@ class AugmentConfig(Checked):
 
 @dataclass
 class TeacherConfig(Checked):
-    teacher_model: str = _flag(
+    teacher_model: str = flag(
         "google-bert/bert-base-uncased", "The model to fine-tune, or one already fine-tuned on this task."
     )
-    teacher_epochs: NotNegative = _flag(
+    teacher_epochs: NotNegative = flag(
         3.0, "Epochs of fine-tuning; 0 uses the teacher as it is, which needs a head for exactly these labels."
     )
-    teacher_learning_rate: Positive = _flag(3e-5, "Peak learning rate of the fine-tuning.")
-    teacher_from_scratch: bool = _flag(
+    teacher_learning_rate: Positive = flag(3e-5, "Peak learning rate of the fine-tuning.")
+    teacher_from_scratch: bool = flag(
         False,
         "Start from random weights in the shape of --teacher_model, which may then be a directory without weights: a "
         "config.json and the settings of the tokenizer or image processor.",
     )
-    lora_rank: Annotated[int, "at least 0"] = _flag(
+    lora_rank: Annotated[int, "at least 0"] = flag(
         0, "Train a LoRA adapter of this rank instead of all weights; 0 trains all."
     )
-    allow_weak_teacher: bool = _flag(
+    allow_weak_teacher: bool = flag(
         False,
         "Go on with a teacher that does no better than guessing, for a smoke run: such a teacher has nothing to teach.",
     )
@@ -199,13 +199,13 @@ class TeacherConfig(Checked):
 
 @dataclass
 class StudentConfig:
-    student_model: str | None = _flag(
+    student_model: str | None = flag(
         None, "A checkpoint to start the student from. Left out: some of the teacher's own layers."
     )
-    student_from_scratch: bool = _flag(
+    student_from_scratch: bool = flag(
         False, "Start the student from random weights in the shape of --student_model, as for --teacher_from_scratch."
     )
-    student_layers: str = _flag(
+    student_layers: str = flag(
         "3",
         "Teacher layers the student keeps: a count spreads them over the depth, a list such as 0,2,5 names them.",
         metavar="0,2,5",
@@ -226,36 +226,36 @@ class StudentConfig:
 
 @dataclass
 class DistillConfig(Checked):
-    temperature: Positive = _flag(2.0, "Temperature of the soft targets.")
-    soft_target_weight: Annotated[float, "at least 0", "at most 1"] = _flag(
+    temperature: Positive = flag(2.0, "Temperature of the soft targets.")
+    soft_target_weight: Annotated[float, "at least 0", "at most 1"] = flag(
         0.9, "Weight of the soft targets in [0, 1]; the labels get the rest."
     )
-    hidden_state_weight: NotNegative = _flag(
+    hidden_state_weight: NotNegative = flag(
         0.0,
         "Weight of the hidden-state loss, added to the other two; above 0 the teacher runs along (online distillation).",
     )
-    hidden_state_map: str | None = _flag(
+    hidden_state_map: str | None = flag(
         None,
         "Which teacher hidden state each student hidden state is drawn to, such as 1:2,2:4,3:6; 0 is the embeddings. "
         "Left out: that of the layer it is a copy of; of another student, spread evenly.",
         metavar="1:2,2:4",
     )
-    soft_targets: str = _flag(
+    soft_targets: str = flag(
         "stored",
         "Where the teacher's logits come from: 'stored' computes them once, 'online' at every step (online distillation).",
         choices=["stored", "online"],
     )
-    soft_target_top_k: Count = _flag(
+    soft_target_top_k: Count = flag(
         32,
         "Likeliest tokens whose probabilities are stored for each token of text, with the tail mass; for language models.",
     )
-    divergence: str = _flag(
+    divergence: str = flag(
         "forward_kl",
         "How far the student's distribution is from the teacher's: 'forward_kl' (teacher ‖ student), 'reverse_kl' (student ‖ teacher) or "
         "'jensen_shannon', the generalized one of Agarwal et al. (2024).",
         choices=list(DIVERGENCES),
     )
-    beta: Annotated[float, "above 0", "below 1"] = _flag(
+    beta: Annotated[float, "above 0", "below 1"] = flag(
         0.5, "Weight of the teacher in the mixture of --divergence jensen_shannon, in (0, 1)."
     )
 
@@ -277,22 +277,22 @@ class DistillConfig(Checked):
 
 @dataclass
 class PruneConfig(Checked):
-    prune_heads: Share = _flag(
+    prune_heads: Share = flag(
         0.25,
         "Share of the attention heads to remove, over all layers together. Query heads that share a key and a value go together.",
     )
-    prune_ffn: Share = _flag(0.5, "Share of the feed-forward neurons to remove, over all layers together.")
-    prune_steps: Count = _flag(2, "Remove them in this many steps, and recover after each.")
-    prune_epochs: NotNegative = _flag(2.0, "Epochs of recovery by distillation after each step.")
-    prune_learning_rate: Annotated[float | None, "above 0"] = _flag(
+    prune_ffn: Share = flag(0.5, "Share of the feed-forward neurons to remove, over all layers together.")
+    prune_steps: Count = flag(2, "Remove them in this many steps, and recover after each.")
+    prune_epochs: NotNegative = flag(2.0, "Epochs of recovery by distillation after each step.")
+    prune_learning_rate: Annotated[float | None, "above 0"] = flag(
         None, "Peak learning rate of the recovery. Left out: --learning_rate."
     )
-    prune_samples: Count = _flag(512, "Training examples that the importance of heads and neurons is measured on.")
+    prune_samples: Count = flag(512, "Training examples that the importance of heads and neurons is measured on.")
 
 
 @dataclass
 class TargetConfig(Checked):
-    target_cpu: str = _flag(
+    target_cpu: str = flag(
         "any",
         "The CPU the model will run on. Without VNNI, x86 needs int8 weights within seven bits: 'any' and 'avx2' use them, 'avx512_vnni' "
         "and 'arm64' use all eight.",
@@ -309,7 +309,7 @@ QUANTIZATIONS = "auto dynamic_int8 static_int8 int8_blocks int4_blocks int4_bloc
 
 @dataclass
 class QuantizeConfig(TargetConfig):
-    quantization: str | None = _flag(
+    quantization: str | None = flag(
         None,
         "How the shipped model is quantized: 'dynamic_int8' measures the ranges of activations on every call, 'static_int8' once, on "
         "training examples; '…_blocks' give every few weights a scale of their own; 'auto' tries the task's schemes and ships the fastest "
@@ -317,15 +317,15 @@ class QuantizeConfig(TargetConfig):
         "out: the task's own choice, 'dynamic_int8' for classification, 'auto' for text generation.",
         choices=QUANTIZATIONS.split(),
     )
-    block_size: int = _flag(32, "Weights that share a scale in the '…_blocks' schemes: a power of 2 from 16 on.")
-    calibration: str = _flag(
+    block_size: int = flag(32, "Weights that share a scale in the '…_blocks' schemes: a power of 2 from 16 on.")
+    calibration: str = flag(
         "percentile",
         "How static_int8 chooses an activation's range: 'minmax' of all that was seen, 'entropy', the range that keeps "
         "the distribution closest, or 'percentile', all but the outermost values.",
         choices=["minmax", "entropy", "percentile"],
     )
-    calibration_samples: Count = _flag(256, "Training examples that static_int8 measures activations on.")
-    max_quality_drop: NotNegative = _flag(
+    calibration_samples: Count = flag(256, "Training examples that static_int8 measures activations on.")
+    max_quality_drop: NotNegative = flag(
         0.01,
         "Largest share of the primary metric that quantization may lose on the validation split: 0.01 allows an accuracy of 0.90 to fall "
         "to 0.891, a perplexity of 20 to rise to 20.2.",
@@ -339,11 +339,11 @@ class QuantizeConfig(TargetConfig):
 
 @dataclass
 class BundleConfig:
-    web: bool | None = _flag(
+    web: bool | None = flag(
         None,
         "Add a page that runs the model in a browser to the bundle; npm fetches its libraries, 33 MB. Left out: where npm can.",
     )
-    web_assets: str | None = _flag(
+    web_assets: str | None = flag(
         None, "A node_modules directory that has the page's libraries, instead of npm; adds the page."
     )
 
@@ -360,14 +360,14 @@ class BundleConfig:
 @dataclass
 class ReportConfig(Checked):
     # What the report compares changes nothing in what is compared: not a setting of the distillation.
-    label_baseline: bool = _flag(False, "Also train the same student on the labels alone and report it.")
-    benchmark_rounds: Count = _flag(
+    label_baseline: bool = flag(False, "Also train the same student on the labels alone and report it.")
+    benchmark_rounds: Count = flag(
         3, "Rounds of the latency measurement; every stage runs in a fresh process once a round."
     )
-    benchmark_threads: Annotated[int | None, "at least 1"] = _flag(
+    benchmark_threads: Annotated[int | None, "at least 1"] = flag(
         None, "Threads of each measurement. Left out: every core this process may use."
     )
-    benchmark_seconds: Positive = _flag(
+    benchmark_seconds: Positive = flag(
         1.0, "Seconds that one measurement repeats its calls for, and 20 of them at least."
     )
 

@@ -21,7 +21,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
-from pipelines.core.config import did_you_mean
+from pipelines.core.config import Count, Positive, Share, did_you_mean, flag
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Collate, Task
 from pipelines.data.sources import check_safetensors
@@ -39,96 +39,63 @@ LOGGER_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml"}  # the oth
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' own arguments with defaults for small models: batches of like length, one evaluation and checkpoint an epoch."""
 
-    output_dir: str = field(default="runs/demo", metadata={"help": "The directory of the run."})
-    num_train_epochs: Annotated[float, "above 0"] = field(default=4.0, metadata={"help": "Epochs of the distillation."})
-    max_steps: int = field(
-        default=-1,
-        metadata={
-            "help": "Steps of the distillation, instead of --num_train_epochs. The teacher's fine-tuning and the recovery after pruning "
-            "have --teacher_epochs and --prune_epochs."
-        },
+    output_dir: str = flag("runs/demo", "The directory of the run.")
+    num_train_epochs: Positive = flag(4.0, "Epochs of the distillation.")
+    max_steps: int = flag(
+        -1,
+        "Steps of the distillation, instead of --num_train_epochs. The teacher's fine-tuning and the recovery after pruning have "
+        "--teacher_epochs and --prune_epochs.",
     )
-    learning_rate: Annotated[float, "above 0"] = field(
-        default=1e-4, metadata={"help": "Peak learning rate of the distillation."}
+    learning_rate: Positive = flag(1e-4, "Peak learning rate of the distillation.")
+    per_device_train_batch_size: Count = flag(16, "Training examples a device takes at a time.")
+    per_device_eval_batch_size: Count = flag(32, "Evaluation examples a device takes at a time.")
+    gradient_accumulation_steps: Count = flag(1, "Batches whose gradients are added up for one update.")
+    warmup_steps: float = flag(
+        0.1,
+        "Steps of warm-up; below 1, a share of all steps. A number of steps is for the distillation only: the other trainings then keep "
+        "the default.",
     )
-    label_smoothing_factor: Annotated[float, "at least 0", "below 1"] = field(
-        default=0.0, metadata={"help": "Share of each label's probability that is spread over all labels."}
+    weight_decay: float = flag(0.01, "Weight decay.")
+    label_smoothing_factor: Share = flag(0.0, "Share of each label's probability that is spread over all labels.")
+    optim_args: str | None = flag(None, "Arguments of the optimizer.", metavar="name=value,name=value")
+    lr_scheduler_type: SchedulerType | str = flag("linear", "Learning rate schedule.")
+    train_sampling_strategy: str = flag(
+        "group_by_length",
+        "Order of the training examples: group_by_length wastes little on padding.",
+        choices=["random", "sequential", "group_by_length"],
     )
-    per_device_train_batch_size: Annotated[int, "at least 1"] = field(
-        default=16, metadata={"help": "Training examples a device takes at a time."}
+    eval_strategy: IntervalStrategy | str = flag("epoch", "When to evaluate on the validation split.")
+    save_strategy: SaveStrategy | str = flag("epoch", "When to write a checkpoint.")
+    save_total_limit: int = flag(2, "Checkpoints kept while training.")
+    load_best_model_at_end: bool = flag(True, "Keep the checkpoint with the best --metric_for_best_model.")
+    metric_for_best_model: str | None = flag(
+        None,
+        "What the best checkpoint is best by. Left out: the task's primary metric; eval_loss: the loss against the labels.",
     )
-    per_device_eval_batch_size: Annotated[int, "at least 1"] = field(
-        default=32, metadata={"help": "Evaluation examples a device takes at a time."}
-    )
-    warmup_steps: float = field(
-        default=0.1,
-        metadata={
-            "help": "Steps of warm-up; below 1, a share of all steps. A number of steps is for the distillation only: the other trainings "
-            "then keep the default."
-        },
-    )
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Learning rate schedule."})
-    optim_args: str | None = field(
-        default=None, metadata={"help": "Arguments of the optimizer.", "metavar": "name=value,name=value"}
-    )
-    gradient_accumulation_steps: Annotated[int, "at least 1"] = field(
-        default=1, metadata={"help": "Batches whose gradients are added up for one update."}
-    )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Order of the training examples: group_by_length wastes little on padding.",
-            "choices": ["random", "sequential", "group_by_length"],
-        },
-    )
-    eval_strategy: IntervalStrategy | str = field(
-        default="epoch", metadata={"help": "When to evaluate on the validation split."}
-    )
-    save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept while training."})
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "Keep the checkpoint with the best --metric_for_best_model."}
-    )
-    metric_for_best_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the best checkpoint is best by. Left out: the task's primary metric; eval_loss: the loss against the labels."
-        },
-    )
-    early_stopping_patience: Annotated[int | None, "at least 1"] = field(
-        default=None,
-        metadata={
-            "help": "End every training, the teacher's and the recoveries, too, once this many evaluations in a row brought nothing better."
-        },
+    early_stopping_patience: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "End every training, the teacher's and the recoveries, too, once this many evaluations in a row brought nothing better.",
     )
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available,
         metadata={"help": "Pin the batches' memory, which only a GPU gains from."},
     )
     # Every weight of the models here takes part in every step, so DDP need not look for those that do not.
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Let DDP look for weights without a gradient."}
+    ddp_find_unused_parameters: bool | None = flag(False, "Let DDP look for weights without a gradient.")
+    ddp_timeout: int = flag(
+        86400, "Seconds that processes wait for one another, also while one works alone, such as to quantize."
     )
-    ddp_timeout: int = field(
-        default=86400,
-        metadata={
-            "help": "Seconds that processes wait for one another, also while one works alone, such as to quantize."
-        },
+    cpu_speedups: bool = flag(
+        True, "Train faster on a CPU: see pipelines/training/cpu.py. It changes nothing on a GPU."
     )
-    cpu_speedups: bool = field(
-        default=True,
-        metadata={"help": "Train faster on a CPU: see pipelines/training/cpu.py. It changes nothing on a GPU."},
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "Refused: a run continues from the last whole checkpoint of its --output_dir by itself."},
+    resume_from_checkpoint: str | None = flag(
+        None, "Refused: a run continues from the last whole checkpoint of its --output_dir by itself."
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
         metadata={"help": "Where to log to.", "choices": ["none", "all", *INTEGRATION_TO_CALLBACK]},
     )
-    logging_steps: float = field(default=20, metadata={"help": "Log every this many steps."})
+    logging_steps: float = flag(20, "Log every this many steps.")
 
     def __post_init__(self) -> None:
         if self.resume_from_checkpoint is not None:
