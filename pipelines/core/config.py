@@ -26,12 +26,11 @@ def _check(condition: bool, expected: str, found: Any) -> None:
         raise InputError(f"expected {expected}, found {found!r}")
 
 
-# What a number must be stands beside its type, in these words.
+# What a number must be stands beside its type, in these words; it is at least 0 in any case, but where its default is below.
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 Count = Annotated[int, "at least 1"]
 Positive = Annotated[float, "above 0"]
-NotNegative = Annotated[float, "at least 0"]
-Share = Annotated[float, "at least 0", "below 1"]
+Share = Annotated[float, "below 1"]
 SEEDS = ("seed", "split_seed", "data_seed")
 
 
@@ -40,15 +39,16 @@ def check_values(settings: Any) -> None:
     hints = get_type_hints(type(settings), include_extras=True)
     for one in fields(settings):
         value, choices = getattr(settings, one.name), one.metadata.get("choices")
-        if value is None:
-            continue
-        if choices and isinstance(value, str):
+        if isinstance(value, str) and choices:
             _check(value in choices, f"--{one.name} out of {', '.join(choices)}", value)
-        _check(not isinstance(value, float) or math.isfinite(value), f"a finite --{one.name}", value)
-        conditions = ["at least 0", f"below {2**32}"] if one.name in SEEDS else []
-        for condition in [*conditions, *getattr(hints[one.name], "__metadata__", ())]:
-            words, bound = condition.rsplit(" ", 1)
-            _check(COMPARISONS[words](value, float(bound)), f"--{one.name} {condition}", value)
+        elif isinstance(value, (int, float)):
+            _check(math.isfinite(value), f"a finite --{one.name}", value)
+            negative = isinstance(one.default, int) and one.default < 0
+            least = () if negative else ("at least 0",)
+            most = (f"below {2**32}",) if one.name in SEEDS else ()
+            for condition in (*getattr(hints[one.name], "__metadata__", ()), *least, *most):
+                words, bound = condition.rsplit(" ", 1)
+                _check(COMPARISONS[words](value, float(bound)), f"--{one.name} {condition}", value)
 
 
 class Checked:
@@ -147,12 +147,12 @@ class LanguageConfig(Checked):
 
 @dataclass
 class AugmentConfig(Checked):
-    random_shift: Annotated[float, "at least 0", "below 0.5"] = flag(
+    random_shift: Annotated[float, "below 0.5"] = flag(
         0.0,
         "Shift every training image by up to this share of its sides at random. This and the next two serve wherever the "
         "student's soft targets are not stored: in the teacher's fine-tuning, and with --soft_targets online.",
     )
-    random_crop: Annotated[float, "at least 0", "below 0.5"] = flag(
+    random_crop: Annotated[float, "below 0.5"] = flag(
         0.0, "Crop up to this share of every training image's sides at random."
     )
     random_flip: bool = flag(False, "Mirror half of the training images left to right; wrong for digits and letters.")
@@ -167,7 +167,7 @@ class TeacherConfig(Checked):
     teacher_model: str = flag(
         "google-bert/bert-base-uncased", "The model to fine-tune, or one already fine-tuned on this task."
     )
-    teacher_epochs: NotNegative = flag(
+    teacher_epochs: float = flag(
         3.0, "Epochs of fine-tuning; 0 uses the teacher as it is, which needs a head for exactly these labels."
     )
     teacher_learning_rate: Positive = flag(3e-5, "Peak learning rate of the fine-tuning.")
@@ -176,9 +176,7 @@ class TeacherConfig(Checked):
         "Start from random weights in the shape of --teacher_model, which may then be a directory without weights: a "
         "config.json and the settings of the tokenizer or image processor.",
     )
-    lora_rank: Annotated[int, "at least 0"] = flag(
-        0, "Train a LoRA adapter of this rank instead of all weights; 0 trains all."
-    )
+    lora_rank: int = flag(0, "Train a LoRA adapter of this rank instead of all weights; 0 trains all.")
     allow_weak_teacher: bool = flag(
         False,
         "Go on with a teacher that does no better than guessing, for a smoke run: such a teacher has nothing to teach.",
@@ -227,10 +225,10 @@ class StudentConfig:
 @dataclass
 class DistillConfig(Checked):
     temperature: Positive = flag(2.0, "Temperature of the soft targets.")
-    soft_target_weight: Annotated[float, "at least 0", "at most 1"] = flag(
+    soft_target_weight: Annotated[float, "at most 1"] = flag(
         0.9, "Weight of the soft targets in [0, 1]; the labels get the rest."
     )
-    hidden_state_weight: NotNegative = flag(
+    hidden_state_weight: float = flag(
         0.0,
         "Weight of the hidden-state loss, added to the other two; above 0 the teacher runs along (online distillation).",
     )
@@ -283,7 +281,7 @@ class PruneConfig(Checked):
     )
     prune_ffn: Share = flag(0.5, "Share of the feed-forward neurons to remove, over all layers together.")
     prune_steps: Count = flag(2, "Remove them in this many steps, and recover after each.")
-    prune_epochs: NotNegative = flag(2.0, "Epochs of recovery by distillation after each step.")
+    prune_epochs: float = flag(2.0, "Epochs of recovery by distillation after each step.")
     prune_learning_rate: Annotated[float | None, "above 0"] = flag(
         None, "Peak learning rate of the recovery. Left out: --learning_rate."
     )
@@ -325,7 +323,7 @@ class QuantizeConfig(TargetConfig):
         choices=["minmax", "entropy", "percentile"],
     )
     calibration_samples: Count = flag(256, "Training examples that static_int8 measures activations on.")
-    max_quality_drop: NotNegative = flag(
+    max_quality_drop: float = flag(
         0.01,
         "Largest share of the primary metric that quantization may lose on the validation split: 0.01 allows an accuracy of 0.90 to fall "
         "to 0.891, a perplexity of 20 to rise to 20.2.",

@@ -68,12 +68,12 @@ def finish(
         return Outcome("transformers")
     metrics = validation_metrics(model, task, processor, batch_size)
     if is_teacher:
-        details |= check_teacher(task, metrics, model.config)
+        details |= refuse_weak_teacher(task, metrics, model.config)
     save(model, processor, directory)
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
 
 
-def check_teacher(task: Task, metrics: dict[str, Any], config: Any) -> dict[str, Any]:
+def refuse_weak_teacher(task: Task, metrics: dict[str, Any], config: Any) -> dict[str, Any]:
     """Raise InputError for a teacher that has nothing to teach, unless it is allowed; then the record says that it is weak."""
     try:
         task.check_teacher(metrics, config)

@@ -24,7 +24,7 @@ from pipelines.core.processes import wait_for_all
 from pipelines.core.records import Outcome
 from pipelines.core.task import Arrays, Task, Tensors
 from pipelines.models.predict import map_batches
-from pipelines.training import fine_tune
+from pipelines.training.fine_tune import refuse_weak_teacher, validation_metrics
 
 SHARD = "shard-{:05}.safetensors"
 SHARD_BYTES = 2**26
@@ -74,8 +74,8 @@ def check_teacher(teacher: Any, task: Task, processor: Any, batch_size: int) -> 
     """The teacher's scores on the validation split, once they are better than guessing; the other processes wait for the main one."""
     metrics: dict[str, Any] = {}
     if PartialState().is_main_process:
-        metrics = fine_tune.validation_metrics(teacher, task, processor, batch_size)
-        fine_tune.check_teacher(task, metrics, teacher.config)
+        metrics = validation_metrics(teacher, task, processor, batch_size)
+        refuse_weak_teacher(task, metrics, teacher.config)
     wait_for_all()
     return metrics
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,10 +109,6 @@ class TrainingArguments(transformers.TrainingArguments):
                 "expected --eval_strategy and --save_strategy of epoch or steps with --early_stopping_patience, which looks at "
                 f"evaluations, found {' and '.join(strategies)}."
             )
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, (int, float)) and value < 0 and not (isinstance(one.default, int) and one.default < 0):
-                raise InputError(f"expected --{one.name} at least 0, found {value!r}")
         self.greater_is_better_given = self.greater_is_better  # which transformers sets, by the metric's name
         super().__post_init__()
 
