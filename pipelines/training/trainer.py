@@ -32,6 +32,7 @@ from pipelines.training.losses import ClassifierLoss, NextTokenLoss, losses_of
 WEIGHTS = "model.safetensors"
 # The scale of fp16 is halved at every overflow, so that it is found after 16 steps at most; none of these updates the weights.
 HARMLESS_OVERFLOWS = 20
+NEEDED = {"prediction_loss_only": False, "batch_eval_metrics": False, "eval_do_concat_batches": True}
 LOGGER_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml"}  # the others are named as their loggers
 
 
@@ -352,6 +353,11 @@ def check_training(arguments: transformers.TrainingArguments, task: Task) -> Non
     transformers looks at most of them when a Trainer is made, so one is made here, of a model of two weights.
     """
     best_metric(arguments, task)
+    for name, needed in NEEDED.items():
+        if getattr(arguments, name) != needed:
+            raise InputError(
+                f"expected --{name} {str(needed).lower()}, since a task scores all predictions at once, found the contrary. Leave it out."
+            )
     missing = set(arguments.report_to or ()) - {
         *get_available_reporting_integrations(),
         "flyte",
@@ -377,8 +383,9 @@ def check_training(arguments: transformers.TrainingArguments, task: Task) -> Non
             if arguments.torch_compile:
                 backend, mode = str(arguments.torch_compile_backend), arguments.torch_compile_mode
                 torch.compile(torch.nn.Linear(1, 1), backend=backend, mode=mode)(torch.ones(1, 1))
-            if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # which make an optimizer of their own
-                trainer.create_optimizer_and_scheduler(num_training_steps=10)
+            # What shards a model makes an optimizer of its own, and target modules are those of the true model.
+            if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or arguments.optim_target_modules):
+                trainer.create_optimizer_and_scheduler(num_training_steps=1000)
         except Exception as error:
             raise InputError(
                 f"expected settings that a training can be carried out with on this machine, found: {str(error).rstrip('.')}. Install what "
@@ -424,6 +431,10 @@ def train(
     arguments.label_names = ["labels"]  # which the Trainer looks for in the model's own forward; the loss is ours
     metric = task.primary_metric
     arguments.metric_for_best_model, arguments.greater_is_better = best_metric(arguments, task)
+    if arguments.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        # These look at that metric, and take it for a loss unless they are told.
+        given: Any = arguments.lr_scheduler_kwargs or {}
+        arguments.lr_scheduler_kwargs = {"mode": "max" if arguments.greater_is_better else "min", **given}
     callbacks: list[Any] = []
     if (patience := getattr(arguments, "early_stopping_patience", None)) is not None:
         callbacks = [EarlyStopping(patience)]

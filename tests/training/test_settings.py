@@ -38,6 +38,9 @@ def settings_of(tmp_path, *argv: str, task: str = "text-classification"):
         ("--lr_scheduler_type cosine_with_min_lr", "min_lr"),
         ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"cycles":2}', "cycles"),
         ("--fp16", "fp16"),
+        ("--prediction_loss_only", "prediction_loss_only false"),
+        ("--eval_do_concat_batches false", "eval_do_concat_batches true"),
+        ("--lr_scheduler_kwargs num_cycles=2", "mapping"),
         ("--torch_compile_backend nonesuch", "NONESUCH"),
     ],
 )
