@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from pipelines.core.command import parse_config
 from pipelines.core.config import (
     BundleConfig,
     DistillConfig,
@@ -15,7 +16,6 @@ from pipelines.core.config import (
     Settings,
     StudentConfig,
     TeacherConfig,
-    parse_config,
 )
 from pipelines.core.quality import check_stage
 from pipelines.core.run import Run
@@ -68,7 +68,7 @@ def compress(settings: Settings, recipe: str) -> None:
     # examples as they are: a student of augmented images, or of hidden states, needs the teacher beside it (--soft_targets online).
     soft_targets = None
     if distill.needs_stored_targets:
-        what = distill.for_soft_targets()
+        what = distill.only(task.soft_target_settings)
         soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=what)
     learning: dict[str, Any] = {"distributed": True, "training": training, "soft_targets": soft_targets}
 

@@ -250,7 +250,7 @@ def _run_directory(output_dir: str | None) -> Path:
 
 
 def _store_soft_targets(task: Task, settings: Settings, output: Any) -> Path:
-    distill, teacher = settings.distill.for_soft_targets(), settings.teacher.teacher_model
+    distill, teacher = settings.distill.only(task.soft_target_settings), settings.teacher.teacher_model
     return _stage(task, output, compute_soft_targets, teacher, distributed=True, distill=distill)
 
 
@@ -278,7 +278,7 @@ def _soft_targets(task: Task, settings: Settings) -> Path | None:
     made = read_record(Path(teacher)) if Path(teacher).is_dir() else None
     now = {
         "task": task.describe(),
-        "distill": describe(settings.distill.for_soft_targets()),
+        "distill": describe(settings.distill.only(task.soft_target_settings)),
         "source_fingerprint": model_fingerprint(teacher) if made is None else fingerprint(made),
     }
     changed = differences({key: record["made_by"][key] for key in now}, json.loads(json.dumps(now, default=str)))

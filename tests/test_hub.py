@@ -786,7 +786,7 @@ def test_a_recipe_without_a_token_says_so_at_once(
 
 
 def test_flags_of_publishing_are_not_recorded() -> None:
-    from pipelines.core.config import parse_config
+    from pipelines.core.command import parse_config
     from pipelines.training.trainer import TrainingArguments
 
     flags = ["--push_to_hub", "true", "--hub_model_id", "ann/x", "--hub_token", TOKEN, "--hub_private_repo", "false"]
@@ -805,7 +805,7 @@ def test_flags_of_publishing_are_not_recorded() -> None:
 )
 def test_bad_input_on_the_command_line(argv: list[str], named: str, monkeypatch: Any, capsys: Any) -> None:
     from pipelines.cli import main
-    from pipelines.core.config import run_main
+    from pipelines.core.command import run_main
 
     monkeypatch.setattr(sys, "argv", ["pipelines", *argv])
     with pytest.raises(SystemExit) as ended:
@@ -816,7 +816,7 @@ def test_bad_input_on_the_command_line(argv: list[str], named: str, monkeypatch:
 
 def test_a_run_at_work_is_not_published(a_run: Path, hub: HubServer, monkeypatch: Any, capsys: Any) -> None:
     from pipelines.cli import main
-    from pipelines.core.config import run_main
+    from pipelines.core.command import run_main
     from pipelines.core.disk import lock
 
     held = lock(a_run / ".lock")

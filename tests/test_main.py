@@ -12,7 +12,7 @@ import pytest
 
 import pipelines
 from pipelines.cli import main
-from pipelines.core.config import run_main
+from pipelines.core.command import run_main
 from pipelines.core.errors import InputError
 from pipelines.verbs import VERBS
 

@@ -141,6 +141,7 @@ class Task(Protocol):
     metrics: Mapping[str, bool]  # its scores that are one number each, and whether greater is better
     config: DataConfig
     presentation: Presentation
+    allow_weak_teacher: bool  # whether a teacher that check_teacher refuses may go on
 
     @property
     def example(self) -> str:
@@ -195,11 +196,17 @@ class Task(Protocol):
 
     # ---- Losses: sums over examples (or tokens), so that the trainer can divide by the count of the global batch
 
+    @property
+    def loss_details(self) -> dict[str, Any]:
+        """What of the data the loss against the labels depends on, for the record."""
+
     def outputs(self, model_output: Any) -> Tensors:
         """The tensors of a model's output that matter, by the names of the ONNX graph's outputs."""
 
     def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """The loss against the labels, summed, and the number of labels that it is a sum over."""
+
+    soft_target_settings: Sequence[str]  # the fields of DistillConfig that stored soft targets depend on
 
     def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
         """What is stored of a teacher's outputs: columns `teacher_…`, whose first axis is the examples."""

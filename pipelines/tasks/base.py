@@ -91,6 +91,7 @@ class BaseTask(Task):
     architectures: tuple[str, ...]  # how the names of its models' classes end
     demo: str  # the YAML file of its offline demo
     greater_is_better = True
+    allow_weak_teacher = False
 
     @classmethod
     def recognizes(cls, config: dict[str, Any]) -> bool:
@@ -140,6 +141,10 @@ class BaseTask(Task):
     def details(self) -> dict[str, Any]:
         """How the splits came about, for the report, ready for JSON."""
         return self.data.details
+
+    @property
+    def loss_details(self) -> dict[str, Any]:
+        return {}
 
     def load_config(self, source: str) -> Any:
         """The config of a model."""

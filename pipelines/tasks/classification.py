@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import softmax
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor
 
+from pipelines.core.config import LabelConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import Comparison, StageResult
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.report.markdown import escape, markdown_table, number
 from pipelines.report.pages import BASELINES, TEACHER, stage_of
 from pipelines.tasks.base import BasePresentation, BaseTask, check_predictions, listed_examples
-from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
+from pipelines.tasks.metrics import BALANCED_METRIC, PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
 
 
@@ -23,7 +28,32 @@ class Classification(ClassifierLoss, BaseTask):
     """One label out of several, whatever the example is."""
 
     primary_metric = PRIMARY_METRIC
-    metrics: Mapping[str, bool] = dict.fromkeys(("accuracy", "macro_f1", "matthews_correlation"), True)
+    metrics: Mapping[str, bool] = dict.fromkeys(
+        ("accuracy", "macro_f1", "matthews_correlation", "balanced_accuracy"), True
+    )
+    balanced = False  # whether every class weighs the same, see LabelConfig
+
+    def weigh_classes(self, label: LabelConfig | None) -> None:
+        """Weigh the classes as the settings say: in the loss, and so in pruning; and in the score that checkpoints and quantized models
+        are chosen by."""
+        if label is not None and label.class_weights == "balanced":
+            self.balanced, self.primary_metric = True, BALANCED_METRIC
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | ({"class_weights": "balanced"} if self.balanced else {})
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:  # type: ignore[override]  # computed once the data is read
+        if not self.balanced:
+            return None
+        labels = np.asarray(self.splits["train"]["label"][:])
+        classes = np.arange(len(self.label_names))
+        return torch.from_numpy(compute_class_weight("balanced", classes=classes, y=labels))
+
+    @property
+    def loss_details(self) -> dict[str, Any]:
+        weights = self.class_weights
+        return {} if weights is None else {"class_weights": dict(zip(self.label_names, weights.tolist(), strict=True))}
 
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
         """The scores of logits (examples, labels) against label ids (examples)."""
@@ -80,7 +110,9 @@ class Classification(ClassifierLoss, BaseTask):
 
     def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
         references = np.asarray(self.features(processor)["test"]["labels"])
-        return compare_classifiers(stages, references, self.test_texts(), self.label_names, shipped, teacher)
+        return compare_classifiers(
+            stages, references, self.test_texts(), self.label_names, shipped, teacher, self.balanced
+        )
 
 
 def compare_classifiers(
@@ -90,6 +122,7 @@ def compare_classifiers(
     label_names: list[str],
     shipped: str,
     teacher: str = TEACHER,
+    balanced: bool = False,
 ) -> Comparison:
     """What a report says of classifiers: `references` are class ids (examples,), `texts` the same examples for people to read."""
     check_predictions(stages, (len(references), len(label_names)), "examples, labels", teacher)
@@ -113,8 +146,14 @@ def compare_classifiers(
         "lost_most": [_lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
         "broken_examples": _broken_examples(logits[teacher], logits[shipped], references, texts, label_names),
     }
-    samples = {name: ((found == references).astype(float),) for name, found in predictions.items()}
-    return Comparison(compared, report, samples, metric=lambda correct: np.mean(correct, axis=-1))
+    weights = 1 / counts[references] if balanced else np.ones(len(references))
+    samples = {name: ((found == references).astype(float), weights) for name, found in predictions.items()}
+    return Comparison(compared, report, samples, metric=weighted_accuracy)
+
+
+def weighted_accuracy(correct: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Over the last axis; the balanced accuracy where the weights of each class have the same sum."""
+    return np.asarray((correct * weights).sum(axis=-1) / weights.sum(axis=-1))
 
 
 def _lost_most(stage: StageResult) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from pipelines.core.config import AugmentConfig, DataConfig
+from pipelines.core.config import AugmentConfig, DataConfig, LabelConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import Collate, Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
@@ -66,7 +66,7 @@ class ImageClassification(Classification):
 
     name = "image-classification"
     presentation: Presentation = ImagePresentation()
-    settings = (DataConfig, AugmentConfig)
+    settings = (DataConfig, AugmentConfig, LabelConfig)
     auto_class = AutoModelForImageClassification
     architectures = ("ForImageClassification",)
     demo = "vit_digits"
@@ -80,11 +80,14 @@ class ImageClassification(Classification):
     # Most published image models come with a head for ImageNet's thousand classes.
     student_head: Head = "new if other"
 
-    def __init__(self, config: DataConfig, augmentation: AugmentConfig | None = None) -> None:
+    def __init__(
+        self, config: DataConfig, augmentation: AugmentConfig | None = None, label: LabelConfig | None = None
+    ) -> None:
         # Pillow's warning of large images would come before our refusal of them.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         self.config = config
         self.augmentation = AugmentConfig() if augmentation is None else augmentation
+        self.weigh_classes(label)
 
     def load_data(self) -> Examples:
         return load_examples(self.config, IMAGES, read_classes)

@@ -11,6 +11,7 @@ import transformers
 from accelerate import PartialState
 
 from pipelines.core.config import TeacherConfig
+from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome, read_record
 from pipelines.core.task import Task
 from pipelines.data.sources import model_license
@@ -68,9 +69,21 @@ def finish(
         return Outcome("transformers")
     metrics = validation_metrics(model, task, processor, batch_size)
     if is_teacher:
-        task.check_teacher(metrics, model.config)
+        details |= refuse_weak_teacher(task, metrics, model.config)
     save(model, processor, directory)
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
+
+
+def refuse_weak_teacher(task: Task, metrics: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Raise InputError for a teacher that has nothing to teach, unless it is allowed; then the record says that it is weak."""
+    try:
+        task.check_teacher(metrics, config)
+    except InputError as error:
+        if not task.allow_weak_teacher:
+            raise InputError(f"{error} For a smoke run pass --allow_weak_teacher.") from error
+        print(f"teacher: weak, but allowed ({error})", flush=True)
+        return {"weak_teacher": True}
+    return {}
 
 
 def validation_metrics(model: Any, task: Task, processor: Any, batch_size: int = 32) -> dict[str, Any]:

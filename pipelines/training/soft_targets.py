@@ -24,7 +24,7 @@ from pipelines.core.processes import wait_for_all
 from pipelines.core.records import Outcome
 from pipelines.core.task import Arrays, Task, Tensors
 from pipelines.models.predict import map_batches
-from pipelines.training.fine_tune import validation_metrics
+from pipelines.training.fine_tune import refuse_weak_teacher, validation_metrics
 
 SHARD = "shard-{:05}.safetensors"
 SHARD_BYTES = 2**26
@@ -75,7 +75,7 @@ def check_teacher(teacher: Any, task: Task, processor: Any, batch_size: int) -> 
     metrics: dict[str, Any] = {}
     if PartialState().is_main_process:
         metrics = validation_metrics(teacher, task, processor, batch_size)
-        task.check_teacher(metrics, teacher.config)
+        refuse_weak_teacher(task, metrics, teacher.config)
     wait_for_all()
     return metrics
 

@@ -15,7 +15,8 @@ import torch
 
 from conftest import FILLER, WORDS, tiny_model
 from pipelines.cli import main
-from pipelines.core.config import DataConfig, DistillConfig, run_main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import StageResult
 from pipelines.tasks import task_of_model
