@@ -169,12 +169,13 @@ class BaseTask(Task):
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model has a position for every token of a text."""
-        limit = getattr(config, "max_position_embeddings", None)
-        # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
-        offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        if limit and self.config.max_length > limit - offset:
+        self.check_length(getattr(config, "max_position_embeddings", None), source)
+
+    def check_length(self, limit: int | None, source: str) -> None:
+        """Raise InputError for texts longer than the `limit` of the model in `source`."""
+        if limit and self.config.max_length > limit:
             raise InputError(
-                f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {self.config.max_length}. "
+                f"expected --max_length of at most {limit}, the positions that {source} has, found {self.config.max_length}. "
                 "Pass a smaller --max_length."
             )
 
