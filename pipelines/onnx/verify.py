@@ -129,5 +129,6 @@ def verify_directory(directory: Path, reference: Path, task: Task, max_quality_d
         )
         return verify_quality(before, after, task, max_quality_drop, str(path)) | {"metrics": after}
     model = load_model(reference, task.config.trust_remote_code)
+    task.check_config(model.config, str(reference))
     task.align_labels(model, str(reference))
     return verify_against_torch(path, model, task, processor) | task.verify_behaviour(directory, model, processor)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from transformers import AutoModelForSequenceClassification
 
 from pipelines.core.config import DataConfig
@@ -80,9 +80,8 @@ class TextTask(BaseTask):
                 raise InputError(
                     f"expected a tokenizer with a padding token or an end token at {source}, found neither. Set pad_token and save it."
                 )
-        if (
-            tokenizer.cls_token is None
-        ):  # a decoder, which reads the last token before the padding, and counts positions from the left
+        # A decoder, which reads the last token before the padding, and counts positions from the left.
+        if tokenizer.cls_token is None:
             tokenizer.padding_side = "right"
         return tokenizer
 
@@ -101,17 +100,9 @@ class TextTask(BaseTask):
         text_config = config.get_text_config()
         if not inputs.from_padding:  # which would move the positions
             text_config.pad_token_id = tokenizer.pad_token_id
-        splits = self.features(tokenizer).values()
-        for column, size in {"input_ids": text_config.vocab_size, "token_type_ids": inputs.token_types}.items():
-            if column in tokenizer.model_input_names:
-                largest = max(pc.max(pc.list_flatten(split.data.column(column))).as_py() for split in splits)
-                largest = max(largest, tokenizer.pad_token_id) if column == "input_ids" else largest
-                if largest >= size:
-                    raise InputError(
-                        f"expected {column} below {size:,}, the embeddings that {source} has for them, found {largest:,}: the tokenizer is of "
-                        "another model, or was given tokens (added_tokens) that the model was not. Use the model's own tokenizer, or call "
-                        "model.resize_token_embeddings(len(tokenizer)) and save both."
-                    )
+        self.check_tokens(tokenizer, "input_ids", getattr(text_config, "vocab_size", math.inf), source)
+        if "token_type_ids" in tokenizer.model_input_names:
+            self.check_tokens(tokenizer, "token_type_ids", inputs.token_types, source)
 
     def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
         """Raise InputError unless an online teacher's tokenizer makes the student's tokens of the same texts."""
@@ -161,6 +152,11 @@ class TextTask(BaseTask):
         return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ["logits"])
 
     # ---- Bundle
+
+    def bundle_obstacle(self, source: str) -> str | None:
+        if self.load_processor(source).is_fast:
+            return None
+        return f"the tokenizer of {source} is in Python alone (slow) and writes no tokenizer.json, which a bundle needs"
 
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
         return {
