@@ -139,10 +139,9 @@ def label_order(config: Any, label_names: list[str]) -> list[int] | None:
     labels have no names (LABEL_0, …) is taken to be in the data's order where their number agrees. Where id2label does not number its
     labels from 0 on, or label2id says otherwise, nobody knows which row is whose.
     """
-    names = [str(config.id2label.get(index)) for index in range(len(config.id2label))]
-    numbers = {str(name): str(number) for name, number in (config.label2id or {}).items()}
-    stated = [numbers[name] for name in names] if numbers.keys() == {*names} else None
-    if None in map(config.id2label.get, range(len(names))) or stated not in (None, [*map(str, range(len(names)))]):
+    names, rows = [str(name) for _, name in sorted(config.id2label.items())], list(range(len(config.id2label)))
+    stated = {str(name): int(row) for name, row in (config.label2id or {}).items()}
+    if sorted(config.id2label) != rows or (stated.keys() == {*names} and [stated[name] for name in names] != rows):
         return None
     spellings: tuple[Callable[[str], str], ...] = (str, str.casefold)
     for spelling in spellings:
@@ -151,7 +150,7 @@ def label_order(config: Any, label_names: list[str]) -> list[int] | None:
         if sorted(found) == sorted(wanted) and len({*found}) == len(found):
             return [found.index(name) for name in wanted]
     generic = all(name.startswith(GENERIC_LABEL) for name in names)
-    return list(range(len(names))) if generic and len(names) == len(label_names) else None
+    return rows if generic and len(rows) == len(label_names) else None
 
 
 def reorder_labels(model: Any, order: list[int], label_names: list[str]) -> None:

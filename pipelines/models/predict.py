@@ -76,7 +76,7 @@ def try_model(model: Any, features: Any, collate: Collate) -> None:
     lengths = features["length"] if "length" in features.column_names else [1] * len(features)
     batch = collate([features[int(index)] for index in (np.argmin(lengths), np.argmax(lengths))])
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # what a model may keep of this must not hinder its training
             model.eval()(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"})
     except Exception as error:  # whatever somebody's model may raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
