@@ -71,7 +71,7 @@ class TextTask(BaseTask):
         names = tokenizer.model_input_names
         if "token_type_ids" in names and self._inputs(config, source).token_types < 2:
             tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
-            tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # which are saved
+            tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # what is saved
         if tokenizer.pad_token is None:
             padding = config.get_text_config().pad_token_id
             known = padding is not None and 0 <= padding < len(tokenizer)
@@ -82,7 +82,7 @@ class TextTask(BaseTask):
                 )
         # A decoder, which reads the last token before the padding, and counts positions from the left.
         if tokenizer.cls_token is None:
-            tokenizer.padding_side = "right"
+            tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
         return tokenizer
 
     def _inputs(self, config: Any, source: str) -> Inputs:
