@@ -18,6 +18,7 @@ from pipelines.core.config import (
     TeacherConfig,
 )
 from pipelines.core.quality import check_stage
+from pipelines.core.records import read_record
 from pipelines.core.run import Run
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import check_access, push_run
@@ -52,7 +53,13 @@ def compress(settings: Settings, recipe: str) -> None:
     # What cannot work shows now, not after hours of training: a token that the Hub refuses, what a family's layers do not allow.
     if training.push_to_hub:
         check_access(run, training)
-    prune = possible_pruning(task.load_config(settings.student.student_model or teacher.teacher_model), settings.prune)
+    student = settings.student.student_model
+    prune = possible_pruning(task.load_config(student or teacher.teacher_model), settings.prune)
+    if student is not None and read_record(run.directory / "teacher") is None:
+        task.checked_config(student, settings.student.student_from_scratch)
+    without_bundle = task.bundle_obstacle(student or teacher.teacher_model)
+    if without_bundle:
+        run.state.print(f"bundle: left out, since {without_bundle}; the run ends with ONNX files and a report")
 
     def check_quality(name: str) -> None:
         """A stage is kept, but what a user would not want of it stops the run."""
@@ -97,13 +104,14 @@ def compress(settings: Settings, recipe: str) -> None:
         check_quality("quantized")
 
     # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
-    bundle = run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
+    bundle = None if without_bundle else run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
 
     # 8. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
     report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size)
     if training.push_to_hub:
         push_run(run, training)
-    run.state.print(next_commands(run.directory, bundle, task.example))
+    if bundle is not None:
+        run.state.print(next_commands(run.directory, bundle, task.example))
 
 
 def read_settings(task: str, default_config: Path | None = None) -> Settings:

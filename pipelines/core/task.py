@@ -182,14 +182,20 @@ class Task(Protocol):
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
         """The model in `source`, in float32, with a head for this task."""
 
+    def checked_config(self, source: str, from_scratch: bool) -> Any:
+        """The config of a model that can be loaded for this task; raises InputError for another."""
+
     def check_config(self, config: Any, source: str) -> None:
-        """Raise InputError unless a model with the config that `source` has takes this task's inputs."""
+        """Raise InputError unless a model with the config that `source` has takes this task's inputs; give `config` their padding."""
 
     def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
         """Raise InputError unless the student can learn from this teacher: the same labels or tokens, online the same inputs."""
 
     def check_teacher(self, metrics: dict[str, Any], config: Any) -> None:
         """Raise InputError for a teacher whose scores on the validation split are no better than guessing."""
+
+    def check_label_order(self, processor: Any, predict: Predict) -> None:
+        """Raise InputError for a model used as it is whose labels are in another order than the data's; `predict` is its own."""
 
     def align_labels(self, model: Any, source: str) -> None:
         """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
@@ -261,6 +267,9 @@ class Task(Protocol):
         not fit the test split, or are not finite."""
 
     # ---- Bundle
+
+    def bundle_obstacle(self, source: str) -> str | None:
+        """Why there can be no bundle of the model in `source`, in a few words; None where there can."""
 
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
         """The part of a bundle's manifest that is this task's: how inputs are prepared and outputs read. See pipelines/edge/settings.py."""

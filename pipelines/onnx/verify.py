@@ -123,5 +123,6 @@ def verify_directory(directory: Path, reference: Path, task: Task, gate: GateCon
         )
         return verify_quality(before, after, task, gate, str(path)) | {"metrics": after, "source_metrics": before}
     model = load_model(reference, task.config.trust_remote_code)
+    task.check_config(model.config, str(reference))
     task.align_labels(model, str(reference))
     return verify_against_torch(path, model, task, processor) | task.verify_behaviour(directory, model, processor)

@@ -9,19 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from scipy.special import softmax
+from sklearn.metrics import confusion_matrix
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
 from pipelines.core.config import LabelConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Comparison, StageResult
+from pipelines.core.task import Comparison, Predict, StageResult
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.report.markdown import escape, markdown_table, number
 from pipelines.report.pages import BASELINES, TEACHER, stage_of
 from pipelines.tasks.base import BasePresentation, BaseTask, check_predictions, listed_examples
 from pipelines.tasks.metrics import BALANCED_METRIC, PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
+
+ORDER_EXAMPLES = 512  # whose predictions tell in what order a model's labels are
 
 
 class Classification(ClassifierLoss, BaseTask):
@@ -79,12 +83,35 @@ class Classification(ClassifierLoss, BaseTask):
                 "--teacher_learning_rate), or check that its labels mean what the data set's do."
             )
 
+    def check_label_order(self, processor: Any, predict: Predict) -> None:
+        """Raise InputError where a head is right on the training split once its labels are put in another order."""
+        train = self.features(processor)["train"]
+        sample = train.select(
+            range(0, len(train), -(-len(train) // ORDER_EXAMPLES))
+        )  # from all of it, however it is sorted
+        found = np.argmax(predict(sample, self.collate(processor), self), axis=-1)
+        counts = confusion_matrix(sample["labels"], found, labels=range(len(self.label_names)))
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        labels, likely = linear_sum_assignment(shares, maximize=True)
+        moved = np.flatnonzero((labels != likely) & (counts.sum(axis=1) > 0))
+        before, after = shares[moved, moved], shares[moved, likely[moved]]
+        if len(moved) > 1 and after.mean() > max(0.5, 2 * before.mean()):
+            names = self.label_names
+            pairs = ", ".join(
+                f"{names[i]!r} is predicted as {names[likely[i]]!r} ({shares[i, likely[i]]:.0%})" for i in moved[:5]
+            )
+            raise InputError(
+                f"expected a model whose labels are in the order of the data, {names[:20]}, found another order: of {len(sample)} training "
+                f"examples {pairs}. Put the labels' names in their true order into id2label and label2id of its config.json, or fine-tune "
+                "it (--teacher_epochs above 0)."
+            )
+
     def align_labels(self, model: Any, source: str) -> None:
         """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
         order = label_order(model.config, self.label_names)
         if order is None:
             raise InputError(
-                f"expected a model for the labels {self.label_names}, found {list(model.config.id2label.values())} in {source}. Fine-tune "
+                f"expected a model for the labels {self.label_names}, found id2label {model.config.id2label} in {source}. Fine-tune "
                 "it on this data set, or use the data set it was fine-tuned on."
             )
         reorder_labels(model, order, self.label_names)

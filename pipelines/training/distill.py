@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,13 @@ class DistillationTrainer(Trainer):
         teacher: dict[str, Any] = named
         from_teacher: Any = None
         if self.teacher is not None:
-            # A teacher of images has its own processor, so the collator adds what that makes of the same images.
-            own = {name: named[TEACHER_COLUMN + name] for name in inputs if TEACHER_COLUMN + name in named}
+            # A teacher with a processor of its own: the collator adds what that makes of the same examples.
+            taken = signature(self.teacher.forward).parameters
+            own = {
+                name: values
+                for column, values in named.items()
+                if (name := column.removeprefix(TEACHER_COLUMN)) in taken
+            }
             with torch.no_grad():
                 from_teacher = self.teacher(**(own or inputs), **asked)
             teacher = {TEACHER_COLUMN + name: values for name, values in self.task.outputs(from_teacher).items()}

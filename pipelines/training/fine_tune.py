@@ -31,7 +31,8 @@ def fine_tune(
     processor = task.load_processor(source)
     details: dict[str, Any] = {"license": model_license(source)}
     if teacher.teacher_epochs == 0:
-        model = task.load_model(source, head="required")
+        model = task.load_model(source, head="required").to(PartialState().device)
+        task.check_label_order(processor, partial(predict_torch, model, name="labels"))
     else:
         model = trained = task.load_model(source, "new if other", teacher.teacher_from_scratch)
         if teacher.lora_rank:

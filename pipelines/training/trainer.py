@@ -25,6 +25,7 @@ from pipelines.core.config import Count, Positive, Share, did_you_mean, flag
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Collate, Task
 from pipelines.data.sources import check_safetensors
+from pipelines.models.predict import try_model
 from pipelines.training.checkpoints import BestCheckpoint, EarlyStopping, last_whole_checkpoint, write_checksums
 from pipelines.training.cpu import cpu_speedups
 from pipelines.training.losses import ClassifierLoss, NextTokenLoss, losses_of
@@ -444,6 +445,7 @@ def train(
         scores = task.scores(found.predictions, found.label_ids)
         return {name: value for name, value in scores.items() if isinstance(value, float)}
 
+    try_model(model, task.features(processor)["train"], task.collate(processor))
     use_cache = getattr(model.config, "use_cache", None)
     trainer = trainer_class(
         model=model,

@@ -130,8 +130,9 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         With `from_scratch` all weights are random, in the shape of `source`, for the tokens of its tokenizer.
         """
         code = {"trust_remote_code": self.trust_remote_code}
-        self.checked_config(source, from_scratch)
+        config = self.checked_config(source, from_scratch)
         if not from_scratch:
+            self.check_tokens(self.load_processor(source), "input_ids", config.vocab_size, source)
             return load_weights(self.auto_class, source, **code)
         tokenizer = self.load_processor(source)
         end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
