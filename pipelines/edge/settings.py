@@ -1,7 +1,7 @@
 """How a model's inputs are prepared and its outputs read, in the words of a bundle's manifest.
 
     "inputs":  {"kind": "text", "pair", "max_length", "truncation_side", "probes"}, for a language model only the kind and the probes
-               {"kind": "image", "resize", "resample", "crop", "rescale", "mean", "std"}
+               {"kind": "image", "channels", "resize", "resample", "crop", "rescale", "mean", "std", "value_range"}
     "outputs": {"kind": "classes", "activation": "softmax" | "sigmoid" | "none", "labels", and perhaps "thresholds" of a sigmoid}
                {"kind": "values", "names"}
                {"kind": "continuation", "end_tokens", "context", "cache"}
@@ -55,6 +55,7 @@ def image_settings(processor: Any) -> dict[str, Any]:
         size, crop = ({"shortest_edge": int(edge / crop_share)}, crop or square) if edge < 384 else (square, crop)
     return {
         "kind": "image",
+        "channels": len(processor.image_mean or "RGB"),
         "resize": size if processor.do_resize else None,
         "resample": int(processor.resample),
         "crop": {name: crop[name] for name in ("height", "width")} if crop is not None else None,
