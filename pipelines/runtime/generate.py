@@ -62,24 +62,24 @@ class LanguageModel:
     def generate(self, prompts: list[str], sampling: Sampling | None = None) -> list[str]:
         """A continuation of each prompt."""
         sequences = [self.encode(prompt) for prompt in prompts]
-        return [self.tokenizer.decode(tokens) for tokens in self.generate_tokens(sequences, sampling)]
+        return list(map(self.continuation, sequences, self.generate_tokens(sequences, sampling)))
+
+    def continuation(self, prompt: list[int], tokens: list[int]) -> str:
+        """What tokens add to the text of a prompt: alone, those of SentencePiece would lose their first space."""
+        return self.tokenizer.decode(prompt + tokens)[len(self.tokenizer.decode(prompt)) :]
 
     def stream(self, prompt: str, sampling: Sampling | None = None) -> Iterator[str]:
         """The continuation of one prompt in pieces, as soon as each is there; together they are what generate() gives."""
+        given, shown = self.encode(prompt), ""
         tokens: list[int] = []
-        shown = ""
-        for (token,) in self.steps([self.encode(prompt)], sampling):
-            if token is None:
-                continue
-            tokens.append(token)
-            text = self.tokenizer.decode(tokens)
+        for step in self.steps([given], sampling):
+            tokens += [token for token in step if token is not None]
+            text = self.continuation(given, tokens)
             # A character of several bytes may take several tokens; until the last of them it cannot be shown.
-            if len(text) > len(shown) and not text.endswith("\ufffd"):
+            if not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
-        rest = self.tokenizer.decode(tokens)[len(shown) :]
-        if rest:
-            yield rest
+        yield self.continuation(given, tokens)[len(shown) :]
 
     def encode(self, prompt: str) -> list[int]:
         """The prompt's tokens; an empty one begins a new document."""
