@@ -24,6 +24,7 @@ from pipelines.data.sources import check_onnx_directory
 from pipelines.edge.settings import check_tokenizer, text_settings
 from pipelines.edge.web import RUNTIME_LIBRARY, TOKENIZER_LIBRARY, add_page
 from pipelines.onnx.export import ONNX_FILE
+from pipelines.onnx.runtimes import oldest_runtime
 from pipelines.runtime import generate, infer
 
 MANIFEST = "manifest.json"
@@ -67,8 +68,7 @@ def build_bundle(source: str, directory: Path, task: Task, bundle: BundleConfig)
         path = Path(str(module.__file__))
         shutil.copyfile(path, directory / path.name)
     graph = onnx.load(directory / ONNX_FILE, load_external_data=False)
-    opsets = {domain.domain: domain.version for domain in graph.opset_import}
-    minimum = oldest_runtime(opsets)
+    minimum = oldest_runtime(graph)
     requirements = [f"# Python {PYTHON[kind]} or newer, 64-bit", *REQUIREMENTS[kind], f"onnxruntime>={minimum}"]
     (directory / "requirements.txt").write_text("\n".join(requirements) + "\n")
     installed = {name: importlib.metadata.version(name) for name in PACKAGES[kind]}
@@ -78,7 +78,7 @@ def build_bundle(source: str, directory: Path, task: Task, bundle: BundleConfig)
         "task": task.name,
         "model": ONNX_FILE,
         **settings,
-        "opset": opsets[""],
+        "opset": next(opset.version for opset in graph.opset_import if opset.domain == ""),
         "minimum_onnxruntime": minimum,
         "versions": {"pocketformers": pipelines.__version__, **installed, **page},
     }
@@ -89,17 +89,6 @@ def build_bundle(source: str, directory: Path, task: Task, bundle: BundleConfig)
         "verification": task.verify_bundle(directory, processor),
     }
     return Outcome("bundle", {}, (read_record(Path(source)) or {}).get("parameters"), details)
-
-
-def oldest_runtime(opsets: dict[str, int]) -> str:
-    """The oldest ONNX Runtime that was tried on graphs with these operator sets.
-
-    1.18 is the first that reads the exporter's files, 1.23 the first with the Attention of opset 23, and has all operators of its
-    own domain that are used here.
-    """
-    if opsets.keys() == {""} and opsets[""] <= 21:
-        return "1.18.0"
-    return "1.23.0" if opsets[""] <= 23 else importlib.metadata.version("onnxruntime")
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

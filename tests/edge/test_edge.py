@@ -26,7 +26,7 @@ from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.records import read_record
 from pipelines.data.images import MOST_PIXELS, read_image
-from pipelines.edge.bundle import PROBE_TEXTS, oldest_runtime, write_manifest
+from pipelines.edge.bundle import PROBE_TEXTS, write_manifest
 from pipelines.edge.settings import image_settings
 from pipelines.onnx.predict import predict_onnx
 from pipelines.runtime import infer
@@ -441,8 +441,6 @@ def test_the_record_and_the_manifest_say_what_is_there(text_bundle):
     requirements = (text_bundle / "requirements.txt").read_text().splitlines()
     assert requirements[0] == "# Python 3.10 or newer, 64-bit"
     assert "onnxruntime>=1.23.0" in requirements
-    assert oldest_runtime({"": 18}) == "1.18.0"
-    assert oldest_runtime({"": 18, "com.microsoft": 1}) == "1.23.0"
     assert read_record(text_bundle) is None  # the run writes it
 
 
