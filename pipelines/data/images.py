@@ -24,8 +24,9 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import Collate
 from pipelines.data.kinds import Kind
 from pipelines.data.tables import read_table
-from pipelines.runtime import infer
-from pipelines.runtime.infer import MOST_PIXELS, available_cores
+from pipelines.runtime import images as runtime
+from pipelines.runtime.images import MOST_PIXELS
+from pipelines.runtime.infer import available_cores
 
 PIXEL_TABLES = (".csv", ".csv.gz")
 
@@ -36,9 +37,9 @@ PIXEL_TABLES = (".csv", ".csv.gz")
 def read_image(cell: dict[str, Any], value_range: Sequence[float] | None = None) -> Image.Image:
     """The RGB image of a cell of a data set, read as a bundle reads it. Raises InputError."""
     try:
-        image: Image.Image = infer.read_image(_source(cell), value_range)
+        image: Image.Image = runtime.read_image(_source(cell), value_range)
         return image
-    except infer.BundleError as error:
+    except ValueError as error:
         raise InputError(str(error)) from error
 
 
@@ -66,7 +67,7 @@ def find_value_range(splits: Mapping[str, datasets.Dataset]) -> list[float] | No
                     getattr(image, "is_animated", False) and image.format != "MPO"
                 )  # a photograph with its preview
                 deep = image.mode[0] in "IF" or ";16" in str(image.tile)
-            values = infer.open_image(source)[1] if deep else None
+            values = runtime.open_image(source)[1] if deep else None
             if values is not None and np.isfinite(values).any():
                 values = values[np.isfinite(values)]
                 ranges.append([values.min(), *np.percentile(values, [1, 99]), values.max()])
@@ -90,10 +91,10 @@ def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
         if row[0] is None:
             return None
         try:
-            image, values = infer.open_image(_source(row[0]))
-            exact = infer.to_rgb(image) if values is None else values
+            image, values = runtime.open_image(_source(row[0]))
+            exact = runtime.to_rgb(image) if values is None else values
         except Exception:  # Pillow's decoders raise errors of many types
-            if infer.unsupported_format(_source(row[0])):
+            if runtime.unsupported_format(_source(row[0])):
                 read_image(row[0])  # raises, with the remedy
             return None
         pixels = blake2b(f"{image.size}".encode() + exact.tobytes(), digest_size=16).digest()

@@ -14,34 +14,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import io
 import json
 import os
-import re
 import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 FORMAT = 2
 PAGE = ("index.html", "web/")  # only a browser needs these, so a device may do without
-MOST_PIXELS = 64_000_000  # of an image, as in training: a small file can unpack into gigabytes
-RAW_PHOTOGRAPHS = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw")
-# What people have and Pillow does not read, by how such files begin.
-UNSUPPORTED = {
-    "HEIC, the format of iPhones": rb".{4}ftyp(hei|hev|mif1|msf1)",
-    "JPEG XL": rb"\xff\x0a|.{4}JXL ",
-    "DICOM": rb".{128}DICM",
-    "SVG, a drawing": rb"\s*(<\?xml|<!--.*|<svg)",
-    "a web page": rb"\s*<(!doctype|html|!DOCTYPE|HTML)",
-    "a pointer of Git LFS to the image, which git lfs pull fetches": rb"version https://git-lfs",
-    "an empty file": rb"$",
-}
 
 # An input of the model: a text, two texts, or an image: the path of its file, an open file, or an image of Pillow.
 Example = tuple[Any, ...]
@@ -161,24 +149,19 @@ def in_order(predict: Callable[[Any], Any], examples: Iterable[Any], at_once: in
     if at_once == 1:
         yield from map(predict, examples)
         return
+    left, waiting, failed = iter(examples), deque[Future[Any]](), None
     with ThreadPoolExecutor(at_once) as pool:
-
-        def begun() -> Iterator[Future[Any]]:
+        while failed is None:
             try:
-                for example in examples:
-                    yield pool.submit(predict, example)
-            except Exception as error:  # to be raised in its place, after the predictions before it
-                failed: Future[Any] = Future()
-                failed.set_exception(error)
-                yield failed
-
-        waiting: deque[Future[Any]] = deque()
-        for future in begun():
-            waiting.append(future)
-            if len(waiting) > 4 * at_once:  # an example that takes long must not leave the other cores without work
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                waiting.append(pool.submit(predict, next(left)))
+            except (
+                Exception
+            ) as error:  # no example is left, or one cannot be read: raised in its place, after those before it
+                failed = error
+            if failed or len(waiting) > 4 * at_once:  # one that takes long must not leave the other cores without work
+                yield from (waiting.popleft().result() for _ in range(len(waiting) if failed else 1))
+    if not isinstance(failed, StopIteration):
+        raise failed
 
 
 def one_line(error: Exception) -> str:
@@ -222,137 +205,32 @@ def text_inputs(path: Path, settings: dict[str, Any], names: list[str]) -> Calla
 
 def image_inputs(settings: dict[str, Any], names: list[str]) -> Callable[[Example], dict[str, Any]]:
     """A function from an image to the input of the graph, float32 (1, channels, height, width)."""
-    return lambda example: {names[0]: image_pixels(read_image(example[0], settings.get("value_range")), settings)[None]}
+    images = module_beside("images")
+
+    def prepare(example: Example) -> dict[str, Any]:
+        try:
+            image = images.read_image(example[0], settings.get("value_range"))
+        except ValueError as error:
+            raise BundleError(str(error)) from error
+        return {names[0]: images.image_pixels(image, settings)[None]}
+
+    return prepare
 
 
-def read_image(source: Any, value_range: Sequence[float] | None = None) -> Any:
-    """The RGB image of a file (its path, or an open file) or of Pillow, turned as its orientation tag asks; the first of several frames.
-
-    What is transparent shows white. Values of more than 8 bits are scaled: from `value_range`, which the training data gave, or else
-    from 16 bits, to black and white.
-    """
-    try:
-        return to_rgb(*open_image(source), value_range)
-    except Exception as error:  # Pillow's decoders raise errors of many types
-        found = unsupported_format(source) or one_line(error)
-        raise BundleError(
-            f"expected an image file that Pillow reads, found {name_of(source)}: {found}. Save it as JPEG or PNG."
-        ) from error
-
-
-def open_image(source: Any) -> tuple[Any, Any]:
-    """An image, upright, in the mode of its file; and its values where they have more than 8 bits, float64 (rows, columns) or with 3
-    colours, else None."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    if is_raw(source):
-        raise ValueError("Pillow would read its thumbnail")
-    with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
-        low_bytes = [] if image is source else [tile_of_low_bytes(tile) for tile in getattr(image, "tile", [])]
-        upright = ImageOps.exif_transpose(image)
-    if upright.mode[0] in "IF":
-        return upright, np.asarray(upright, np.float64)
-    if None in low_bytes or not low_bytes:
-        return upright, None
-    with Image.open(source) as image:
-        image.tile = low_bytes
-        low = ImageOps.exif_transpose(image)
-    return upright, 256.0 * np.asarray(upright)[..., :3] + np.asarray(low)[..., :3]
-
-
-def to_rgb(image: Any, values: Any = None, value_range: Sequence[float] | None = None) -> Any:
-    """What open_image() gives as an RGB image: values scaled, on white."""
-    import numpy as np
-    from PIL import Image
-
-    if values is not None:
-        if value_range is None and image.mode == "F":
-            raise ValueError("numbers with fractions, of which the training data had none to scale them by")
-        low, high = value_range or (0, 65535)
-        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low).clip(low, high)
-        scaled = Image.fromarray(np.round((values - low) * (255 / ((high - low) or 1))).astype(np.uint8))
-        if image.mode == "RGBA":
-            scaled.putalpha(image.getchannel("A"))
-        image = scaled
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def tile_of_low_bytes(tile: Any) -> Any:
-    """Of 16-bit colours Pillow reads the high bytes; in the other byte order it reads the low ones. None for a tile of anything else."""
-    mode, *rest = [tile.args] if isinstance(tile.args, str) else tile.args or [None]
-    if mode not in {f"{colours};16{order}" for colours in ("RGB", "RGBA") for order in "BLN"}:
-        return None
-    other = mode[:-1] + ("L" if mode.endswith("B") else "B")  # N is this machine's order, L
-    return tile._replace(args=(other, *rest) if rest else other)
-
-
-def name_of(source: Any) -> str:
-    return str(source if isinstance(source, Path) else getattr(source, "name", source))
-
-
-def is_raw(source: Any) -> bool:
-    return name_of(source).lower().endswith(RAW_PHOTOGRAPHS)
-
-
-def unsupported_format(source: Any) -> str | None:
-    """The name of a format that people have and Pillow does not read."""
-    if is_raw(source):
-        return "a camera's raw photograph"
-    try:
-        with nullcontext(source) if hasattr(source, "read") else open(source, "rb") as file:
-            file.seek(0)
-            start = file.read(200)
-    except (OSError, TypeError):
-        return None
-    return next((name for name, begins in UNSUPPORTED.items() if re.match(begins, start, re.DOTALL)), None)
-
-
-def image_pixels(image: Any, settings: dict[str, Any]) -> Any:
-    """An RGB image as the model sees it, float32 (channels, height, width): resized, cropped, rescaled and normalized as in training."""
-    import numpy as np
-
-    if settings.get("channels") == 1:
-        image = image.convert("L")
-    if settings["resize"] is not None:
-        image = image.resize(resized(image.size, settings["resize"]), resample=settings["resample"])
-    pixels = np.asarray(image).reshape(*image.size[::-1], -1)
-    if settings["crop"] is not None:
-        pixels = center_crop(pixels, settings["crop"]["height"], settings["crop"]["width"])
-    if settings["rescale"] is not None:
-        pixels = (pixels.astype(np.float64) * settings["rescale"]).astype(np.float32)
-    pixels = pixels.astype(np.float32)
-    if settings["mean"] is not None:
-        pixels = (pixels - np.array(settings["mean"], np.float32)) / np.array(settings["std"], np.float32)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def resized(size: tuple[int, int], resize: dict[str, int]) -> tuple[int, int]:
-    """Width and height after resizing: the ones given, or those that keep the proportions and have the given shortest edge."""
-    if "shortest_edge" not in resize:
-        return resize["width"], resize["height"]
-    (width, height), short = size, resize["shortest_edge"]
-    return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-
-
-def center_crop(pixels: Any, height: int, width: int) -> Any:
-    """The middle (height, width) of pixels (rows, columns, channels), with black around it where they are fewer."""
-    import numpy as np
-
-    rows, columns = pixels.shape[:2]
-    # A border that an odd difference leaves uneven is wider above and on the left.
-    above, left = -(-max(height - rows, 0) // 2), -(-max(width - columns, 0) // 2)
-    canvas = np.zeros((max(height, rows), max(width, columns), pixels.shape[2]), pixels.dtype)
-    canvas[above : above + rows, left : left + columns] = pixels
-    top, first = (rows - height) // 2 + above, (columns - width) // 2 + left
-    return canvas[top : top + height, first : first + width]
+def module_beside(name: str) -> Any:
+    """generate.py or images.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
+    sys.dont_write_bytecode |= not __package__  # a bundle stays as it was built
+    return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
 
 
 # ---- Outputs
+
+
+def open_model(directory: str | Path, manifest: dict[str, Any] | None, **how: Any) -> tuple[dict[str, Any], Any]:
+    """The manifest of a bundle, read and its files checked where it is not given, and the session of its graph."""
+    manifest = manifest or read_manifest(Path(directory))
+    path, minimum = Path(directory) / manifest["model"], manifest["minimum_onnxruntime"]
+    return manifest, open_session(path, minimum=minimum, **how)
 
 
 class Predictor:
@@ -363,16 +241,13 @@ class Predictor:
     """
 
     def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
-        directory = Path(directory)
-        self.manifest = manifest or read_manifest(directory)
-        minimum = self.manifest["minimum_onnxruntime"]
-        self.session = open_session(directory / self.manifest["model"], minimum=minimum, **how)
+        self.manifest, self.session = open_model(directory, manifest, **how)
         names = [value.name for value in self.session.get_inputs()]
         settings = self.manifest["inputs"]
         if settings["kind"] == "image":
             self.prepare = image_inputs(settings, names)
         else:
-            self.prepare = text_inputs(directory / "tokenizer.json", settings, names)
+            self.prepare = text_inputs(Path(directory) / "tokenizer.json", settings, names)
 
     def logits(self, example: Example) -> Any:
         """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch."""
@@ -413,11 +288,8 @@ class Generator:
     """The language model of a bundle, ready to continue texts; its arguments are Predictor's."""
 
     def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
-        directory = Path(directory)
-        self.manifest = manifest or read_manifest(directory)
-        minimum = self.manifest["minimum_onnxruntime"]
-        self.session = open_session(directory / self.manifest["model"], minimum=minimum, **how)
-        self.model = generation().LanguageModel(directory, self.session)
+        self.manifest, self.session = open_model(directory, manifest, **how)
+        self.model = module_beside("generate").LanguageModel(Path(directory), self.session)
 
     def stream(self, prompt: str, sampling: Any = None) -> Iterator[str]:
         """The continuation of a text in pieces, each as soon as it is there; `sampling` is generate.py's."""
@@ -430,31 +302,10 @@ class Generator:
         return {"input": example[0], "continuation": "".join(self.stream(example[0], sampling))}
 
 
-def generation() -> Any:
-    """generate.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
-    if __package__:
-        from pipelines.runtime import generate
-    else:
-        sys.dont_write_bytecode = True  # the bundle stays as it was built
-        import generate  # type: ignore[no-redef]
-    return generate
-
-
 # ---- The command
 
 
-SAMPLING: dict[str, tuple[type, str]] = {
-    "max_new_tokens": (int, "the most tokens to add (64)"),
-    "sampling_temperature": (float, "draw tokens, the likeliest less often the higher this is; 0 draws none"),
-    "top_k": (int, "draw from this many of the likeliest tokens"),
-    "top_p": (float, "draw from the likeliest tokens that have this probability together"),
-    "repetition_penalty": (float, "divide the logits of tokens that were there by this"),
-    "stop_tokens": (int, "token ids to end at, besides the model's own"),
-    "seed": (int, "seed of the draws"),
-}
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(generates: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -466,11 +317,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
-    sampling = parser.add_argument_group(
-        "for a model that continues texts; left as they are, it takes the likeliest token"
-    )
-    for name, (kind, what) in SAMPLING.items():
-        sampling.add_argument(f"--{name}", type=kind, nargs="+" if name == "stop_tokens" else None, help=what)
+    if generates:
+        for field in fields(module_beside("generate").Sampling):
+            how = {
+                "type": float if field.type == "float" else int,
+                "default": field.default,
+                "help": field.metadata["help"],
+            }
+            parser.add_argument(f"--{field.name}", nargs="+" if field.default == () else None, **how)
     return parser
 
 
@@ -488,17 +342,6 @@ def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, mani
         parser.error(f"expected two texts for each prediction, found {len(flags.inputs)} texts")
     if flags.threads is not None and flags.threads < 1:
         parser.error(f"expected --threads of 1 or more, found {flags.threads}")
-    sampling = [f"--{name}" for name in SAMPLING if getattr(flags, name) is not None]
-    if sampling and manifest["outputs"]["kind"] != "continuation":
-        parser.error(f"expected no {', '.join(sampling)}, which are for a model that continues texts")
-
-
-def read_sampling(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Any:
-    given = {name: getattr(flags, name) for name in SAMPLING if getattr(flags, name) is not None}
-    try:
-        return generation().Sampling(**given)
-    except ValueError as error:
-        return parser.error(str(error))
 
 
 def read_examples(flags: argparse.Namespace, columns: int, texts: bool = True) -> Iterator[Example]:
@@ -612,10 +455,11 @@ def sample(settings: dict[str, Any]) -> Example:
 
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
-    parser = make_parser()
-    flags = parser.parse_args(argv)
     directory = Path(__file__).absolute().parent
     manifest = read_manifest(directory)
+    generates = manifest["outputs"]["kind"] == "continuation"
+    parser = make_parser(generates)
+    flags = parser.parse_args(argv)
     check_flags(parser, flags, manifest)
     inputs = manifest["inputs"]
     examples = read_examples(flags, 2 if inputs.get("pair") else 1, inputs["kind"] == "text")
@@ -626,8 +470,12 @@ def main(argv: list[str] | None = None) -> None:
     how = {"threads": flags.threads, "provider": flags.provider}
     # The inputs of a file are predicted one on each core; other providers have no cores to share out.
     in_file = flags.file is not None and flags.provider.lower() == "cpu" and not flags.benchmark
-    if manifest["outputs"]["kind"] == "continuation":
-        sampling = read_sampling(parser, flags)
+    if generates:
+        settings = module_beside("generate").Sampling
+        try:
+            sampling = settings(**{field.name: getattr(flags, field.name) for field in fields(settings)})
+        except ValueError as error:
+            parser.error(str(error))
         model: Any = Generator(directory, manifest, **how)
     else:
         model = Predictor(directory, manifest, **(how | {"threads": 1} if in_file else how))

@@ -29,7 +29,7 @@ from pipelines.models.predict import predict_torch
 from pipelines.onnx.calibrate import CALIBRATIONS, calibration_feeds, quantize_static_int8
 from pipelines.onnx.export import export_onnx
 from pipelines.onnx.predict import predict_onnx
-from pipelines.runtime import infer
+from pipelines.runtime import images
 from pipelines.runtime.infer import open_session
 from pipelines.tasks.image_classification import ImageClassification
 from pipelines.training.distill import distill_student
@@ -336,9 +336,9 @@ def test_a_format_that_pillow_does_not_read_is_named_with_its_remedy(name, conte
 def test_bytes_in_a_plain_column_of_a_table_and_images_of_one_pixel(tmp_path):
     generator = np.random.default_rng(0)
     sizes = [(1, 1), (1, 9), (9, 1), (3, 3), (3, 1)]
-    images = [Image.fromarray(generator.integers(0, 256, (*sizes[number % 5], 3), np.uint8)) for number in range(60)]
+    pictures = [Image.fromarray(generator.integers(0, 256, (*sizes[number % 5], 3), np.uint8)) for number in range(60)]
     content = []
-    for image in images:
+    for image in pictures:
         image.save(file := io.BytesIO(), "PNG")
         content.append(file.getvalue())
     table = pandas.DataFrame({"picture": content, "label": [number % 2 for number in range(60)]})
@@ -349,7 +349,7 @@ def test_bytes_in_a_plain_column_of_a_table_and_images_of_one_pixel(tmp_path):
     batch = collate(processor, augmentation=AugmentConfig(random_shift=0.3, random_crop=0.3, random_flip=True))(rows)
     assert batch["pixel_values"].shape == (30, 3, 8, 8)
     for row, found in zip(rows, task.collate(processor)(rows)["pixel_values"], strict=True):
-        expected = infer.image_pixels(read_image(row["image"]), image_settings(processor))
+        expected = images.image_pixels(read_image(row["image"]), image_settings(processor))
         np.testing.assert_array_equal(found.numpy(), expected)
 
 
@@ -364,7 +364,7 @@ def test_a_model_of_one_channel_sees_grey_images(image_folder, tmp_path):
     assert batch.shape == (4, 1, 8, 8)
     settings = image_settings(processor)
     for row, found in zip(rows, batch, strict=True):
-        np.testing.assert_array_equal(found.numpy(), infer.image_pixels(read_image(row["image"]), settings))
+        np.testing.assert_array_equal(found.numpy(), images.image_pixels(read_image(row["image"]), settings))
     make_image_processor().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"\[1, 8, 8\].*found \[3, 8, 8\].*have one number"):
         task.load_model(str(tmp_path))

@@ -29,14 +29,14 @@ from pipelines.data.images import MOST_PIXELS, read_image
 from pipelines.edge.bundle import PROBE_TEXTS, write_manifest
 from pipelines.edge.settings import image_settings
 from pipelines.onnx.predict import predict_onnx
-from pipelines.runtime import infer
+from pipelines.runtime import images, infer
 from pipelines.runtime.generate import Sampling
 from pipelines.tasks.text_classification import TextClassification
 
 # Runs infer.py as a person would, but for an import of anything that a minimal environment does not have.
 ONLY_FOUR_PACKAGES = """
 import os, runpy, sys
-allowed = {"numpy", "onnxruntime", "tokenizers", "PIL", "generate", *sys.stdlib_module_names}
+allowed = {"numpy", "onnxruntime", "tokenizers", "PIL", "generate", "images", *sys.stdlib_module_names}
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
@@ -192,7 +192,7 @@ def test_pixels_are_those_of_transformers_bit_by_bit(processor, settings):
     reference = getattr(transformers, processor)(**settings)
     for number, file in enumerate(image_files()):
         expected = reference([read_image({"bytes": file.getvalue()})], return_tensors="np")["pixel_values"][0]
-        found = infer.image_pixels(infer.read_image(file), image_settings(reference))
+        found = images.image_pixels(images.read_image(file), image_settings(reference))
         assert found.dtype == expected.dtype == np.float32 or not (reference.do_rescale or reference.do_normalize)
         np.testing.assert_array_equal(found, expected, err_msg=f"image {number}")
 
@@ -311,7 +311,7 @@ def test_errors_are_one_line(text_bundle, image_bundle, tmp_path):
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
         assert file in done.stderr
         assert found in done.stderr
-    assert infer.MOST_PIXELS == MOST_PIXELS
+    assert images.MOST_PIXELS == MOST_PIXELS
     for flags in (
         [],
         ["a", "--stdin"],

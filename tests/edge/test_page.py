@@ -28,7 +28,7 @@ from pipelines.edge.bundle import build_bundle, write_manifest
 from pipelines.edge.settings import image_settings
 from pipelines.edge.web import HERE, LIBRARIES, RUNTIME_LIBRARY, add_page
 from pipelines.onnx.quantize import quantize_onnx
-from pipelines.runtime import infer
+from pipelines.runtime import images, infer
 from pipelines.runtime.generate import LanguageModel, Sampling
 from pipelines.tasks.text_classification import TextClassification
 
@@ -92,7 +92,7 @@ def test_pixels_are_those_of_infer_py():
             image = Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
             rgba = np.asarray(image.convert("RGBA")).ravel().tolist()
             given.append({"image": {"data": rgba, "width": width, "height": height}, "settings": settings})
-            expected.append(infer.image_pixels(image, settings))
+            expected.append(images.image_pixels(image, settings))
     script = """
         for (const {image} of given) image.data = Uint8ClampedArray.from(image.data);
         console.log(JSON.stringify(given.map(({image, settings}) => [...model.imagePixels(image, settings).data])));
