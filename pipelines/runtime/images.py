@@ -34,10 +34,13 @@ def read_image(source: Any, value_range: Sequence[float] | None = None) -> Any:
     try:
         return to_rgb(*open_image(source), value_range)
     except Exception as error:  # Pillow's decoders raise errors of many types
-        found = unsupported_format(source) or " ".join(str(error).split())
-        raise ValueError(
-            f"expected an image file that Pillow reads, found {name_of(source)}: {found}. Save it as JPEG or PNG."
-        ) from error
+        unsupported = unsupported_format(source)
+        found = (
+            f"{unsupported}. Save it as JPEG or PNG"
+            if unsupported
+            else f"{' '.join(str(error).split())}. Check that file"
+        )
+        raise ValueError(f"expected an image file that Pillow reads, found {name_of(source)}: {found}.") from error
 
 
 def open_image(source: Any) -> tuple[Any, Any]:
