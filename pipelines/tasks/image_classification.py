@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,10 @@ class ImagePresentation(ClassifierPresentation):
     """What a report says of a classifier of images."""
 
     example = "image"
+    limitations: Sequence[str] = (
+        *ClassifierPresentation.limitations,
+        "The bundle shows transparency on white and scales values of more than 8 bits as in training. Give other tools RGB images of 8 bits.",
+    )
 
     def in_python(self, report: dict[str, Any], model: str) -> str:
         return f"""
@@ -99,6 +104,11 @@ class ImageClassification(Classification):
             self.config, "value_range", lambda: json.dumps(find_value_range(self.data.splits))
         )
         return cast("list[float] | None", json.loads(found))
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """How the splits came about, for the report, ready for JSON."""
+        return super().details | ({"value_range": self.value_range} if self.value_range else {})
 
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
