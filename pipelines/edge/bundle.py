@@ -34,7 +34,6 @@ VERIFIED_EXAMPLES = 32
 REQUIREMENTS = {"text": ["numpy>=1.26", "tokenizers>=0.20"], "image": ["numpy>=1.26", "pillow>=13"]}
 # infer.py itself takes Python 3.10, Pillow 13 takes 3.11; ONNX Runtime has no builds for 32 bits.
 PYTHON = {"text": "3.10", "image": "3.11"}
-PACKAGES = {"text": ("numpy", "onnxruntime", "tokenizers"), "image": ("numpy", "onnxruntime", "pillow")}
 LIBRARIES = {"text": (RUNTIME_LIBRARY, TOKENIZER_LIBRARY), "image": (RUNTIME_LIBRARY,)}
 # Texts and image sizes (width, height) that a data set may lack and a user will not: beyond any length, without any letter, control
 # tokens spelt out; upright, lying, smaller than the model's input and odd.
@@ -70,9 +69,11 @@ def build_bundle(source: str, directory: Path, task: Task, bundle: BundleConfig)
         shutil.copyfile(path, directory / path.name)
     graph = onnx.load(directory / ONNX_FILE, load_external_data=False)
     minimum = oldest_runtime(graph)
-    requirements = [f"# Python {PYTHON[kind]} or newer, 64-bit", *REQUIREMENTS[kind], f"onnxruntime>={minimum}"]
-    (directory / "requirements.txt").write_text("\n".join(requirements) + "\n")
-    installed = {name: importlib.metadata.version(name) for name in PACKAGES[kind]}
+    requirements = [*REQUIREMENTS[kind], f"onnxruntime>={minimum}"]
+    lines = [f"# Python {PYTHON[kind]} or newer, 64-bit", *requirements, ""]
+    (directory / "requirements.txt").write_text("\n".join(lines))
+    names = [requirement.partition(">=")[0] for requirement in requirements]
+    installed = {name: importlib.metadata.version(name) for name in names}
     page, missing = add_page(directory, bundle, LIBRARIES[kind])
     manifest = {
         "format": infer.FORMAT,

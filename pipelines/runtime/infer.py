@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ PAGE = ("index.html", "web/")  # only a browser needs these, so a device may do 
 Example = tuple[Any, ...]
 
 
-class BundleError(Exception):
-    """What was expected, what was found, what to do: one line."""
+class BundleError(ValueError):
+    """What was expected, what was found, what to do: one line. images.py and generate.py, which stand alone, raise ValueError."""
 
 
 # ---- The files
@@ -156,7 +157,7 @@ def in_order(predict: Callable[[Any], Any], examples: Iterable[Any], at_once: in
                 waiting.append(pool.submit(predict, next(left)))
             except (
                 Exception
-            ) as error:  # no example is left, or one cannot be read: raised in its place, after those before it
+            ) as error:  # none is left, or one cannot be read: raised in its place, after those before it
                 failed = error
             if failed or len(waiting) > 4 * at_once:  # one that takes long must not leave the other cores without work
                 yield from (waiting.popleft().result() for _ in range(len(waiting) if failed else 1))
@@ -206,15 +207,9 @@ def text_inputs(path: Path, settings: dict[str, Any], names: list[str]) -> Calla
 def image_inputs(settings: dict[str, Any], names: list[str]) -> Callable[[Example], dict[str, Any]]:
     """A function from an image to the input of the graph, float32 (1, channels, height, width)."""
     images = module_beside("images")
-
-    def prepare(example: Example) -> dict[str, Any]:
-        try:
-            image = images.read_image(example[0], settings.get("value_range"))
-        except ValueError as error:
-            raise BundleError(str(error)) from error
-        return {names[0]: images.image_pixels(image, settings)[None]}
-
-    return prepare
+    return lambda example: {
+        names[0]: images.image_pixels(images.read_image(example[0], settings.get("value_range")), settings)[None]
+    }
 
 
 def module_beside(name: str) -> Any:
@@ -293,10 +288,7 @@ class Generator:
 
     def stream(self, prompt: str, sampling: Any = None) -> Iterator[str]:
         """The continuation of a text in pieces, each as soon as it is there; `sampling` is generate.py's."""
-        try:
-            yield from self.model.stream(prompt, sampling)
-        except ValueError as error:  # a prompt that leaves the model no room
-            raise BundleError(str(error)) from error
+        yield from self.model.stream(prompt, sampling)
 
     def predict(self, example: Example, sampling: Any = None) -> dict[str, Any]:
         return {"input": example[0], "continuation": "".join(self.stream(example[0], sampling))}
@@ -319,12 +311,10 @@ def make_parser(generates: bool) -> argparse.ArgumentParser:
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
     if generates:
         for field in fields(module_beside("generate").Sampling):
-            how = {
-                "type": float if field.type == "float" else int,
-                "default": field.default,
-                "help": field.metadata["help"],
-            }
-            parser.add_argument(f"--{field.name}", nargs="+" if field.default == () else None, **how)
+            kind = float if field.type == "float" else int
+            several = "+" if field.default == () else None
+            words = field.metadata["help"]
+            parser.add_argument(f"--{field.name}", type=kind, nargs=several, default=field.default, help=words)
     return parser
 
 
@@ -358,9 +348,7 @@ def read_examples(flags: argparse.Namespace, columns: int, texts: bool = True) -
             sys.stdin.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
             yield from read_lines(sys.stdin, columns, origin)
         elif texts:
-            "".join(
-                flags.inputs
-            ).encode()  # raises for bytes that are no UTF-8, which the name of an image file may have
+            "".join(flags.inputs).encode()  # raises for bytes that are no UTF-8, which an image file's name may have
         yield from zip(*[iter(flags.inputs)] * columns, strict=True)
     except (OSError, UnicodeError) as error:
         raise BundleError(
@@ -398,11 +386,9 @@ def write_continuation(generator: Generator, prompt: str, sampling: Any, as_json
         print(json.dumps(generator.predict((prompt,), sampling), ensure_ascii=False), flush=True)
         return
     pieces = generator.stream(prompt, sampling)
-    first = next(pieces, "")  # a prompt that is too long is refused before it is written
-    print(prompt, first, sep="", end="", flush=True)
-    for piece in pieces:
+    # A prompt that is too long is refused before it is written.
+    for piece in chain([prompt + next(pieces, "")], pieces, ["\n"]):
         print(piece, end="", flush=True)
-    print(flush=True)
 
 
 def benchmark(predictor: Predictor, examples: list[Example]) -> dict[str, Any]:
@@ -429,11 +415,8 @@ def benchmark_generation(generator: Generator, prompt: str, sampling: Any) -> di
     first, rates = [], []
     for _ in range(5):
         start = time.perf_counter()
-        try:
-            steps = generator.model.steps([generator.model.encode(prompt)], sampling)
-            times = [time.perf_counter() - start for _ in steps]
-        except ValueError as error:
-            raise BundleError(str(error)) from error
+        steps = generator.model.steps([generator.model.encode(prompt)], sampling)
+        times = [time.perf_counter() - start for _ in steps]
         first += times[:1]
         rates += [(len(times) - 1) / (times[-1] - times[0])] if len(times) > 1 else []
     return {
@@ -480,17 +463,15 @@ def main(argv: list[str] | None = None) -> None:
     else:
         model = Predictor(directory, manifest, **(how | {"threads": 1} if in_file else how))
     if flags.benchmark:
-        ready = {"ready_ms": round((time.perf_counter() - started) * 1000, 1)}
-        if isinstance(model, Generator):
-            measured = ready | benchmark_generation(model, next(examples, ("",))[0], sampling)
+        ready = round((time.perf_counter() - started) * 1000, 1)
+        if generates:
+            times = benchmark_generation(model, next(examples, ("",))[0], sampling)
         else:
-            measured = ready | benchmark(model, list(examples) or [sample(inputs)])
-        measured |= {
-            "threads": model.session.get_session_options().intra_op_num_threads,
-            "provider": model.session.get_providers()[0],
-        }
+            times = benchmark(model, list(examples) or [sample(inputs)])
+        threads = model.session.get_session_options().intra_op_num_threads
+        measured = {"ready_ms": ready, **times, "threads": threads, "provider": model.session.get_providers()[0]}
         print(json.dumps(measured) if flags.json else "\n".join(f"{name}\t{value}" for name, value in measured.items()))
-    elif isinstance(model, Generator):
+    elif generates:
         for (prompt,) in examples:
             write_continuation(model, prompt, sampling, flags.json)
     else:
@@ -502,7 +483,7 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BundleError as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
         sys.exit(
