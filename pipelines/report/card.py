@@ -103,14 +103,13 @@ def _usage_section(report: dict[str, Any], presentation: Presentation) -> str:
 
 
 def needed_versions(report: dict[str, Any], published: Mapping[str, str] | None = None) -> str:
-    """The oldest versions of other tools that run each graph; `published` are the names that a stage's graphs have elsewhere."""
+    """The oldest versions of other tools that run each graph; `published` are the names that files of the run have elsewhere."""
     lines = []
     for stage in report["stages"]:
-        pattern = (published or {}).get(stage["name"], stage["path"] + "/{name}.onnx")
         for file, needs in stage.get("needs", {}).items() if stage["name"] not in BASELINES else ():
-            name = pattern.format(name=file.removesuffix(".onnx"))
-            versions = [f"{tool} {version}" for tool, version in needs.items() if version]
-            lines.append(f"- `{name}`: {' or '.join(versions)}, or newer")
+            path = f"{stage['path']}/{file}"
+            versions = " or ".join(f"{tool} {version}" for tool, version in needs.items() if version)
+            lines.append(f"- `{(published or {}).get(path, path)}`: {versions}, or newer")
     return "\n".join(["What runs the graphs:\n", *lines]) if lines else ""
 
 

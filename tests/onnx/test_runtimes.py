@@ -53,6 +53,6 @@ def test_the_card_names_them_for_each_file(tmp_path):
         "- `quantized/model.onnx`: onnxruntime 1.23.0 or transformers.js 4.0.0, or newer",
         "- `quantized/model_opset21.onnx`: onnxruntime 1.19.0 or transformers.js 3.0.0, or newer",
     ]
-    published = card_section(report, {"quantized": "onnx/{name}_quantized.onnx"})
+    published = card_section(report, {"quantized/model.onnx": "onnx/model_quantized.onnx"})
     assert "`onnx/model_quantized.onnx`: onnxruntime 1.23.0" in published
     assert card_section({"stages": report["stages"][:1]}) == ""
