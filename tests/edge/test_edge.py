@@ -27,10 +27,12 @@ from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.records import read_record
 from pipelines.data.images import MOST_PIXELS, read_image
 from pipelines.edge.bundle import PROBE_TEXTS, write_manifest
+from pipelines.edge.load import load
 from pipelines.edge.settings import image_settings
 from pipelines.onnx.predict import predict_onnx
 from pipelines.runtime import images, infer
 from pipelines.runtime.generate import Sampling
+from pipelines.tasks.image_classification import ImageClassification
 from pipelines.tasks.text_classification import TextClassification
 
 # Runs infer.py as a person would, but for an import of anything that a minimal environment does not have.
@@ -148,6 +150,34 @@ def test_images_to_the_last_digit(image_bundle, image_task, image_folder):
         expected = session.run(["logits"], {"pixel_values": pixels})[0][0]
         np.testing.assert_array_equal(np.array(one["logits"], np.float32), expected)
         assert one["input"] == str(path)
+
+
+def test_images_of_more_than_8_bits_to_the_last_digit(image_onnx, tmp_path):
+    generator = np.random.default_rng(0)
+    for number in range(60):
+        folder = tmp_path / "data" / ["sport", "tech", "trade"][number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(100, 4096, (8, 8), np.uint16)).save(folder / f"{number}.png")
+    task = ImageClassification(DataConfig(dataset=str(tmp_path / "data")))
+    bundle = make_bundle(image_onnx, tmp_path / "bundle", task)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    low, high = manifest["inputs"]["value_range"]
+    assert [low, high] == task.value_range
+    assert 100 <= low < 150
+    assert 4000 < high < 4096
+    paths = sorted((tmp_path / "data").rglob("*.png"))[:5]
+    processor = task.load_processor(str(bundle))
+    rows = [{"image": {"path": str(path), "bytes": None}, "labels": 0} for path in paths]
+    session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    found = predictions(bundle, *map(str, paths))
+    for one, row in zip(found, rows, strict=True):
+        inputs = {"pixel_values": task.collate(processor)([row])["pixel_values"].numpy()}
+        np.testing.assert_array_equal(np.array(one["logits"], np.float32), session.run(["logits"], inputs)[0][0])
+    # A directory without a manifest knows the range from the record.
+    stage = tmp_path / "stage"
+    shutil.copytree(image_onnx, stage)
+    (stage / "record.json").write_text(json.dumps({"made_by": {"task": task.describe()}}))
+    assert load(stage)(str(paths[0]))["logits"] == found[0]["logits"]
 
 
 def image_files() -> list[BytesIO]:
