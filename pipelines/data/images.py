@@ -23,6 +23,7 @@ from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import Collate
 from pipelines.data.kinds import Kind
+from pipelines.data.references import dtype
 from pipelines.data.tables import read_table
 from pipelines.runtime import images as runtime
 from pipelines.runtime.images import MOST_PIXELS
@@ -63,9 +64,8 @@ def find_value_range(splits: Mapping[str, datasets.Dataset]) -> list[float] | No
         for cell in split["image"]:
             source = _source(cell)
             with Image.open(source) as image:
-                frames += (
-                    getattr(image, "is_animated", False) and image.format != "MPO"
-                )  # a photograph with its preview
+                # A photograph with its own preview is one image.
+                frames += getattr(image, "is_animated", False) and image.format != "MPO"
                 deep = image.mode[0] in "IF" or ";16" in str(image.tile)
             values = runtime.open_image(source)[1] if deep else None
             if values is not None and np.isfinite(values).any():
@@ -107,12 +107,8 @@ def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
 def _encoded(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
     """The split with the column as encoded images, which are decoded when they are needed; None where it holds something else."""
     feature = split.features[column]
-    is_bytes = getattr(feature, "dtype", None) in ("binary", "large_binary")
-    if (
-        is_bytes
-        or isinstance(feature, datasets.Image)
-        or (isinstance(feature, dict) and {"bytes", "path"} == feature.keys())
-    ):
+    is_cell = isinstance(feature, dict) and {"bytes", "path"} == feature.keys()
+    if is_cell or isinstance(feature, datasets.Image) or dtype(split, column) in ("binary", "large_binary"):
         return split.cast_column(column, datasets.Image(decode=False))
     return None
 
