@@ -20,7 +20,7 @@ import pipelines
 from pipelines.core.errors import InputError
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.task import Presentation
-from pipelines.report.card import format_model_card
+from pipelines.report.card import format_model_card, needed_versions
 from pipelines.report.markdown import fence
 from pipelines.report.report import REPORT_FILES, read_report
 from pipelines.tasks import task_class
@@ -272,7 +272,8 @@ def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: s
             "`onnx/model_quantized.onnx` is the shipped model of the results below, with operators of ONNX Runtime. "
             "`onnx/model.onnx` has standard operators only."
         )
-    parts += presentation.remarks(files)
+    names = {"/".join(path.parts[-2:]): name for name, path in files.items()}
+    parts += [needed_versions(report, names), *presentation.remarks(files)]
     if any(stage["name"] == "pruned" for stage in report["stages"]):
         parts.append("The pruned weights are zeros in `model.safetensors`. The ONNX files do not have them.")
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
