@@ -179,28 +179,14 @@ def push(settings: Settings) -> None:
         held.release()
 
 
+LEARNING = (TaskConfig, TeacherConfig, DistillConfig, GateConfig, SoftTargetConfig, TrainingArguments)
 # Each verb's function and its dataclasses; where TaskConfig stands, those of the task come, too.
 VERBS: dict[str, tuple[Callable[[Settings], Any], tuple[type, ...]]] = {
     "compress": (compress, (DemoConfig, TaskConfig, *CHAIN)),
     "fine-tune": (fine_tune, (TaskConfig, TeacherConfig, TrainingArguments)),
     "soft-targets": (soft_targets, (TaskConfig, TeacherConfig, DistillConfig, OutputConfig)),
-    "distill": (
-        distill,
-        (TaskConfig, TeacherConfig, StudentConfig, DistillConfig, GateConfig, SoftTargetConfig, TrainingArguments),
-    ),
-    "prune": (
-        prune,
-        (
-            ModelConfig,
-            TaskConfig,
-            TeacherConfig,
-            PruneConfig,
-            DistillConfig,
-            GateConfig,
-            SoftTargetConfig,
-            TrainingArguments,
-        ),
-    ),
+    "distill": (distill, (StudentConfig, *LEARNING)),
+    "prune": (prune, (ModelConfig, PruneConfig, *LEARNING)),
     "export": (export, (ModelConfig, TaskConfig, OutputConfig)),
     "quantize": (quantize, (ModelConfig, TaskConfig, QuantizeConfig, OutputConfig)),
     "verify": (verify, (ModelConfig, ReferenceConfig, TaskConfig, QuantizeConfig)),
