@@ -67,6 +67,7 @@ def test_a_value_of_the_file_is_read_as_the_flag_would_read_it(tmp_path):
         ("hidden_state_map: 3:6", "3:6"),
         ("hidden_state_map: {1: 2, 3: 6}", "1:2,3:6"),
         ("hidden_state_map: ['1:2', 3:6]", "1:2,3:6"),
+        ("hidden_state_map:\n  - 1: 2\n  - 2: 4", "1:2,2:4"),
         ("student_layers: [0, 2, 5]", "0,2,5"),
         ("optim_args: {rank: 64, scale: 1e-2}", "rank=64,scale=1e-2"),
         ("lr_scheduler_kwargs: {min_lr: 1e-6, num_cycles: 2, last: -1}", {"min_lr": 1e-6, "num_cycles": 2, "last": -1}),
