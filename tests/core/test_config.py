@@ -86,6 +86,10 @@ def test_a_value_means_what_people_mean(tmp_path, content, read):
     name = content.partition(":")[0].replace("-", "_")
     found = next(getattr(one, name) for one in vars(settings).values() if hasattr(one, name))
     assert getattr(found, "value", found) == read
+    # What a report prints as run.yaml is read as it was.
+    file.write_text(yaml.safe_dump(settings.given, allow_unicode=True))
+    again = parse_config([TrainingArguments, DistillConfig, StudentConfig, DataConfig], argv=argv)
+    assert again.given == settings.given
 
 
 def test_a_file_of_a_windows_editor_is_read(tmp_path):
