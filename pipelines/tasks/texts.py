@@ -101,7 +101,9 @@ class TextTask(BaseTask):
         if not inputs.from_padding:  # which would move the positions
             text_config.pad_token_id = tokenizer.pad_token_id
         if tokenizer.cls_token is None:
-            text_config.use_cache = False  # of keys and values, which only a continuation needs; ONNX has no such outputs
+            text_config.use_cache = (
+                False  # of keys and values, which only a continuation needs; ONNX has no such outputs
+            )
         self.check_tokens(tokenizer, "input_ids", getattr(text_config, "vocab_size", math.inf), source)
         if "token_type_ids" in tokenizer.model_input_names:
             self.check_tokens(tokenizer, "token_type_ids", inputs.token_types, source)
