@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import json
 import math
@@ -37,7 +38,7 @@ def _check(condition: bool, expected: str, found: Any) -> None:
 class DataConfig:
     dataset: str | None = _flag(
         None,
-        "The data set: a Hub id, a csv, json, jsonl or parquet file, a folder of such files or with one sub-folder per "
+        "The data set: a Hub id, a csv, tsv, json, jsonl or parquet file, a folder of such files or with one sub-folder per "
         "class, or package://<installed package>/<path inside it>.",
     )
     dataset_config: str | None = _flag(None, "The Hub data set's configuration, such as sst2 for glue.")
@@ -56,6 +57,19 @@ class DataConfig:
     text_pair_column: str | None = _flag(None, "The column with the second text, for sentence pairs.")
     image_column: str = _flag("image", "The column with the image.")
     label_column: str = _flag("label", "The column with the class, or with the score where the task is one of scores.")
+    separator: str | None = _flag(
+        None,
+        "The character between the columns of csv and tsv files ('\\t' for a tab). Left out: found from the first line.",
+    )
+    encoding: str | None = _flag(
+        None,
+        "The encoding of tables and text files, such as cp1252. Left out: UTF-8 or UTF-16, else a guess that is printed.",
+    )
+    missing: str = _flag(
+        "error",
+        "What becomes of rows without a label, a text or a readable image: error names them, drop leaves them out and counts them.",
+        choices=["error", "drop"],
+    )
     max_length: int = _flag(
         128, "Texts are cut to this many tokens; for a language model they are joined and cut into blocks of this many."
     )
@@ -76,6 +90,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self.max_length >= 2, "--max_length of 2 or more", self.max_length)
+        _check(self.missing in ("error", "drop"), "--missing error or drop", self.missing)
+        self.separator = "\t" if self.separator in ("\\t", "tab") else self.separator
+        _check(self.separator is None or len(self.separator) == 1, "one character as --separator", self.separator)
+        if self.encoding is not None:
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError as error:
+                raise InputError(
+                    f"expected an encoding that Python knows as --encoding, such as cp1252, found: {error}"
+                ) from error
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"--{name} of 1 or more", value)

@@ -1,59 +1,292 @@
-"""Tables: a csv, tsv, json, jsonl or parquet file as a data set, read by pandas and Arrow."""
+"""Tables: the named columns of a csv, tsv, json, jsonl or parquet file as a data set, their cells as they are written."""
 
 from __future__ import annotations
 
-import glob
+import csv
+import io
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
+import charset_normalizer
 import datasets
+import pandas
+import pyarrow as pa
+import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
 
 from pipelines.core.config import DataConfig
-from pipelines.core.disk import no_room
+from pipelines.core.disk import digest, no_room
 from pipelines.core.errors import InputError
+from pipelines.data.remembered import VERSION, folder, state_of
 
-# The builder of `datasets` and its arguments for each kind of file. Only an empty cell of a table is a missing value:
-# pandas would read the words "NA", "None" and "null" as missing too, which are texts and class names like any other.
-_TABLE = {"keep_default_na": False, "na_values": [""]}
-# Named "utf-8", the json builder passes bytes on undecoded, and bad ones surface only when a text is read.
-_JSON = {"encoding": "utf-8-sig"}
-FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", _TABLE),
-    ".tsv": ("csv", {"sep": "\t", **_TABLE}),
-    ".json": ("json", _JSON),
-    ".jsonl": ("json", _JSON),
-    ".parquet": ("parquet", {}),
-}
+PACKED = ("", ".gz", ".bz2", ".xz", ".zip")
+JSON_SUFFIXES = tuple(suffix + packed for packed in PACKED for suffix in (".json", ".jsonl", ".ndjson"))
+TSV_SUFFIXES = tuple(".tsv" + packed for packed in PACKED)
+TABLE_SUFFIXES = (*(".csv" + packed for packed in PACKED), *TSV_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+
+ROWS_AT_A_TIME = 10_000
+READ_AS = b"read as"
+# How a file may quote: marks are doubled, or stand after a backslash, or there is no quoting and a mark is a character.
+DOUBLED: dict[str, Any] = {}
+ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
+UNQUOTED: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
+# What is in use besides UTF-8. Left alone, charset-normalizer also finds code pages of 1985 in the texts of today.
+ENCODINGS = (
+    "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 koi8_r mac_roman cp932 euc_jp gb18030 big5 cp949 utf_16_le utf_16_be"
+).split()
 
 
 def read_table(path: Path, config: DataConfig) -> datasets.Dataset:
-    """A csv, tsv, json, jsonl or parquet file as it is."""
-    builder, arguments = FILE_BUILDERS[path.suffix.lower()]
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it is about to raise
-    try:
-        # Data files are patterns: unescaped, the brackets of "texts [1].csv" would match another file or none.
-        table = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", **arguments)
-        if builder == "parquet":
-            table.data.validate(full=True)  # nobody has looked at the bytes of its texts yet
-        return table
-    except Exception as error:  # parsers raise errors of their own kinds, and `datasets` wraps some of them
-        if full := no_room(error):
+    """The columns of a table that the flags name. The others have nothing but their names, so they can be in nobody's way.
+
+    Cells of csv, tsv and json files are text. The table is kept in the cache of `datasets`, so it takes no memory; its `description`
+    names the encoding and the separator of the file, where they are not the usual ones.
+    """
+    named = {config.text_column, config.text_pair_column, config.image_column, config.label_column} - {None}
+    key = [VERSION, state_of(str(path)), sorted(map(str, named)), config.separator, config.encoding]
+    kept = folder() / f"table-{digest(key)}.arrow"
+    if not kept.is_file():
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        try:
+            _write(temporary, _readings(path, named, config))
+            temporary.replace(kept)
+        except InputError:
+            raise
+        except Exception as error:  # parsers raise errors of their own kinds
+            if full := no_room(error):
+                raise InputError(
+                    f"expected room on the disk for a copy of {path} in {datasets.config.HF_DATASETS_CACHE}, found none ({full}); make "
+                    "room, or set HF_DATASETS_CACHE to a folder on another disk"
+                ) from error
             raise InputError(
-                f"expected room on the disk for a copy of {path} in {datasets.config.HF_DATASETS_CACHE}, found none ({full}); make room, or "
-                "set HF_DATASETS_CACHE to a folder on another disk"
+                f"expected a well-formed {path.suffix.lower()[1:]} file, found that {path} cannot be read ({reason(error)}); repair the file "
+                "or save it again, or say how it is written with --separator and --encoding"
             ) from error
-        raise InputError(
-            f"expected a well-formed {path.suffix.lower()[1:]} file in UTF-8, found that {path} cannot be read "
-            f"({reason(error)}); repair the file or save it again"
-        ) from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
+        finally:
+            temporary.unlink(missing_ok=True)
+    with pa.OSFile(str(kept)) as file:
+        notes = pa.ipc.open_stream(file).schema.metadata or {}
+    return datasets.Dataset.from_file(str(kept), datasets.DatasetInfo(description=notes.get(READ_AS, b"").decode()))
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong while `datasets` read a file, out of its "an error occurred"."""
+    """What went wrong while a file was read, out of the "an error occurred" of `datasets`."""
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _write(target: Path, readings: Iterator[Iterator[pa.Table]]) -> None:
+    """Write the first of several readings of a table that ends well; raises the error of the first where none does."""
+    first_error: csv.Error | None = None
+    for tables in readings:
+        try:
+            first = next(tables)
+            with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
+                for table in chain([first], tables):
+                    writer.write_table(table)
+            return
+        except csv.Error as error:
+            first_error = first_error or error
+    raise first_error or ValueError("it holds no table")
+
+
+def _readings(path: Path, named: set[str | None], config: DataConfig) -> Iterator[Iterator[pa.Table]]:
+    """The ways in which a file can be read, the most likely one first."""
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        yield _from_parquet(path, named)
+        return
+    with closing(compr[infer_compression(name)](path.open("rb"), mode="rb")) as file:
+        encoding = config.encoding or encoding_of(file, path)
+        text = io.TextIOWrapper(file, encoding, newline="")
+        found = [] if encoding == "utf-8-sig" else [f"encoding {encoding}"]
+        text.seek(0)
+        if name.endswith(JSON_SUFFIXES):
+            yield _from_objects(text, path, named, {READ_AS: ", ".join(found)})
+            return
+        usual = "\t" if name.endswith(TSV_SUFFIXES) else ","
+        start = text.read(1 << 16).lstrip()
+        hints = start.lower().startswith("sep=")  # a line of Excel's own
+        separator = config.separator or (start[4] if hints else _separator(start, usual, named))
+        found += [f"separator {separator!r}"] if separator != usual else []
+        ways = [DOUBLED, *([ESCAPED] if '\\"' in start else []), UNQUOTED]
+        if separator == "\t" and not start.startswith('"'):
+            ways.reverse()
+        # Rows may be short only where nothing else explains them.
+        for way, whole in [*((way, True) for way in ways), (ways[0], False)]:
+            text.seek(0)
+            lines = islice(text, int(hints), None)
+            yield _from_cells(lines, path, named, whole, {READ_AS: ", ".join(found)}, {"delimiter": separator, **way})
+
+
+def _separator(start: str, usual: str, named: set[str | None]) -> str:
+    """The separator that finds the named columns in the first line, or else the one that csv.Sniffer finds."""
+    found = {
+        separator: len(named.intersection(_names(next(csv.reader(start.splitlines(), delimiter=separator), []))))
+        for separator in dict.fromkeys(usual + ",;\t|")
+    }
+    best = max(found, key=lambda separator: found[separator])
+    if found[best] == 0:
+        try:
+            return csv.Sniffer().sniff(start[:4096], ",;\t|").delimiter
+        except csv.Error:
+            return usual
+    return best
+
+
+def _names(header: list[str]) -> list[str]:
+    return [name.strip().strip("\"'").strip() for name in header]
+
+
+def _from_cells(
+    lines: Iterator[str],
+    path: Path,
+    named: set[str | None],
+    whole: bool,
+    notes: dict[bytes, str],
+    dialect: dict[str, Any],
+) -> Iterator[pa.Table]:
+    """The rows of a csv file, all of one length. Raises csv.Error where they are not, or quotation marks do not pair."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(lines, strict=True, **dialect)
+    header = next((row for row in reader if row), [])
+    names = _names(header)
+    twice = [name for name in named if names.count(str(name)) > 1]
+    if twice:
+        raise InputError(
+            f"expected one column {twice[0]!r} in {path}, found {names.count(str(twice[0]))}; give every column a name of its own"
+        )
+    # "text, label": a space after each separator belongs to it.
+    spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+    reader = csv.reader(lines, strict=True, skipinitialspace=spaced, **dialect)
+    first = True
+    while (rows := [_fitted(row, header, whole) for row in islice(reader, ROWS_AT_A_TIME)]) or first:
+        first = False
+        rows = [row for row in rows if row]
+        columns = {
+            name: pa.array([row[index] or None for row in rows], pa.string()) if name in named else pa.nulls(len(rows))
+            for index, name in enumerate(names)
+        }
+        yield pa.table(columns, metadata=notes)
+
+
+def _fitted(row: list[str], header: list[str], whole: bool) -> list[str]:
+    """A row with as many cells as the header, or none for an empty line."""
+    if len(row) == len(header):
+        return row
+    if not any(cell.strip() for cell in row):
+        return []
+    cells = row[: len(header)] + [""] * (len(header) - len(row))
+    if any(row[len(header) :]) or (whole and len(row) < len(header)):
+        raise csv.Error(f"{len(header)} columns in the first line, {len(row)} cells in the row {row!r:.100}")
+    return cells
+
+
+def _from_objects(text: TextIO, path: Path, named: set[str | None], notes: dict[bytes, str]) -> Iterator[pa.Table]:
+    """The objects of a json or jsonl file; not all need to have the same keys."""
+    objects = _objects(text)
+    tables = []
+    while rows := list(islice(objects, ROWS_AT_A_TIME)):
+        columns = {
+            name.strip(): pa.array([_text(row.get(name), name, path) for row in rows], pa.string())
+            if name.strip() in named
+            else pa.nulls(len(rows))
+            for name in dict.fromkeys(chain.from_iterable(rows))
+        }
+        tables.append(pa.table(columns))
+    if tables:
+        yield pa.concat_tables(tables, promote_options="default").replace_schema_metadata(notes)
+
+
+def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
+    """One object a line, a list of them, a list under a name ({"data": [...]}), or a list for each column."""
+    by_line = text.readline().rstrip().endswith("}") and any(line.strip() for line in text)
+    text.seek(0)
+    rows = (json.loads(line) for line in text if line.strip()) if by_line else json.load(text)
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        rows = lists[0] if len(lists) == 1 else pandas.DataFrame(rows).to_dict("records")
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"an object for every row has its columns by their names, {row!r:.100} does not")
+        yield row
+
+
+def _text(value: Any, name: str, path: Path) -> str | None:
+    if isinstance(value, (dict, list)):
+        raise InputError(
+            f"expected a text, a number or a truth value in the column {name!r} of {path}, found a {type(value).__name__}; name another "
+            "column (--text_column, --label_column), or write its parts into columns of their own"
+        )
+    return None if value is None or value != value else str(value)
+
+
+def _from_parquet(path: Path, named: set[str | None]) -> Iterator[pa.Table]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        for batch in file.iter_batches(
+            ROWS_AT_A_TIME, columns=[name for name in schema.names if name.strip() in named]
+        ):
+            batch.validate(full=True)  # nobody has looked at the bytes of its texts yet
+            columns = {
+                name.strip(): _plain(batch.column(name)) if name.strip() in named else pa.nulls(len(batch))
+                for name in schema.names
+            }
+            yield pa.table(columns, metadata=schema.metadata)
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """The values of a column of categories."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+# ---- Encodings
+
+
+def encoding_of(file: BinaryIO, path: Path) -> str:
+    """The encoding of a file of text: what its first bytes say, else UTF-8, else what its lines look like."""
+    head = file.read(4096)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    zeros = head[::2].count(0), head[1::2].count(0)
+    if sum(zeros) > len(head) / 20:  # every other byte of Latin letters
+        return "utf_16_be" if zeros[0] > zeros[1] else "utf_16_le"
+    file.seek(0)
+    counts: Counter[str] = Counter()
+    other = b""
+    for line in file:
+        if not line.isascii():
+            try:
+                line.decode()
+                counts["UTF-8"] += 1
+            except UnicodeDecodeError:
+                counts["other"] += 1
+                other += line[:4096] if len(other) < 1 << 16 else b""
+    if not other:
+        return "utf-8-sig"
+    if counts["UTF-8"] < counts["other"] and (encoding := _guess(other)):
+        return encoding
+    raise InputError(
+        f"expected one encoding in {path}, UTF-8 or another, found bytes in {counts['other']} lines that are not UTF-8, such as "
+        f"{other[:60]!r}, beside {counts['UTF-8']} lines that are; repair the file, or name its encoding with --encoding"
+    )
+
+
+def _guess(content: bytes) -> str | None:
+    """The encoding in which bytes make the likeliest text, Western European where another is hardly more likely."""
+    guesses = {
+        "cp1252" if "cp1252" in match.could_be_from_charset else match.encoding: (match.chaos, -match.coherence)
+        for match in charset_normalizer.from_bytes(content, cp_isolation=ENCODINGS)
+    }
+    ranks = {name: (round(chaos, 2), order - 0.05 * (name == "cp1252")) for name, (chaos, order) in guesses.items()}
+    return min(ranks, key=lambda name: ranks[name], default=None)
