@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -18,6 +19,7 @@ import charset_normalizer
 import datasets
 import pandas
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 from fsspec.compression import compr
@@ -34,7 +36,7 @@ TSV_SUFFIXES = tuple(".tsv" + packed for packed in PACKED)
 TABLE_SUFFIXES = (*(".csv" + packed for packed in PACKED), *TSV_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 
 ROWS_AT_A_TIME = 10_000
-READ_AS = b"read as"
+READ_AS = b"read as"  # in an Arrow file's metadata
 # How a file may quote: marks are doubled, or stand after a backslash, or there is no quoting and a mark is a character.
 DOUBLED: dict[str, Any] = {}
 ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
@@ -85,114 +87,147 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def _write(target: Path, readings: Iterator[Iterator[pa.Table]]) -> None:
-    """Write the first of several readings of a table that ends well; raises the error of the first where none does."""
-    first_error: csv.Error | None = None
-    for tables in readings:
+def _write(target: Path, readings: Iterator[tuple[str, Iterator[pa.Table]]]) -> None:
+    """Write the first of several readings of a table that ends well; raises the error of the last where none does."""
+    last_error: Exception = ValueError("it holds no table")
+    for note, tables in readings:
         try:
             first = next(tables)
-            with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
+            schema = first.schema.with_metadata({READ_AS: note}) if note else first.schema
+            with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
                 for table in chain([first], tables):
                     writer.write_table(table)
             return
-        except csv.Error as error:
-            first_error = first_error or error
-    raise first_error or ValueError("it holds no table")
+        except (csv.Error, pa.ArrowInvalid) as error:
+            last_error = error
+    raise last_error
 
 
-def _readings(path: Path, named: set[str | None], config: DataConfig) -> Iterator[Iterator[pa.Table]]:
-    """The ways in which a file can be read, the most likely one first."""
+def _readings(path: Path, named: set[str | None], config: DataConfig) -> Iterator[tuple[str, Iterator[pa.Table]]]:
+    """The ways in which a file can be read, the most likely one first, each with what is unusual in it."""
     name = path.name.lower()
     if name.endswith(".parquet"):
-        yield _from_parquet(path, named)
+        yield "", _from_parquet(path, named)
         return
     with closing(compr[infer_compression(name)](path.open("rb"), mode="rb")) as file:
         encoding = config.encoding or encoding_of(file, path)
         text = io.TextIOWrapper(file, encoding, newline="")
-        found = [] if encoding == "utf-8-sig" else [f"encoding {encoding}"]
         text.seek(0)
+        note = "" if encoding == "utf-8-sig" else f"encoding {encoding}"
         if name.endswith(JSON_SUFFIXES):
-            yield _from_objects(text, path, named, {READ_AS: ", ".join(found)})
+            yield note, _from_objects(text, path, named)
             return
         usual = "\t" if name.endswith(TSV_SUFFIXES) else ","
-        start = text.read(1 << 16).lstrip()
+        start = text.read(1 << 16)
         hints = start.lower().startswith("sep=")  # a line of Excel's own
-        separator = config.separator or (start[4] if hints else _separator(start, usual, named))
-        found += [f"separator {separator!r}"] if separator != usual else []
-        ways = [DOUBLED, *([ESCAPED] if '\\"' in start else []), UNQUOTED]
-        if separator == "\t" and not start.startswith('"'):
-            ways.reverse()
+        separator = config.separator or (start[4:5] if hints else _separator(start, usual, named))
+        start = start.partition("\n")[2] if hints else start
+        note = ", ".join(filter(None, (note, "" if separator == usual else f"separator {separator!r}")))
+        header, row = _first_rows(start, separator)
+        # R leaves the name of its first column out, which counts the rows.
+        names = [""] * (len(row) == len(header) + 1 and row[0].isdecimal()) + _names(header)
+        if twice := [name for name in named if names.count(str(name)) > 1]:
+            raise InputError(
+                f"expected one column {twice[0]!r} in {path}, found several; give every column a name of its own"
+            )
+        # "text, label": a space after each separator belongs to it.
+        spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+        unquoted = separator == "\t" and not start.lstrip().startswith('"')
+        if not note and not spaced:
+            yield note, _from_lines(file, names, named, separator, unquoted)
+        ways = [DOUBLED, *([ESCAPED] if '\\"' in start else []), UNQUOTED][:: -1 if unquoted else 1]
         # Rows may be short only where nothing else explains them.
         for way, whole in [*((way, True) for way in ways), (ways[0], False)]:
             text.seek(0)
             lines = islice(text, int(hints), None)
-            yield _from_cells(lines, path, named, whole, {READ_AS: ", ".join(found)}, {"delimiter": separator, **way})
+            reader = csv.reader(lines, strict=True, delimiter=separator, skipinitialspace=spaced, **way)
+            yield note, _from_rows(reader, names, named, whole)
 
 
-def _separator(start: str, usual: str, named: set[str | None]) -> str:
-    """The separator that finds the named columns in the first line, or else the one that csv.Sniffer finds."""
-    found = {
-        separator: len(named.intersection(_names(next(csv.reader(start.splitlines(), delimiter=separator), []))))
-        for separator in dict.fromkeys(usual + ",;\t|")
-    }
-    best = max(found, key=lambda separator: found[separator])
-    if found[best] == 0:
-        try:
-            return csv.Sniffer().sniff(start[:4096], ",;\t|").delimiter
-        except csv.Error:
-            return usual
-    return best
+def _first_rows(start: str, separator: str) -> list[list[str]]:
+    """The first two rows that are not empty."""
+    rows = (row for row in csv.reader(start.splitlines(keepends=True), delimiter=separator) if row)
+    return [next(rows, []), next(rows, [])]
 
 
 def _names(header: list[str]) -> list[str]:
     return [name.strip().strip("\"'").strip() for name in header]
 
 
-def _from_cells(
-    lines: Iterator[str],
-    path: Path,
-    named: set[str | None],
-    whole: bool,
-    notes: dict[bytes, str],
-    dialect: dict[str, Any],
+def _separator(start: str, usual: str, named: set[str | None]) -> str:
+    """The separator that finds the named columns in the first line, or else the one that csv.Sniffer finds."""
+    found = {
+        separator: len(named.intersection(_names(_first_rows(start, separator)[0]))) for separator in usual + ",;\t|"
+    }
+    best = max(found, key=lambda separator: found[separator])
+    with contextlib.suppress(csv.Error):
+        return best if found[best] else csv.Sniffer().sniff(start[:4096], ",;\t|").delimiter
+    return usual
+
+
+def _from_lines(
+    file: BinaryIO, names: list[str], named: set[str | None], separator: str, unquoted: bool
+) -> Iterator[pa.Table]:
+    """The rows of a file in UTF-8 in which every line is one, by Arrow: in a fifth of the time. Raises ArrowInvalid or csv.Error for any other file."""
+    file.seek(0)
+    numbers = [str(number) for number in range(len(names))]
+    stream = pyarrow.csv.open_csv(
+        file,
+        pyarrow.csv.ReadOptions(column_names=numbers, skip_rows=1, block_size=1 << 18),
+        pyarrow.csv.ParseOptions(delimiter=separator, quote_char=not unquoted and '"'),
+        pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(numbers, pa.string()),
+            include_columns=[number for number, name in zip(numbers, names, strict=True) if name in named],
+            null_values=[""],
+            strings_can_be_null=True,
+        ),
+    )
+    rows = 0
+    for batch in stream:
+        rows += len(batch)
+        yield pa.table(
+            {
+                name: batch.column(number) if name in named else pa.nulls(len(batch))
+                for number, name in zip(numbers, names, strict=True)
+            }
+        )
+    file.seek(0)
+    if rows != sum(not line.isspace() for line in file) - 1:
+        raise csv.Error("a cell over several lines")
+
+
+def _from_rows(
+    reader: Iterator[list[str]], names: list[str], named: set[str | None], whole: bool
 ) -> Iterator[pa.Table]:
     """The rows of a csv file, all of one length. Raises csv.Error where they are not, or quotation marks do not pair."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(lines, strict=True, **dialect)
-    header = next((row for row in reader if row), [])
-    names = _names(header)
-    twice = [name for name in named if names.count(str(name)) > 1]
-    if twice:
-        raise InputError(
-            f"expected one column {twice[0]!r} in {path}, found {names.count(str(twice[0]))}; give every column a name of its own"
+    next((row for row in reader if row), None)
+    more = True
+    while more:
+        rows = [_fitted(row, len(names), whole) for row in islice(reader, ROWS_AT_A_TIME)]
+        more, rows = bool(rows), [row for row in rows if row]
+        yield pa.table(
+            {
+                name: pa.array([row[index] or None for row in rows], pa.string())
+                if name in named
+                else pa.nulls(len(rows))
+                for index, name in enumerate(names)
+            }
         )
-    # "text, label": a space after each separator belongs to it.
-    spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
-    reader = csv.reader(lines, strict=True, skipinitialspace=spaced, **dialect)
-    first = True
-    while (rows := [_fitted(row, header, whole) for row in islice(reader, ROWS_AT_A_TIME)]) or first:
-        first = False
-        rows = [row for row in rows if row]
-        columns = {
-            name: pa.array([row[index] or None for row in rows], pa.string()) if name in named else pa.nulls(len(rows))
-            for index, name in enumerate(names)
-        }
-        yield pa.table(columns, metadata=notes)
 
 
-def _fitted(row: list[str], header: list[str], whole: bool) -> list[str]:
+def _fitted(row: list[str], width: int, whole: bool) -> list[str]:
     """A row with as many cells as the header, or none for an empty line."""
-    if len(row) == len(header):
+    if len(row) == width:
         return row
     if not any(cell.strip() for cell in row):
         return []
-    cells = row[: len(header)] + [""] * (len(header) - len(row))
-    if any(row[len(header) :]) or (whole and len(row) < len(header)):
-        raise csv.Error(f"{len(header)} columns in the first line, {len(row)} cells in the row {row!r:.100}")
-    return cells
+    if any(row[width:]) or (whole and len(row) < width):
+        raise csv.Error(f"the first line names {width} columns, and {row!r:.100} has {len(row)} cells")
+    return row[:width] + [""] * (width - len(row))
 
 
-def _from_objects(text: TextIO, path: Path, named: set[str | None], notes: dict[bytes, str]) -> Iterator[pa.Table]:
+def _from_objects(text: TextIO, path: Path, named: set[str | None]) -> Iterator[pa.Table]:
     """The objects of a json or jsonl file; not all need to have the same keys."""
     objects = _objects(text)
     tables = []
@@ -205,7 +240,7 @@ def _from_objects(text: TextIO, path: Path, named: set[str | None], notes: dict[
         }
         tables.append(pa.table(columns))
     if tables:
-        yield pa.concat_tables(tables, promote_options="default").replace_schema_metadata(notes)
+        yield pa.concat_tables(tables, promote_options="default")
 
 
 def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
