@@ -43,7 +43,7 @@ ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
 UNQUOTED: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
 # What is in use besides UTF-8. Left alone, charset-normalizer also finds code pages of 1985 in the texts of today.
 ENCODINGS = (
-    "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 koi8_r mac_roman cp932 euc_jp gb18030 big5 cp949 utf_16_le utf_16_be"
+    "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 koi8_r cp932 euc_jp gb18030 big5 cp949 utf_16_le utf_16_be"
 ).split()
 
 
@@ -92,7 +92,8 @@ def _write(target: Path, readings: Iterator[tuple[str, Iterator[pa.Table]]]) -> 
     last_error: Exception = ValueError("it holds no table")
     for note, tables in readings:
         try:
-            first = next(tables)
+            if (first := next(tables, None)) is None:
+                continue
             schema = first.schema.with_metadata({READ_AS: note}) if note else first.schema
             with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
                 for table in chain([first], tables):
@@ -250,7 +251,8 @@ def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
     rows = (json.loads(line) for line in text if line.strip()) if by_line else json.load(text)
     if isinstance(rows, dict):
         lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        rows = lists[0] if len(lists) == 1 else pandas.DataFrame(rows).to_dict("records")
+        is_row = not any(isinstance(value, (list, dict)) for value in rows.values())
+        rows = [rows] if is_row else lists[0] if len(lists) == 1 else pandas.DataFrame(rows).to_dict("records")
     for row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"an object for every row has its columns by their names, {row!r:.100} does not")
