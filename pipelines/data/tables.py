@@ -304,7 +304,7 @@ def encoding_of(file: BinaryIO, path: Path) -> str:
     for line in file:
         if not line.isascii():
             try:
-                line.decode()
+                line.decode(errors="surrogatepass")  # not UTF-8, but nothing else either
                 counts["UTF-8"] += 1
             except UnicodeDecodeError:
                 counts["other"] += 1

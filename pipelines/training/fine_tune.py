@@ -69,7 +69,8 @@ def finish(
     if is_teacher:
         task.check_teacher(metrics, model.config)
     save(model, processor, directory)
-    return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
+    how_read = {name: task.details[name] for name in ("read_as", "rows_dropped") if name in task.details}
+    return Outcome("transformers", {"validation": metrics}, count_parameters(model), details | how_read)
 
 
 def validation_metrics(model: Any, task: Task, processor: Any, batch_size: int = 32) -> dict[str, Any]:
