@@ -25,7 +25,8 @@ from typing import Any
 
 from edge import make_environment
 
-from pipelines.core.config import BundleConfig, make_settings, run_main
+from pipelines.core.command import run_main
+from pipelines.core.config import BundleConfig, make_settings
 from pipelines.core.errors import InputError
 from pipelines.core.task import Task
 from pipelines.edge.bundle import MANIFEST, example_of, pipeline_outputs, write_manifest

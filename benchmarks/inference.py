@@ -35,7 +35,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # `benchmarks` beside `pipelines`, installed or not
 
 from benchmarks import inference_limits, inference_pages, inference_worker  # noqa: E402
-from pipelines.core.config import QuantizeConfig, parse_config, run_main  # noqa: E402
+from pipelines.core.command import parse_config, run_main  # noqa: E402
+from pipelines.core.config import QuantizeConfig  # noqa: E402
 from pipelines.core.errors import InputError  # noqa: E402
 from pipelines.core.task import Arrays  # noqa: E402
 from pipelines.onnx.measure import run_worker  # noqa: E402

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.core.config import DataConfig, run_main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig
 from pipelines.tasks.text_classification import TextClassification
 
 

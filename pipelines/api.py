@@ -9,7 +9,7 @@ Every setting of a stage, of its data and of its training is a keyword, by the n
     quantize("out/onnx", "out/int8", **data, max_quality_drop=0.02)
 
 `task` is read from the model's config.json where it is left out. A finished stage is not rebuilt. Raises InputError for
-settings that cannot be used, VerificationError for a model that is not what it was made from.
+settings that cannot be used, VerificationError for a model that is not what it was made from or lost more than its gate allows.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from pipelines.core.command import parse_config
 from pipelines.core.config import (
     BundleConfig,
     DistillConfig,
@@ -15,8 +16,9 @@ from pipelines.core.config import (
     Settings,
     StudentConfig,
     TeacherConfig,
-    parse_config,
 )
+from pipelines.core.quality import check_stage
+from pipelines.core.records import read_record
 from pipelines.core.run import Run
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import check_access, push_run
@@ -51,7 +53,19 @@ def compress(settings: Settings, recipe: str) -> None:
     # What cannot work shows now, not after hours of training: a token that the Hub refuses, what a family's layers do not allow.
     if training.push_to_hub:
         check_access(run, training)
-    prune = possible_pruning(task.load_config(settings.student.student_model or teacher.teacher_model), settings.prune)
+    student = settings.student.student_model
+    prune = possible_pruning(task.load_config(student or teacher.teacher_model), settings.prune)
+    if student is not None and read_record(run.directory / "teacher") is None:
+        task.checked_config(student, settings.student.student_from_scratch)
+    without_bundle = task.bundle_obstacle(student or teacher.teacher_model)
+    if without_bundle:
+        run.state.print(f"bundle: left out, since {without_bundle}; the run ends with ONNX files and a report")
+
+    def check_quality(name: str) -> None:
+        """A stage is kept, but what a user would not want of it stops the run."""
+        if run.state.is_main_process:
+            of_teacher = run.record("teacher")["metrics"]["validation"]
+            check_stage(run.directory / name, task, settings.quantize, teacher=of_teacher)
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
@@ -61,12 +75,13 @@ def compress(settings: Settings, recipe: str) -> None:
     # examples as they are: a student of augmented images, or of hidden states, needs the teacher beside it (--soft_targets online).
     soft_targets = None
     if distill.needs_stored_targets:
-        what = distill.for_soft_targets()
+        what = distill.only(task.soft_target_settings)
         soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=what)
     learning: dict[str, Any] = {"distributed": True, "training": training, "soft_targets": soft_targets}
 
     # 3. The student starts from the teacher's own layers, so its embeddings and head come trained; or it is another model altogether.
     run.stage("student", distill_student, "teacher", student=settings.student, distill=distill, **learning)
+    check_quality("student")
     # The baseline that might win: the same student, the same steps, no teacher.
     if settings.report.label_baseline:
         labels_only = {**learning, "distill": distill.labels_only(), "soft_targets": None}
@@ -77,6 +92,7 @@ def compress(settings: Settings, recipe: str) -> None:
     if prune.prune_heads or prune.prune_ffn:
         recovery = {**learning, "teacher": run.directory / "teacher", "distill": distill}
         small = run.stage("pruned", prune_and_recover, small, prune=prune, **recovery).name
+        check_quality("pruned")
 
     # 5. The teacher in ONNX is the fair baseline: what a user gets without any of this.
     run.stage("teacher_onnx", export_onnx, "teacher")
@@ -85,15 +101,17 @@ def compress(settings: Settings, recipe: str) -> None:
     # 6. Only what keeps the quality of the exported model is shipped.
     if settings.quantize.quantization != "none":
         shipped = run.stage("quantized", quantize_onnx, shipped, quantize=settings.quantize).name
+        check_quality("quantized")
 
     # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
-    bundle = run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
+    bundle = None if without_bundle else run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
 
     # 8. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
     report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size)
     if training.push_to_hub:
         push_run(run, training)
-    run.state.print(next_commands(run.directory, bundle, task.example))
+    if bundle is not None:
+        run.state.print(next_commands(run.directory, bundle, task.example))
 
 
 def read_settings(task: str, default_config: Path | None = None) -> Settings:

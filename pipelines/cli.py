@@ -29,7 +29,8 @@ import json
 import sys
 from pathlib import Path
 
-from pipelines.core.config import Settings, parse_config, run_main
+from pipelines.core.command import parse_config, run_main
+from pipelines.core.config import Settings
 from pipelines.core.errors import InputError
 
 

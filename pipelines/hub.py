@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 import pipelines
 from pipelines.core.errors import InputError
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.task import Presentation
-from pipelines.report.card import format_model_card
+from pipelines.report.card import format_model_card, needed_versions
 from pipelines.report.markdown import fence
 from pipelines.report.report import REPORT_FILES, read_report
 from pipelines.tasks import task_class
@@ -26,9 +28,8 @@ from pipelines.tasks import task_class
 MODEL_CARD = "README.md"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 BUNDLE = "bundle"
-# Where a graph of a stage is published, after the names that transformers.js and optimum look for.
-GRAPHS = {"onnx": "onnx/{name}.onnx", "quantized": "onnx/{name}_quantized.onnx"}
-AGAIN = "Run the recipe's command again: it rebuilds what is missing or changed, and nothing else."
+# What transformers.js and optimum look for after the name of a graph, before its ending; "_data" follows on that of its weights.
+GRAPHS = {"onnx": "", "quantized": "_quantized"}
 
 
 def push(directory: Path, repo_id: str | None = None, private: bool = True, token: str | None = None) -> str:
@@ -57,15 +58,14 @@ def push(directory: Path, repo_id: str | None = None, private: bool = True, toke
                 f"expected {repo_id} to be {asked}, found that it exists and is {found}. Pass --hub_private_repo "
                 f"{str(not private).lower()}, another --hub_model_id, or change its visibility on its settings page. Nothing was uploaded."
             )
-        held = [sibling.rfilename for sibling in before.siblings or []]
-        # These two folders are ours: a graph or a page of an earlier push was never verified with this run.
-        stale = [name for name in held if name.startswith(("onnx/", f"{BUNDLE}/")) and name not in files]
         usage = usage_section(report, presentation, repo_id, files)
         card = format_model_card(report | {"name": repo_id.split("/")[-1]}, presentation, usage)
-        tokenizer = published_tokenizer(files, presentation.tokenizer_settings(report))
-        content: dict[str, Path | bytes] = {**files, MODEL_CARD: card.encode(), **tokenizer}
+        changed = published_tokenizer(files, presentation.tokenizer_settings(report)) | published_graphs(files)
+        content: dict[str, Path | bytes] = {**files, MODEL_CARD: card.encode(), **changed}
         operations: list[Any] = [CommitOperationAdd(name, data) for name, data in content.items()]
-        operations += [CommitOperationDelete(name) for name in stale]
+        # These two folders are ours: a graph or a page of an earlier push was never verified with this run.
+        held = [one.rfilename for one in before.siblings or [] if one.rfilename.startswith(("onnx/", f"{BUNDLE}/"))]
+        operations += [CommitOperationDelete(name) for name in held if name not in files]
         message = f"{report['recipe']} by Pocketformers {pipelines.__version__}"
         # What came in between was not looked at: the Hub refuses a commit on another parent.
         commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=before.sha)
@@ -94,87 +94,74 @@ def check_access(run: Any, training: Any) -> None:
 # What may be published
 
 
+def unfit(expected: str, found: str) -> InputError:
+    return InputError(
+        f"expected {expected}, found {found}. Run the recipe's command again: it rebuilds what is missing or changed, and nothing else."
+    )
+
+
 def check_run(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     """The report of the run in `directory`, and its files by their names in the repository, without the model card.
 
     Raises InputError, naming the file, unless the run has its report, every stage in the report is what it was then, and each
     ONNX graph was verified against the very model it is published with.
     """
-    if not (directory / "report.json").is_file():
-        raise InputError(
-            f"expected a finished run in {directory}, found no report.json there. Run a recipe to its end, and pass its --output_dir."
-        )
     report, changed = read_report(directory)
     if changed:
-        raise InputError(
-            f"expected the report in {directory} as it was written, found {', '.join(changed)} changed or missing. {AGAIN}"
-        )
-    reported_stages = report.get("made_by", {}).get("stages", {})
-    records = {name: check_stage(directory, name, reported) for name, reported in reported_stages.items()}
+        raise unfit(f"the report of a finished run in {directory}", f"{', '.join(changed)} changed or missing")
+    reported, records = report["made_by"]["stages"], {}
+    for name in [*reported, BUNDLE] if (directory / BUNDLE).exists() else reported:
+        record = read_record(directory / name)
+        if record is None:
+            raise unfit(f"the stage {name!r} of the run in {directory}", f"no {name}/record.json")
+        check_files(directory / name, record)
+        records[name] = record
+        if fingerprint(record) != reported.get(name, fingerprint(record)):
+            raise unfit(f"report.json to be of the stage {name!r} in {directory}", f"that {name}/ was rebuilt after it")
+    source = check_verified(directory, records, report["shipped"])
     files = {name: directory / name for name in REPORT_FILES if name != MODEL_CARD}
-    source = check_verified(directory, records)
     # Adapters and the like lie in sub-folders of a stage; what `from_pretrained` reads does not.
     files |= {name: directory / source / name for name in records[source]["files"] if "/" not in name}
-    for stage, pattern in GRAPHS.items():
+    for stage, suffix in GRAPHS.items():
         for name in records[stage]["files"] if stage in records else ():
-            if name.endswith(".onnx"):
-                files[pattern.format(name=name.removesuffix(".onnx"))] = directory / stage / name
-            elif ".onnx" in name:  # weights above 2 GB, which the graph finds by this name
-                files[f"onnx/{name}"] = directory / stage / name
-    bundle = read_record(directory / BUNDLE)
-    if bundle is None and (directory / BUNDLE).exists():
-        raise InputError(f"expected {BUNDLE}/record.json in {directory}, found {BUNDLE}/ without it. {AGAIN}")
-    if bundle is not None:
-        check_files(directory / BUNDLE, bundle)
-        check_evidence(directory, BUNDLE, bundle)
-        if bundle["made_by"].get("source_fingerprint") != fingerprint(records[report["shipped"]]):
-            raise InputError(f"expected {BUNDLE}/ to be made from {report['shipped']}/, found one of another. {AGAIN}")
-        files |= {f"{BUNDLE}/{name}": directory / BUNDLE / name for name in bundle["files"]}
+            graph, dot, weights = name.partition(".onnx")
+            if dot:
+                files[f"onnx/{graph}{suffix}.onnx{'_data' if weights else ''}"] = directory / stage / name
+    if BUNDLE in records:
+        files |= {f"{BUNDLE}/{name}": directory / BUNDLE / name for name in records[BUNDLE]["files"]}
     return report, files
 
 
-def check_stage(directory: Path, name: str, reported: str) -> dict[str, Any]:
-    """The record of a stage, whose files are unchanged and whose fingerprint is the one `reported`."""
-    record = read_record(directory / name)
-    if record is None:
-        raise InputError(
-            f"expected the stage {name!r} of the report in {directory}, found no {name}/record.json. {AGAIN}"
-        )
-    check_files(directory / name, record)
-    if fingerprint(record) != reported:
-        raise InputError(
-            f"expected report.json to be of the stage {name!r} in {directory}, found that {name}/ was rebuilt after it. {AGAIN}"
-        )
-    return record
-
-
-def check_evidence(directory: Path, name: str, record: dict[str, Any]) -> None:
-    if not record["details"].get("verification"):
-        raise InputError(
-            f"expected {name}/record.json in {directory} to tell how {name}/model.onnx was verified, found nothing about it. "
-            f"Delete {directory / name} and run the recipe's command again."
-        )
-
-
-def check_verified(directory: Path, records: dict[str, dict[str, Any]]) -> str:
+def check_verified(directory: Path, records: dict[str, dict[str, Any]], shipped: str) -> str:
     """The torch stage that the ONNX graphs were verified against, once it is clear that they were."""
     if "onnx" not in records:
-        raise InputError(
-            f"expected a verified ONNX model in {directory}, found a report without the stage 'onnx'. Export the model, "
-            "and report the run again."
-        )
-    for name in GRAPHS:
-        if name in records:
-            check_evidence(directory, name, records[name])
-    torch_stages = {fingerprint(record): name for name, record in records.items() if record["format"] == "transformers"}
-    sources = {"onnx": torch_stages, "quantized": {fingerprint(records["onnx"]): "onnx"}}
-    for name, allowed in sources.items():
-        if name in records and records[name]["made_by"]["source_fingerprint"] not in allowed:
-            raise InputError(
-                f"expected {name}/ to be made from {' or '.join(allowed.values())}/ as it is in {directory}, found that it was "
-                f"verified against another model. {AGAIN}"
-            )
-    return torch_stages[records["onnx"]["made_by"]["source_fingerprint"]]
+        raise unfit(f"a verified ONNX model in {directory}", "a report without the stage 'onnx'")
+    torch_stages = [name for name, record in records.items() if record["format"] == "transformers"]
+    source = ""
+    for name, sources in {BUNDLE: [shipped], "quantized": ["onnx"], "onnx": torch_stages}.items():
+        if name not in records:
+            continue
+        if not records[name]["details"].get("verification"):
+            how = f"{name}/record.json in {directory} to tell how {name}/model.onnx was verified"
+            raise unfit(how, f"nothing about it: delete {directory / name}")
+        found = {fingerprint(records[one]): one for one in sources}
+        source = found.get(records[name]["made_by"].get("source_fingerprint"), "")
+        if not source:
+            made = f"{name}/ to be made from {' or '.join(sources)}/ as it is in {directory}"
+            raise unfit(made, "that it was verified against another model")
+    return source
+
+
+def published_graphs(files: dict[str, Path]) -> dict[str, bytes]:
+    """The graphs with weights beside them, which they find by the names that these are published under."""
+    content = {}
+    for name in [name for name in files if f"{name}_data" in files]:
+        model = onnx.load(files[name], load_external_data=False)
+        for entry in (entry for tensor in model.graph.initializer for entry in tensor.external_data):
+            if entry.key == "location":
+                entry.value = f"{Path(name).name}_data"
+        content[name] = model.SerializeToString()
+    return content
 
 
 def published_tokenizer(files: dict[str, Path], changes: dict[str, Any]) -> dict[str, bytes]:
@@ -285,7 +272,8 @@ def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: s
             "`onnx/model_quantized.onnx` is the shipped model of the results below, with operators of ONNX Runtime. "
             "`onnx/model.onnx` has standard operators only."
         )
-    parts += presentation.remarks(files)
+    names = {"/".join(path.parts[-2:]): name for name, path in files.items()}
+    parts += [needed_versions(report, names), *presentation.remarks(files)]
     if any(stage["name"] == "pruned" for stage in report["stages"]):
         parts.append("The pruned weights are zeros in `model.safetensors`. The ONNX files do not have them.")
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))

@@ -19,6 +19,7 @@ from pipelines.chain import CHAIN
 from pipelines.core.config import (
     BundleConfig,
     DistillConfig,
+    GateConfig,
     PruneConfig,
     QuantizeConfig,
     ReportConfig,
@@ -29,6 +30,7 @@ from pipelines.core.config import (
 from pipelines.core.disk import lock
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe, differences
+from pipelines.core.quality import check_stage
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.run import MARKER, Run
 from pipelines.core.sources import model_fingerprint, resolve
@@ -119,7 +121,7 @@ def distill(settings: Settings) -> Path:
     task, training = make_task(settings), settings.training
     learning = {"distributed": True, "distill": settings.distill, "training": training, "student": settings.student}
     learning["soft_targets"] = _soft_targets(task, settings)
-    return _stage(task, training, distill_student, settings.teacher.teacher_model, **learning)
+    return _checked(_stage(task, training, distill_student, settings.teacher.teacher_model, **learning), task, settings)
 
 
 def prune(settings: Settings) -> Path:
@@ -128,7 +130,7 @@ def prune(settings: Settings) -> Path:
     learning = {"distributed": True, "distill": settings.distill, "training": training, "prune": settings.prune}
     learning["teacher"] = Path(resolve(settings.teacher.teacher_model))
     learning["soft_targets"] = _soft_targets(task, settings)
-    return _stage(task, training, prune_and_recover, source, **learning)
+    return _checked(_stage(task, training, prune_and_recover, source, **learning), task, settings)
 
 
 def export(settings: Settings) -> Path:
@@ -151,7 +153,7 @@ def verify(settings: Settings) -> dict[str, Any]:
     if settings.reference.reference is None:
         raise InputError("expected the directory that the model was made from, found none. Pass --reference.")
     model, reference = Path(_source(settings)), Path(settings.reference.reference)
-    return verify_directory(model, reference, make_task(settings), settings.quantize.max_quality_drop)
+    return verify_directory(model, reference, make_task(settings), settings.quantize)
 
 
 def benchmark(settings: Settings) -> str:
@@ -184,11 +186,20 @@ VERBS: dict[str, tuple[Callable[[Settings], Any], tuple[type, ...]]] = {
     "soft-targets": (soft_targets, (TaskConfig, TeacherConfig, DistillConfig, OutputConfig)),
     "distill": (
         distill,
-        (TaskConfig, TeacherConfig, StudentConfig, DistillConfig, SoftTargetConfig, TrainingArguments),
+        (TaskConfig, TeacherConfig, StudentConfig, DistillConfig, GateConfig, SoftTargetConfig, TrainingArguments),
     ),
     "prune": (
         prune,
-        (ModelConfig, TaskConfig, TeacherConfig, PruneConfig, DistillConfig, SoftTargetConfig, TrainingArguments),
+        (
+            ModelConfig,
+            TaskConfig,
+            TeacherConfig,
+            PruneConfig,
+            DistillConfig,
+            GateConfig,
+            SoftTargetConfig,
+            TrainingArguments,
+        ),
     ),
     "export": (export, (ModelConfig, TaskConfig, OutputConfig)),
     "quantize": (quantize, (ModelConfig, TaskConfig, QuantizeConfig, OutputConfig)),
@@ -220,6 +231,12 @@ def _stage(task: Task, output: Any, function: Callable[..., Any], source: str, *
     return run.stage(target.name, function, source, **arguments)
 
 
+def _checked(directory: Path, task: Task, settings: Any) -> Path:
+    if PartialState().is_main_process:
+        check_stage(directory, task, settings.gate)
+    return directory
+
+
 def _source(settings: Settings) -> str:
     if settings.model.model is None:
         raise InputError("expected a model directory, found none. Pass --model.")
@@ -233,7 +250,7 @@ def _run_directory(output_dir: str | None) -> Path:
 
 
 def _store_soft_targets(task: Task, settings: Settings, output: Any) -> Path:
-    distill, teacher = settings.distill.for_soft_targets(), settings.teacher.teacher_model
+    distill, teacher = settings.distill.only(task.soft_target_settings), settings.teacher.teacher_model
     return _stage(task, output, compute_soft_targets, teacher, distributed=True, distill=distill)
 
 
@@ -261,7 +278,7 @@ def _soft_targets(task: Task, settings: Settings) -> Path | None:
     made = read_record(Path(teacher)) if Path(teacher).is_dir() else None
     now = {
         "task": task.describe(),
-        "distill": describe(settings.distill.for_soft_targets()),
+        "distill": describe(settings.distill.only(task.soft_target_settings)),
         "source_fingerprint": model_fingerprint(teacher) if made is None else fingerprint(made),
     }
     changed = differences({key: record["made_by"][key] for key in now}, json.loads(json.dumps(now, default=str)))

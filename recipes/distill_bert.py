@@ -12,7 +12,7 @@ The steps are told in pipelines/chain.py. For images see distill_vit.py, for lan
 from pathlib import Path
 
 from pipelines.chain import compress, read_settings
-from pipelines.core.config import run_main
+from pipelines.core.command import run_main
 
 TASK = "text-classification"
 DEMO = Path(__file__).parent / "configs" / "bert_bbc_news.yaml"

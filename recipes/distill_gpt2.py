@@ -15,7 +15,7 @@ The steps are told in pipelines/chain.py. For texts and their labels see distill
 from pathlib import Path
 
 from pipelines.chain import compress, read_settings
-from pipelines.core.config import run_main
+from pipelines.core.command import run_main
 
 TASK = "text-generation"
 DEMO = Path(__file__).parent / "configs" / "gpt2_bbc_news.yaml"

@@ -14,7 +14,7 @@ The steps are told in pipelines/chain.py. For texts see distill_bert.py, for lan
 from pathlib import Path
 
 from pipelines.chain import compress, read_settings
-from pipelines.core.config import run_main
+from pipelines.core.command import run_main
 
 TASK = "image-classification"
 DEMO = Path(__file__).parent / "configs" / "vit_digits.yaml"

@@ -138,8 +138,10 @@ class Task(Protocol):
     name: str  # as the Hub names it: "text-classification"
     primary_metric: str
     greater_is_better: bool
+    metrics: Mapping[str, bool]  # its scores that are one number each, and whether greater is better
     config: DataConfig
     presentation: Presentation
+    allow_weak_teacher: bool  # whether a teacher that check_teacher refuses may go on
 
     @property
     def example(self) -> str:
@@ -180,8 +182,11 @@ class Task(Protocol):
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
         """The model in `source`, in float32, with a head for this task."""
 
+    def checked_config(self, source: str, from_scratch: bool) -> Any:
+        """The config of a model that can be loaded for this task; raises InputError for another."""
+
     def check_config(self, config: Any, source: str) -> None:
-        """Raise InputError unless a model with the config that `source` has takes this task's inputs."""
+        """Raise InputError unless a model with the config that `source` has takes this task's inputs; give `config` their padding."""
 
     def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
         """Raise InputError unless the student can learn from this teacher: the same labels or tokens, online the same inputs."""
@@ -189,16 +194,25 @@ class Task(Protocol):
     def check_teacher(self, metrics: dict[str, Any], config: Any) -> None:
         """Raise InputError for a teacher whose scores on the validation split are no better than guessing."""
 
+    def check_label_order(self, processor: Any, predict: Predict) -> None:
+        """Raise InputError for a model used as it is whose labels are in another order than the data's; `predict` is its own."""
+
     def align_labels(self, model: Any, source: str) -> None:
         """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
 
     # ---- Losses: sums over examples (or tokens), so that the trainer can divide by the count of the global batch
+
+    @property
+    def loss_details(self) -> dict[str, Any]:
+        """What of the data the loss against the labels depends on, for the record."""
 
     def outputs(self, model_output: Any) -> Tensors:
         """The tensors of a model's output that matter, by the names of the ONNX graph's outputs."""
 
     def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """The loss against the labels, summed, and the number of labels that it is a sum over."""
+
+    soft_target_settings: Sequence[str]  # the fields of DistillConfig that stored soft targets depend on
 
     def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
         """What is stored of a teacher's outputs: columns `teacher_…`, whose first axis is the examples."""
@@ -216,7 +230,10 @@ class Task(Protocol):
         """What is kept of a batch's outputs to score it, first axis examples: all, or what fits into memory."""
 
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
-        """The scores of predictions against references; of a whole `split` also those that need its text."""
+        """The scores of predictions against references; of a whole `split` also those that need its text.
+
+        A task with classes has `recall_per_class` and `examples_per_class` among them, by the names of the classes.
+        """
 
     # ---- ONNX
 
@@ -250,6 +267,9 @@ class Task(Protocol):
         not fit the test split, or are not finite."""
 
     # ---- Bundle
+
+    def bundle_obstacle(self, source: str) -> str | None:
+        """Why there can be no bundle of the model in `source`, in a few words; None where there can."""
 
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
         """The part of a bundle's manifest that is this task's: how inputs are prepared and outputs read. See pipelines/edge/settings.py."""

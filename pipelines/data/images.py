@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
@@ -14,6 +15,7 @@ import datasets
 import numpy as np
 import pandas
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
@@ -21,9 +23,11 @@ from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import Collate
 from pipelines.data.kinds import Kind
+from pipelines.data.references import dtype
 from pipelines.data.tables import read_table
-from pipelines.runtime import infer
-from pipelines.runtime.infer import MOST_PIXELS, available_cores
+from pipelines.runtime import images as runtime
+from pipelines.runtime.images import MOST_PIXELS
+from pipelines.runtime.infer import available_cores
 
 PIXEL_TABLES = (".csv", ".csv.gz")
 
@@ -31,18 +35,53 @@ PIXEL_TABLES = (".csv", ".csv.gz")
 # ---- Reading
 
 
-def read_image(cell: dict[str, Any]) -> Image.Image:
-    """The RGB image of a cell of a data set, its `bytes` or else the file at its `path`, read as a bundle reads it. Raises InputError."""
+def read_image(cell: dict[str, Any], value_range: Sequence[float] | None = None) -> Image.Image:
+    """The RGB image of a cell of a data set, read as a bundle reads it. Raises InputError."""
     try:
-        image: Image.Image = infer.read_image(
-            io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
-        )
+        image: Image.Image = runtime.read_image(_source(cell), value_range)
         return image
-    except infer.BundleError as error:
-        raise InputError(
-            f"expected an image that Pillow reads at {cell.get('path') or 'a row of the data set'}, found: "
-            f"{type(error.__cause__).__name__}: {error.__cause__}. Repair or remove it."
-        ) from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _source(cell: dict[str, Any]) -> Any:
+    """What Pillow opens: the `bytes` of a cell of a data set, or else the file at its `path`."""
+    if cell.get("bytes") is None:
+        return cell["path"]
+    file = io.BytesIO(cell["bytes"])
+    file.name = cell.get("path") or "a row of the data set"  # for messages
+    return file
+
+
+def find_value_range(splits: Mapping[str, datasets.Dataset]) -> list[float] | None:
+    """The least and the largest value in the images of more than 8 bits, of the first split that has any; None where none does.
+
+    One range for all images: what is bright in one must not be dark in the next.
+    """
+    tell = partial(PartialState().print, flush=True)
+    for name, split in splits.items():
+        ranges, frames = [], 0
+        for cell in split["image"]:
+            source = _source(cell)
+            with Image.open(source) as image:
+                # A photograph with its own preview is one image.
+                frames += getattr(image, "is_animated", False) and image.format != "MPO"
+                deep = image.mode[0] in "IF" or ";16" in str(image.tile)
+            values = runtime.open_image(source)[1] if deep else None
+            if values is not None and np.isfinite(values).any():
+                values = values[np.isfinite(values)]
+                ranges.append([values.min(), *np.percentile(values, [1, 99]), values.max()])
+        if frames:
+            tell(f"data: {frames} images of the split {name!r} have several frames or pages; the first is read")
+        if ranges:
+            least, dark, bright, most = np.transpose(ranges)
+            low, high = float(least.min()), float(most.max())
+            tell(
+                f"data: {len(ranges)} images of the split {name!r} have more than 8 bits; their values from {low:g} to {high:g} become black "
+                f"to white (most of a usual image is from {np.median(dark):g} to {np.median(bright):g})"
+            )
+            return [low, high]
+    return None
 
 
 def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
@@ -52,10 +91,13 @@ def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
         if row[0] is None:
             return None
         try:
-            image = read_image(row[0])
-        except InputError:
+            image, values = runtime.open_image(_source(row[0]))
+            exact = runtime.to_rgb(image) if values is None else values
+        except Exception:  # Pillow's decoders raise errors of many types
+            if runtime.unsupported_format(_source(row[0])):
+                read_image(row[0])  # raises, with the remedy
             return None
-        pixels = blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()
+        pixels = blake2b(f"{image.size}".encode() + exact.tobytes(), digest_size=16).digest()
         return pixels, pixels
 
     with ThreadPoolExecutor(available_cores()) as pool:
@@ -65,7 +107,8 @@ def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
 def _encoded(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
     """The split with the column as encoded images, which are decoded when they are needed; None where it holds something else."""
     feature = split.features[column]
-    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} == feature.keys()):
+    is_cell = isinstance(feature, dict) and {"bytes", "path"} == feature.keys()
+    if is_cell or isinstance(feature, datasets.Image) or dtype(split, column) in ("binary", "large_binary"):
         return split.cast_column(column, datasets.Image(decode=False))
     return None
 
@@ -163,27 +206,45 @@ def augment(image: Image.Image, config: AugmentConfig) -> Image.Image:
     return wide.transform(image.size, Image.Transform.AFFINE, moved, resample=Image.Resampling.BILINEAR)
 
 
-def collate(processor: Any, teacher_processor: Any = None, augmentation: AugmentConfig | None = None) -> Collate:
+def collate(
+    processor: Any,
+    teacher_processor: Any = None,
+    augmentation: AugmentConfig | None = None,
+    value_range: Sequence[float] | None = None,
+) -> Collate:
     """A collator of rows with `image`, `labels` and perhaps `teacher_logits`.
 
-    `pixel_values` (batch, 3, height, width) are what `processor` makes of the images; with a `teacher_processor`,
-    `teacher_pixel_values` are what that makes of the very same images, augmented alike.
+    `pixel_values` (batch, channels, height, width) are what `processor` makes of the images; with a `teacher_processor`,
+    `teacher_pixel_values` are what that makes of the very same images, augmented alike. `value_range` is find_value_range()'s.
     """
-    return partial(_collate_rows, processor, teacher_processor, augmentation)
+    return partial(_collate_rows, processor, teacher_processor, augmentation, value_range)
 
 
 def _collate_rows(
-    processor: Any, teacher_processor: Any, augmentation: AugmentConfig | None, rows: list[dict[str, Any]]
+    processor: Any,
+    teacher_processor: Any,
+    augmentation: AugmentConfig | None,
+    value_range: Sequence[float] | None,
+    rows: list[dict[str, Any]],
 ) -> dict[str, Tensor]:
     # At module level, so that the workers of a DataLoader can receive it pickled.
-    images = [read_image(row["image"]) for row in rows]
+    images = [read_image(row["image"], value_range) for row in rows]
     if augmentation is not None:
         images = [augment(image, augmentation) for image in images]
-    batch = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+    batch = {"pixel_values": _pixel_values(processor, images)}
     if teacher_processor is not None:
-        batch["teacher_pixel_values"] = teacher_processor(images, return_tensors="pt")["pixel_values"]
+        batch["teacher_pixel_values"] = _pixel_values(teacher_processor, images)
     for name in rows[0].keys() - {"image"}:
         batch[name] = torch.as_tensor(np.asarray([row[name] for row in rows]))
         if batch[name].is_floating_point():
             batch[name] = batch[name].float()
     return batch
+
+
+def _pixel_values(processor: Any, images: list[Image.Image]) -> Tensor:
+    """What a processor makes of images: grey ones where it normalizes one channel only."""
+    is_grey = len(processor.image_mean or "RGB") == 1
+    found: Tensor = processor([image.convert("L") for image in images] if is_grey else images, return_tensors="pt")[
+        "pixel_values"
+    ]
+    return found

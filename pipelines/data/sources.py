@@ -47,7 +47,13 @@ def check_model_directory(path: Path) -> None:
         )
     if (path / "adapter_config.json").exists():
         _raise_adapter(path)
-    _read_json_object(path / "config.json", "transformers configuration", path)
+    config = _read_json_object(path / "config.json", "transformers configuration", path)
+    if isinstance(quantization := config.get("quantization_config"), dict):
+        raise InputError(
+            f"expected a model in float32, bfloat16 or float16 in {path}, found weights quantized by {quantization.get('quant_method')}; give "
+            "the model that was quantized, or load this one with that library, call dequantize() and save_pretrained(folder), then give that "
+            "folder"
+        )
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
         check_safetensors(single)
@@ -60,9 +66,10 @@ def check_model_directory(path: Path) -> None:
 def _read_json_object(file: Path, meaning: str, directory: Path) -> dict[str, object]:
     if not file.is_file():
         held = ", ".join(sorted(entry.name for entry in directory.iterdir())[:20]) or "nothing"
+        below = [str(found.parent) for found in sorted(directory.glob(f"*/{file.name}"))[-3:]]
         raise InputError(
-            f"expected a {meaning} in {file}, found no such file (the folder holds: {held}); give a directory written "
-            "by save_pretrained"
+            f"expected a {meaning} in {file}, found no such file (the folder holds: {held}); give "
+            + (" or ".join(below) or "a directory written by save_pretrained, which a GGUF or ONNX file alone is not")
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -85,9 +92,10 @@ def _raise_no_weights(path: Path) -> None:
             "pickle runs whatever code is in it. Convert it where you trust it: load the model with the tool that "
             "wrote it and call save_pretrained(folder, safe_serialization=True), then give that folder"
         )
+    held = ", ".join(sorted(file.name for file in path.iterdir())[:20])
     raise InputError(
-        f"expected weights (model.safetensors, or model.safetensors.index.json with its shards) in {path}, found none; "
-        "download the weights as well, or give a directory written by save_pretrained"
+        f"expected weights (model.safetensors, or model.safetensors.index.json with its shards) in {path}, found none (the folder holds: "
+        f"{held}); download the weights as well, or give a directory written by save_pretrained"
     )
 
 

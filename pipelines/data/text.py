@@ -27,7 +27,7 @@ from pipelines.data.tables import TABLE_SUFFIXES, encoding_of, read_table
 logger = logging.getLogger(__name__)
 
 # Part of the key of cached tokens: raise it when tokenize() changes what it writes.
-_TOKENS_VERSION = 1
+_TOKENS_VERSION = 2
 
 
 def read_text(path: Path, encoding: str | None = None) -> tuple[str, str]:
@@ -101,13 +101,15 @@ TEXTS = Kind(
 def tokenize(data: Examples, tokenizer: Any, max_length: int) -> datasets.DatasetDict:
     """Token ids of every split, cut to `max_length` tokens, not padded, in the order of the examples.
 
-    The columns are input_ids, attention_mask, token_type_ids (if the tokenizer gives them), labels and length. Tokens
+    The columns are input_ids, attention_mask, token_type_ids (also where the tokenizer's own model takes none), labels and length. Tokens
     are kept in the cache of `datasets`, keyed by the data's content, the tokenizer and the length.
     """
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = batch["text"], batch.get("text_pair")
-        tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_length=True)
+        tokens = tokenizer(
+            *texts, truncation=True, max_length=max_length, return_length=True, return_token_type_ids=True
+        )
         return {**tokens, "labels": batch["label"]}
 
     fingerprint = digest([_TOKENS_VERSION, data.fingerprint, tokenizer_content(tokenizer), max_length])[:32]
@@ -141,16 +143,20 @@ def tokenizer_content(tokenizer: Any) -> list[str]:
 
 
 def collate(tokenizer: Any) -> Collate:
-    """A collator that pads a batch of tokenize()'s rows to its own longest, and leaves out `length`.
+    """A collator that pads a batch of tokenize()'s rows to its own longest, and leaves out `length`, and token types that the
+    tokenizer's model does not take.
 
     Token columns come out as (batch, longest) int64, `labels` as (batch,) int64, and any other column of equally long
     number lists, such as `teacher_logits`, as (batch, …) in float32 or int64.
     """
     from transformers import DataCollatorWithPadding
 
-    return partial(_collate_batch, DataCollatorWithPadding(tokenizer))
+    left_out = {"length", "token_type_ids"} - {*tokenizer.model_input_names}
+    return partial(_collate_batch, DataCollatorWithPadding(tokenizer), left_out)
 
 
-def _collate_batch(pad: Callable[[list[dict[str, Any]]], Any], rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+def _collate_batch(
+    pad: Callable[[list[dict[str, Any]]], Any], left_out: set[str], rows: list[dict[str, Any]]
+) -> dict[str, Tensor]:
     # At module level, so that the workers of a DataLoader can receive it pickled.
-    return dict(pad([{name: value for name, value in row.items() if name != "length"} for row in rows]))
+    return dict(pad([{name: value for name, value in row.items() if name not in left_out} for row in rows]))

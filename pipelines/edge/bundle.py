@@ -24,7 +24,8 @@ from pipelines.data.sources import check_onnx_directory
 from pipelines.edge.settings import check_tokenizer, text_settings
 from pipelines.edge.web import RUNTIME_LIBRARY, TOKENIZER_LIBRARY, add_page
 from pipelines.onnx.export import ONNX_FILE
-from pipelines.runtime import generate, infer
+from pipelines.onnx.runtimes import oldest_runtime
+from pipelines.runtime import generate, images, infer
 
 MANIFEST = "manifest.json"
 VERIFIED_EXAMPLES = 32
@@ -33,7 +34,6 @@ VERIFIED_EXAMPLES = 32
 REQUIREMENTS = {"text": ["numpy>=1.26", "tokenizers>=0.20"], "image": ["numpy>=1.26", "pillow>=13"]}
 # infer.py itself takes Python 3.10, Pillow 13 takes 3.11; ONNX Runtime has no builds for 32 bits.
 PYTHON = {"text": "3.10", "image": "3.11"}
-PACKAGES = {"text": ("numpy", "onnxruntime", "tokenizers"), "image": ("numpy", "onnxruntime", "pillow")}
 LIBRARIES = {"text": (RUNTIME_LIBRARY, TOKENIZER_LIBRARY), "image": (RUNTIME_LIBRARY,)}
 # Texts and image sizes (width, height) that a data set may lack and a user will not: beyond any length, without any letter, control
 # tokens spelt out; upright, lying, smaller than the model's input and odd.
@@ -63,22 +63,24 @@ def build_bundle(source: str, directory: Path, task: Task, bundle: BundleConfig)
     processor = task.load_processor(source)
     settings = task.bundle_settings(directory, processor)
     kind = settings["inputs"]["kind"]
-    for module in (infer, generate) if settings["outputs"]["kind"] == "continuation" else (infer,):
+    parts = {"image": [images], "continuation": [generate]}
+    for module in [infer, *parts.get(kind, []), *parts.get(settings["outputs"]["kind"], [])]:
         path = Path(str(module.__file__))
         shutil.copyfile(path, directory / path.name)
     graph = onnx.load(directory / ONNX_FILE, load_external_data=False)
-    opsets = {domain.domain: domain.version for domain in graph.opset_import}
-    minimum = oldest_runtime(opsets)
-    requirements = [f"# Python {PYTHON[kind]} or newer, 64-bit", *REQUIREMENTS[kind], f"onnxruntime>={minimum}"]
-    (directory / "requirements.txt").write_text("\n".join(requirements) + "\n")
-    installed = {name: importlib.metadata.version(name) for name in PACKAGES[kind]}
+    minimum = oldest_runtime(graph)
+    requirements = [*REQUIREMENTS[kind], f"onnxruntime>={minimum}"]
+    lines = [f"# Python {PYTHON[kind]} or newer, 64-bit", *requirements, ""]
+    (directory / "requirements.txt").write_text("\n".join(lines))
+    names = [requirement.partition(">=")[0] for requirement in requirements]
+    installed = {name: importlib.metadata.version(name) for name in names}
     page, missing = add_page(directory, bundle, LIBRARIES[kind])
     manifest = {
         "format": infer.FORMAT,
         "task": task.name,
         "model": ONNX_FILE,
         **settings,
-        "opset": opsets[""],
+        "opset": next(opset.version for opset in graph.opset_import if opset.domain == ""),
         "minimum_onnxruntime": minimum,
         "versions": {"pocketformers": pipelines.__version__, **installed, **page},
     }
@@ -89,17 +91,6 @@ def build_bundle(source: str, directory: Path, task: Task, bundle: BundleConfig)
         "verification": task.verify_bundle(directory, processor),
     }
     return Outcome("bundle", {}, (read_record(Path(source)) or {}).get("parameters"), details)
-
-
-def oldest_runtime(opsets: dict[str, int]) -> str:
-    """The oldest ONNX Runtime that was tried on graphs with these operator sets.
-
-    1.18 is the first that reads the exporter's files, 1.23 the first with the Attention of opset 23, and has all operators of its
-    own domain that are used here.
-    """
-    if opsets.keys() == {""} and opsets[""] <= 21:
-        return "1.18.0"
-    return "1.23.0" if opsets[""] <= 23 else importlib.metadata.version("onnxruntime")
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """How a model's inputs are prepared and its outputs read, in the words of a bundle's manifest.
 
     "inputs":  {"kind": "text", "pair", "max_length", "truncation_side", "probes"}, for a language model only the kind and the probes
-               {"kind": "image", "resize", "resample", "crop", "rescale", "mean", "std"}
+               {"kind": "image", "channels", "resize", "resample", "crop", "rescale", "mean", "std", "value_range"}
     "outputs": {"kind": "classes", "activation": "softmax" | "sigmoid" | "none", "labels", and perhaps "thresholds" of a sigmoid}
                {"kind": "values", "names"}
                {"kind": "continuation", "end_tokens", "context", "cache"}
@@ -55,6 +55,7 @@ def image_settings(processor: Any) -> dict[str, Any]:
         size, crop = ({"shortest_edge": int(edge / crop_share)}, crop or square) if edge < 384 else (square, crop)
     return {
         "kind": "image",
+        "channels": len(processor.image_mean or "RGB"),
         "resize": size if processor.do_resize else None,
         "resample": int(processor.resample),
         "crop": {name: crop[name] for name in ("height", "width")} if crop is not None else None,
@@ -105,25 +106,24 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
                 f"expected one of the image processors {', '.join(IMAGE_PROCESSORS)} in {directory}, found {name}. Build a bundle "
                 "(pocketformers bundle), which verifies that its images become the same numbers, and load that."
             )
-        inputs = image_settings(SimpleNamespace(**processor))
+        inputs = image_settings(SimpleNamespace(**processor)) | {"value_range": recorded(directory, "value_range")}
     else:
         tokenizer = read_json(directory / "tokenizer_config.json")
-        length = max_length(directory, config, tokenizer)
+        limits = (tokenizer.get("model_max_length"), config.get("max_position_embeddings"), 512)
+        length = recorded(directory, "max_length") or int(min(filter(None, limits)))
         inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), False, length)
     return {"model": graph, "inputs": inputs, "outputs": outputs, "minimum_onnxruntime": "0"}
 
 
-def max_length(directory: Path, config: dict[str, Any], tokenizer: dict[str, Any]) -> int:
-    """The tokens that texts are cut to: as in training, where the stage's record or the run's report says it; else what the model reads."""
-    for name, *keys in (("record.json", "made_by", "task"), ("report.json", "config")):
-        if (directory / name).is_file():
-            found: Any = read_json(directory / name)
-            for key in keys:
-                found = found.get(key) or {}
-            if "max_length" in found:
-                return int(found["max_length"])
-    limits = (tokenizer.get("model_max_length"), config.get("max_position_embeddings"))
-    return int(min(limit for limit in (*limits, 512) if limit))
+def recorded(directory: Path, name: str) -> Any:
+    """What the stage's record, or the report of a published run, says of how inputs were prepared in training; None where neither does."""
+    for file, *keys in (("record.json", "made_by", "task"), ("report.json", "config"), ("report.json", "data")):
+        found: Any = read_json(directory / file) if (directory / file).is_file() else {}
+        for key in keys:
+            found = found.get(key) or {}
+        if name in found:
+            return found[name]
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.core.task import Head
 
 GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
+POSITIONS = re.compile(r"(^|\.)(position_embeddings|positions_embed|embed_positions|wpe)$")
+
+
+class Inputs(NamedTuple):
+    """What a model of texts takes, by the tables of its embeddings."""
+
+    positions: int | None  # None where they are relative or rotary: texts may have any length
+    from_padding: bool  # whether positions are counted from the id of the padding token on, as RoBERTa's are
+    token_types: float  # 0 where it tells the two texts of a pair apart by their tokens only
 
 
 def load_classifier(
@@ -21,34 +33,61 @@ def load_classifier(
     none, or one for other labels, `head` says whether it gets a fresh one; raises InputError where it may not. With `from_scratch`
     all weights are random and `source` need have none.
     """
-    labels = dict(enumerate(label_names))
-    names = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "num_labels": len(labels)}
-    if from_scratch:
-        return new_model(model_class, source, **names, **code)
+    config = copy.deepcopy(config)
     suffix = model_class.__name__.removeprefix("AutoModel")
     has_head = any(suffix in name for name in config.architectures or [])
     order = label_order(config, label_names) if has_head else None
-    if order is not None:
-        model = load_weights(model_class, source, **code)
-        reorder_labels(model, order, label_names)
-        return model
-    if head == "required" or (head == "new if none" and has_head):
-        found = f"the labels {list(config.id2label.values())}" if has_head else "no classification head"
+    may_be_new = from_scratch or head == "new if other" or (head == "new if none" and not has_head)
+    if order is None and not may_be_new:
+        labels = f"id2label {config.id2label} and label2id {config.label2id}"
+        found = f"{labels:.500}" if has_head else "no classification head"
         raise InputError(
             f"expected a model for the labels {label_names}, found {found} in {source}; teacher and student need the same "
             "labels. Fine-tune it on this data set (a teacher: --teacher_epochs above 0), or use the data set it was fine-tuned on."
         )
-    return load_weights(model_class, source, head_may_be_new=True, **names, **code)
+    if order is None or from_scratch:
+        name_labels(config, label_names)
+        order = list(range(len(label_names)))
+    if from_scratch:
+        return new_model(model_class, source, config, **code)
+    model = load_weights(model_class, source, head_may_be_new=head != "required", config=config, **code)
+    reorder_labels(model, order, label_names)
+    return model
 
 
-def new_model(model_class: Any, source: str, **settings: Any) -> Any:
-    """A model by an Auto class with random weights, in the shape of the one in `source` with other `settings`."""
+def new_model(model_class: Any, source: str, config: Any = None, **settings: Any) -> Any:
+    """A model by an Auto class with random weights, in the shape of `config`, or of the one in `source` with other `settings`."""
     from transformers import AutoConfig
 
-    shape = load(AutoConfig.from_pretrained, source, "a model's config.json", **settings)
-    shape.architectures = shape.architectures or []  # from_config cannot do without
+    if config is None:
+        config = load(AutoConfig.from_pretrained, source, "a model's config.json", **settings)
+    config.architectures = config.architectures or []  # from_config cannot do without
     code = {"trust_remote_code": settings.get("trust_remote_code", False)}
-    return load(lambda _: model_class.from_config(shape, dtype="float32", **code), source, "the shape of a model")
+    return load(lambda _: model_class.from_config(config, dtype="float32", **code), source, "the shape of a model")
+
+
+def inputs_of(model_class: Any, source: str, config: Any, **code: bool) -> Inputs:
+    """What the model in `source` takes, read from its modules, which are made without weights."""
+    import torch
+
+    with torch.device("meta"):
+        model = new_model(model_class, source, copy.deepcopy(config), **code)
+    modules = dict(model.named_modules())
+    tables = [
+        (len(modules[name].weight), getattr(modules[name], "padding_idx", None), getattr(modules[name], "offset", 0))
+        for name in modules
+        if POSITIONS.search(name) and "vision" not in name
+    ]
+    types = [
+        len(parameter) if "token_type" in name else math.inf  # XLNet compares the types of two tokens
+        for name, parameter in model.named_parameters()
+        if name.endswith(("token_type_embeddings.weight", "seg_embed"))
+    ]
+    return Inputs(
+        min((size - (offset if padding is None else padding + 1) for size, padding, offset in tables), default=None),
+        any(padding is not None for _, padding, _ in tables),
+        min(types, default=0),
+    )
 
 
 def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, **settings: Any) -> Any:
@@ -71,18 +110,39 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
         missing = encoder or fresh
         raise InputError(
             f"expected the weights of a whole {type(model).__name__} in {source}, found none for {len(missing)} of its tensors, such as "
-            f"{missing[0]}. Use a checkpoint of that architecture, or save it again with save_pretrained."
+            f"{missing[0]}. {_remedy(source, missing[0].removeprefix(prefix), prefix, info['unexpected_keys'])}"
         )
     return model
+
+
+def _remedy(source: str, missing: str, base: str, unexpected: Any) -> str:
+    """What to do about a tensor that is `missing`, which torch.compile, a wrapper or a module of one's own may have given a longer name."""
+    longer = next((str(name) for name in unexpected if str(name).endswith(missing)), missing)
+    wrapper = longer.removesuffix(missing).removesuffix(base)
+    if not wrapper:
+        return "Use a checkpoint of that architecture, or save it again with save_pretrained."
+    file = f"{resolve(source)}/model.safetensors"
+    code = (
+        "from safetensors.torch import load_file, save_file; "
+        f"weights = {{name.removeprefix({wrapper!r}): tensor for name, tensor in load_file({file!r}).items()}}; "
+        f"save_file(weights, {file!r}, {{'format': 'pt'}})"
+    )
+    return (
+        f'All names begin with {wrapper!r}, as torch.compile and wrappers save them. Take that away: python -c "{code}"'
+    )
 
 
 def label_order(config: Any, label_names: list[str]) -> list[int] | None:
     """For each label of the data its row in the model's head, or None where the head is for other labels.
 
     Labels are compared by name, or else without case, since the same data set is spelt differently on different hubs. A head whose
-    labels have no names (LABEL_0, …) is taken to be in the data's order where their number agrees.
+    labels have no names (LABEL_0, …) is taken to be in the data's order where their number agrees. Where id2label does not number its
+    labels from 0 on, or label2id says otherwise, nobody knows which row is whose.
     """
-    names = [str(config.id2label[index]) for index in range(len(config.id2label))]
+    names, rows = [str(name) for _, name in sorted(config.id2label.items())], list(range(len(config.id2label)))
+    stated = {str(name): int(row) for name, row in (config.label2id or {}).items()}
+    if sorted(config.id2label) != rows or (stated.keys() == {*names} and [stated[name] for name in names] != rows):
+        return None
     spellings: tuple[Callable[[str], str], ...] = (str, str.casefold)
     for spelling in spellings:
         found, wanted = [spelling(name) for name in names], [spelling(name) for name in label_names]
@@ -90,7 +150,7 @@ def label_order(config: Any, label_names: list[str]) -> list[int] | None:
         if sorted(found) == sorted(wanted) and len({*found}) == len(found):
             return [found.index(name) for name in wanted]
     generic = all(name.startswith(GENERIC_LABEL) for name in names)
-    return list(range(len(names))) if generic and len(names) == len(label_names) else None
+    return rows if generic and len(rows) == len(label_names) else None
 
 
 def reorder_labels(model: Any, order: list[int], label_names: list[str]) -> None:
@@ -105,15 +165,23 @@ def reorder_labels(model: Any, order: list[int], label_names: list[str]) -> None
             head.weight.copy_(head.weight[order].clone())
             if head.bias is not None:
                 head.bias.copy_(head.bias[order].clone())
-    model.config.id2label = dict(enumerate(label_names))
-    model.config.label2id = {name: index for index, name in enumerate(label_names)}
+    name_labels(model.config, label_names)
+
+
+def name_labels(config: Any, label_names: list[str]) -> None:
+    """Let `config` be of a classifier of these labels, whatever its head was for before."""
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: index for index, name in enumerate(label_names)}
+    config.problem_type = None
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer in `source`. Raises InputError where there is none."""
     from transformers import AutoTokenizer
 
-    tokenizer = load(AutoTokenizer.from_pretrained, source, "a tokenizer", trust_remote_code=trust_remote_code)
+    tokenizer = load(
+        AutoTokenizer.from_pretrained, source, "a tokenizer (tokenizer.json)", trust_remote_code=trust_remote_code
+    )
     # Without its files transformers makes one of special tokens alone, and says nothing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(
@@ -128,7 +196,7 @@ def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -
     located = resolve(source)
     try:
         return loader(located, **arguments)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # the libraries raise whatever their parsers do
         summary = " ".join(str(error).split())[:400]
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -136,6 +204,7 @@ def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -
                 "Read that code; where you trust it, pass --trust_remote_code true, or take another model."
             ) from error
         raise InputError(
-            f"expected {what} at {source}, found: {summary}. Check the path or the Hub id; a gated or private model needs HF_TOKEN, and "
-            "without a network only a local directory or package:// path works."
+            f"expected {what} at {source}, found: {summary}. Check the path or the Hub id; files of a newer library need that one (pip "
+            "install -U transformers tokenizers); a gated or private model needs HF_TOKEN, and without a network only a local directory "
+            "or package:// path works."
         ) from error

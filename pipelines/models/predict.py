@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from pipelines.core.errors import InputError
 from pipelines.core.task import Arrays, Collate, Task
 from pipelines.runtime.infer import in_order
 
@@ -66,6 +67,24 @@ def predict_batches(
         return {"predictions": task.predictions(outputs, labels)}
 
     return map_batches(predict, features, collate, batch_size, name, at_once)["predictions"]
+
+
+def try_model(model: Any, features: Any, collate: Collate) -> None:
+    """Raise InputError unless the model takes the shortest and the longest of the examples, padded to one batch."""
+    import torch
+
+    lengths = features["length"] if "length" in features.column_names else [1] * len(features)
+    batch = collate([features[int(index)] for index in (np.argmin(lengths), np.argmax(lengths))])
+    try:
+        with torch.no_grad():  # what a model may keep of this must not hinder its training
+            model.eval()(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"})
+    except Exception as error:  # whatever somebody's model may raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"expected a model that takes the examples of the data set as its own tokenizer or image processor makes them, found that "
+            f"{type(model).__name__} does not: {reason:.300}. Check that both were saved together, and that no example is longer than the "
+            "model reads (--max_length)."
+        ) from error
 
 
 def predict_torch(

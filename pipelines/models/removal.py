@@ -23,6 +23,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.data.sources import check_model
 from pipelines.models.families import FAMILIES, Group, groups_of, input_axis, layers_of, slices, unit_count, unit_width
+from pipelines.models.loading import load_weights
 
 Kept = Sequence[np.ndarray] | None  # of each layer the units to keep, in rising order; None keeps all
 
@@ -122,7 +123,7 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
             f"expected a model of one of transformers' own classes in {directory}, found another ({' '.join(str(error).split()):.200}). "
             "Where it brings code of its own that you trust, pass --trust_remote_code true."
         ) from error
-    model = model_class.from_pretrained(located, dtype=torch.float32, use_safetensors=True).eval()
+    model = load_weights(model_class, str(directory)).eval()
     if model.base_model_prefix and model.base_model is model:
         raise InputError(
             f"expected a model with a head for its task in {directory}, found {name}, which has none. Fine-tune it first."

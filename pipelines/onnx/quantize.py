@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from pipelines.core.config import QuantizeConfig
 from pipelines.core.memory import give_memory_back
+from pipelines.core.quality import gate_metric, problem_of, quality_lost
 from pipelines.core.records import Outcome, copy_beside, read_record
 from pipelines.onnx.blocks import quantize_blocks, tied_tables
 from pipelines.onnx.calibrate import calibration_feeds, quantize_static_int8
@@ -23,7 +24,7 @@ from pipelines.onnx.file import save, size_of
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.measure import Subject, measure
 from pipelines.onnx.predict import score_onnx
-from pipelines.onnx.verify import quality_lost, verify_quality, verify_same_graph
+from pipelines.onnx.verify import verify_quality, verify_same_graph
 
 if TYPE_CHECKING:
     from pipelines.core.task import Arrays, Task
@@ -87,7 +88,7 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
     give_memory_back()
     before = score_onnx(original, task, processor, "validation", "score fp32")
     feeds = cache(partial(calibration_feeds, task, processor, quantize.calibration_samples))
-    tried: dict[str, dict[str, Any]] = {}
+    metric, tried = gate_metric(task, quantize), dict[str, dict[str, Any]]()
     for name in schemes_to_try(task, quantize):
         folder = candidates / name
         folder.mkdir()
@@ -96,18 +97,17 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
         give_memory_back()
         nodes = onnx.load(folder / ONNX_FILE, load_external_data=False).graph.node
         after = score_onnx(folder / ONNX_FILE, task, processor, "validation", f"score {name}")
-        lost = quality_lost(before[task.primary_metric], after[task.primary_metric], task.greater_is_better)
         tried[name] = {
             "operators": dict(sorted(Counter(node.op_type for node in nodes).items())),
             "bytes": size_of(folder / ONNX_FILE),
             "metrics": after,
-            "quality_lost": lost,
-            "within_limit": bool(lost <= quantize.max_quality_drop),
+            "quality_lost": quality_lost(before[metric], after[metric], task.metrics[metric]),
+            "within_limit": problem_of(before, after, task, quantize) is None,
         }
     chosen = choose(tried, candidates, task)
     metrics = tried[chosen]["metrics"]
     name = chosen if len(tried) == 1 else f"{chosen}, the one to ship of {', '.join(tried)}"
-    verification = verify_quality(before, metrics, task, quantize.max_quality_drop, name)
+    verification = verify_quality(before, metrics, task, quantize, name)
     for path in (candidates / chosen).iterdir():
         path.rename(directory / path.name)
     shutil.rmtree(candidates)
@@ -115,6 +115,7 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
         "fused_nodes": fused_nodes,
         "fused_equals_source": fusion,
         "scheme": chosen,
+        "source_metrics": before,
         "candidates": tried,
         "verification": verification | {"examples": len(task.features(processor)["validation"])},
     }

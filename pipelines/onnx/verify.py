@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.core.errors import VerificationError
+from pipelines.core.quality import gate_metric, problem_of, quality_lost
 from pipelines.onnx.predict import feed_of, score_onnx
 from pipelines.runtime.infer import open_session
 
 if TYPE_CHECKING:
+    from pipelines.core.config import GateConfig
     from pipelines.core.task import Arrays, Task
 
 # Largest difference of an output, as a share of its largest number (or of 1); fp32 graphs stay below 1e-5.
@@ -87,35 +89,27 @@ def _compare(path: Path, expected: list[Arrays], origin: str, task: Task, feeds:
     }
 
 
-def quality_lost(before: float, after: float, greater_is_better: bool) -> float:
-    """The share of a metric that is lost: 0.01 where an accuracy of 0.90 becomes 0.891, or a perplexity of 19.8 becomes 20.
-
-    Less than 0 where it is gained. (A metric that was 0 has no shares: then it is the difference.)
-    """
-    whole, kept = (before, after) if greater_is_better else (after, before)
-    return float((whole - kept) / (abs(whole) or 1.0))
-
-
 def verify_quality(
-    before: dict[str, Any], after: dict[str, Any], task: Task, max_quality_drop: float, name: str
+    before: dict[str, Any], after: dict[str, Any], task: Task, gate: GateConfig, name: str
 ) -> dict[str, Any]:
     """Compare the scores of a quantized model with those of the fp32 one it was made from; return both and what was lost.
 
-    Raises VerificationError where more than `max_quality_drop` was lost. A score that is not a number loses everything.
+    Raises VerificationError where that is more than the gate allows.
     """
-    metric = task.primary_metric
-    lost = quality_lost(before[metric], after[metric], task.greater_is_better)
-    if not lost <= max_quality_drop:
+    problem = problem_of(before, after, task, gate)
+    if problem is not None:
         raise VerificationError(
-            f"expected quantization to cost at most {max_quality_drop:.1%} of {metric} on the validation split, found {before[metric]:.4f} "
-            f"before and {after[metric]:.4f} after ({lost:.1%}) with {name}. Allow more with --max_quality_drop, name the CPU it will run "
-            "on with --target_cpu, take smaller blocks with --block_size, prune less or train the student longer, or ship fp32 with "
+            f"expected quantization to keep the quality on the validation split, found {problem} with {name}. Allow more with "
+            "--max_quality_drop (1 for whatever is lost), name the CPU it will run on with --target_cpu, take another scheme with "
+            "--quantization, or smaller blocks with --block_size, prune less or train the student longer, or ship fp32 with "
             "--quantization fp32."
         )
-    return {"fp32": before[metric], "quantized": after[metric], "quality_lost": lost}
+    metric = gate_metric(task, gate)
+    lost = quality_lost(before[metric], after[metric], task.metrics[metric])
+    return {"metric": metric, "fp32": before[metric], "quantized": after[metric], "quality_lost": lost}
 
 
-def verify_directory(directory: Path, reference: Path, task: Task, max_quality_drop: float) -> dict[str, Any]:
+def verify_directory(directory: Path, reference: Path, task: Task, gate: GateConfig) -> dict[str, Any]:
     """Verify the ONNX model in `directory` against the model directory it was exported from, or the ONNX directory it was quantized from."""
     from pipelines.models.removal import load_model
 
@@ -127,7 +121,8 @@ def verify_directory(directory: Path, reference: Path, task: Task, max_quality_d
         before, after = (
             score_onnx(file, task, processor, "validation", f"score {file.parent.name}") for file in (original, path)
         )
-        return verify_quality(before, after, task, max_quality_drop, str(path)) | {"metrics": after}
+        return verify_quality(before, after, task, gate, str(path)) | {"metrics": after, "source_metrics": before}
     model = load_model(reference, task.config.trust_remote_code)
+    task.check_config(model.config, str(reference))
     task.align_labels(model, str(reference))
     return verify_against_torch(path, model, task, processor) | task.verify_behaviour(directory, model, processor)

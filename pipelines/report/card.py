@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipelines.core.task import Presentation
@@ -97,7 +98,19 @@ def _usage_section(report: dict[str, Any], presentation: Presentation) -> str:
             "The shipped model, with ONNX Runtime and without torch:",
             fence(presentation.in_onnx_runtime(report, shipped["path"]), "python"),
         ]
-    return "\n\n".join(parts)
+    parts.append(needed_versions(report))
+    return "\n\n".join(filter(None, parts))
+
+
+def needed_versions(report: dict[str, Any], published: Mapping[str, str] | None = None) -> str:
+    """The oldest versions of other tools that run each graph; `published` are the names that files of the run have elsewhere."""
+    lines = []
+    for stage in report["stages"]:
+        for file, needs in stage.get("needs", {}).items() if stage["name"] not in BASELINES else ():
+            path = f"{stage['path']}/{file}"
+            versions = " or ".join(f"{tool} {version}" for tool, version in needs.items() if version)
+            lines.append(f"- `{(published or {}).get(path, path)}`: {versions}, or newer")
+    return "\n".join(["What runs the graphs:\n", *lines]) if lines else ""
 
 
 def _bits(report: dict[str, Any]) -> str | None:

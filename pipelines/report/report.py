@@ -14,6 +14,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.records import CHECKSUM, checksum, damaged_files, versions, with_checksum
 from pipelines.core.task import Comparison, Presentation, StageResult, Task
 from pipelines.onnx.measure import paired_ratios
+from pipelines.onnx.runtimes import needed_versions
 from pipelines.report.bootstrap import paired_bootstrap
 from pipelines.report.card import format_model_card
 from pipelines.report.pages import BASELINES, TEACHER, format_markdown
@@ -86,6 +87,7 @@ def build_report(
                 "parameters": stage.record["parameters"],
                 "bytes": stage.record["bytes"],
                 "seconds": stage.record["seconds"],
+                "needs": needed_versions(Path(run_dir) / stage.path),
                 **{key: value for key, value in stage.timing.items() if key != "rounds"},
                 "ratios": {
                     "smaller_than_teacher": _divide(teacher.record["bytes"], stage.record["bytes"]),

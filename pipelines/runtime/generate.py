@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,23 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 
+def setting(default: Any, help: str) -> Any:
+    """A setting whose help is a flag's, too."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class Sampling:
     """How the next token is chosen; left as it is, greedily."""
 
-    max_new_tokens: int = 64
-    sampling_temperature: float = 0.0  # 0 always takes the likeliest token
-    top_k: int = 0  # keep only this many tokens; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest tokens that have this much probability together
-    # Divide (if negative: multiply) the logits of tokens that were there by this (Keskar et al., 2019).
-    repetition_penalty: float = 1.0
-    stop_tokens: list[int] = field(default_factory=list)  # besides the model's end token
-    seed: int = 0
+    max_new_tokens: int = setting(64, "the most tokens to add (64)")
+    sampling_temperature: float = setting(0.0, "draw tokens, the likeliest less often the higher this is; 0 draws none")
+    top_k: int = setting(0, "draw from this many of the likeliest tokens; 0 keeps all")
+    top_p: float = setting(1.0, "draw from the likeliest tokens that have this probability together")
+    # Keskar et al., 2019; negative logits are multiplied.
+    repetition_penalty: float = setting(1.0, "divide the logits of tokens that were there by this")
+    stop_tokens: Sequence[int] = setting((), "token ids to end at, besides the model's own")
+    seed: int = setting(0, "seed of the draws")
 
     def __post_init__(self) -> None:
         for name, holds in {
@@ -62,24 +67,24 @@ class LanguageModel:
     def generate(self, prompts: list[str], sampling: Sampling | None = None) -> list[str]:
         """A continuation of each prompt."""
         sequences = [self.encode(prompt) for prompt in prompts]
-        return [self.tokenizer.decode(tokens) for tokens in self.generate_tokens(sequences, sampling)]
+        return list(map(self.continuation, sequences, self.generate_tokens(sequences, sampling)))
+
+    def continuation(self, prompt: list[int], tokens: list[int]) -> str:
+        """What tokens add to the text of a prompt: alone, those of SentencePiece would lose their first space."""
+        return self.tokenizer.decode(prompt + tokens)[len(self.tokenizer.decode(prompt)) :]
 
     def stream(self, prompt: str, sampling: Sampling | None = None) -> Iterator[str]:
         """The continuation of one prompt in pieces, as soon as each is there; together they are what generate() gives."""
+        given, shown = self.encode(prompt), ""
         tokens: list[int] = []
-        shown = ""
-        for (token,) in self.steps([self.encode(prompt)], sampling):
-            if token is None:
-                continue
-            tokens.append(token)
-            text = self.tokenizer.decode(tokens)
+        for step in self.steps([given], sampling):
+            tokens += [token for token in step if token is not None]
+            text = self.continuation(given, tokens)
             # A character of several bytes may take several tokens; until the last of them it cannot be shown.
-            if len(text) > len(shown) and not text.endswith("\ufffd"):
+            if not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
-        rest = self.tokenizer.decode(tokens)[len(shown) :]
-        if rest:
-            yield rest
+        yield self.continuation(given, tokens)[len(shown) :]
 
     def encode(self, prompt: str) -> list[int]:
         """The prompt's tokens; an empty one begins a new document."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -23,20 +24,20 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 FORMAT = 2
 PAGE = ("index.html", "web/")  # only a browser needs these, so a device may do without
-MOST_PIXELS = 64_000_000  # of an image, as in training: a small file can unpack into gigabytes
 
 # An input of the model: a text, two texts, or an image: the path of its file, an open file, or an image of Pillow.
 Example = tuple[Any, ...]
 
 
-class BundleError(Exception):
-    """What was expected, what was found, what to do: one line."""
+class BundleError(ValueError):
+    """What was expected, what was found, what to do: one line. images.py and generate.py, which stand alone, raise ValueError."""
 
 
 # ---- The files
@@ -149,24 +150,19 @@ def in_order(predict: Callable[[Any], Any], examples: Iterable[Any], at_once: in
     if at_once == 1:
         yield from map(predict, examples)
         return
+    left, waiting, failed = iter(examples), deque[Future[Any]](), None
     with ThreadPoolExecutor(at_once) as pool:
-
-        def begun() -> Iterator[Future[Any]]:
+        while failed is None:
             try:
-                for example in examples:
-                    yield pool.submit(predict, example)
-            except Exception as error:  # to be raised in its place, after the predictions before it
-                failed: Future[Any] = Future()
-                failed.set_exception(error)
-                yield failed
-
-        waiting: deque[Future[Any]] = deque()
-        for future in begun():
-            waiting.append(future)
-            if len(waiting) > 4 * at_once:  # an example that takes long must not leave the other cores without work
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                waiting.append(pool.submit(predict, next(left)))
+            except (
+                Exception
+            ) as error:  # none is left, or one cannot be read: raised in its place, after those before it
+                failed = error
+            if failed or len(waiting) > 4 * at_once:  # one that takes long must not leave the other cores without work
+                yield from (waiting.popleft().result() for _ in range(len(waiting) if failed else 1))
+    if not isinstance(failed, StopIteration):
+        raise failed
 
 
 def one_line(error: Exception) -> str:
@@ -209,69 +205,27 @@ def text_inputs(path: Path, settings: dict[str, Any], names: list[str]) -> Calla
 
 
 def image_inputs(settings: dict[str, Any], names: list[str]) -> Callable[[Example], dict[str, Any]]:
-    """A function from an image to the input of the graph, float32 (1, 3, height, width)."""
-    return lambda example: {names[0]: image_pixels(read_image(example[0]), settings)[None]}
+    """A function from an image to the input of the graph, float32 (1, channels, height, width)."""
+    images = module_beside("images")
+    return lambda example: {
+        names[0]: images.image_pixels(images.read_image(example[0], settings.get("value_range")), settings)[None]
+    }
 
 
-def read_image(source: Any) -> Any:
-    """The RGB image of a file (its path, or an open file) or of Pillow, turned as its orientation tag asks.
-
-    Grey, palettes and transparency are converted as transformers' pipelines do; 16-bit grey keeps its upper 8 bits.
-    """
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):
-                upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
-            return upright.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise errors of many types
-        raise BundleError(f"expected an image file that Pillow reads, found {source!r}: {one_line(error)}.") from error
-
-
-def image_pixels(image: Any, settings: dict[str, Any]) -> Any:
-    """An RGB image as the model sees it, float32 (3, height, width): resized, cropped, rescaled and normalized as in training."""
-    import numpy as np
-
-    if settings["resize"] is not None:
-        image = image.resize(resized(image.size, settings["resize"]), resample=settings["resample"])
-    pixels = np.asarray(image)
-    if settings["crop"] is not None:
-        pixels = center_crop(pixels, settings["crop"]["height"], settings["crop"]["width"])
-    if settings["rescale"] is not None:
-        pixels = (pixels.astype(np.float64) * settings["rescale"]).astype(np.float32)
-    pixels = pixels.astype(np.float32)
-    if settings["mean"] is not None:
-        pixels = (pixels - np.array(settings["mean"], np.float32)) / np.array(settings["std"], np.float32)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def resized(size: tuple[int, int], resize: dict[str, int]) -> tuple[int, int]:
-    """Width and height after resizing: the ones given, or those that keep the proportions and have the given shortest edge."""
-    if "shortest_edge" not in resize:
-        return resize["width"], resize["height"]
-    (width, height), short = size, resize["shortest_edge"]
-    return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-
-
-def center_crop(pixels: Any, height: int, width: int) -> Any:
-    """The middle (height, width) of pixels (rows, columns, 3), with black around it where they are fewer."""
-    import numpy as np
-
-    rows, columns = pixels.shape[:2]
-    # A border that an odd difference leaves uneven is wider above and on the left.
-    above, left = -(-max(height - rows, 0) // 2), -(-max(width - columns, 0) // 2)
-    canvas = np.zeros((max(height, rows), max(width, columns), 3), pixels.dtype)
-    canvas[above : above + rows, left : left + columns] = pixels
-    top, first = (rows - height) // 2 + above, (columns - width) // 2 + left
-    return canvas[top : top + height, first : first + width]
+def module_beside(name: str) -> Any:
+    """generate.py or images.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
+    sys.dont_write_bytecode |= not __package__  # a bundle stays as it was built
+    return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
 
 
 # ---- Outputs
+
+
+def open_model(directory: str | Path, manifest: dict[str, Any] | None, **how: Any) -> tuple[dict[str, Any], Any]:
+    """The manifest of a bundle, read and its files checked where it is not given, and the session of its graph."""
+    manifest = manifest or read_manifest(Path(directory))
+    path, minimum = Path(directory) / manifest["model"], manifest["minimum_onnxruntime"]
+    return manifest, open_session(path, minimum=minimum, **how)
 
 
 class Predictor:
@@ -282,16 +236,13 @@ class Predictor:
     """
 
     def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
-        directory = Path(directory)
-        self.manifest = manifest or read_manifest(directory)
-        minimum = self.manifest["minimum_onnxruntime"]
-        self.session = open_session(directory / self.manifest["model"], minimum=minimum, **how)
+        self.manifest, self.session = open_model(directory, manifest, **how)
         names = [value.name for value in self.session.get_inputs()]
         settings = self.manifest["inputs"]
         if settings["kind"] == "image":
             self.prepare = image_inputs(settings, names)
         else:
-            self.prepare = text_inputs(directory / "tokenizer.json", settings, names)
+            self.prepare = text_inputs(Path(directory) / "tokenizer.json", settings, names)
 
     def logits(self, example: Example) -> Any:
         """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch."""
@@ -332,48 +283,21 @@ class Generator:
     """The language model of a bundle, ready to continue texts; its arguments are Predictor's."""
 
     def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
-        directory = Path(directory)
-        self.manifest = manifest or read_manifest(directory)
-        minimum = self.manifest["minimum_onnxruntime"]
-        self.session = open_session(directory / self.manifest["model"], minimum=minimum, **how)
-        self.model = generation().LanguageModel(directory, self.session)
+        self.manifest, self.session = open_model(directory, manifest, **how)
+        self.model = module_beside("generate").LanguageModel(Path(directory), self.session)
 
     def stream(self, prompt: str, sampling: Any = None) -> Iterator[str]:
         """The continuation of a text in pieces, each as soon as it is there; `sampling` is generate.py's."""
-        try:
-            yield from self.model.stream(prompt, sampling)
-        except ValueError as error:  # a prompt that leaves the model no room
-            raise BundleError(str(error)) from error
+        yield from self.model.stream(prompt, sampling)
 
     def predict(self, example: Example, sampling: Any = None) -> dict[str, Any]:
         return {"input": example[0], "continuation": "".join(self.stream(example[0], sampling))}
 
 
-def generation() -> Any:
-    """generate.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
-    if __package__:
-        from pipelines.runtime import generate
-    else:
-        sys.dont_write_bytecode = True  # the bundle stays as it was built
-        import generate  # type: ignore[no-redef]
-    return generate
-
-
 # ---- The command
 
 
-SAMPLING: dict[str, tuple[type, str]] = {
-    "max_new_tokens": (int, "the most tokens to add (64)"),
-    "sampling_temperature": (float, "draw tokens, the likeliest less often the higher this is; 0 draws none"),
-    "top_k": (int, "draw from this many of the likeliest tokens"),
-    "top_p": (float, "draw from the likeliest tokens that have this probability together"),
-    "repetition_penalty": (float, "divide the logits of tokens that were there by this"),
-    "stop_tokens": (int, "token ids to end at, besides the model's own"),
-    "seed": (int, "seed of the draws"),
-}
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(generates: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -385,11 +309,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
-    sampling = parser.add_argument_group(
-        "for a model that continues texts; left as they are, it takes the likeliest token"
-    )
-    for name, (kind, what) in SAMPLING.items():
-        sampling.add_argument(f"--{name}", type=kind, nargs="+" if name == "stop_tokens" else None, help=what)
+    if generates:
+        for field in fields(module_beside("generate").Sampling):
+            kind = float if field.type == "float" else int
+            several = "+" if field.default == () else None
+            words = field.metadata["help"]
+            parser.add_argument(f"--{field.name}", type=kind, nargs=several, default=field.default, help=words)
     return parser
 
 
@@ -407,17 +332,6 @@ def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, mani
         parser.error(f"expected two texts for each prediction, found {len(flags.inputs)} texts")
     if flags.threads is not None and flags.threads < 1:
         parser.error(f"expected --threads of 1 or more, found {flags.threads}")
-    sampling = [f"--{name}" for name in SAMPLING if getattr(flags, name) is not None]
-    if sampling and manifest["outputs"]["kind"] != "continuation":
-        parser.error(f"expected no {', '.join(sampling)}, which are for a model that continues texts")
-
-
-def read_sampling(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Any:
-    given = {name: getattr(flags, name) for name in SAMPLING if getattr(flags, name) is not None}
-    try:
-        return generation().Sampling(**given)
-    except ValueError as error:
-        return parser.error(str(error))
 
 
 def read_examples(flags: argparse.Namespace, columns: int, texts: bool = True) -> Iterator[Example]:
@@ -434,9 +348,7 @@ def read_examples(flags: argparse.Namespace, columns: int, texts: bool = True) -
             sys.stdin.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
             yield from read_lines(sys.stdin, columns, origin)
         elif texts:
-            "".join(
-                flags.inputs
-            ).encode()  # raises for bytes that are no UTF-8, which the name of an image file may have
+            "".join(flags.inputs).encode()  # raises for bytes that are no UTF-8, which an image file's name may have
         yield from zip(*[iter(flags.inputs)] * columns, strict=True)
     except (OSError, UnicodeError) as error:
         raise BundleError(
@@ -474,11 +386,9 @@ def write_continuation(generator: Generator, prompt: str, sampling: Any, as_json
         print(json.dumps(generator.predict((prompt,), sampling), ensure_ascii=False), flush=True)
         return
     pieces = generator.stream(prompt, sampling)
-    first = next(pieces, "")  # a prompt that is too long is refused before it is written
-    print(prompt, first, sep="", end="", flush=True)
-    for piece in pieces:
+    # A prompt that is too long is refused before it is written.
+    for piece in chain([prompt + next(pieces, "")], pieces, ["\n"]):
         print(piece, end="", flush=True)
-    print(flush=True)
 
 
 def benchmark(predictor: Predictor, examples: list[Example]) -> dict[str, Any]:
@@ -505,11 +415,8 @@ def benchmark_generation(generator: Generator, prompt: str, sampling: Any) -> di
     first, rates = [], []
     for _ in range(5):
         start = time.perf_counter()
-        try:
-            steps = generator.model.steps([generator.model.encode(prompt)], sampling)
-            times = [time.perf_counter() - start for _ in steps]
-        except ValueError as error:
-            raise BundleError(str(error)) from error
+        steps = generator.model.steps([generator.model.encode(prompt)], sampling)
+        times = [time.perf_counter() - start for _ in steps]
         first += times[:1]
         rates += [(len(times) - 1) / (times[-1] - times[0])] if len(times) > 1 else []
     return {
@@ -531,10 +438,11 @@ def sample(settings: dict[str, Any]) -> Example:
 
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
-    parser = make_parser()
-    flags = parser.parse_args(argv)
     directory = Path(__file__).absolute().parent
     manifest = read_manifest(directory)
+    generates = manifest["outputs"]["kind"] == "continuation"
+    parser = make_parser(generates)
+    flags = parser.parse_args(argv)
     check_flags(parser, flags, manifest)
     inputs = manifest["inputs"]
     examples = read_examples(flags, 2 if inputs.get("pair") else 1, inputs["kind"] == "text")
@@ -545,23 +453,25 @@ def main(argv: list[str] | None = None) -> None:
     how = {"threads": flags.threads, "provider": flags.provider}
     # The inputs of a file are predicted one on each core; other providers have no cores to share out.
     in_file = flags.file is not None and flags.provider.lower() == "cpu" and not flags.benchmark
-    if manifest["outputs"]["kind"] == "continuation":
-        sampling = read_sampling(parser, flags)
+    if generates:
+        settings = module_beside("generate").Sampling
+        try:
+            sampling = settings(**{field.name: getattr(flags, field.name) for field in fields(settings)})
+        except ValueError as error:
+            parser.error(str(error))
         model: Any = Generator(directory, manifest, **how)
     else:
         model = Predictor(directory, manifest, **(how | {"threads": 1} if in_file else how))
     if flags.benchmark:
-        ready = {"ready_ms": round((time.perf_counter() - started) * 1000, 1)}
-        if isinstance(model, Generator):
-            measured = ready | benchmark_generation(model, next(examples, ("",))[0], sampling)
+        ready = round((time.perf_counter() - started) * 1000, 1)
+        if generates:
+            times = benchmark_generation(model, next(examples, ("",))[0], sampling)
         else:
-            measured = ready | benchmark(model, list(examples) or [sample(inputs)])
-        measured |= {
-            "threads": model.session.get_session_options().intra_op_num_threads,
-            "provider": model.session.get_providers()[0],
-        }
+            times = benchmark(model, list(examples) or [sample(inputs)])
+        threads = model.session.get_session_options().intra_op_num_threads
+        measured = {"ready_ms": ready, **times, "threads": threads, "provider": model.session.get_providers()[0]}
         print(json.dumps(measured) if flags.json else "\n".join(f"{name}\t{value}" for name, value in measured.items()))
-    elif isinstance(model, Generator):
+    elif generates:
         for (prompt,) in examples:
             write_continuation(model, prompt, sampling, flags.json)
     else:
@@ -573,7 +483,7 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BundleError as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
         sys.exit(

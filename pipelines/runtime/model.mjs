@@ -79,8 +79,8 @@ export function readOutputs(logits, {kind, names, labels, activation}) {
 
 function prepare({manifest: {inputs}, ort, session, tokenizer}, example) {
     if (inputs.kind === "image") {
-        const {data, height, width} = imagePixels(example, inputs);
-        return {[session.inputNames[0]]: new ort.Tensor("float32", data, [1, 3, height, width])};
+        const {data, channels, height, width} = imagePixels(example, inputs);
+        return {[session.inputNames[0]]: new ort.Tensor("float32", data, [1, channels, height, width])};
     }
     const columns = textColumns(tokenizer, example, inputs);
     return Object.fromEntries(session.inputNames.map((name) => [name, wholeNumbers(ort, columns[name])]));
@@ -122,9 +122,14 @@ export async function* continueText({manifest, ort, session, tokenizer}, prompt,
         cache = Object.fromEntries(Object.keys(shapes).map((name) => [name, outputs[name.replace("past_key_values", "present")]]));
         tokens.push(token);
         ids = [token];
-        const text = tokenizer.decode(tokens, {skip_special_tokens: true, clean_up_tokenization_spaces: false});
-        yield {text, tokens: tokens.length, milliseconds: performance.now() - start};
+        yield {text: continuation(tokenizer, encoded, tokens), tokens: tokens.length, milliseconds: performance.now() - start};
     }
+}
+
+// What tokens add to the text of a prompt: alone, those of SentencePiece would lose their first space.
+export function continuation(tokenizer, prompt, tokens) {
+    const decode = (ids) => (ids.length ? tokenizer.decode(ids, {skip_special_tokens: true, clean_up_tokenization_spaces: false}) : "");
+    return decode([...prompt, ...tokens]).slice(decode(prompt).length);
 }
 
 function promptTokens(tokenizer, prompt) {
@@ -168,9 +173,18 @@ export function truncatedLengths(first, second, room) {
 
 // ---- Images
 
-// The pixels that a model sees, float32 (3, height, width), of an image {data: RGBA bytes, width, height}.
+// Raises an error for a file of which a browser gives other pixels than infer.py reads: it keeps 8 of 16 bits.
+export function checkImageFile(bytes) {
+    const begins = (...expected) => expected.every((byte, place) => bytes[place] === byte);
+    const isDeep = begins(0x89, 0x50, 0x4e, 0x47) && bytes[24] === 16;
+    if (isDeep) throw new Error("its values have 16 bits, of which a browser reads 8. Use the bundle's infer.py.");
+    if (begins(0x49, 0x49, 42) || begins(0x4d, 0x4d, 0, 42)) throw new Error("a TIFF. Use the bundle's infer.py.");
+}
+
+// The pixels that a model sees, float32 (channels, height, width), of an image {data: RGBA bytes without transparency, width, height}.
 export function imagePixels(image, settings) {
-    let {data, width, height} = withoutAlpha(image);
+    const {channels = 3, rescale, mean, std} = settings;
+    let {data, width, height} = withoutAlpha(image, channels === 1);
     if (settings.resize) {
         const size = resizedSize(width, height, settings.resize);
         data = resample(data, width, height, ...size, settings.resample);
@@ -180,9 +194,8 @@ export function imagePixels(image, settings) {
         data = centerCrop(data, width, height, settings.crop.width, settings.crop.height);
         ({width, height} = settings.crop);
     }
-    const {rescale, mean, std} = settings;
-    const planes = new Float32Array(3 * width * height);
-    for (let channel = 0; channel < 3; channel++) {
+    const planes = new Float32Array(channels * width * height);
+    for (let channel = 0; channel < channels; channel++) {
         for (let index = 0; index < width * height; index++) {
             let value = data[3 * index + channel];
             if (rescale !== null) value = Math.fround(value * rescale);
@@ -191,17 +204,15 @@ export function imagePixels(image, settings) {
             planes[channel * width * height + index] = value;
         }
     }
-    return {data: planes, width, height};
+    return {data: planes, channels, width, height};
 }
 
-function withoutAlpha({data, width, height}) {
+// RGB bytes; of a grey image all three are Pillow's lightness.
+function withoutAlpha({data, width, height}, isGrey) {
     const rgb = new Uint8Array(3 * width * height);
     for (let from = 0, to = 0; to < rgb.length; from += 4) {
-        // A canvas keeps colours multiplied by their alpha, so that those beneath transparency, which infer.py reads, are lost.
-        if (data[from + 3] < 255) {
-            throw new Error("expected an image without transparency, which this page cannot read as infer.py does, found a transparent one. Save it without transparency.");
-        }
-        for (let channel = 0; channel < 3; channel++) rgb[to++] = data[from + channel];
+        const grey = (19595 * data[from] + 38470 * data[from + 1] + 7471 * data[from + 2] + 0x8000) >> 16;
+        for (let channel = 0; channel < 3; channel++) rgb[to++] = isGrey ? grey : data[from + channel];
     }
     return {data: rgb, width, height};
 }

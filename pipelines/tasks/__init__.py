@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core.config import Settings, settings_name
+from pipelines.core.config import GateConfig, Settings, settings_name
+from pipelines.core.quality import gate_metric
 
 if TYPE_CHECKING:
     from pipelines.core.task import Task
@@ -40,9 +41,17 @@ def task_class(name: str) -> Any:
 
 
 def make_task(settings: Settings) -> Task:
-    """The task that `settings.task` names, made of its own dataclasses among the settings."""
+    """The task that `settings.task` names, made of its own dataclasses among the settings; --gate is one of its metrics."""
     kind = task_class(settings.task.task)
     task: Task = kind(*(getattr(settings, settings_name(one)) for one in kind.settings))
+    for one in vars(settings).values():
+        if isinstance(one, GateConfig):
+            gate_metric(task, one)
+    task.allow_weak_teacher = "teacher" in vars(settings) and settings.teacher.allow_weak_teacher
+    if "training" in vars(settings):
+        from pipelines.training.trainer import check_training  # and torch with it
+
+        check_training(settings.training, task)
     return task
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.sources import resolve
-from pipelines.core.task import Arrays, Collate, Head, StageResult, Task, Workload
+from pipelines.core.task import Arrays, Collate, Head, Predict, StageResult, Task, Workload
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
 from pipelines.data.sources import check_model, check_onnx_directory
@@ -91,6 +92,7 @@ class BaseTask(Task):
     architectures: tuple[str, ...]  # how the names of its models' classes end
     demo: str  # the YAML file of its offline demo
     greater_is_better = True
+    allow_weak_teacher = False
 
     @classmethod
     def recognizes(cls, config: dict[str, Any]) -> bool:
@@ -141,6 +143,10 @@ class BaseTask(Task):
         """How the splits came about, for the report, ready for JSON."""
         return self.data.details
 
+    @property
+    def loss_details(self) -> dict[str, Any]:
+        return {}
+
     def load_config(self, source: str) -> Any:
         """The config of a model."""
         from transformers import AutoConfig
@@ -169,14 +175,35 @@ class BaseTask(Task):
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model has a position for every token of a text."""
-        limit = getattr(config, "max_position_embeddings", None)
-        # RoBERTa and its kin number positions from the padding index on, so two positions are not for tokens.
-        offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        if limit and self.config.max_length > limit - offset:
+        self.check_length(getattr(config, "max_position_embeddings", None), source)
+
+    def check_tokens(self, tokenizer: Any, column: str, size: float, source: str) -> None:
+        """Raise InputError unless all numbers in this column of the tokens are below `size`, the embeddings of the model in `source`."""
+        numbers = [
+            pc.max(pc.list_flatten(split.data.column(column))).as_py() for split in self.features(tokenizer).values()
+        ]
+        if column == "input_ids":
+            numbers.append(tokenizer.pad_token_id)
+        if max(numbers) >= size:
             raise InputError(
-                f"expected --max_length of at most {limit - offset}, the positions that {source} has, found {self.config.max_length}. "
+                f"expected {column} below {size:,}, the embeddings that {source} has for them, found {max(numbers):,}: the tokenizer is of "
+                "another model, or was given tokens (added_tokens) that the model was not. Use the model's own tokenizer, or call "
+                "model.resize_token_embeddings(len(tokenizer)) and save both."
+            )
+
+    def check_length(self, limit: int | None, source: str) -> None:
+        """Raise InputError for texts longer than the `limit` of the model in `source`."""
+        if limit and self.config.max_length > limit:
+            raise InputError(
+                f"expected --max_length of at most {limit}, the positions that {source} has, found {self.config.max_length}. "
                 "Pass a smaller --max_length."
             )
+
+    def check_label_order(self, processor: Any, predict: Predict) -> None:
+        """Nothing: only classes have an order that can be wrong."""
+
+    def bundle_obstacle(self, source: str) -> str | None:
+        return None
 
     # ---- ONNX
 

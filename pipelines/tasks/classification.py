@@ -4,25 +4,60 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
 from scipy.special import softmax
+from sklearn.metrics import confusion_matrix
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor
 
+from pipelines.core.config import LabelConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Comparison, StageResult
+from pipelines.core.task import Comparison, Predict, StageResult
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.report.markdown import escape, markdown_table, number
-from pipelines.report.pages import TEACHER, stage_of
+from pipelines.report.pages import BASELINES, TEACHER, stage_of
 from pipelines.tasks.base import BasePresentation, BaseTask, check_predictions, listed_examples
-from pipelines.tasks.metrics import PRIMARY_METRIC, classification_metrics
+from pipelines.tasks.metrics import BALANCED_METRIC, PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
+
+ORDER_EXAMPLES = 512  # whose predictions tell in what order a model's labels are
 
 
 class Classification(ClassifierLoss, BaseTask):
     """One label out of several, whatever the example is."""
 
     primary_metric = PRIMARY_METRIC
+    metrics: Mapping[str, bool] = dict.fromkeys(
+        ("accuracy", "macro_f1", "matthews_correlation", "balanced_accuracy"), True
+    )
+    balanced = False  # whether every class weighs the same, see LabelConfig
+
+    def weigh_classes(self, label: LabelConfig | None) -> None:
+        """Weigh the classes as the settings say: in the loss, and so in pruning; and in the score that checkpoints and quantized models
+        are chosen by."""
+        if label is not None and label.class_weights == "balanced":
+            self.balanced, self.primary_metric = True, BALANCED_METRIC
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | ({"class_weights": "balanced"} if self.balanced else {})
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:  # type: ignore[override]  # computed once the data is read
+        if not self.balanced:
+            return None
+        labels = np.asarray(self.splits["train"]["label"][:])
+        classes = np.arange(len(self.label_names))
+        return torch.from_numpy(compute_class_weight("balanced", classes=classes, y=labels))
+
+    @property
+    def loss_details(self) -> dict[str, Any]:
+        weights = self.class_weights
+        return {} if weights is None else {"class_weights": dict(zip(self.label_names, weights.tolist(), strict=True))}
 
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
         """The scores of logits (examples, labels) against label ids (examples)."""
@@ -48,12 +83,35 @@ class Classification(ClassifierLoss, BaseTask):
                 "--teacher_learning_rate), or check that its labels mean what the data set's do."
             )
 
+    def check_label_order(self, processor: Any, predict: Predict) -> None:
+        """Raise InputError where a head is right on the training split once its labels are put in another order."""
+        train = self.features(processor)["train"]
+        sample = train.select(
+            range(0, len(train), -(-len(train) // ORDER_EXAMPLES))
+        )  # from all of it, however it is sorted
+        found = np.argmax(predict(sample, self.collate(processor), self), axis=-1)
+        counts = confusion_matrix(sample["labels"], found, labels=range(len(self.label_names)))
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        labels, likely = linear_sum_assignment(shares, maximize=True)
+        moved = np.flatnonzero((labels != likely) & (counts.sum(axis=1) > 0))
+        before, after = shares[moved, moved], shares[moved, likely[moved]]
+        if len(moved) > 1 and after.mean() > max(0.5, 2 * before.mean()):
+            names = self.label_names
+            pairs = ", ".join(
+                f"{names[i]!r} is predicted as {names[likely[i]]!r} ({shares[i, likely[i]]:.0%})" for i in moved[:5]
+            )
+            raise InputError(
+                f"expected a model whose labels are in the order of the data, {names[:20]}, found another order: of {len(sample)} training "
+                f"examples {pairs}. Put the labels' names in their true order into id2label and label2id of its config.json, or fine-tune "
+                "it (--teacher_epochs above 0)."
+            )
+
     def align_labels(self, model: Any, source: str) -> None:
         """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
         order = label_order(model.config, self.label_names)
         if order is None:
             raise InputError(
-                f"expected a model for the labels {self.label_names}, found {list(model.config.id2label.values())} in {source}. Fine-tune "
+                f"expected a model for the labels {self.label_names}, found id2label {model.config.id2label} in {source}. Fine-tune "
                 "it on this data set, or use the data set it was fine-tuned on."
             )
         reorder_labels(model, order, self.label_names)
@@ -79,7 +137,9 @@ class Classification(ClassifierLoss, BaseTask):
 
     def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
         references = np.asarray(self.features(processor)["test"]["labels"])
-        return compare_classifiers(stages, references, self.test_texts(), self.label_names, shipped, teacher)
+        return compare_classifiers(
+            stages, references, self.test_texts(), self.label_names, shipped, teacher, self.balanced
+        )
 
 
 def compare_classifiers(
@@ -89,6 +149,7 @@ def compare_classifiers(
     label_names: list[str],
     shipped: str,
     teacher: str = TEACHER,
+    balanced: bool = False,
 ) -> Comparison:
     """What a report says of classifiers: `references` are class ids (examples,), `texts` the same examples for people to read."""
     check_predictions(stages, (len(references), len(label_names)), "examples, labels", teacher)
@@ -109,10 +170,25 @@ def compare_classifiers(
         "label_names": label_names,
         "test_examples": len(references),
         "test_examples_per_class": dict(zip(label_names, counts.tolist(), strict=True)),
+        "lost_most": [_lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
         "broken_examples": _broken_examples(logits[teacher], logits[shipped], references, texts, label_names),
     }
-    samples = {name: ((found == references).astype(float),) for name, found in predictions.items()}
-    return Comparison(compared, report, samples, metric=lambda correct: np.mean(correct, axis=-1))
+    weights = 1 / counts[references] if balanced else np.ones(len(references))
+    samples = {name: ((found == references).astype(float), weights) for name, found in predictions.items()}
+    return Comparison(compared, report, samples, metric=weighted_accuracy)
+
+
+def weighted_accuracy(correct: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Over the last axis; the balanced accuracy where the weights of each class have the same sum."""
+    return np.asarray((correct * weights).sum(axis=-1) / weights.sum(axis=-1))
+
+
+def _lost_most(stage: StageResult) -> dict[str, Any]:
+    """The class whose recall on the validation split fell most from the model that a stage was made from."""
+    before, after = stage.record["details"]["source_metrics"], stage.record["metrics"]["validation"]
+    old, new, counts = before["recall_per_class"], after["recall_per_class"], after["examples_per_class"]
+    label = min(counts, key=lambda name: new[name] - old[name])
+    return {"stage": stage.name, "class": label, "examples": counts[label], "before": old[label], "after": new[label]}
 
 
 def _broken_examples(
@@ -185,6 +261,15 @@ class ClassifierPresentation(BasePresentation):
         parts = ["Recall per class, the largest loss first:", markdown_table(header, rows)]
         if len(classes) > 20:
             parts.append(f"The other {len(classes) - 20} classes are in report.json.")
+        lost = [one for one in report["lost_most"] if one["after"] < one["before"] and one["stage"] not in BASELINES]
+        if lost:
+            header = ["stage", "class", "validation examples", "recall before", "recall after"]
+            rows = [
+                [one["stage"], one["class"], str(one["examples"]), f"{one['before']:.3f}", f"{one['after']:.3f}"]
+                for one in lost
+            ]
+            parts.append("The class that each stage took most from, on the validation split:")
+            parts.append(markdown_table(header, rows, text_columns=2))
         examples = broken["examples"][:listed]
         parts.append(
             f"Test examples that the teacher predicts right and {name} wrong: {broken['total']:,} of {report['test_examples']:,}. The other "

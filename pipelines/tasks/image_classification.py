@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from pipelines.core.config import AugmentConfig, DataConfig
+from pipelines.core.config import AugmentConfig, DataConfig, LabelConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import Collate, Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
-from pipelines.data.images import IMAGES, collate
+from pipelines.data.images import IMAGES, collate, find_value_range
 from pipelines.data.references import read_classes
+from pipelines.data.remembered import remembered_fingerprint
 from pipelines.edge.bundle import image_probes, verify_predictor
 from pipelines.edge.settings import head_outputs, image_settings
 from pipelines.models.families import FAMILIES
@@ -28,6 +31,10 @@ class ImagePresentation(ClassifierPresentation):
     """What a report says of a classifier of images."""
 
     example = "image"
+    limitations: Sequence[str] = (
+        *ClassifierPresentation.limitations,
+        "The bundle shows transparency on white and scales values of more than 8 bits as in training. Give other tools RGB images of 8 bits.",
+    )
 
     def in_python(self, report: dict[str, Any], model: str) -> str:
         return f"""
@@ -42,8 +49,9 @@ class ImagePresentation(ClassifierPresentation):
             from PIL import Image, ImageOps
             from transformers import AutoConfig, AutoImageProcessor
 
-            image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
             processor = AutoImageProcessor.from_pretrained({json.dumps(directory)}, backend="pil")
+            mode = "L" if len(processor.image_mean) == 1 else "RGB"
+            image = ImageOps.exif_transpose(Image.open("image.png")).convert(mode)
             inputs = processor(image, return_tensors="np")
             session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
             logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
@@ -66,7 +74,7 @@ class ImageClassification(Classification):
 
     name = "image-classification"
     presentation: Presentation = ImagePresentation()
-    settings = (DataConfig, AugmentConfig)
+    settings = (DataConfig, AugmentConfig, LabelConfig)
     auto_class = AutoModelForImageClassification
     architectures = ("ForImageClassification",)
     demo = "vit_digits"
@@ -80,18 +88,35 @@ class ImageClassification(Classification):
     # Most published image models come with a head for ImageNet's thousand classes.
     student_head: Head = "new if other"
 
-    def __init__(self, config: DataConfig, augmentation: AugmentConfig | None = None) -> None:
+    def __init__(
+        self, config: DataConfig, augmentation: AugmentConfig | None = None, label: LabelConfig | None = None
+    ) -> None:
         # Pillow's warning of large images would come before our refusal of them.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         self.config = config
         self.augmentation = AugmentConfig() if augmentation is None else augmentation
+        self.weigh_classes(label)
 
     def load_data(self) -> Examples:
         return load_examples(self.config, IMAGES, read_classes)
 
+    @cached_property
+    def value_range(self) -> list[float] | None:
+        """The values that become black and white where images have more than 8 bits."""
+        found = remembered_fingerprint(
+            self.config, "value_range", lambda: json.dumps(find_value_range(self.data.splits))
+        )
+        return cast("list[float] | None", json.loads(found))
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """How the splits came about, for the report, ready for JSON."""
+        return super().details | ({"value_range": self.value_range} if self.value_range else {})
+
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
-        return super().describe() | {"augmentation": asdict(self.augmentation)}
+        scaled = {"value_range": self.value_range} if self.value_range else {}
+        return super().describe() | {"augmentation": asdict(self.augmentation), **scaled}
 
     def load_processor(self, source: str) -> Any:
         """The image processor of a model; the one over Pillow, so that an image becomes the same numbers on every machine."""
@@ -108,7 +133,7 @@ class ImageClassification(Classification):
         return self.data.splits.rename_column("label", "labels")
 
     def collate(self, processor: Any) -> Collate:
-        return collate(processor)
+        return collate(processor, value_range=self.value_range)
 
     def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
         """The collator for training: images augmented if asked, the same ones for an online teacher, by its own processor."""
@@ -117,7 +142,7 @@ class ImageClassification(Classification):
 
             note = "images: not augmented here, since stored soft targets are of the images as they are (--soft_targets online)"
             PartialState().print(note, flush=True)
-        return collate(processor, teacher_processor, self.augmentation if augment else None)
+        return collate(processor, teacher_processor, self.augmentation if augment else None, self.value_range)
 
     def test_texts(self) -> list[str]:
         """The test examples by name: a file's own, or else their number in the test split."""
@@ -141,13 +166,15 @@ class ImageClassification(Classification):
         if found != expected:
             raise InputError(
                 f"expected the image processor of {source} to make images of {expected} (channels, height, width), as the model's config "
-                f"says, found {found}. Correct size and crop_size in its preprocessor_config.json; images always have 3 channels."
+                f"says, found {found}. Correct size and crop_size in its preprocessor_config.json. Of 1 channel are the images of a processor whose "
+                "image_mean and image_std have one number."
             )
 
     # ---- Bundle
 
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
-        return {"inputs": image_settings(processor), "outputs": head_outputs(directory)}
+        inputs = image_settings(processor) | {"value_range": self.value_range}
+        return {"inputs": inputs, "outputs": head_outputs(directory)}
 
     def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
         probes = image_probes(self.collate(processor))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pipelines.core.config import DataConfig, LabelConfig
 from pipelines.core.task import Presentation
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_classes
@@ -52,7 +53,12 @@ class TextClassification(TextTask, Classification):
 
     name = "text-classification"
     presentation: Presentation = TextClassifierPresentation()
+    settings = (DataConfig, LabelConfig)
     demo = "bert_bbc_news"
+
+    def __init__(self, config: DataConfig, label: LabelConfig | None = None) -> None:
+        super().__init__(config)
+        self.weigh_classes(label)
 
     def load_data(self) -> Examples:
         return load_examples(self.config, TEXTS, read_classes)

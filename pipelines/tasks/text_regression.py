@@ -113,6 +113,7 @@ class TextRegression(ClassifierLoss, TextTask):
     presentation: Presentation = RegressionPresentation()
     demo = "bert_stsb"
     primary_metric = "pearson"
+    metrics: Mapping[str, bool] = {"pearson": True, "spearman": True, "root_mean_squared_error": False}
     label_names = ["score"]
 
     @classmethod
@@ -120,12 +121,19 @@ class TextRegression(ClassifierLoss, TextTask):
         return super().recognizes(config) and config.get("problem_type") == "regression"
 
     def load_data(self) -> Examples:
-        examples = load_examples(self.config, TEXTS, read_scores)
-        if any((np.asarray(split["label"][:]) == IGNORED).any() for split in examples.splits.values()):
-            raise InputError(
-                f"expected scores other than {IGNORED} in the column {self.config.label_column!r}, found some: transformers' losses leave "
-                "that number out. Shift or rescale the scores."
-            )
+        examples, column = load_examples(self.config, TEXTS, read_scores), self.config.label_column
+        for name, split in examples.splits.items():
+            scores = np.asarray(split["label"][:])
+            if (scores == IGNORED).any():
+                raise InputError(
+                    f"expected scores other than {IGNORED} in the column {column!r}, found some: transformers' losses leave "
+                    "that number out. Shift or rescale the scores."
+                )
+            if name != "test" and np.ptp(scores) == 0:
+                raise InputError(
+                    f"expected scores that differ in the column {column!r}, found {scores[0]:g} in every row of the {name} split: there "
+                    "is nothing to learn. Name the column with --label_column, or use other rows."
+                )
         return examples
 
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
@@ -138,10 +146,10 @@ class TextRegression(ClassifierLoss, TextTask):
         config = self.load_config(source)
         has_head = any("ForSequenceClassification" in name for name in config.architectures or [])
         if from_scratch or not has_head or config.num_labels != 1:
-            labels, output = np.asarray(self.splits["train"]["label"][:]), head_output(model)
+            output = head_output(model)
             with torch.no_grad():
-                output.weight.mul_(float(labels.std()))
-                output.bias.fill_(float(labels.mean()))
+                output.weight.mul_(float(self._labels.std()))
+                output.bias.fill_(float(self._labels.mean()))
         model.config.problem_type = "regression"
         return model
 
@@ -164,8 +172,12 @@ class TextRegression(ClassifierLoss, TextTask):
     # do not depend on their unit
 
     @cached_property
+    def _labels(self) -> np.ndarray:
+        return np.asarray(self.splits["train"]["label"][:], np.float64)
+
+    @cached_property
     def _variance(self) -> float:
-        return float(np.var(np.asarray(self.splits["train"]["label"][:], np.float64)))
+        return float(self._labels.var())
 
     def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         counted = labels.ne(IGNORED)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from inspect import signature
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipelines.core.task import Collate, Graph, Head
 from pipelines.data.text import collate, tokenize, tokenizer_content
 from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
-from pipelines.models.loading import load_tokenizer
+from pipelines.models.loading import Inputs, inputs_of, load_tokenizer
 from pipelines.tasks.base import BasePresentation, BaseTask
 
 
@@ -64,15 +65,57 @@ class TextTask(BaseTask):
         return '--pair "A first text." "A second text."' if self._reads_pairs else '"A text."'
 
     def load_processor(self, source: str) -> Any:
-        """The tokenizer of a model."""
-        return load_tokenizer(source, self.trust_remote_code)
+        """The tokenizer of a model, which gives what the model takes, and pads with a token that it has."""
+        tokenizer = load_tokenizer(source, self.trust_remote_code)
+        config = self.load_config(source)
+        names = tokenizer.model_input_names
+        if "token_type_ids" in names and self._inputs(config, source).token_types < 2:
+            tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
+            tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # what is saved
+        if tokenizer.pad_token is None:
+            padding = config.get_text_config().pad_token_id
+            known = padding is not None and 0 <= padding < len(tokenizer)
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding) if known else tokenizer.eos_token
+            if tokenizer.pad_token is None:
+                raise InputError(
+                    f"expected a tokenizer with a padding token or an end token at {source}, found neither. Set pad_token and save it."
+                )
+        # A decoder, which reads the last token before the padding, and counts positions from the left.
+        if tokenizer.cls_token is None:
+            tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
+        return tokenizer
+
+    def _inputs(self, config: Any, source: str) -> Inputs:
+        return inputs_of(self.auto_class, source, config, trust_remote_code=self.trust_remote_code)
+
+    def check_config(self, config: Any, source: str) -> None:
+        """Raise InputError unless the model takes every token of the data; give `config` the tokenizer's padding."""
+        if config.is_encoder_decoder:
+            raise InputError(
+                f"expected an encoder such as BERT, or a decoder such as GPT-2, found {config.model_type!r} in {source}, which has both; its "
+                "classifier cannot be exported. Use one of the others."
+            )
+        tokenizer, inputs = self.load_processor(source), self._inputs(config, source)
+        self.check_length(inputs.positions, source)
+        text_config = config.get_text_config()
+        if not inputs.from_padding:  # which would move the positions
+            text_config.pad_token_id = tokenizer.pad_token_id
+        if tokenizer.cls_token is None:
+            text_config.use_cache = (
+                False  # of keys and values, which only a continuation needs; ONNX has no such outputs
+            )
+        self.check_tokens(tokenizer, "input_ids", getattr(text_config, "vocab_size", math.inf), source)
+        if "token_type_ids" in tokenizer.model_input_names:
+            self.check_tokens(tokenizer, "token_type_ids", inputs.token_types, source)
 
     def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
         """Raise InputError unless an online teacher's tokenizer makes the student's tokens of the same texts."""
         if online:
+            teacher_processor = self.load_processor(teacher_source)
+            columns = ["input_ids", *({"token_type_ids"} & {*teacher_processor.model_input_names})]
             own, teachers = (
-                self.features(tokenizer)["validation"][:32]
-                for tokenizer in (processor, self.load_processor(teacher_source))
+                self.features(tokenizer)["validation"].select_columns(columns)[:32]
+                for tokenizer in (processor, teacher_processor)
             )
             if own != teachers:
                 raise InputError(
@@ -91,6 +134,12 @@ class TextTask(BaseTask):
     def collate(self, processor: Any) -> Collate:
         return collate(processor)
 
+    def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
+        """The collator for training, with the inputs of an online teacher where only one of the two takes token types."""
+        if teacher_processor is None or teacher_processor.model_input_names == processor.model_input_names:
+            return self.collate(processor)
+        return partial(_collate_both, self.collate(processor), self.collate(teacher_processor))
+
     def test_texts(self) -> list[str]:
         """The test examples as a person reads them."""
         test = self.data.splits["test"]
@@ -102,13 +151,16 @@ class TextTask(BaseTask):
         """Two real examples of different length as the sample, so that the export sees padding and no axis of size 1."""
         features = self.features(processor)["train"]
         lengths = np.asarray(features["length"])
-        batch = self.collate(processor)([features[int(np.argmin(lengths))], features[int(np.argmax(lengths))]])
-        # A tokenizer may give more than the model takes, such as token types.
-        taken = signature(model.forward).parameters.keys() - {"labels"}
-        inputs = {name: value for name, value in batch.items() if name in taken}
+        inputs = self.collate(processor)([features[int(np.argmin(lengths))], features[int(np.argmax(lengths))]])
+        del inputs["labels"]
         return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ["logits"])
 
     # ---- Bundle
+
+    def bundle_obstacle(self, source: str) -> str | None:
+        if self.load_processor(source).is_fast:
+            return None
+        return f"the tokenizer of {source} is in Python alone (slow) and writes no tokenizer.json, which a bundle needs"
 
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
         return {
@@ -123,6 +175,11 @@ class TextTask(BaseTask):
     @property
     def _reads_pairs(self) -> bool:
         return self.config.text_pair_column is not None
+
+
+def _collate_both(collate: Collate, teacher_collate: Collate, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    teachers = {f"teacher_{name}": values for name, values in teacher_collate(rows).items() if name != "labels"}
+    return teachers | collate(rows)
 
 
 def is_pair(report: dict[str, Any]) -> bool:

@@ -24,6 +24,14 @@ class BestCheckpoint(transformers.TrainerCallback):
             state.best_model_checkpoint = str(best)
 
 
+class EarlyStopping(transformers.EarlyStoppingCallback):
+    """Stops a training again that is resumed from a checkpoint of after its end."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        super().on_train_begin(args, state, control, **keywords)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
 def last_whole_checkpoint(directory: Path) -> str | None:
     """The latest checkpoint below `directory` that is whole, and so is the best one up to it; says why it passes one over.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipelines.core.task import Task
 from pipelines.models.families import layer_count
 from pipelines.models.students import build_student
 from pipelines.training.checkpoints import CHECKPOINTS
-from pipelines.training.fine_tune import finish
+from pipelines.training.fine_tune import finish, source_metrics
 from pipelines.training.soft_targets import WithSoftTargets, check_teacher
 from pipelines.training.trainer import Trainer, train
 
@@ -87,8 +88,13 @@ class DistillationTrainer(Trainer):
         teacher: dict[str, Any] = named
         from_teacher: Any = None
         if self.teacher is not None:
-            # A teacher of images has its own processor, so the collator adds what that makes of the same images.
-            own = {name: named[TEACHER_COLUMN + name] for name in inputs if TEACHER_COLUMN + name in named}
+            # A teacher with a processor of its own: the collator adds what that makes of the same examples.
+            taken = signature(self.teacher.forward).parameters
+            own = {
+                name: values
+                for column, values in named.items()
+                if (name := column.removeprefix(TEACHER_COLUMN)) in taken
+            }
             with torch.no_grad():
                 from_teacher = self.teacher(**(own or inputs), **asked)
             teacher = {TEACHER_COLUMN + name: values for name, values in self.task.outputs(from_teacher).items()}
@@ -234,9 +240,10 @@ def distill_student(
     """Build a student of the teacher in `source` and train it on the labels and the teacher's logits."""
     model, processor, layers = build_student(student, source, task)
     vars(model.config).pop(TEACHER_LAYERS, None)  # those of another teacher
-    details: dict[str, Any] = {}
+    batch_size = training.per_device_eval_batch_size
+    details: dict[str, Any] = {"source_metrics": source_metrics(source, task, batch_size)}
     if layers is not None:
         setattr(model.config, TEACHER_LAYERS, layers)
         details["layers"] = layers
     details |= train_student(model, processor, task, source, distill, training, soft_targets, directory / CHECKPOINTS)
-    return finish(model, task, processor, directory, details, training.per_device_eval_batch_size)
+    return finish(model, task, processor, directory, details, batch_size)

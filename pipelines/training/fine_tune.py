@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import transformers
 from accelerate import PartialState
 
 from pipelines.core.config import TeacherConfig
-from pipelines.core.records import Outcome
+from pipelines.core.errors import InputError
+from pipelines.core.records import Outcome, read_record
 from pipelines.core.task import Task
 from pipelines.data.sources import model_license
 from pipelines.models.predict import predict_torch
@@ -29,7 +31,8 @@ def fine_tune(
     processor = task.load_processor(source)
     details: dict[str, Any] = {"license": model_license(source)}
     if teacher.teacher_epochs == 0:
-        model = task.load_model(source, head="required")
+        model = task.load_model(source, head="required").to(PartialState().device)
+        task.check_label_order(processor, partial(predict_torch, model, name="labels"))
     else:
         model = trained = task.load_model(source, "new if other", teacher.teacher_from_scratch)
         if teacher.lora_rank:
@@ -67,10 +70,22 @@ def finish(
         return Outcome("transformers")
     metrics = validation_metrics(model, task, processor, batch_size)
     if is_teacher:
-        task.check_teacher(metrics, model.config)
+        details |= refuse_weak_teacher(task, metrics, model.config)
     save(model, processor, directory)
     how_read = {name: task.details[name] for name in ("read_as", "rows_dropped") if name in task.details}
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details | how_read)
+
+
+def refuse_weak_teacher(task: Task, metrics: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Raise InputError for a teacher that has nothing to teach, unless it is allowed; then the record says that it is weak."""
+    try:
+        task.check_teacher(metrics, config)
+    except InputError as error:
+        if not task.allow_weak_teacher:
+            raise InputError(f"{error} For a smoke run pass --allow_weak_teacher.") from error
+        print(f"teacher: weak, but allowed ({error})", flush=True)
+        return {"weak_teacher": True}
+    return {}
 
 
 def validation_metrics(model: Any, task: Task, processor: Any, batch_size: int = 32) -> dict[str, Any]:
@@ -79,6 +94,17 @@ def validation_metrics(model: Any, task: Task, processor: Any, batch_size: int =
     predict = partial(predict_torch, model.to(PartialState().device), name="validate")
     predictions = predict(features, task.collate(processor), task, batch_size)
     return task.scores(predictions, features["labels"], "validation")
+
+
+def source_metrics(source: str, task: Task, batch_size: int) -> dict[str, Any]:
+    """The validation scores of the model that another is made from, on the main process: its record's, where that is of the same data."""
+    if not PartialState().is_main_process:
+        return {}
+    record = read_record(Path(source))
+    if record is not None and record["made_by"]["task"] == json.loads(json.dumps(task.describe(), default=str)):
+        metrics: dict[str, Any] = record["metrics"]["validation"]
+        return metrics
+    return validation_metrics(task.load_model(source), task, task.load_processor(source), batch_size)
 
 
 def save(model: Any, processor: Any, directory: Path) -> None:

@@ -5,13 +5,14 @@ A sum can be divided by the count of the global batch, over all accumulation ste
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.core.divergences import DIVERGENCES
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Tensors
 
@@ -22,38 +23,22 @@ if TYPE_CHECKING:
 TOP_K_COLUMNS = ("teacher_ids", "teacher_log_probabilities", "teacher_log_tail_mass")
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Summed cross entropy of `logits` (…, labels) against `labels` (…), in float32; labels of -100 do not count."""
-    return F.cross_entropy(
+def cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
+    """Summed cross entropy of `logits` (…, labels) against `labels` (…), in float32; labels of -100 do not count.
+
+    `class_weights` (labels) multiply the loss of every example by the weight of its label.
+    """
+    labels = labels.reshape(-1)
+    losses = F.cross_entropy(
         logits.float().reshape(-1, logits.shape[-1]),
-        labels.reshape(-1),
-        reduction="sum",
+        labels,
+        reduction="sum" if class_weights is None else "none",
         ignore_index=IGNORED,
         label_smoothing=label_smoothing,
     )
-
-
-def divergence(teacher: Tensor, student: Tensor, kind: str = "forward_kl", beta: float = 0.5) -> Tensor:
-    """The divergence (…) of two distributions given as log probabilities (…, classes), summed over the classes.
-
-    "forward_kl" is KL(teacher ‖ student), which spreads the student over all that the teacher finds likely; "reverse_kl" is
-    KL(student ‖ teacher), which draws it to the likeliest; "jensen_shannon" is the generalized one of Agarwal et al. (2024),
-    β KL(teacher ‖ M) + (1 - β) KL(student ‖ M) with M = β teacher + (1 - β) student and β = `beta` in (0, 1).
-    """
-
-    def kl(p: Tensor, q: Tensor) -> Tensor:
-        # A class without any probability adds 0, where 0 times infinity would be NaN.
-        impossible = p == -torch.inf
-        difference = (p - q).masked_fill(impossible, 0.0)
-        return (p.exp() * difference).sum(dim=-1)
-
-    if kind == "forward_kl":
-        return kl(teacher, student)
-    if kind == "reverse_kl":
-        return kl(student, teacher)
-    assert kind == "jensen_shannon", kind
-    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
-    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+    return losses if class_weights is None else (losses * class_weights.to(losses)[labels.clamp(min=0)]).sum()
 
 
 def soft_target_loss(
@@ -77,7 +62,7 @@ def soft_target_loss(
     # Positions that do not count are left out, not multiplied by 0: of padding even the logits may be infinite.
     teacher = F.log_softmax(teacher_logits[valid].float() / temperature, dim=-1)
     student = F.log_softmax(student_logits[valid].float() / temperature, dim=-1)
-    return temperature**2 * divergence(teacher, student, kind, beta).sum()
+    return temperature**2 * DIVERGENCES[kind](teacher, student, beta).sum()
 
 
 def top_k_targets(teacher_logits: Tensor, count: int, temperature: float) -> Tensors:
@@ -111,7 +96,7 @@ def top_k_loss(
     student = F.log_softmax(student_logits[valid].float() / temperature, dim=-1)
     student_top = torch.cat([student.gather(-1, ids.long()), _log_tail_mass(student, ids.long()).unsqueeze(-1)], dim=-1)
     teacher_top = torch.cat([log_probabilities.float(), log_tail_mass.float().unsqueeze(-1)], dim=-1)
-    return temperature**2 * divergence(teacher_top, student_top, kind, beta).sum()
+    return temperature**2 * DIVERGENCES[kind](teacher_top, student_top, beta).sum()
 
 
 def hidden_state_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -129,6 +114,9 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = N
 class ClassifierLoss:
     """The losses (see pipelines/core/task.py) of any model with logits (…, labels) for labels (…): one an example or one a token."""
 
+    class_weights: Tensor | None = None  # (labels), each label's in the loss against the labels
+    soft_target_settings: Sequence[str] = ()
+
     def outputs(self, model_output: Any) -> Tensors:
         return {"logits": model_output.logits}
 
@@ -136,7 +124,8 @@ class ClassifierLoss:
         return outputs["logits"]
 
     def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        return cross_entropy(outputs["logits"], labels, label_smoothing), labels.ne(IGNORED).sum()
+        # Divided by the number of examples, not by their weights: balanced weights have a mean of 1, and the soft loss has none.
+        return cross_entropy(outputs["logits"], labels, label_smoothing, self.class_weights), labels.ne(IGNORED).sum()
 
     def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
         return {"teacher_logits": outputs["logits"].float()}
@@ -157,6 +146,8 @@ class ClassifierLoss:
 
 class NextTokenLoss(ClassifierLoss):
     """The losses of a causal language model: its logits (batch, tokens, vocabulary) at one position are about the next."""
+
+    soft_target_settings: Sequence[str] = ("temperature", "soft_target_top_k")
 
     def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         return super().label_loss({"logits": outputs["logits"][:, :-1]}, labels[:, 1:], label_smoothing)

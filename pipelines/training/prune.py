@@ -25,7 +25,7 @@ from pipelines.models.families import groups_of, layers_of, prunable, unit_count
 from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write_checksums
 from pipelines.training.distill import TEACHER_COLUMN, train_student
-from pipelines.training.fine_tune import save, validation_metrics
+from pipelines.training.fine_tune import save, source_metrics, validation_metrics
 from pipelines.training.soft_targets import WithSoftTargets
 from pipelines.training.trainer import arguments_for, count_parameters
 
@@ -176,6 +176,8 @@ def prune_and_recover(
             f"expected a model with heads or neurons that can be removed, and a share of them to remove, found none in {source}. Leave "
             "pruning out (--prune_heads 0 --prune_ffn 0)."
         )
+    batch_size = training.per_device_eval_batch_size
+    from_source = source_metrics(source, task, batch_size)
     model = remove_zeros(task.load_model(source))
     before = shape_of(model)
     cuts = [directory / CHECKPOINTS / f"step-{step}-cut" for step in range(1, prune.prune_steps + 1)]
@@ -212,9 +214,9 @@ def prune_and_recover(
         return Outcome("transformers")
     after = shape_of(model)
     removed = {f"{kind}_removed": 1 - sum(left) / sum(before[kind]) for kind, left in after.items()}
-    metrics = validation_metrics(model, task, processor, training.per_device_eval_batch_size)
+    metrics = validation_metrics(model, task, processor, batch_size)
     save(with_stock_shapes(model), processor, directory)
-    details = {"before": before, "after": after, **removed, "steps": steps}
+    details = {"before": before, "after": after, **removed, "steps": steps, "source_metrics": from_source}
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
 from pipelines.core.records import Outcome
 from pipelines.core.task import Arrays, Task, Tensors
-from pipelines.models.predict import map_batches
-from pipelines.training.fine_tune import validation_metrics
+from pipelines.models.predict import map_batches, predict_torch
+from pipelines.training.fine_tune import refuse_weak_teacher, validation_metrics
 
 SHARD = "shard-{:05}.safetensors"
 SHARD_BYTES = 2**26
@@ -75,7 +75,8 @@ def check_teacher(teacher: Any, task: Task, processor: Any, batch_size: int) -> 
     metrics: dict[str, Any] = {}
     if PartialState().is_main_process:
         metrics = validation_metrics(teacher, task, processor, batch_size)
-        task.check_teacher(metrics, teacher.config)
+        refuse_weak_teacher(task, metrics, teacher.config)
+        task.check_label_order(processor, partial(predict_torch, teacher, name="labels"))
     wait_for_all()
     return metrics
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.core.command import parse_config
 from pipelines.core.config import (
     BundleConfig,
     DataConfig,
@@ -15,7 +16,6 @@ from pipelines.core.config import (
     PruneConfig,
     StudentConfig,
     TeacherConfig,
-    parse_config,
 )
 from pipelines.core.errors import InputError
 
@@ -23,7 +23,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def parse(*argv: str, default: Path | None = None):
-    return parse_config([DistillConfig, PruneConfig, StudentConfig, LanguageConfig, BundleConfig], default, list(argv))
+    return parse_config(
+        [DataConfig, DistillConfig, PruneConfig, StudentConfig, LanguageConfig, BundleConfig], default, list(argv)
+    )
 
 
 def test_flags_override_the_file(tmp_path):
@@ -45,6 +47,50 @@ def test_a_value_of_the_file_is_read_as_the_flag_would_read_it(tmp_path):
     assert settings.student.student_layers == "4"
     assert settings.bundle.web is True
     assert settings.prune.prune_heads == 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        ("save_strategy: no", "no"),
+        ("save_strategy: off", "no"),
+        ("eval_strategy: false", "no"),
+        ("use_cpu: yes", True),
+        ("load_best_model_at_end: off", False),
+        ("learning-rate: 1e-6", 1e-6),
+        ("num_train_epochs: 010", 10.0),
+        ("run_name: 2024-01-01", "2024-01-01"),
+        ("run_name: 'null'", "null"),
+        ("run_name: ~", None),
+        ("run_name: 007", "007"),
+        ("hub_revision: 1e10", "1e10"),
+        ("hidden_state_map: 3:6", "3:6"),
+        ("hidden_state_map: {1: 2, 3: 6}", "1:2,3:6"),
+        ("hidden_state_map: ['1:2', 3:6]", "1:2,3:6"),
+        ("student_layers: [0, 2, 5]", "0,2,5"),
+        ("optim_args: {rank: 64, scale: 1e-2}", "rank=64,scale=1e-2"),
+        ("lr_scheduler_kwargs: {min_lr: 1e-6, num_cycles: 2, last: -1}", {"min_lr": 1e-6, "num_cycles": 2, "last": -1}),
+        ("report_to: [none]", []),
+        ("text_column: No", "No"),
+    ],
+)
+def test_a_value_means_what_people_mean(tmp_path, content, read):
+    """Not what YAML 1.1 makes of it."""
+    from pipelines.training.trainer import TrainingArguments
+
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{content}\n")
+    argv = ["--config", str(file), "--output_dir", str(tmp_path), "--load_best_model_at_end", "false"]
+    settings = parse_config([TrainingArguments, DistillConfig, StudentConfig, DataConfig], argv=argv)
+    name = content.partition(":")[0].replace("-", "_")
+    found = next(getattr(one, name) for one in vars(settings).values() if hasattr(one, name))
+    assert getattr(found, "value", found) == read
+
+
+def test_a_file_of_a_windows_editor_is_read(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_bytes("temperature: 4\r\n".encode("utf-16"))
+    assert parse("--config", str(file)).distill.temperature == 4
 
 
 def test_a_switch_needs_no_value():
@@ -84,7 +130,12 @@ def test_the_default_file_is_read_where_none_is_named(tmp_path):
         ("- a\n- b", "found a list"),
         ("a: [", "YAML file"),
         ("soft_targets: sometimes", "sometimes"),
-        ("student_layers: [0, 2]", r"one value is expected, not the list"),
+        ("text_column: [a, b]", r"one value is expected, not the list"),
+        ("temperature: 3\ntemperature: 4", r"every key once.*found temperature twice"),
+        ("temperature:\t3\n\tprune_ffn: 0.1", r"'\\t' that cannot start"),
+        ("divergence: forwards_kl", r"invalid choice: 'forwards_kl'.*Did you mean forward_kl"),
+        ("prune_steps: 1.5", r"invalid int value: '1.5'"),
+        ("temperature: {a: 1}", r"invalid float value"),
     ],
 )
 def test_a_bad_file_is_bad_input(tmp_path, content, message):
@@ -180,7 +231,7 @@ def test_numbers_that_no_setting_can_be_are_refused(flags, tmp_path, capsys):
         parse_config(kinds, argv=[flag, value])
     assert flag in capsys.readouterr().err
     file = tmp_path / "bad.yaml"
-    file.write_text(f"{flag[2:]}: {'.' if value in ('inf', 'nan') else ''}{value}\n")
+    file.write_text(f"{flag[2:]}: {value}\n")
     with pytest.raises(InputError, match=f"{flag}.* found .*bad.yaml"):
         parse_config(kinds, argv=["--config", str(file)])
 

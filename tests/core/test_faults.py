@@ -18,7 +18,8 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import tiny_model
-from pipelines.core.config import DataConfig, DistillConfig, TeacherConfig, run_main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig, DistillConfig, TeacherConfig
 from pipelines.core.disk import no_room
 from pipelines.core.errors import InputError
 from pipelines.core.records import RECORD, Outcome, read_record

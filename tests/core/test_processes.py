@@ -15,15 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.core.config import (
-    DataConfig,
-    DistillConfig,
-    PruneConfig,
-    StudentConfig,
-    TeacherConfig,
-    parse_config,
-    run_main,
-)
+from pipelines.core.command import parse_config, run_main
+from pipelines.core.config import DataConfig, DistillConfig, PruneConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome
 from pipelines.core.run import Run
@@ -193,7 +186,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import pipelines.core.run
-from pipelines.core.config import run_main
+from pipelines.core.command import run_main
 from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome
 from pipelines.core.run import Run

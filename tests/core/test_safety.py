@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from conftest import make_texts, tiny_model, write_csv
 from pipelines.cli import main
+from pipelines.core.command import parse_config, run_main
 from pipelines.core.config import (
     AugmentConfig,
     DataConfig,
@@ -32,8 +33,6 @@ from pipelines.core.config import (
     ReportConfig,
     StudentConfig,
     TeacherConfig,
-    parse_config,
-    run_main,
 )
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe

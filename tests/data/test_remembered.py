@@ -80,7 +80,7 @@ def test_changed_files_and_changed_settings_are_noticed(make, tmp_path):
 
 def test_pixels_are_compared_once(tmp_path, monkeypatch):
     first = image_task(tmp_path)[0].data
-    monkeypatch.setattr("pipelines.data.images.read_image", None)
+    monkeypatch.setattr("pipelines.runtime.images.open_image", None)
     again = image_task(tmp_path, split_seed=1)[0].data  # another split of the same images
     assert again.details["examples"] == first.details["examples"]
     assert again.fingerprint != first.fingerprint

@@ -253,7 +253,7 @@ def test_rows_without_a_text_or_label_are_named_or_left_out(tmp_path: Path) -> N
     data = load(tmp_path / "texts.csv", missing="drop")
     assert found(data) == {row for number, row in enumerate(ROWS) if number not in (3, 5, 30, 31)}
     assert data.details["rows_dropped"] == {"train": 4}
-    with pytest.raises(InputError, match="--missing error or drop"):
+    with pytest.raises(InputError, match="--missing out of error, drop"):
         DataConfig(missing="ignore")
     with pytest.raises(InputError, match="40 of 40 rows"):
         load(tmp_path / "none.csv", "text,label\n" + ",a\n" * 40, missing="drop")

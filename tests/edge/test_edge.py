@@ -26,17 +26,19 @@ from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.records import read_record
 from pipelines.data.images import MOST_PIXELS, read_image
-from pipelines.edge.bundle import PROBE_TEXTS, oldest_runtime, write_manifest
+from pipelines.edge.bundle import PROBE_TEXTS, write_manifest
+from pipelines.edge.load import load
 from pipelines.edge.settings import image_settings
 from pipelines.onnx.predict import predict_onnx
-from pipelines.runtime import infer
+from pipelines.runtime import images, infer
 from pipelines.runtime.generate import Sampling
+from pipelines.tasks.image_classification import ImageClassification
 from pipelines.tasks.text_classification import TextClassification
 
 # Runs infer.py as a person would, but for an import of anything that a minimal environment does not have.
 ONLY_FOUR_PACKAGES = """
 import os, runpy, sys
-allowed = {"numpy", "onnxruntime", "tokenizers", "PIL", "generate", *sys.stdlib_module_names}
+allowed = {"numpy", "onnxruntime", "tokenizers", "PIL", "generate", "images", *sys.stdlib_module_names}
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
@@ -150,6 +152,34 @@ def test_images_to_the_last_digit(image_bundle, image_task, image_folder):
         assert one["input"] == str(path)
 
 
+def test_images_of_more_than_8_bits_to_the_last_digit(image_onnx, tmp_path):
+    generator = np.random.default_rng(0)
+    for number in range(60):
+        folder = tmp_path / "data" / ["sport", "tech", "trade"][number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(100, 4096, (8, 8), np.uint16)).save(folder / f"{number}.png")
+    task = ImageClassification(DataConfig(dataset=str(tmp_path / "data")))
+    bundle = make_bundle(image_onnx, tmp_path / "bundle", task)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    low, high = manifest["inputs"]["value_range"]
+    assert [low, high] == task.value_range
+    assert 100 <= low < 150
+    assert 4000 < high < 4096
+    paths = sorted((tmp_path / "data").rglob("*.png"))[:5]
+    processor = task.load_processor(str(bundle))
+    rows = [{"image": {"path": str(path), "bytes": None}, "labels": 0} for path in paths]
+    session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    found = predictions(bundle, *map(str, paths))
+    for one, row in zip(found, rows, strict=True):
+        inputs = {"pixel_values": task.collate(processor)([row])["pixel_values"].numpy()}
+        np.testing.assert_array_equal(np.array(one["logits"], np.float32), session.run(["logits"], inputs)[0][0])
+    # A directory without a manifest knows the range from the record.
+    stage = tmp_path / "stage"
+    shutil.copytree(image_onnx, stage)
+    (stage / "record.json").write_text(json.dumps({"made_by": {"task": task.describe()}}))
+    assert load(stage)(str(paths[0]))["logits"] == found[0]["logits"]
+
+
 def image_files() -> list[BytesIO]:
     """Upright, lying, tiny, odd; grey, 16-bit, with a palette, transparent, turned by its orientation tag."""
     generator = np.random.default_rng(0)
@@ -192,7 +222,7 @@ def test_pixels_are_those_of_transformers_bit_by_bit(processor, settings):
     reference = getattr(transformers, processor)(**settings)
     for number, file in enumerate(image_files()):
         expected = reference([read_image({"bytes": file.getvalue()})], return_tensors="np")["pixel_values"][0]
-        found = infer.image_pixels(infer.read_image(file), image_settings(reference))
+        found = images.image_pixels(images.read_image(file), image_settings(reference))
         assert found.dtype == expected.dtype == np.float32 or not (reference.do_rescale or reference.do_normalize)
         np.testing.assert_array_equal(found, expected, err_msg=f"image {number}")
 
@@ -311,7 +341,7 @@ def test_errors_are_one_line(text_bundle, image_bundle, tmp_path):
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
         assert file in done.stderr
         assert found in done.stderr
-    assert infer.MOST_PIXELS == MOST_PIXELS
+    assert images.MOST_PIXELS == MOST_PIXELS
     for flags in (
         [],
         ["a", "--stdin"],
@@ -441,8 +471,6 @@ def test_the_record_and_the_manifest_say_what_is_there(text_bundle):
     requirements = (text_bundle / "requirements.txt").read_text().splitlines()
     assert requirements[0] == "# Python 3.10 or newer, 64-bit"
     assert "onnxruntime>=1.23.0" in requirements
-    assert oldest_runtime({"": 18}) == "1.18.0"
-    assert oldest_runtime({"": 18, "com.microsoft": 1}) == "1.23.0"
     assert read_record(text_bundle) is None  # the run writes it
 
 

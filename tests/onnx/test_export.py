@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import IMAGE_FAMILIES, tiny_model
-from pipelines.core.config import BundleConfig, DataConfig, QuantizeConfig
+from pipelines.core.config import BundleConfig, DataConfig, GateConfig, QuantizeConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.edge.bundle import build_bundle
 from pipelines.models.predict import predict_torch
@@ -18,7 +18,7 @@ from pipelines.models.removal import cut, load_model, with_stock_shapes
 from pipelines.onnx.export import export_onnx
 from pipelines.onnx.predict import predict_onnx
 from pipelines.onnx.quantize import quantize_onnx
-from pipelines.onnx.verify import quality_lost, verify_against_torch, verify_directory, verify_quality
+from pipelines.onnx.verify import verify_against_torch, verify_directory, verify_quality
 from pipelines.runtime.infer import open_session
 from pipelines.tasks.text_classification import TextClassification
 
@@ -127,7 +127,7 @@ def test_labels_in_another_order_are_exported_in_the_datas_and_a_graph_in_anothe
     features, collate = task.features(processor)["validation"], task.collate(processor)
     expected = predict_torch(task.load_model(str(source)), features, collate, task)
     np.testing.assert_allclose(predict_onnx(target / "model.onnx", features, collate, task), expected, atol=1e-4)
-    verify_directory(target, source, task, 0.01)
+    verify_directory(target, source, task, GateConfig())
 
     for names in (turned, others):
         config.id2label = names
@@ -136,7 +136,7 @@ def test_labels_in_another_order_are_exported_in_the_datas_and_a_graph_in_anothe
         with pytest.raises(InputError, match=message):
             quantize_onnx(str(target), tmp_path, task, QuantizeConfig())
         with pytest.raises(InputError, match=message):
-            verify_directory(target, source, task, 0.01)
+            verify_directory(target, source, task, GateConfig())
     tiny_model(model_type, id2label=others).save_pretrained(source)
     with pytest.raises(InputError, match=r"sport.*found .*LABEL_0.*Fine-tune"):
         export_onnx(str(source), target, task)
@@ -158,7 +158,7 @@ def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_made
     stages = {
         "export": lambda: export_onnx(str(teacher), tmp_path, task),
         "quantize": lambda: quantize_onnx(onnx_directory, tmp_path, task, QuantizeConfig()),
-        "verify": lambda: verify_directory(text_onnx / "onnx", teacher, task, 0.01),
+        "verify": lambda: verify_directory(text_onnx / "onnx", teacher, task, GateConfig()),
         "bundle": lambda: build_bundle(onnx_directory, tmp_path, task, BundleConfig(web=False)),
     }
     for stage in stages.values():
@@ -172,7 +172,7 @@ def test_a_damaged_graph_is_one_message(teacher, text_onnx, task, tmp_path):
     whole = (source / "model.onnx").read_bytes()
     stages = {
         "quantize": lambda: quantize_onnx(str(source), tmp_path, task, QuantizeConfig()),
-        "verify": lambda: verify_directory(source, teacher, task, 0.01),
+        "verify": lambda: verify_directory(source, teacher, task, GateConfig()),
         "bundle": lambda: build_bundle(str(source), tmp_path, task, BundleConfig(web=False)),
     }
     for content in (whole[: len(whole) // 2], b"no graph at all", b""):
@@ -233,29 +233,14 @@ def test_a_quantized_model_that_lost_too_much_raises_and_names_the_remedies(trai
     shutil.copytree(target, tmp_path / "coarse")
     onnx.save(proto, tmp_path / "coarse" / "model.onnx")
     with pytest.raises(VerificationError, match=r"max_quality_drop.*target_cpu.*quantization fp32"):
-        verify_directory(tmp_path / "coarse", target, task, 0.01)
-    kept = verify_directory(target, target, task, 0.0)
+        verify_directory(tmp_path / "coarse", target, task, GateConfig())
+    kept = verify_directory(target, target, task, GateConfig(max_quality_drop=0))
     assert kept["quality_lost"] == 0
     assert kept["metrics"]["accuracy"] == kept["fp32"]
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "greater_is_better", "expected"),
-    [
-        (0.90, 0.891, True, 0.01),
-        (0.5, 0.55, True, -0.1),
-        (20.0, 25.0, False, 0.2),
-        (25.0, 20.0, False, -0.25),
-        (0.0, 0.0, True, 0.0),
-        (0.0, 0.3, True, -0.3),
-        (-0.2, -0.3, True, 0.5),  # a correlation
-        (0.4, 0.0, False, -0.4),
-    ],
-)
-def test_a_loss_is_the_share_of_the_metric(before, after, greater_is_better, expected):
-    assert quality_lost(before, after, greater_is_better) == pytest.approx(expected)
-
-
 def test_a_score_that_is_not_a_number_is_lost(task):
     with pytest.raises(VerificationError, match="nan after"):
-        verify_quality({"accuracy": 0.5}, {"accuracy": float("nan")}, task, 1.0, "dynamic_int8")
+        verify_quality(
+            {"accuracy": 0.5}, {"accuracy": float("nan")}, task, GateConfig(max_quality_drop=1), "dynamic_int8"
+        )

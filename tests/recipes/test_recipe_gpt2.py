@@ -180,7 +180,8 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(language_shape, l
 
 def test_the_demos_shape_has_a_position_for_every_token():
     from pipelines.chain import demo_config
-    from pipelines.core.config import DataConfig, TeacherConfig, parse_config
+    from pipelines.core.command import parse_config
+    from pipelines.core.config import DataConfig, TeacherConfig
 
     path = str(demo_config("text-generation"))
     settings = parse_config([DataConfig, TeacherConfig], argv=["--config", path], only=True)

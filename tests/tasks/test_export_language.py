@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from transformers import AutoTokenizer
 
 from conftest import tiny_language_model
-from pipelines.core.config import DataConfig, LanguageConfig, QuantizeConfig
+from pipelines.core.config import DataConfig, GateConfig, LanguageConfig, QuantizeConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.models.removal import cut, load_model, shape_of, with_stock_shapes
 from pipelines.onnx import file as onnx_file
@@ -312,10 +312,8 @@ def test_the_fastest_scheme_within_the_limit_is_shipped(exported, language_task,
     model = LanguageModel(tmp_path, open_session(tmp_path / "model.onnx"))
     assert model.generate(["the team"], Sampling(max_new_tokens=3))
     json.dumps(outcome.details, allow_nan=False)
-    verified = verify_directory(tmp_path, directory, language_task, 0.2)
+    verified = verify_directory(tmp_path, directory, language_task, GateConfig(max_quality_drop=0.2))
     assert verified["quality_lost"] == tried[outcome.details["scheme"]]["quality_lost"]
-    with pytest.raises(VerificationError, match="max_quality_drop"):
-        verify_directory(tmp_path, directory, language_task, -1.0)
     (tmp_path / "none").mkdir()
     none = QuantizeConfig(quantization="int4_blocks", block_size=16, max_quality_drop=0.0)
     with pytest.raises(VerificationError, match="int4_blocks.*max_quality_drop"):

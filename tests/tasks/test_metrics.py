@@ -20,6 +20,7 @@ def test_scores_counted_by_hand() -> None:
     assert scores["macro_f1"] == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert scores["matthews_correlation"] == pytest.approx((2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2))
     assert scores["recall_per_class"] == {"cat": pytest.approx(2 / 3), "dog": pytest.approx(1 / 2)}
+    assert scores["examples_per_class"] == {"cat": 3, "dog": 2}
     assert PRIMARY_METRIC in scores
     assert json.loads(json.dumps(scores)) == scores
 
@@ -33,7 +34,7 @@ def test_absent_classes_neither_crash_nor_warn(predictions: list[int], reference
         warnings.simplefilter("error")
         scores = classification_metrics(np.array(predictions), np.array(references), ["a", "b", "c"])
     assert set(scores["recall_per_class"]) == {"a", "b", "c"}
-    values = [*scores["recall_per_class"].values(), *(scores[name] for name in scores if name != "recall_per_class")]
+    values = [*scores["recall_per_class"].values(), *(scores[name] for name in scores if "_per_" not in name)]
     assert np.isfinite(values).all()
 
 

@@ -15,7 +15,8 @@ import torch
 
 from conftest import FILLER, WORDS, tiny_model
 from pipelines.cli import main
-from pipelines.core.config import DataConfig, DistillConfig, run_main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import StageResult
 from pipelines.tasks import task_of_model
@@ -94,6 +95,15 @@ def test_a_score_that_means_no_label_to_transformers_is_refused(tmp_path):
     path.write_text(path.read_text().replace(",30\n", ",-100\n"))
     with pytest.raises(InputError, match="other than -100"):
         TextRegression(DataConfig(dataset=str(path))).data  # noqa: B018
+
+
+@pytest.mark.parametrize("constant", ["train", "validation"])
+def test_a_split_whose_scores_are_all_the_same_is_refused(constant, tmp_path):
+    for index, name in enumerate(("train", "validation", "test")):
+        rows = [f"text {index} {row},{4.5 if name == constant else row}" for row in range(20)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows]))
+    with pytest.raises(InputError, match=f"found 4.5 in every row of the {constant} split.*--label_column"):
+        TextRegression(DataConfig(dataset=str(tmp_path))).data  # noqa: B018
 
 
 def test_the_comparison_names_the_texts_whose_error_grew(scored, tokenizer):

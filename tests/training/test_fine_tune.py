@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from conftest import make_tokenizer, tiny_language_model, tiny_model
-from pipelines.core.config import DataConfig, DistillConfig, PruneConfig, TeacherConfig, run_main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig, DistillConfig, PruneConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training.checkpoints import checkpoint_damage
 from pipelines.training.distill import DistillationTrainer
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import prune_and_recover
+from pipelines.training.soft_targets import compute_soft_targets
 from pipelines.training.trainer import HARMLESS_OVERFLOWS, Trainer, TrainingArguments, arguments_for, train
 from processes import run_processes
 
@@ -177,6 +179,25 @@ def test_a_teacher_that_fine_tuning_left_guessing_is_refused_with_its_checkpoint
         fine_tune(str(pretrained), tmp_path, task, settings, steps(training, 2, save_strategy="epoch"))
     assert list((tmp_path / "checkpoints").glob("checkpoint-*"))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_weak_teacher_is_refused_by_the_name_of_the_flag_that_allows_it(task, training, tmp_path, capsys):
+    """Taken as it is, and asked for soft targets; the record says what it is."""
+    settings, teacher, model = TeacherConfig(teacher_epochs=0), tmp_path / "teacher", tiny_model()
+    model.classifier.weight.data.zero_()  # one label for everything
+    model.save_pretrained(teacher)
+    make_tokenizer().save_pretrained(teacher)
+    with pytest.raises(InputError, match="--allow_weak_teacher"):
+        fine_tune(str(teacher), tmp_path / "refused", task, settings, training)
+    with pytest.raises(InputError, match="--allow_weak_teacher"):
+        compute_soft_targets(str(teacher), tmp_path / "refused", task, DistillConfig())
+    lenient = copy.copy(task)
+    lenient.allow_weak_teacher = True
+    outcome = fine_tune(str(teacher), tmp_path / "allowed", lenient, settings, training)
+    assert outcome.details["weak_teacher"] is True
+    (tmp_path / "soft").mkdir()
+    assert compute_soft_targets(str(teacher), tmp_path / "soft", lenient, DistillConfig()).details["examples"]
+    assert "no better than guessing" in capsys.readouterr().out
 
 
 def test_a_language_teacher_whose_perplexity_is_no_number_is_refused(language_task):

@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import example_inputs, tiny_language_model, tiny_model
 from pipelines.core.config import DistillConfig, PruneConfig
+from pipelines.core.divergences import DIVERGENCES
 from pipelines.core.errors import InputError
 from pipelines.models import families
 from pipelines.models.families import Family, Group, Outputs, groups_of, layers_of
 from pipelines.models.removal import load_model, shape_of
-from pipelines.training import losses
 from pipelines.training.prune import (
     choose_kept,
     choose_units,
@@ -57,10 +57,10 @@ class Standin:
         target = teacher["teacher_logits"] if "teacher_logits" in teacher else teacher["logits"]
         return (
             distill.temperature**2
-            * losses.divergence(
+            * DIVERGENCES[distill.divergence](
                 (target / distill.temperature).log_softmax(-1),
                 (outputs["logits"] / distill.temperature).log_softmax(-1),
-                distill.divergence,
+                distill.beta,
             ).sum()
         )
 

@@ -119,6 +119,34 @@ def test_a_resumed_training_ends_where_an_undisturbed_one_does(task_and_processo
         assert torch.equal(parameter, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("killed_in", ["the second epoch", "the end"])
+def test_early_stopping_survives_a_kill(task, tokenizer, training, tmp_path, killed_in):
+    """Nothing improves without a learning rate, so two epochs are enough; a training that is resumed after them trains no further."""
+
+    class Killed(Exception):
+        pass
+
+    class KilledTrainer(Trainer):
+        def training_step(self, *arguments, **keywords):
+            if killed_in == "the second epoch" and self.state.epoch >= 1:
+                raise Killed
+            return super().training_step(*arguments, **keywords)
+
+        def _finalize_training(self, *arguments):
+            raise Killed
+
+    training.num_train_epochs, training.learning_rate, training.early_stopping_patience = 5, 1e-12, 1
+    features = task.features(tokenizer)["train"]
+    with pytest.raises(Killed):
+        train(tiny_model(), task, tokenizer, training, tmp_path, features, KilledTrainer)
+    model = tiny_model()
+    details = train(model, task, tokenizer, training, tmp_path, features)
+    steps = math.ceil(len(features) / training.per_device_train_batch_size)
+    assert details["steps"] == 2 * steps
+    assert details["resumed_from_step"] == (steps if killed_in == "the second epoch" else 2 * steps)
+    assert len(details["validation"]) == 2
+
+
 def test_lora_keeps_the_adapter_beside_a_merged_stock_model(pretrained, task, training, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
     lora_settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     student_head: Head = "required"
     primary_metric = "perplexity"
+    metrics: Mapping[str, bool] = {"perplexity": False, "next_token_accuracy": True}
     greater_is_better = False
 
     def __init__(self, config: DataConfig, language: LanguageConfig) -> None:
@@ -128,8 +130,9 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         With `from_scratch` all weights are random, in the shape of `source`, for the tokens of its tokenizer.
         """
         code = {"trust_remote_code": self.trust_remote_code}
-        self.checked_config(source, from_scratch)
+        config = self.checked_config(source, from_scratch)
         if not from_scratch:
+            self.check_tokens(self.load_processor(source), "input_ids", config.vocab_size, source)
             return load_weights(self.auto_class, source, **code)
         tokenizer = self.load_processor(source)
         end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
