@@ -296,8 +296,8 @@ def encoding_of(file: BinaryIO, path: Path) -> str:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     zeros = head[::2].count(0), head[1::2].count(0)
-    if sum(zeros) > len(head) / 20:  # every other byte of Latin letters
-        return "utf_16_be" if zeros[0] > zeros[1] else "utf_16_le"
+    if max(zeros) > len(head) / 8 and not min(zeros):  # every other byte of Latin letters
+        return "utf_16_be" if zeros[0] else "utf_16_le"
     file.seek(0)
     counts: Counter[str] = Counter()
     other = b""
