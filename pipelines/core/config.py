@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import math
 import operator
@@ -59,10 +60,10 @@ class Checked:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Checked):
     dataset: str | None = flag(
         None,
-        "The data set: a Hub id, a csv, json, jsonl or parquet file, a folder of such files or with one sub-folder per "
+        "The data set: a Hub id, a csv, tsv, json, jsonl or parquet file, a folder of such files or with one sub-folder per "
         "class, or package://<installed package>/<path inside it>.",
     )
     dataset_config: str | None = flag(None, "The Hub data set's configuration, such as sst2 for glue.")
@@ -81,15 +82,32 @@ class DataConfig:
     text_pair_column: str | None = flag(None, "The column with the second text, for sentence pairs.")
     image_column: str = flag("image", "The column with the image.")
     label_column: str = flag("label", "The column with the class, or with the score where the task is one of scores.")
-    max_length: int = flag(
+    separator: str | None = flag(
+        None,
+        "The character between the columns of csv and tsv files ('\\t' for a tab). Left out: found from the first line.",
+    )
+    encoding: str | None = flag(
+        None,
+        "The encoding of tables and text files, such as cp1252. Left out: UTF-8 or UTF-16, else a guess that is printed.",
+    )
+    missing: str = flag(
+        "error",
+        "What becomes of rows without a label, a text or a readable image: error names them, drop leaves them out and counts them.",
+        choices=["error", "drop"],
+    )
+    max_length: Annotated[int, "at least 2"] = flag(
         128, "Texts are cut to this many tokens; for a language model they are joined and cut into blocks of this many."
     )
-    max_train_samples: int | None = flag(None, "Use at most this many training examples.")
-    max_eval_samples: int | None = flag(None, "Use at most this many validation and this many test examples.")
-    validation_size: float = flag(
+    max_train_samples: Annotated[int | None, "at least 1"] = flag(None, "Use at most this many training examples.")
+    max_eval_samples: Annotated[int | None, "at least 1"] = flag(
+        None, "Use at most this many validation and this many test examples."
+    )
+    validation_size: Annotated[float, "above 0", "below 0.9"] = flag(
         0.1, "Share of the examples cut off for validation where the data set has no such split."
     )
-    test_size: float = flag(0.2, "Share of the examples cut off for the test where the data set has no such split.")
+    test_size: Annotated[float, "above 0", "below 0.9"] = flag(
+        0.2, "Share of the examples cut off for the test where the data set has no such split."
+    )
     split_seed: int = flag(
         0, "Seed of the split and of the choice of samples; apart from --seed, so that seeds share a split."
     )
@@ -100,12 +118,13 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        _check(self.max_length >= 2, "--max_length of 2 or more", self.max_length)
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            _check(value is None or value >= 1, f"--{name} of 1 or more", value)
-        for name in ("validation_size", "test_size"):
-            _check(0 < getattr(self, name) < 0.9, f"--{name} between 0 and 0.9", getattr(self, name))
+        super().__post_init__()
+        self.separator = "\t" if self.separator in ("\\t", "tab") else self.separator
+        _check(self.separator is None or len(self.separator) == 1, "one character as --separator", self.separator)
+        try:
+            codecs.lookup(self.encoding or "utf-8")
+        except LookupError as error:
+            raise InputError(f"expected an encoding of Python as --encoding, such as cp1252, found: {error}") from error
 
 
 @dataclass

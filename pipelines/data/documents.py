@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.data.examples import Examples, Given, hash_of, prepared, split_examples
-from pipelines.data.folders import files_by_split, guessed_encodings, load_source, split_named_by, visible
+from pipelines.data.folders import files_by_split, how_read, load_source, split_named_by
 from pipelines.data.kinds import Source
+from pipelines.data.remembered import visible
 from pipelines.data.splits import choose_splits
-from pipelines.data.tables import FILE_BUILDERS
 from pipelines.data.text import TEXTS, content, read_text_files
+
+logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 
@@ -78,12 +81,12 @@ def _load(config: DataConfig, language: LanguageConfig) -> Source:
     entries = [entry for entry in visible(path) if entry.is_file()] if is_folder else [path]
     # A file on its own is text unless it is a table; among others, its name says so.
     texts = [entry for entry in entries if entry.suffix.lower() in TEXT_SUFFIXES or not is_folder]
-    if not path.is_absolute() or not texts or any(entry.suffix.lower() in FILE_BUILDERS for entry in entries):
+    if not path.is_absolute() or not texts or any(entry.name.lower().endswith(TEXTS.suffixes) for entry in entries):
         return load_source(config, TEXTS)
     named = any(map(split_named_by, texts))
     by_split = files_by_split(path, texts) if is_folder and named else {"train": texts}
     read = {
-        split: read_text_files(path if is_folder else path.parent, [(file, "") for file in files])
+        split: read_text_files(path if is_folder else path.parent, [(file, "") for file in files], config)
         for split, files in by_split.items()
     }
     splits = {}
@@ -91,15 +94,25 @@ def _load(config: DataConfig, language: LanguageConfig) -> Source:
         whole = is_folder and not named  # one document a file
         parts = ([row["text"]] if whole else _parts(row, language.document_start) for row in table)
         splits[split] = _rows(config.text_column, chain.from_iterable(parts))
-    return Source(splits, details=guessed_encodings(read))
+    return Source(splits, details=how_read(read.values()))
 
 
 def _parts(file: dict[str, str], document_start: str | None) -> list[str]:
-    """The documents of one text file, or its lines where a pattern will make documents of them."""
-    text = file["text"].replace("\r\n", "\n")
+    """The documents of one text file: what blank lines part, or else its lines; with a pattern its lines, of which that makes documents."""
+    text = file["text"].replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise InputError(f"expected text in {file['file']}, found an empty file. Write it again, or give another file.")
-    return text.splitlines(keepends=True) if document_start else re.split(r"\n[ \t]*\n\s*", text.strip())
+    if document_start:
+        return text.splitlines(keepends=True)
+    documents = re.split(r"\n[ \t]*\n\s*", text.strip())
+    if len(documents) == 1 and len(lines := text.strip().split("\n")) > 1:
+        logger.warning(
+            "%s has no blank lines, so each of its %d lines is a document; --document_start names the first line of one",
+            file["file"],
+            len(lines),
+        )
+        return lines
+    return documents
 
 
 def _documents(split: datasets.Dataset, name: str, config: DataConfig, document_start: str | None) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -65,18 +64,26 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
     state = state_of(config.dataset)
     source = load_source(config, kind)
     roles = choose_splits(source.splits, config, partial(has_references, config=config))
-    used = {name: prepared(source.splits[name], name, config, kind) for name in roles.values() if name is not None}
+    named = {role: name for role, name in roles.items() if name is not None}
+    used = {name: prepared(source.splits[name], name, config, kind) for name in named.values()}
+    hashes, dropped = {}, {}
+    for name, split in used.items():
+        columns = list(kind.columns_of(config).values())
+        key = [config.dataset_config, config.label_column, name, columns, config.separator, config.encoding]
+        hashes[name] = remembered(state, key, partial(_hash_rows, _inputs(split, config, kind), name, kind))
+        usable = hashes[name][:, 0] > 0
+        used[name] = _kept(split, usable, kind.usable, name, source, config)
+        hashes[name] = hashes[name][usable]
+        dropped[name] = len(usable) - len(hashes[name])
     labels, feature = read_references(used, config)
     given = {}
-    for role, name in roles.items():
-        if name is not None:
-            inputs = _inputs(used[name], config, kind)
-            key = [config.dataset_config, config.label_column, name, list(kind.columns_of(config).values())]
-            hashes = remembered(state, key, partial(_hash_rows, inputs, used[name], name, source, kind))
-            given[role] = Given(name, inputs, hashes, labels[name])
-            unlabelled = np.flatnonzero(missing(labels[name]))
-            _check_rows(unlabelled, "a label (neither empty nor -1, unless that is named)", name, used[name], source)
-    return split_examples(given, config, kind.noun, source.details, feature)
+    for role, name in named.items():
+        has_label = ~missing(labels[name])
+        inputs = _inputs(_kept(used[name], has_label, "a label", name, source, config), config, kind)
+        given[role] = Given(name, inputs, hashes[name][has_label], labels[name][has_label])
+        dropped[name] += len(has_label) - len(inputs)
+    counted = {"rows_dropped": dropped} if any(dropped.values()) else {}
+    return split_examples(given, config, kind.noun, source.details | counted, feature)
 
 
 def split_examples(
@@ -148,8 +155,8 @@ def prepared(
     for flag, column in columns.items():
         if column not in split.column_names:
             raise InputError(
-                f"expected a column {column!r} in the split {name!r}, found the columns "
-                f"{', '.join(split.column_names)}; name the right one with --{flag}"
+                f"expected a column {column!r} in the split {name!r}, found the columns {', '.join(map(repr, split.column_names))}; "
+                f"name the right one with --{flag} (the first line of a table has the names of its columns)"
             )
     for flag, column in kind.columns_of(config).items():
         ready = kind.prepare(split, column)
@@ -177,10 +184,9 @@ def _inputs(split: datasets.Dataset, config: DataConfig, kind: Kind) -> datasets
     return inputs.rename_columns({f"{column} {name}": name for column, name in columns.items()})
 
 
-def _hash_rows(inputs: datasets.Dataset, split: datasets.Dataset, name: str, source: Source, kind: Kind) -> np.ndarray:
-    """Read a split once and hash every row; raises InputError for rows that cannot be used."""
+def _hash_rows(inputs: datasets.Dataset, name: str, kind: Kind) -> np.ndarray:
+    """Read a split once and hash every row; zeros for those that cannot be used."""
     hashes = np.zeros((len(inputs), 2), np.uint64)
-    unusable: list[int] = []
     start = 0
     batches = inputs.with_format("arrow").iter(batch_size=1000)
     for batch in datasets.utils.tqdm(
@@ -188,12 +194,9 @@ def _hash_rows(inputs: datasets.Dataset, split: datasets.Dataset, name: str, sou
     ):
         rows = list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
         for row, content in enumerate(kind.content(rows), start):
-            if content is None:
-                unusable.append(row)
-            else:
+            if content is not None:
                 hashes[row] = [hash_of(part) for part in content]
         start += len(rows)
-    _check_rows(unusable, kind.usable, name, split, source)
     return hashes
 
 
@@ -202,19 +205,20 @@ def hash_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _check_rows(
-    unusable: Sequence[int] | np.ndarray, what: str, name: str, split: datasets.Dataset, source: Source
-) -> None:
-    """Raise InputError for rows without what every row must have."""
-    if len(unusable) == 0:
-        return
-    column = source.row_name_column
+def _kept(
+    split: datasets.Dataset, good: np.ndarray, what: str, name: str, source: Source, config: DataConfig
+) -> datasets.Dataset:
+    """The rows that have `what` every row must have. Raises InputError where some do not, unless --missing drop leaves them out."""
+    if good.all():
+        return split
+    if config.missing == "drop" and good.any():
+        return split.select(np.flatnonzero(good))
+    column, unusable = source.row_name_column, np.flatnonzero(~good)
     names = [str(row) if column is None else split[int(row)][column] for row in unusable[:10]]
     unit = "rows, counted from 0:" if column is None else "files"
     raise InputError(
         f"expected {what} in every row of the split {name!r}, found {len(unusable)} of {len(split)} rows without one "
-        f"({unit} {', '.join(names)}{' …' if len(unusable) > len(names) else ''}); remove these rows first (for a Hub data set: "
-        "datasets.load_dataset(…).filter(…).save_to_disk(folder), then pass that folder)"
+        f"({unit} {', '.join(names)}{' …' if len(unusable) > len(names) else ''}); remove these rows, or leave them out with --missing drop"
     )
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -12,43 +17,157 @@ from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.data.kinds import SPLITS, Kind, Source
-from pipelines.data.tables import reason
+from pipelines.data.references import dtype
+from pipelines.data.remembered import files_below, visible
+from pipelines.data.tables import read_table, reason
+
+logger = logging.getLogger(__name__)
 
 # How files and folders of a data set name the splits.
-SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev"), "validation"
-)
+SPLIT_NAMES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+
+FILE_NAME = "file_name"  # the column of a metadata table that `datasets` gives this meaning, too
 
 
 def load_source(config: DataConfig, kind: Kind) -> Source:
     """The data set that the flags name, as it is."""
-    formats = ", ".join(suffix[1:] for suffix in kind.suffixes)
     if config.dataset is None:
         raise InputError(
-            f"expected a data set, found none; pass --dataset with a Hub id, a file ({formats}), a folder "
+            f"expected a data set, found none; pass --dataset with a Hub id, a file ({_formats(kind)}), a folder "
             "of such files, or a folder with one sub-folder per class"
         )
     resolved = resolve(config.dataset)
     if not os.path.isabs(resolved):
         return _load_from_hub(resolved, config.dataset_config)
     path = Path(resolved)
-    if path.is_file():
-        return Source({"train": _load_file(path, config, kind)})
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _load_saved(path)
+    parts = [("train", _load_file(path, config, kind))] if path.is_file() else list(_parts(path, config, kind))
+    by_split: dict[str, list[datasets.Dataset]] = {}
+    for split, part in parts:
+        by_split.setdefault(split, []).append(part)
+    columns = {*kind.columns_of(config).values(), config.label_column}
+    splits = {split: _joined(shards, columns) for split, shards in by_split.items()}
+    files = all("file" in split.column_names and dtype(split, "file") == "string" for split in splits.values())
+    return Source(splits, "file" if files else None, how_read(part for _, part in parts))
+
+
+def _formats(kind: Kind) -> str:
+    return ", ".join(suffix[1:] for suffix in kind.suffixes if suffix.count(".") == 1)
+
+
+def _parts(
+    path: Path, config: DataConfig, kind: Kind, in_split: bool = False
+) -> Iterator[tuple[str, datasets.Dataset]]:
+    """What a folder holds, each part with the split that it belongs to; `in_split` where the folder is one."""
     entries = visible(path)
     tables = [entry for entry in entries if entry.is_file() and entry.name.lower().endswith(kind.suffixes)]
-    if tables:
-        by_split = {"train": tables} if len(tables) == 1 else files_by_split(path, tables)
-        read = {split: [_load_file(file, config, kind) for file in files] for split, files in by_split.items()}
-        return Source({split: datasets.concatenate_datasets(shards) for split, shards in read.items()})
-    if _folders(path):
-        return _load_class_folders(path, kind)
-    raise InputError(
-        f"expected {kind.noun} in {path}: files ({formats}), one sub-folder per class, or a saved DatasetDict; "
-        f"found {', '.join(entry.name for entry in entries[:10]) or 'an empty folder'}; give another "
-        "folder or convert the files"
-    )
+    folders = [entry for entry in entries if entry.is_dir()]
+    listed = [entry for entry in entries if re.fullmatch(r"metadata\.(csv|jsonl|parquet)", entry.name.lower())]
+    if listed:
+        names = read_table(listed[0], replace(config, image_column=FILE_NAME))
+        if FILE_NAME in names.column_names:
+            yield "train", _read_listed(path, names, config, kind)
+            return
+    # A table beside class folders is the data only where it has the columns.
+    has_classes = len(folders) > 1 and all(map(_has_files, folders))
+    if tables and (not has_classes or all(_is_data(table, config, kind) for table in tables)):
+        _say_left_out(path, folders)
+        by_split = {"train": tables} if in_split or len(tables) == 1 else files_by_split(path, tables)
+        yield from ((split, _load_file(file, config, kind)) for split, files in by_split.items() for file in files)
+        return
+    # A folder that holds neither folders nor tables is a class, even one that is called train.
+    nests = [
+        folder
+        for folder in folders
+        if any(entry.is_dir() or entry.name.lower().endswith(kind.suffixes) for entry in visible(folder))
+    ]
+    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in nests if folder.name.lower() in SPLIT_NAMES}
+    if "train" in splits.values() or (splits and len(splits) == len(folders)):
+        _say_left_out(path, [folder for folder in [*tables, *folders] if folder not in splits])
+        for folder, split in splits.items():
+            yield from ((split, part) for _, part in _parts(folder, config, kind, in_split=True))
+    elif len(folders) == 1 and nests:  # an archive's own folder
+        yield from _parts(folders[0], config, kind)
+    elif folders:
+        _say_left_out(path, tables)
+        yield "train", kind.read_files(path, _labelled_files(path, folders, kind), config)
+    else:
+        raise InputError(
+            f"expected {kind.noun} in {path}: files ({_formats(kind)}), one sub-folder per class, or a saved DatasetDict; "
+            f"found {', '.join(entry.name for entry in entries[:10]) or 'an empty folder'}; give another "
+            "folder or convert the files"
+        )
+
+
+def _has_files(folder: Path) -> bool:
+    return any(entry.is_file() for entry in visible(folder))
+
+
+def _is_data(table: Path, config: DataConfig, kind: Kind) -> bool:
+    try:
+        return set(kind.columns_of(config).values()) <= set(_load_file(table, config, kind).column_names)
+    except InputError:
+        return False
+
+
+def _say_left_out(path: Path, entries: list[Path]) -> None:
+    if entries:
+        logger.warning("left out of the data set in %s: %s", path, ", ".join(entry.name for entry in entries[:10]))
+
+
+def _labelled_files(path: Path, folders: list[Path], kind: Kind) -> list[tuple[Path, str | None]]:
+    """The files in class folders, and in the folders of those, each with its class."""
+    files: list[tuple[Path, str | None]] = []
+    for folder in folders:
+        if not _has_files(folder):
+            held = ", ".join(entry.name for entry in visible(folder)[:5])
+            raise InputError(
+                f"expected one sub-folder of {kind.noun} per class in {path}, found no file in {folder.name} "
+                f"({f'only the folders {held}' if held else 'it is empty'}); add its {kind.noun}, remove it, or give the folder whose "
+                "sub-folders are the classes (those of splits are called train, validation and test)"
+            )
+        files += [(file, folder.name) for file in files_below(folder)]
+    return files
+
+
+def _read_listed(path: Path, names: datasets.Dataset, config: DataConfig, kind: Kind) -> datasets.Dataset:
+    """The files that a metadata table lists, with the labels that it gives them."""
+    if config.label_column not in names.column_names:
+        raise InputError(
+            f"expected a column {config.label_column!r} in the metadata table of {path}, found the columns "
+            f"{', '.join(map(repr, names.column_names))}; name the one with the class with --label_column"
+        )
+    listed = [path / str(name) for name in names[FILE_NAME]]
+    if absent := [file.name for file in listed if not file.is_file()]:
+        raise InputError(
+            f"expected the {len(listed)} files of the metadata table in {path}, found {len(absent)} of them missing, such as {absent[0]}; "
+            f"correct the column {FILE_NAME!r}, or add the files"
+        )
+    read = kind.read_files(path, list(zip(listed, names[config.label_column], strict=True)), config)
+    return read if config.label_column == "label" else read.rename_column("label", config.label_column)
+
+
+def _joined(shards: list[datasets.Dataset], columns: set[str]) -> datasets.Dataset:
+    """The files of one split, one after another; where they are of other types, the named columns as text."""
+    if any(shard.features != shards[0].features for shard in shards):
+        shards = [shard.select_columns([name for name in shard.column_names if name in columns]) for shard in shards]
+        for name in columns:
+            if len({str(shard.features[name]) for shard in shards if name in shard.column_names}) > 1:
+                text = datasets.Value("string")
+                shards = [shard.cast_column(name, text) if name in shard.column_names else shard for shard in shards]
+    return datasets.concatenate_datasets(shards)
+
+
+def how_read(parts: Iterable[datasets.Dataset]) -> dict[str, Any]:
+    """What the details of the data say of files with another encoding or separator than the usual ones: how many have which."""
+    found: Counter[str] = Counter()
+    for part in parts:
+        is_text = "encoding" in part.column_names and dtype(part, "encoding") == "string"
+        found.update([f"encoding {name}" for name in part["encoding"][:]] if is_text else [part.info.description])
+    counts = {name: count for name, count in found.items() if name not in ("", "encoding utf-8")}
+    return {"read_as": counts} if counts else {}
 
 
 def _load_from_hub(name: str, configuration: str | None) -> Source:
@@ -80,12 +199,15 @@ def _load_saved(path: Path) -> Source:
 def _load_file(path: Path, config: DataConfig, kind: Kind) -> datasets.Dataset:
     if not path.name.lower().endswith(kind.suffixes):
         raise InputError(
-            f"expected a file of labelled {kind.noun} ({', '.join(kind.suffixes)}), found {path}; convert it, or put the "
+            f"expected a file of labelled {kind.noun} ({_formats(kind)}), found {path}; convert it, or put the "
             f"{kind.noun} into one sub-folder per class and give the folder"
         )
     if path.stat().st_size == 0:
         raise InputError(f"expected labelled {kind.noun} in {path}, found an empty file; write the data set again")
-    return kind.read_file(path, config)
+    read = kind.read_file(path, config)
+    if read.info.description:
+        logger.warning("%s is read with %s (others: --separator, --encoding)", path.name, read.info.description)
+    return read
 
 
 def split_named_by(file: Path) -> str | None:
@@ -106,40 +228,3 @@ def files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
             "rename the files, remove them, or pass one file as --dataset"
         )
     return {str(split): split_files for split, split_files in by_split.items()}
-
-
-def _load_class_folders(path: Path, kind: Kind) -> Source:
-    """Files in one sub-folder per class, or in one folder per split that holds the sub-folders."""
-    folders = _folders(path)
-    per_split = {SPLIT_NAMES[folder.name.lower()]: folder for folder in folders if folder.name.lower() in SPLIT_NAMES}
-    by_split = per_split if len(per_split) == len(folders) else {"train": path}
-    splits = {split: _read_class_folders(folder, kind) for split, folder in by_split.items()}
-    return Source(splits, row_name_column="file", details=guessed_encodings(splits))
-
-
-def guessed_encodings(splits: dict[str, datasets.Dataset]) -> dict[str, int]:
-    """What the details of the data say of text files whose encoding was guessed; images have none."""
-    encodings = [name for split in splits.values() if "encoding" in split.column_names for name in split["encoding"][:]]
-    return {"read_as_cp1252": sum(name != "utf-8" for name in encodings)} if encodings else {}
-
-
-def visible(folder: Path) -> list[Path]:
-    """The entries of a folder by name, without hidden ones and what tools leave behind (__pycache__, __MACOSX)."""
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "__")))
-
-
-def _folders(path: Path) -> list[Path]:
-    return [entry for entry in visible(path) if entry.is_dir()]
-
-
-def _read_class_folders(path: Path, kind: Kind) -> datasets.Dataset:
-    files: list[tuple[Path, str]] = []
-    for folder in _folders(path):
-        held = [entry for entry in visible(folder) if entry.is_file()]
-        if not held:
-            raise InputError(
-                f"expected one sub-folder of {kind.noun} per class in {path}, found no file in {folder.name}; add its "
-                f"{kind.noun} or remove it"
-            )
-        files += [(file, folder.name) for file in held]
-    return kind.read_files(path, files)

@@ -113,7 +113,7 @@ def _encoded(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
     return None
 
 
-def _read_files(path: Path, files: list[tuple[Path, str]]) -> datasets.Dataset:
+def _read_files(path: Path, files: list[tuple[Path, str | None]], config: DataConfig) -> datasets.Dataset:
     rows = {
         "image": [str(file) for file, _ in files],
         "label": [label for _, label in files],

@@ -33,7 +33,7 @@ class Kind:
     suffixes: tuple[str, ...]  # of the files that `read_file` reads
     read_file: Callable[[Path, DataConfig], datasets.Dataset]
     # Of class folders: the folder, and each file with its class; columns `file` and `label` beside the inputs.
-    read_files: Callable[[Path, list[tuple[Path, str]]], datasets.Dataset]
+    read_files: Callable[[Path, list[tuple[Path, str | None]], DataConfig], datasets.Dataset]
     prepare: Callable[[datasets.Dataset, str], datasets.Dataset | None]  # None where a column has no such values
     # Of each row what tells it from all others, and what it shares with its duplicates; None for an unusable one.
     content: Callable[[list[tuple[Any, ...]]], list[tuple[bytes, bytes] | None]]

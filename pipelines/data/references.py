@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,11 @@ import numpy as np
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
+NO_SCORE = ("na", "n/a", "none", "null", "-")
 
 # By the name of a split its references, -1 (a class) or NaN (a score) where a row has none; and the type of the column `label`, a
 # datasets.ClassLabel or Value.
@@ -25,12 +32,12 @@ def missing(values: np.ndarray) -> np.ndarray:
 
 
 def has_references(split: datasets.Dataset, config: DataConfig) -> bool:
-    """Whether a split that no flag names can be scored: hidden test labels (all empty, or -1) cannot."""
+    """Whether a split that no flag names can be scored: hidden labels (all empty, or all -1) cannot."""
     if config.label_column not in split.column_names:
         return False
     if not _is_plain(split, config):
         return True  # for read_classes or read_scores to refuse
-    return any(not (_is_empty(value) or value == -1) for value in split.unique(config.label_column))
+    return any(not _is_empty(value) and str(value) not in ("-1", "-1.0") for value in split.unique(config.label_column))
 
 
 def dtype(split: datasets.Dataset, column: str) -> str:
@@ -61,7 +68,10 @@ def _check_plain(split: datasets.Dataset, name: str, what: str, config: DataConf
 
 
 def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> References:
-    """The classes' ids: in a ClassLabel's own order, numbers and truth values by size, anything else by alphabet."""
+    """The classes' ids: in a ClassLabel's own order (where -1 is no class), numbers by size, anything else by alphabet.
+
+    A class is called what stands in its cells: 01 is 01. Only the ".0" goes that pandas gives the whole numbers of a column with gaps.
+    """
     column = config.label_column
     classes = {}
     for name, split in splits.items():
@@ -69,48 +79,58 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
         declared = getattr(split.features[column], "names", None)
         classes[name] = [_class_of(cell, declared) for cell in split[column][:]]
     found = {label for labels in classes.values() for label in labels if label is not None}
-    names = _label_names(found, getattr(next(iter(splits.values())).features[column], "names", None), config)
+    names = getattr(next(iter(splits.values())).features[column], "names", None)
+    written = {label: label for label in found}
+    if names is None:
+        numbers = all(map(NUMBER.fullmatch, found))
+        whole = {label: re.sub(r"\.0*$", "", label) for label in found if NUMBER.fullmatch(label)}
+        written |= {label: short for label, short in whole.items() if numbers or short in found}
+        names = _label_names(set(written.values()), config)
+    if unknown := sorted(set(written.values()) - set(names)):
+        raise InputError(
+            f"expected the classes of the training split ({', '.join(names)}) in every split, found also "
+            f"{', '.join(unknown[:5])}; add training examples of it, or remove it from the other splits"
+        )
     ids = {label: class_id for class_id, label in enumerate(names)}
     values = {
-        name: np.array([-1 if label is None else ids[str(label)] for label in labels], np.int64)
+        name: np.array([-1 if label is None else ids[written[label]] for label in labels], np.int64)
         for name, labels in classes.items()
     }
     return values, datasets.ClassLabel(names=names)
 
 
-def _class_of(value: Any, declared: list[str] | None) -> Any:
+def _class_of(value: Any, declared: list[str] | None) -> str | None:
     """The class that a cell names, None for a cell without; `declared` are the names of a ClassLabel column."""
-    if _is_empty(value) or value == -1:
+    if _is_empty(value) or (declared is not None and value < 0):
         return None
-    if declared is not None:
-        return declared[value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return str(value) if declared is None else declared[value]
 
 
-def _label_names(found: set[Any], declared: list[str] | None, config: DataConfig) -> list[str]:
-    if declared is not None:
-        unknown = sorted({str(label) for label in found} - set(declared))
-        if unknown:
-            raise InputError(
-                f"expected the classes of the training split ({', '.join(declared)}) in every split, found also "
-                f"{', '.join(unknown[:5])}; add training examples of it, or remove it from the other splits"
-            )
-        return list(declared)
-    fractions = [label for label in found if isinstance(label, float)]
+def _label_names(found: set[str], config: DataConfig) -> list[str]:
+    numbers = all(NUMBER.fullmatch(label) for label in found)
+    fractions = [label for label in found if numbers and not float(label).is_integer()]
     if fractions:
         raise InputError(
             f"expected classes in the column {config.label_column!r}, found fractions such as {fractions[0]}; name a "
             "column of classes with --label_column (regression is another task)"
         )
-    numbers = all(isinstance(label, int) for label in found)
-    names = [str(label) for label in sorted(found, key=lambda label: label if numbers else str(label))]
+    names = sorted(found, key=lambda label: (float(label) if numbers else 0, label))
     if len(names) < 2:
         raise InputError(
             f"expected at least two classes in the column {config.label_column!r}, found {len(names)} "
             f"({', '.join(names) or 'no label at all'}); name the column of classes with --label_column, or add "
             "examples of another class"
         )
-    return list(dict.fromkeys(names))
+    alike: dict[Any, list[str]] = {}
+    for name in names:
+        alike.setdefault(float(name) if numbers else "".join(name.casefold().split()), []).append(name)
+    for group in alike.values():
+        if len(group) > 1:
+            logger.warning(
+                "the classes %s differ in case, spaces or zeros only, and stay classes of their own; correct the labels if they are one",
+                ", ".join(map(repr, group)),
+            )
+    return names
 
 
 # ---- Scores
@@ -131,7 +151,7 @@ def read_scores(splits: dict[str, datasets.Dataset], config: DataConfig) -> Refe
 
 
 def _score_of(value: Any, split: str, config: DataConfig) -> float:
-    if _is_empty(value):
+    if _is_empty(value) or str(value).strip().lower() in NO_SCORE:
         return math.nan
     try:
         score = float(value)
@@ -140,6 +160,6 @@ def _score_of(value: Any, split: str, config: DataConfig) -> float:
     if math.isinf(score):
         raise InputError(
             f"expected a number in every row of the column {config.label_column!r}, found {value!r:.80} in the split {split!r}; name the "
-            "column of scores with --label_column, or correct the row"
+            "column of scores with --label_column, or correct the row (a fraction has a point: 3.5)"
         )
     return score

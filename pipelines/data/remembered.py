@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import numpy as np
 import pipelines
 from pipelines.core.config import DataConfig
 from pipelines.core.disk import digest
+from pipelines.core.records import RECORD
+from pipelines.core.run import MARKER
 from pipelines.core.sources import resolve
 
 # Part of the key of all that is remembered: raise it when the same files give other examples.
-VERSION = 2
+VERSION = 3
 # Settings that change nothing in the examples.
 NOT_IN_DATA = {"max_length", "trust_remote_code"}
 
@@ -41,15 +43,32 @@ def state_of(dataset: str | None) -> Any:
             return huggingface_hub.dataset_info(resolved).sha
         except Exception:  # no network, or no such data set: whoever loads it says so
             return None
-    files = [resolved] if os.path.isfile(resolved) else []
-    for directory, _, names in os.walk(resolved, followlinks=True):
-        files += [os.path.join(directory, name) for name in names]
     found = []
-    for file in sorted(files):
+    for file in files_below(Path(resolved)):
         with contextlib.suppress(OSError):  # gone, or a link that leads nowhere
-            status = os.stat(file)
-            found.append([file, status.st_size, status.st_mtime_ns])
+            status = file.stat()
+            found.append([str(file), status.st_size, status.st_mtime_ns])
     return found
+
+
+def visible(folder: Path) -> list[Path]:
+    """The entries of a folder by name, without hidden ones, what desktops and tools leave behind, and the results of our own runs."""
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if not entry.name.startswith((".", "__", "~$"))
+        and entry.name.lower() not in ("thumbs.db", "desktop.ini", "icon\r")
+        and not (entry.is_dir() and any((entry / name).exists() for name in (MARKER, RECORD)))
+    )
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """A file, or the visible ones in a folder and the folders in it."""
+    if path.is_dir():
+        for entry in visible(path):
+            yield from files_below(entry)
+    else:
+        yield path
 
 
 def remembered_fingerprint(config: DataConfig, read_as: str, load: Callable[[], str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import datasets
 from torch import Tensor
 
+from pipelines.core.config import DataConfig
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.core.task import Collate
@@ -20,7 +22,7 @@ from pipelines.data.examples import Examples
 from pipelines.data.kinds import Kind
 from pipelines.data.references import dtype
 from pipelines.data.remembered import folder
-from pipelines.data.tables import FILE_BUILDERS, read_table
+from pipelines.data.tables import TABLE_SUFFIXES, encoding_of, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -28,31 +30,33 @@ logger = logging.getLogger(__name__)
 _TOKENS_VERSION = 2
 
 
-def read_text(path: Path) -> tuple[str, str]:
-    """The text of a file and its encoding: UTF-8, else a guess."""
+def read_text(path: Path, encoding: str | None = None) -> tuple[str, str]:
+    """The text of a file and its encoding: the one that is given, UTF-8, or else a guess."""
     content = path.read_bytes()
-    for encoding in ("utf-8-sig", "cp1252"):
-        try:
-            text = content.decode(encoding)
-        except UnicodeDecodeError:
-            continue
+    try:
+        encoding = encoding or encoding_of(io.BytesIO(content), path)
+        text = content.decode(encoding)
         if "\0" not in text:
             return text, encoding.removesuffix("-sig")
+    except UnicodeDecodeError:
+        pass
     raise InputError(
-        f"expected text files (UTF-8, or at least cp1252), found other bytes in {path}; convert or remove the file"
+        f"expected text files in UTF-8 or another encoding, found other bytes in {path}; convert or remove the file, or name its encoding "
+        "with --encoding"
     )
 
 
-def read_text_files(folder: Path, files: list[tuple[Path, str]]) -> datasets.Dataset:
-    """Each file as a row; a warning names those whose encoding was guessed."""
-    texts = [read_text(path) for path, _ in files]
-    guessed = [path for (path, _), (_, encoding) in zip(files, texts, strict=True) if encoding != "utf-8"]
-    if guessed:
+def read_text_files(folder: Path, files: list[tuple[Path, str | None]], config: DataConfig) -> datasets.Dataset:
+    """Each file as a row; a warning names those that are not UTF-8."""
+    texts = [read_text(path, config.encoding) for path, _ in files]
+    others = [(path, encoding) for (path, _), (_, encoding) in zip(files, texts, strict=True) if encoding != "utf-8"]
+    if others:
         logger.warning(
-            "%d of the text files in %s are not UTF-8 and were read as cp1252, such as %s",
-            len(guessed),
+            "%d of the text files in %s are not UTF-8; %s is read as %s (say otherwise with --encoding)",
+            len(others),
             folder,
-            guessed[0].relative_to(folder),
+            others[0][0].relative_to(folder),
+            others[0][1],
         )
     rows = {
         "text": [text for text, _ in texts],
@@ -64,7 +68,10 @@ def read_text_files(folder: Path, files: list[tuple[Path, str]]) -> datasets.Dat
 
 
 def _prepare(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
-    return split if dtype(split, column) in ("string", "large_string") else None
+    found = dtype(split, column)
+    if found.startswith(("int", "uint", "float", "bool", "null")):
+        return split.cast_column(column, datasets.Value("string"))
+    return split if found in ("string", "large_string") else None
 
 
 def content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
@@ -80,7 +87,7 @@ TEXTS = Kind(
     noun="texts",
     usable="a text",
     columns={"text_column": "text", "text_pair_column": "text_pair"},
-    suffixes=tuple(FILE_BUILDERS),
+    suffixes=TABLE_SUFFIXES,
     read_file=read_table,
     read_files=read_text_files,
     prepare=_prepare,

@@ -72,7 +72,8 @@ def finish(
     if is_teacher:
         details |= refuse_weak_teacher(task, metrics, model.config)
     save(model, processor, directory)
-    return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
+    how_read = {name: task.details[name] for name in ("read_as", "rows_dropped") if name in task.details}
+    return Outcome("transformers", {"validation": metrics}, count_parameters(model), details | how_read)
 
 
 def refuse_weak_teacher(task: Task, metrics: dict[str, Any], config: Any) -> dict[str, Any]:

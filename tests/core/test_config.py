@@ -129,7 +129,7 @@ def test_the_default_file_is_read_where_none_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("temprature: 3", r"temprature.*Did you mean temperature"),
+        ("temprature: 3", r"temprature.*Did you mean .*temperature"),
         ("temperature: hot", "hot"),
         ("temperature: -1", r"above 0.*found -1"),
         ("- a\n- b", "found a list"),

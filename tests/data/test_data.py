@@ -219,11 +219,11 @@ def test_text_files_that_are_not_utf8_are_read_as_cp1252(tmp_path: Path, caplog:
     data = load(folder)
     texts = {text for split in contents(data).values() for text, _ in split}
     assert {"the café costs £5", "the naïve café"} <= texts
-    assert data.details["read_as_cp1252"] == 1
+    assert data.details["read_as"] == {"encoding cp1252": 1}
     assert len(caplog.records) == 1
-    assert "art/0001.txt" in caplog.text
+    assert "art/0001.txt is read as cp1252" in caplog.text
 
-    for content in (b"\xff\xfe\x00\x01", b"\x81\x8d"):
+    for content in (b"\xff\xfe\x00", b"a\0b\0\0\0", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"):
         (folder / "art" / "0001.txt").write_bytes(content)
         with pytest.raises(InputError, match="expected text files.*found other bytes in .*0001.txt; convert or remove"):
             load(folder)
@@ -492,23 +492,23 @@ def test_no_data_set_is_refused() -> None:
 def test_missing_and_malformed_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     refused(tmp_path / "missing.csv", "does not exist", "check the spelling")
     malformed: dict[str, str | bytes] = {
-        "quote.csv": 'text,label\n"never closed,a\n',
+        "quote.csv": 'text,label\n"never, closed,a\n',
         "columns.csv": "text,label\na,b\na,b,c,d\n",
         "broken.jsonl": '{"text": "a", "label": "b"}\n{"text": ',
         "broken.json": "{",
         "broken.parquet": "PAR1",
-        "latin.csv": b"text,label\n\xe9t\xe9,a\n",
-        "latin.jsonl": b'{"text": "\xe9t\xe9", "label": "a"}\n',
+        "no_gzip.csv.gz": "text,label\na,b\n",
+        "list.json": '["a", "b"]',
     }
     for name, content in malformed.items():
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        refused(path, "well-formed", str(path), "repair the file")
+        refused(path, "well-formed", str(path), "repair the file", "--separator and --encoding")
     assert "Failed" not in capfd.readouterr().err  # one message, and none of the library's own
     (tmp_path / "empty.csv").write_text("")
     refused(tmp_path / "empty.csv", "an empty file")
     (tmp_path / "header.csv").write_text("text,label\n")
-    refused(tmp_path / "header.csv", "no data")
+    refused(tmp_path / "header.csv", "expected examples in the split 'train'")
     (tmp_path / "notes.txt").write_text("one text\n")
     refused(tmp_path / "notes.txt", "labelled texts", "notes.txt", "convert it")
 
@@ -533,16 +533,17 @@ def test_folders_without_data_are_refused(tmp_path: Path) -> None:
 def test_columns_that_are_missing_or_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
     rows = {**make_rows(30, ("a", "b")), "number": list(range(30)), "score": [row / 7 for row in range(30)]}
     path = write_csv(tmp_path / "texts.csv", rows)
-    refused(path, "'sentence'", "text, label, number, score", "--text_column", text_column="sentence")
-    refused(path, "'class'", "text, label, number, score", "--label_column", label_column="class")
-    refused(path, "'other'", "--text_pair_column", text_pair_column="other")
-    refused(path, "int64", "--text_column", "text, label", text_column="number")
+    columns = "'text', 'label', 'number', 'score'"
+    refused(path, "'sentence'", columns, "--text_column", text_column="sentence")
+    refused(path, "'class'", columns, "--label_column", label_column="class")
+    refused(path, "'other'", columns, "--text_pair_column", text_pair_column="other")
     refused(path, "fractions", "--label_column", "regression", label_column="score")
     refused(path, "different columns", text_pair_column="text")
     refused(path, "30 different values", "--label_column", label_column="number")
     lists = {**make_rows(30), "tags": [["a", "b"]] * 30}
     refused(write_parquet(tmp_path / "lists", lists), "List", "--label_column", label_column="tags")
     refused(write_parquet(tmp_path / "lists", lists), "List", "--text_column", text_column="tags")
+    refused(write_jsonl(tmp_path / "lists", lists), "found a list", "--text_column", text_column="tags")
 
 
 def test_empty_texts_are_refused_by_row(tmp_path: Path) -> None:
@@ -558,18 +559,19 @@ def test_empty_texts_are_refused_by_row(tmp_path: Path) -> None:
 
 
 def test_missing_labels_are_refused_by_row(tmp_path: Path) -> None:
-    for missing in (None, -1):
-        rows = make_rows(30, (0, 1))
-        rows["label"][4] = missing
-        refused(
-            write_parquet(tmp_path / f"texts{missing}", rows), "1 of 30 rows", "counted from 0: 4", "remove these rows"
-        )
+    rows = make_rows(30, (0, 1))
+    rows["label"][4] = None
+    refused(write_parquet(tmp_path / "texts", rows), "1 of 30 rows", "counted from 0: 4", "remove these rows")
+    rows["label"][4] = -1
+    declared = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    declared.save_to_disk(tmp_path / "declared")
+    refused(tmp_path / "declared", "1 of 30 rows", "counted from 0: 4", "--missing drop")
     rows = make_rows(30, (0.0, 1.0))
     rows["label"][4] = float("nan")
     refused(write_parquet(tmp_path / "nan", rows), "1 of 30 rows")
     rows = make_rows(30)
     rows["label"][4] = ""
-    refused(write_csv(tmp_path / "texts.csv", rows), "1 of 30 rows", "or -1", "remove these rows")
+    refused(write_csv(tmp_path / "texts.csv", rows), "1 of 30 rows", "--missing drop", "remove these rows")
     refused(write_parquet(tmp_path / "none", make_rows(30, (None,))), "at least two classes", "no label at all")
 
 
@@ -714,4 +716,4 @@ def test_bbc_news() -> None:
     assert data.details["examples"] == {"train": 1488, "validation": 212, "test": 425}
     assert data.details["duplicates_removed"] == {"train": 100}
     assert data.details["conflicting_labels"] == 0
-    assert data.details["read_as_cp1252"] == 1
+    assert data.details["read_as"] == {"encoding cp1252": 1}

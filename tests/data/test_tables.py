@@ -1,0 +1,405 @@
+"""Tables and folders as people have them: separators, encodings, quotation marks, types, missing cells, what lies beside the data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pytest
+
+from conftest import write_image_folder
+from pipelines.core.config import DataConfig, LanguageConfig
+from pipelines.core.errors import InputError
+from pipelines.data.documents import load_documents
+from pipelines.data.examples import Examples, load_examples
+from pipelines.data.images import IMAGES
+from pipelines.data.kinds import Kind
+from pipelines.data.references import read_classes, read_scores
+from pipelines.data.remembered import state_of
+from pipelines.data.tables import encoding_of, read_table
+from pipelines.data.text import TEXTS
+
+ROWS = [(f"text number {row} says something", ("sport", "art")[row % 2]) for row in range(40)]
+PLAIN = "text,label\n" + "".join(f"{text},{label}\n" for text, label in ROWS)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def load(path: Path, content: str | bytes | None = None, kind: Kind = TEXTS, **settings: Any) -> Examples:
+    if content is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return load_examples(DataConfig(dataset=str(path), **settings), kind, read_classes)
+
+
+def found(data: Examples) -> set[tuple[str, str]]:
+    return {(row["text"], data.label_names[row["label"]]) for split in data.splits.values() for row in split}
+
+
+def with_labels(labels: list[Any]) -> str:
+    return "text,label\n" + "".join(f"text {row},{labels[row % len(labels)]}\n" for row in range(40))
+
+
+# ---- One table, written in many ways
+
+QUOTED = "".join(f'"{text}"\t"{label}"\n' for text, label in ROWS)
+WRITTEN: dict[str, tuple[bytes, str | None]] = {
+    "tabs.csv": (PLAIN.replace(",", "\t").encode(), "separator '\\t'"),
+    "pipes.csv": (PLAIN.replace(",", "|").encode(), "separator '|'"),
+    "excel.csv": (b"sep=;\r\n" + PLAIN.replace(",", ";").replace("\n", "\r\n").encode(), "separator ';'"),
+    "commas.tsv": (PLAIN.encode(), "separator ','"),
+    "unicode_text.csv": (PLAIN.replace(",", "\t").encode("utf-16"), "encoding utf-16, separator '\\t'"),
+    "big_endian.csv": (PLAIN.encode("utf-16-be"), "encoding utf_16_be"),
+    "mark.csv": (PLAIN.encode("utf-8-sig"), None),
+    "macintosh.csv": (PLAIN.replace("\n", "\r").encode(), None),
+    "names.csv": (PLAIN.replace("text,label", ' "text" , label ', 1).encode(), None),
+    "spaces.csv": (PLAIN.replace(",", ", ").encode(), None),
+    "ends.csv": (PLAIN.replace("\n", ",\n").replace("label,", "label", 1).encode(), None),
+    "all_quoted.tsv": (('"text"\t"label"\n' + QUOTED).encode(), None),
+    "from_r.csv": (
+        ('"text","label"\n' + "".join(f'"{i}","{text}","{label}"\n' for i, (text, label) in enumerate(ROWS))).encode(),
+        None,
+    ),
+    "packed.csv.gz": (gzip.compress(PLAIN.encode()), None),
+    "nested.json": (
+        json.dumps({"version": 2, "rows": [{"text": t, "label": n, "more": {}} for t, n in ROWS]}).encode(),
+        None,
+    ),
+    "columns.json": (json.dumps(dict(zip(("text", "label"), zip(*ROWS, strict=True), strict=True))).encode(), None),
+    "keys.jsonl": (
+        "".join(
+            json.dumps({"label": n, "text": t} | ({"x": [1]} if n == "art" else {"x": "y"})) + "\n" for t, n in ROWS
+        ).encode(),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_same_rows_however_they_are_written(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content, note = WRITTEN[name]
+    data = load(tmp_path / name, content)
+    assert found(data) == set(ROWS)
+    assert data.details.get("read_as") == (note and {note: 1})
+    assert (note or "") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("the tickets cost £5 – and that’s all", "cp1252"),
+        ("Zażółć gęślą jaźń, proszę mi powiedzieć, gdzie są książki", "cp1250"),
+        ("Матч закончился победой хозяев поля сегодня вечером", "cp1251"),
+        ("これは日本語のテキストです。新しいニュースを読みます。", "cp932"),
+    ],
+)
+def test_encodings_are_found_or_named(text: str, encoding: str, tmp_path: Path) -> None:
+    content = "text,label\n" + "".join(f'"{text} {row}",{"ab"[row % 2]}\n' for row in range(40))
+    data = load(tmp_path / "texts.csv", content.encode(encoding))
+    assert data.details["read_as"] == {f"encoding {encoding}": 1}
+    assert f"{text} 0" in {text for text, _ in found(data)}
+    named = load(tmp_path / "texts.csv", encoding="koi8-r")
+    assert named.details["read_as"] == {"encoding koi8-r": 1}
+    assert named.fingerprint != data.fingerprint
+
+
+def test_a_file_that_is_almost_utf_8_is_refused(tmp_path: Path) -> None:
+    content = "".join(f"naïve café {row},{'ab'[row % 2]}\n" for row in range(40)).encode()
+    with pytest.raises(InputError, match="one encoding in .* found bytes in 1 lines .* beside 40 lines .* --encoding"):
+        load(tmp_path / "texts.csv", b"text,label\n" + content + b"caf\xc3,a\n")
+
+
+@pytest.mark.parametrize("line", [1, 12_000])
+@pytest.mark.parametrize(
+    "text",
+    ['"the new chip, said %d', 'he said "no", %d times', '"%d', "one\ttab and %d"],
+)
+def test_no_row_vanishes_for_a_quotation_mark(text: str, line: int, tmp_path: Path) -> None:
+    for separator, name in (("\t", "texts.tsv"), ("|", "texts.csv")):
+        if separator in text:
+            continue
+        rows = [f"text {row}" for row in range(12_050)]
+        rows[line], rows[line + 20] = text % 1, text % 2
+        content = "".join(f"{row}{separator}{'ab'[i % 2]}\n" for i, row in enumerate(rows))
+        (tmp_path / name).write_text(f"text{separator}label\n{content}")
+        assert read_table(tmp_path / name, DataConfig())["text"][:] == rows
+
+
+def test_cells_over_several_lines_and_rows_of_other_lengths(tmp_path: Path) -> None:
+    cell = 'one "line",\nand another'
+    doubled = cell.replace('"', '""')
+    content = "text,label\n" + "".join(f'"{doubled} {row}",{"ab"[row % 2]}\n' for row in range(40))
+    assert {text for text, _ in found(load(tmp_path / "texts.csv", content))} == {f"{cell} {row}" for row in range(40)}
+    tabs = "text\tlabel\n" + "".join(f'"one ""line""\nand {row}"\t{"ab"[row % 2]}\n' for row in range(40))
+    assert ('one "line"\nand 0', "a") in found(load(tmp_path / "texts.tsv", tabs))
+    escaped = "text,label\n" + "".join(f'"say \\"no\\", {row}",{"ab"[row % 2]}\n' for row in range(40))
+    assert ('say "no", 0', "a") in found(load(tmp_path / "escaped.csv", escaped))
+    # What an editor cut off at the end of a line is an empty cell; a cell too many is an error.
+    short = PLAIN.replace("label\n", "label,note\n") + "and one more,art,checked\n"
+    assert found(load(tmp_path / "short.csv", short)) == {*ROWS, ("and one more", "art")}
+    with pytest.raises(InputError, match="well-formed csv.*names 2 columns.*'hello', ' world', 'art'.*--separator"):
+        load(tmp_path / "long.csv", PLAIN + "hello, world,art\n")
+
+
+def test_other_columns_are_in_nobodys_way(tmp_path: Path) -> None:
+    rows = [f'text {row},{"ab"[row % 2]},{"" if row < 10_020 else "checked"},"x"' for row in range(10_050)]
+    data = load(tmp_path / "late.csv", "text,label,note,note\n" + "\n".join(rows))
+    assert sum(data.details["examples"].values()) == 10_050
+    lines = [
+        json.dumps({"text": text, "label": label, "meta": n if n else None}) for n, (text, label) in enumerate(ROWS)
+    ]
+    lines += [json.dumps({"text": "last", "label": "art", "meta": {"deep": ["x"]}})]
+    assert len(found(load(tmp_path / "late.jsonl", "\n".join(lines)))) == 41
+    frame = pandas.DataFrame(ROWS, columns=["text", "label"])
+    frame["label"] = frame["label"].astype("category")
+    frame["when"], frame["kind"] = pandas.Timestamp(2020, 1, 1), pandas.Categorical(["x"] * 40)
+    frame.to_parquet(tmp_path / "categories.parquet")
+    assert found(load(tmp_path / "categories.parquet")) == set(ROWS)
+    with pytest.raises(InputError, match=r"the columns 'text', 'label', 'note', 'note'.*|found the columns .*'note'"):
+        load(tmp_path / "late.csv", text_column="body")
+    with pytest.raises(InputError, match="one column 'label' in .*, found several"):
+        load(tmp_path / "twice.csv", PLAIN.replace("text,label", "label,label", 1))
+
+
+def test_a_table_without_a_header_or_with_another_separator_says_so(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="found the columns 'text number 0 says something', 'sport'.*first line of a table"
+    ):
+        load(tmp_path / "rows.csv", PLAIN.split("\n", 1)[1])
+    content = PLAIN.replace(",", "~")
+    with pytest.raises(InputError, match="'text~label'"):
+        load(tmp_path / "texts.csv", content)
+    assert found(load(tmp_path / "texts.csv", separator="~")) == set(ROWS)
+    with pytest.raises(InputError, match="one character as --separator"):
+        DataConfig(separator="::")
+    with pytest.raises(InputError, match="as --encoding"):
+        DataConfig(encoding="latin-13")
+    assert DataConfig(separator="\\t").separator == "\t"
+
+
+# ---- Classes and scores
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["007", "10", "9"], ["007", "9", "10"]),
+        ([-2, 0, 2, -1], ["-2", "-1", "0", "2"]),
+        (["1.0", "0.0"], ["0", "1"]),
+        (["1.0", "1", "2b"], ["1", "2b"]),
+        (["True", "False"], ["False", "True"]),
+        (["NaN", "None"], ["NaN", "None"]),
+        (["2020-01-01", "2019-12-31"], ["2019-12-31", "2020-01-01"]),
+    ],
+)
+def test_classes_are_called_what_stands_in_the_file(labels: list[Any], names: list[str], tmp_path: Path) -> None:
+    assert load(tmp_path / "texts.csv", with_labels(labels)).label_names == names
+    rows = [{"text": f"text {row}", "label": labels[row % len(labels)]} for row in range(40)]
+    assert load(tmp_path / "texts.jsonl", "\n".join(map(json.dumps, rows))).label_names == names
+    if len({type(label) for label in labels}) == 1:
+        pandas.DataFrame(rows).to_parquet(tmp_path / "texts.parquet")
+        assert load(tmp_path / "texts.parquet").label_names == names
+
+
+@pytest.mark.parametrize("labels", [["Sport", "sport ", "sport"], ["1", "01"]])
+def test_classes_that_differ_in_case_or_spaces_only_are_named(
+    labels: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = load(tmp_path / "texts.csv", with_labels(labels))
+    assert set(data.label_names) == set(labels)
+    assert all(repr(label) in caplog.text for label in labels)
+
+
+def test_no_label_is_what_a_class_label_says(tmp_path: Path) -> None:
+    rows = {"text": [f"text {row}" for row in range(40)], "label": [(0, 1, -1)[row % 3] for row in range(40)]}
+    assert load(tmp_path / "texts.csv", with_labels(rows["label"])).label_names == ["-1", "0", "1"]
+    declared = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    declared.to_parquet(tmp_path / "declared.parquet")
+    with pytest.raises(InputError, match="13 of 40 rows without one"):
+        load(tmp_path / "declared.parquet")
+    assert load(tmp_path / "declared.parquet", missing="drop").details["rows_dropped"] == {"train": 13}
+
+
+def test_scores_are_the_numbers_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "scores.csv").write_text(with_labels(["-1", " 2.5", "1e1", "0"]))
+    data = load_examples(DataConfig(dataset=str(tmp_path / "scores.csv")), TEXTS, read_scores)
+    assert {score for split in data.splits.values() for score in split["label"]} == {-1, 2.5, 10, 0}
+    (tmp_path / "missing.csv").write_text(with_labels(["NA", "1", "2"]))
+    config = DataConfig(dataset=str(tmp_path / "missing.csv"))
+    with pytest.raises(InputError, match="14 of 40 rows"):
+        load_examples(config, TEXTS, read_scores)
+    config.missing = "drop"
+    assert load_examples(config, TEXTS, read_scores).details["rows_dropped"] == {"train": 14}
+    (tmp_path / "comma.csv").write_text(with_labels(["3,5", "2,0"]).replace(",", ";", 1).replace(",", ";", 1))
+    with pytest.raises(InputError, match="a fraction has a point|well-formed"):
+        load_examples(DataConfig(dataset=str(tmp_path / "comma.csv")), TEXTS, read_scores)
+
+
+def test_rows_without_a_text_or_label_are_named_or_left_out(tmp_path: Path) -> None:
+    texts = ["  " if row == 3 else "" if row == 30 else text for row, (text, _) in enumerate(ROWS)]
+    content = "text,label\n" + "".join(
+        f"{text},{'' if row in (5, 30, 31) else label}\n"
+        for row, (text, (_, label)) in enumerate(zip(texts, ROWS, strict=True))
+    )
+    with pytest.raises(InputError, match="a text in every row.* 2 of 40 .*: 3, 30.*--missing drop"):
+        load(tmp_path / "texts.csv", content)
+    data = load(tmp_path / "texts.csv", missing="drop")
+    assert found(data) == {row for number, row in enumerate(ROWS) if number not in (3, 5, 30, 31)}
+    assert data.details["rows_dropped"] == {"train": 4}
+    with pytest.raises(InputError, match="--missing out of error, drop"):
+        DataConfig(missing="ignore")
+    with pytest.raises(InputError, match="40 of 40 rows"):
+        load(tmp_path / "none.csv", "text,label\n" + ",a\n" * 40, missing="drop")
+
+
+def test_numbers_in_the_text_column_are_texts(tmp_path: Path) -> None:
+    pandas.DataFrame({"text": range(1000, 1040), "label": ["a", "b"] * 20}).to_parquet(tmp_path / "numbers.parquet")
+    assert ("1000", "a") in found(load(tmp_path / "numbers.parquet"))
+
+
+# ---- Folders
+
+
+def write_classes(folder: Path, prefix: str = "", inside: str = "") -> Path:
+    for number, (text, label) in enumerate(ROWS):
+        target = folder / label / (inside if number >= 30 else "") / f"{number:02}.txt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(prefix + text)
+    return folder
+
+
+def test_shards_of_other_types_and_orders_are_joined(tmp_path: Path) -> None:
+    def part(first: int, label: Any) -> pandas.DataFrame:
+        return pandas.DataFrame({"text": [f"text {row}" for row in range(first, first + 20)], "label": label})
+
+    part(0, 1).to_csv(tmp_path / "train-0.csv", index=False)
+    part(20, 2.0).assign(extra="x").to_parquet(tmp_path / "train-1.parquet")
+    part(40, "2b")[["label", "text"]].to_json(tmp_path / "train-2.jsonl", orient="records", lines=True)
+    part(60, 1).to_json(tmp_path / "train-3.json", orient="records")
+    data = load(tmp_path)
+    assert data.label_names == ["1", "2", "2b"]
+    assert len(found(data)) == 80
+
+
+def test_splits_typed_differently_and_a_test_without_labels(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(with_labels(["0", "1"]))
+    pandas.DataFrame({"text": ["x", "y"] * 10, "label": [1.0, 0.0] * 10}).to_parquet(tmp_path / "test.parquet")
+    data = load(tmp_path)
+    assert (data.label_names, data.details["came_from"]["test"]) == (["0", "1"], "split 'test'")
+    (tmp_path / "test.parquet").unlink()
+    (tmp_path / "test.csv").write_text("id,text\n1,x\n2,y\n")
+    assert load(tmp_path).details["came_from"]["test"] == "cut from split 'train'"
+
+
+def test_what_desktops_and_our_own_runs_leave_in_a_folder_is_no_data(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "data", inside="more/of it")
+    before, state = load(folder), state_of(str(folder))
+    for name in (
+        ".DS_Store",
+        "Thumbs.db",
+        "art/desktop.ini",
+        "art/._00.txt",
+        "__MACOSX/art/00.txt",
+        "run/.pocketformers",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0")
+    for stage in ("run/teacher", "student"):
+        (folder / stage).mkdir(parents=True)
+        (folder / stage / "record.json").write_text("{}")
+    assert state_of(str(folder)) == state
+    data = load(folder)
+    assert data.fingerprint == before.fingerprint
+    assert found(data) == set(ROWS)
+
+
+def test_tables_beside_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_classes(tmp_path / "data")
+    (folder / "labels.tsv").write_text("number\tname\n0\tart\n")
+    assert found(load(folder)) == set(ROWS)
+    assert "labels.tsv" in caplog.text
+    (folder / "labels.tsv").write_text(with_labels(["x", "y"]))
+    caplog.clear()
+    assert load(folder).label_names == ["x", "y"]
+    assert "art, sport" in caplog.text
+
+
+def test_folders_of_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_classes(tmp_path / "archive" / "Training")
+    write_classes(tmp_path / "archive" / "Testing", prefix="another ")
+    (tmp_path / "archive" / "single_prediction").mkdir()
+    data = load(tmp_path)
+    assert data.details["examples"] == {"train": 36, "validation": 4, "test": 40}
+    assert "single_prediction" in caplog.text
+    for split in ("train", "test"):
+        for part in ("a", "b"):
+            (tmp_path / "tables" / split).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "tables" / split / f"{part}.csv").write_text(PLAIN.replace("number", split + part))
+    assert load(tmp_path / "tables").details["examples"] == {"train": 72, "validation": 8, "test": 80}
+    # A class may be called like a split.
+    for name in ("train", "bus"):
+        (tmp_path / "vehicles" / name).mkdir(parents=True)
+        for number in range(20):
+            (tmp_path / "vehicles" / name / f"{number}.txt").write_text(f"{name} {number}")
+    assert load(tmp_path / "vehicles").label_names == ["bus", "train"]
+    write_classes(tmp_path / "deep" / "seg_train")
+    write_classes(tmp_path / "deep" / "seg_test")
+    with pytest.raises(InputError, match="no file in seg_test .*only the folders art, sport"):
+        load(tmp_path / "deep")
+
+
+def test_a_metadata_table_labels_the_images_beside_it(tmp_path: Path) -> None:
+    images = write_image_folder(tmp_path / "images", 30)
+    expected = load(images, kind=IMAGES)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    lines = ["file_name,number,kind"]
+    for file in sorted(images.rglob("*.png")):
+        name = f"{file.parent.name}-{file.name}"
+        file.rename(flat / name)
+        lines.append(f"{name},1,{file.parent.name}")
+    (flat / "metadata.csv").write_text("\n".join(lines))
+    data = load(flat, kind=IMAGES, label_column="kind")
+    assert (data.label_names, data.details["examples"]) == (expected.label_names, expected.details["examples"])
+    with pytest.raises(InputError, match="'label' in the metadata table .*'kind'.*--label_column"):
+        load(flat, kind=IMAGES)
+    (flat / lines[1].split(",")[0]).unlink()
+    with pytest.raises(InputError, match="found 1 of them missing"):
+        load(flat, kind=IMAGES, label_column="kind")
+
+
+def test_lines_are_documents_where_no_blank_lines_part_any(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "lines.txt").write_bytes("\r\n".join(text for text, _ in ROWS).encode("utf-16"))
+    data = load_documents(DataConfig(dataset=str(tmp_path / "lines.txt")), LanguageConfig())
+    assert {text for split in data.splits.values() for text in split["text"]} == {text for text, _ in ROWS}
+    assert data.details["read_as"] == {"encoding utf-16": 1}
+    assert "--document_start" in caplog.text
+
+
+def test_a_table_of_texts_alone_is_for_a_language_model(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text\n" + "".join(f'"{text}, and more"\n' for text, _ in ROWS))
+    data = load_documents(DataConfig(dataset=str(tmp_path / "texts.csv")), LanguageConfig())
+    assert data.details["documents"] == {"train": 28, "validation": 4, "test": 8}
+    with pytest.raises(InputError, match="a column 'label' .* found the columns 'text'"):
+        load(tmp_path / "texts.csv")
+
+
+def test_a_copy_of_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(tmp_path / "texts.csv", PLAIN.replace(",", ";"))
+    monkeypatch.setattr("pipelines.data.tables.encoding_of", None)
+    again = load(tmp_path / "texts.csv")
+    assert (again.fingerprint, again.details) == (first.fingerprint, first.details)
+
+
+def test_the_guess_of_an_encoding_reads_the_lines_that_are_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"nothing but ASCII\n" * 10_000 + "déjà vu à la carte\n".encode("latin-1"))
+    with path.open("rb") as file:
+        assert encoding_of(file, path) == "cp1252"
