@@ -24,7 +24,7 @@ from pipelines.onnx.export import export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.report.results import report_run
 from pipelines.tasks import TaskConfig, make_task, task_class
-from pipelines.training.distill import distill_student
+from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import possible_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
@@ -51,6 +51,7 @@ def compress(settings: Settings, recipe: str) -> None:
     # What cannot work shows now, not after hours of training: a token that the Hub refuses, what a family's layers do not allow.
     if training.push_to_hub:
         check_access(run, training)
+    check_distillation(settings.student, distill, teacher.teacher_model, task)
     prune = possible_pruning(task.load_config(settings.student.student_model or teacher.teacher_model), settings.prune)
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
