@@ -35,6 +35,7 @@ from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.run import MARKER, Run
 from pipelines.core.sources import model_fingerprint, resolve
 from pipelines.core.task import Task
+from pipelines.doctor import diagnose
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import push as push_run
 from pipelines.onnx.export import export_onnx
@@ -42,9 +43,9 @@ from pipelines.onnx.quantize import quantize_onnx
 from pipelines.onnx.verify import verify_directory
 from pipelines.report.results import benchmark_directories, finished_stages, report_run
 from pipelines.tasks import TaskConfig, make_task, task_class
-from pipelines.training.distill import distill_student
+from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune as fine_tune_model
-from pipelines.training.prune import prune_and_recover
+from pipelines.training.prune import checked_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
 from pipelines.training.trainer import TrainingArguments, arguments_for
 
@@ -119,6 +120,7 @@ def soft_targets(settings: Settings) -> Path:
 
 def distill(settings: Settings) -> Path:
     task, training = make_task(settings), settings.training
+    check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
     learning = {"distributed": True, "distill": settings.distill, "training": training, "student": settings.student}
     learning["soft_targets"] = _soft_targets(task, settings)
     return _checked(_stage(task, training, distill_student, settings.teacher.teacher_model, **learning), task, settings)
@@ -127,7 +129,8 @@ def distill(settings: Settings) -> Path:
 def prune(settings: Settings) -> Path:
     task, training, source = make_task(settings), settings.training, _source(settings)
     task.load_model(source)  # one that cannot be used is refused now, not after the soft targets are computed
-    learning = {"distributed": True, "distill": settings.distill, "training": training, "prune": settings.prune}
+    learning = {"distributed": True, "distill": settings.distill, "training": training}
+    learning["prune"] = checked_pruning(task.load_config(source), settings.prune, source)
     learning["teacher"] = Path(resolve(settings.teacher.teacher_model))
     learning["soft_targets"] = _soft_targets(task, settings)
     return _checked(_stage(task, training, prune_and_recover, source, **learning), task, settings)
@@ -154,6 +157,10 @@ def verify(settings: Settings) -> dict[str, Any]:
         raise InputError("expected the directory that the model was made from, found none. Pass --reference.")
     model, reference = Path(_source(settings)), Path(settings.reference.reference)
     return verify_directory(model, reference, make_task(settings), settings.quantize)
+
+
+def doctor(settings: Settings) -> str:
+    return diagnose(_source(settings))
 
 
 def benchmark(settings: Settings) -> str:
@@ -189,6 +196,7 @@ VERBS: dict[str, tuple[Callable[[Settings], Any], tuple[type, ...]]] = {
     "prune": (prune, (ModelConfig, PruneConfig, *LEARNING)),
     "export": (export, (ModelConfig, TaskConfig, OutputConfig)),
     "quantize": (quantize, (ModelConfig, TaskConfig, QuantizeConfig, OutputConfig)),
+    "doctor": (doctor, (ModelConfig,)),
     "verify": (verify, (ModelConfig, ReferenceConfig, TaskConfig, QuantizeConfig)),
     "benchmark": (benchmark, (ModelsConfig, TaskConfig, ReportConfig)),
     "bundle": (bundle, (ModelConfig, TaskConfig, BundleConfig, OutputConfig)),
