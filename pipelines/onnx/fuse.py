@@ -16,6 +16,8 @@ import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes import common as passes
 from onnxscript.rewriter.ort_fusions.erfgelu import fuse_erfgelu
+from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
+from onnxscript.rewriter.rules.fusion._rotary_embedding import fuse_partial_rotary_embedding, fuse_rotary_embedding
 from onnxscript.version_converter import ConvertVersionPass
 
 from pipelines.onnx.file import save
@@ -61,8 +63,12 @@ def fuse_for_onnxruntime(source: Path, target: Path) -> dict[str, int]:
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
     attention = sum(map(_fuse_attention, softmaxes))
     passes.RemoveUnusedNodesPass()(model)
-    passes.CommonSubexpressionEliminationPass()(model)
     fuse_erfgelu(model)
+    norm = fuse_rms_normalization(model)
+    rotary = fuse_rotary_embedding(model)
+    fuse_partial_rotary_embedding(model)
+    _repeat_positions(model.graph)
+    passes.CommonSubexpressionEliminationPass()(model)
     counts = simplify(model)
     save(model, target)
     return {"attention_blocks": len(softmaxes), "attention": attention, **counts}
@@ -205,6 +211,20 @@ def _is_attention(read: list[Value], added: int, outputs: list[Value], attribute
     if found is None or expected is None or [one.shape for one in found] != [one.shape for one in expected]:
         return False
     return all(np.allclose(one, other, rtol=0, atol=1e-5) for one, other in zip(found, expected, strict=True))
+
+
+def _repeat_positions(graph: Graph) -> None:
+    """Give RotaryEmbedding a row of cosines and sines for every sequence of a batch: the operator does not broadcast them."""
+    one = _constant(graph, "one", np.array([1]))
+    for node in [node for node in graph if node.op_type == "RotaryEmbedding"]:
+        for position, table in enumerate(node.inputs[1:3], start=1):
+            if table.producer().inputs[0].shape[0] != 1:  # of the angles
+                continue
+            batch = ir.node("Shape", [node.inputs[0]], {"start": 0, "end": 1})
+            shape = ir.node("Concat", [batch.outputs[0], one, one], {"axis": 0})
+            repeated = ir.node("Expand", [table, shape.outputs[0]])
+            graph.insert_before(node, [batch, shape, repeated])
+            node.replace_input_with(position, repeated.outputs[0])
 
 
 # Around attention
