@@ -2,6 +2,7 @@
 
 - config.json, model.safetensors, tokenizer or image processor: of the last torch stage, for `from_pretrained`
 - onnx/model.onnx and onnx/model_quantized.onnx: of the stages onnx and quantized, for transformers.js and others
+- onnx/model_fused.onnx: the shipped model, where onnx/model_quantized.onnx is its form for older runtimes
 - README.md, report.json, report.md, report.png: the model card, which speaks of the repository, and the report
 - bundle/: what runs without torch, where the run has it
 """
@@ -18,6 +19,7 @@ import pipelines
 from pipelines.core.errors import InputError
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.task import Presentation
+from pipelines.onnx.file import OLDER
 from pipelines.report.card import format_model_card
 from pipelines.report.markdown import fence
 from pipelines.report.report import REPORT_FILES, read_report
@@ -28,6 +30,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 BUNDLE = "bundle"
 # Where a graph of a stage is published, after the names that transformers.js and optimum look for.
 GRAPHS = {"onnx": "onnx/{name}.onnx", "quantized": "onnx/{name}_quantized.onnx"}
+FUSED = "onnx/{name}_fused.onnx"  # the same, where a file for older runtimes has its place
 AGAIN = "Run the recipe's command again: it rebuilds what is missing or changed, and nothing else."
 
 
@@ -117,8 +120,11 @@ def check_run(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     files |= {name: directory / source / name for name in records[source]["files"] if "/" not in name}
     for stage, pattern in GRAPHS.items():
         for name in records[stage]["files"] if stage in records else ():
-            if name.endswith(".onnx"):
-                files[pattern.format(name=name.removesuffix(".onnx"))] = directory / stage / name
+            if "/" in name:  # for older runtimes, at the place where other tools look
+                files[name] = directory / stage / name
+            elif name.endswith(".onnx"):
+                published = FUSED if OLDER in records[stage]["files"] else pattern
+                files[published.format(name=name.removesuffix(".onnx"))] = directory / stage / name
             elif ".onnx" in name:  # weights above 2 GB, which the graph finds by this name
                 files[f"onnx/{name}"] = directory / stage / name
     bundle = read_record(directory / BUNDLE)
@@ -280,7 +286,12 @@ def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: s
         if f"{BUNDLE}/index.html" in files:
             server = f"python -m http.server --bind 127.0.0.1 --directory {BUNDLE} 8000"
             parts.append(f"`{server}` serves the bundle's page at http://127.0.0.1:8000.")
-    if "onnx/model_quantized.onnx" in files:
+    if "onnx/model_fused.onnx" in files:
+        parts.append(
+            "`onnx/model_fused.onnx` is the shipped model of the results below, for ONNX Runtime from 1.23 on. "
+            "`onnx/model_quantized.onnx` is the same model for older ones, and slower. `onnx/model.onnx` has standard operators only."
+        )
+    elif "onnx/model_quantized.onnx" in files:
         parts.append(
             "`onnx/model_quantized.onnx` is the shipped model of the results below, with operators of ONNX Runtime. "
             "`onnx/model.onnx` has standard operators only."

@@ -51,24 +51,25 @@ def simplify(model: ir.Model) -> dict[str, int]:
 
 
 def fuse_for_onnxruntime(source: Path, target: Path) -> dict[str, int]:
-    """Read the standard fp32 graph `source`, write it to the one file `target` with one operator for each attention block and GELU.
+    """Read the standard fp32 graph `source`, write it to `target` with one operator for each attention block, GELU, RMS norm and rotation.
 
     Attention operators update a KV cache, too. Returns "attention_blocks" (every softmax inside the graph), "attention" (those that were
-    fused), and what simplify() returns, of what was still to do.
+    fused), and what simplify() returns, of what was still to do. A graph without attention keeps its opset.
     """
     model = ir.load(source)
-    if model.graph.opset_imports[""] < ATTENTION_OPSET:
+    softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
+    if softmaxes and model.graph.opset_imports[""] < ATTENTION_OPSET:
         ConvertVersionPass(ATTENTION_OPSET)(model)
         model.ir_version = max(model.ir_version, IR_VERSION)
-    softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
     attention = sum(map(_fuse_attention, softmaxes))
     passes.RemoveUnusedNodesPass()(model)
     fuse_erfgelu(model)
-    norm = fuse_rms_normalization(model)
-    rotary = fuse_rotary_embedding(model)
-    fuse_partial_rotary_embedding(model)
-    _repeat_positions(model.graph)
-    passes.CommonSubexpressionEliminationPass()(model)
+    if softmaxes:
+        fuse_rms_normalization(model)
+        fuse_rotary_embedding(model)
+        fuse_partial_rotary_embedding(model)
+        _repeat_positions(model.graph)
+        passes.CommonSubexpressionEliminationPass()(model)
     counts = simplify(model)
     save(model, target)
     return {"attention_blocks": len(softmaxes), "attention": attention, **counts}
