@@ -21,6 +21,7 @@ from pipelines.core.errors import InputError, VerificationError
 from pipelines.models.removal import cut, load_model, shape_of, with_stock_shapes
 from pipelines.onnx import file as onnx_file
 from pipelines.onnx.export import export_graph, export_onnx
+from pipelines.onnx.file import OLDER, least_onnxruntime
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.measure import Subject, measure, paired_ratios
 from pipelines.onnx.predict import empty_cache, score_onnx
@@ -341,11 +342,17 @@ def test_the_fastest_scheme_within_the_limit_is_shipped(exported, language_task,
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
         "model.onnx",
+        "onnx",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
     model = LanguageModel(tmp_path, open_session(tmp_path / "model.onnx"))
     assert model.generate(["the team"], Sampling(max_new_tokens=3))
+    # For older runtimes: neither newer operators nor embeddings in blocks.
+    assert outcome.details["older_runtimes"]["quality_lost"] <= 0.2
+    assert [least_onnxruntime(tmp_path / name) for name in ("model.onnx", OLDER)] == ["1.23.0", "1.20.0"]
+    session = open_session(tmp_path / OLDER)
+    assert [value.name for value in session.get_outputs()] == [value.name for value in model.session.get_outputs()]
     json.dumps(outcome.details, allow_nan=False)
     verified = verify_directory(tmp_path, directory, language_task, 0.2)
     assert verified["quality_lost"] == tried[outcome.details["scheme"]]["quality_lost"]
