@@ -198,9 +198,9 @@ def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool, block_
             if block_size is not None:
                 quantize_blocks(source, prepared, 8, None, block_size)
             else:
-                model = onnx.load(source)
-                untie(model.graph)
-                save(ir.from_proto(model), prepared)
+                tied = onnx.load(source)
+                untie(tied.graph)
+                save(ir.from_proto(tied), prepared)
         model = ir.load(prepared)
         for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
             value.shape = None  # the quantizer transposes weights, and then finds the shapes behind them wrong
