@@ -243,11 +243,8 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         """Windows of validation text, whole and in two parts joined by the cache, with and without padding on the left."""
         return export.verification_feeds(self.features(processor)["validation"])
 
-    def run_model(self, model: Any, feed: Arrays) -> Arrays:
-        return export.run_model(model, feed)
-
-    def run_graph(self, session: Any, feed: Arrays) -> Arrays:
-        return export.run_graph(session, feed)
+    run_model = staticmethod(export.run_model)
+    run_graph = staticmethod(export.run_graph)
 
     def verify_behaviour(self, directory: Path, model: Any, processor: Any) -> dict[str, Any]:
         """Compare the text that the exported directory generates with what torch generates."""
