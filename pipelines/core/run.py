@@ -98,6 +98,14 @@ class Run:
                     leftover.rename(target)
         wait_for_all()  # the main process may have read the data alone
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let others work in the directory: an error's traceback would keep the lock as long as it lives itself."""
+        if self.state.is_main_process:
+            self._lock.release()
+
     def stage(
         self, name: str, function: Callable[..., Outcome], source: str, distributed: bool = False, **arguments: Any
     ) -> Path:

@@ -7,6 +7,8 @@ import re
 import textwrap
 from typing import Any
 
+from pipelines.onnx.measure import carries
+
 CLIPPED_TEXT = 200
 
 
@@ -72,4 +74,5 @@ def interval(delta: dict[str, Any], digits: int = 3, prefix: str = "") -> str:
 
 
 def spread(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})"
+    """A ratio with its least and largest, unless they are too far apart to say anything."""
+    return "busy" if not carries(ratio) else f"{ratio['median']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})"

@@ -101,11 +101,20 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
     if shipped is teacher:
         return f"The teacher's {name} is {before} on {tested_on(report, presentation)}."
     ratios = shipped["ratios"]
-    faster = f"{ratios['faster_than_teacher']['median']:.1f} times faster than the teacher in torch"
-    if ratios["faster_than_teacher_onnx"]:
-        faster += f" ({ratios['faster_than_teacher_onnx']['median']:.1f} times faster than the teacher in fp32 ONNX)"
+    claim = f"The shipped model ({shipped['path']}) is {number(ratios['smaller_than_teacher'], '.1f')} times smaller"
+    if report.get("busy"):  # reports of earlier versions do not have it
+        loads = [stage["load"]["during"] for stage in report["stages"] if stage.get("busy")]
+        seen = f"others used up to {max(loads):.1f} cores" if loads else "rounds differ by more than a factor of two"
+        claim += (
+            f". The machine was busy while the stages were timed ({seen}), so nothing is claimed about speed. Time them again, and nothing "
+            "else, with: pocketformers report --again --output_dir RUN"
+        )
+    else:
+        claim += f" and {ratios['faster_than_teacher']['median']:.1f} times faster than the teacher in torch"
+        if ratios["faster_than_teacher_onnx"]:
+            claim += f" ({ratios['faster_than_teacher_onnx']['median']:.1f} times faster than the teacher in fp32 ONNX)"
     sentences = [
-        f"The shipped model ({shipped['path']}) is {number(ratios['smaller_than_teacher'], '.1f')} times smaller and {faster}.",
+        f"{claim}.",
         f"Its {name} is {after} on {tested_on(report, presentation)}, the teacher's {before}.",
         f"The delta is {describe_delta(shipped['delta'], report, presentation)}.",
     ]
@@ -137,7 +146,7 @@ def results_section(report: dict[str, Any], presentation: Presentation) -> str:
         "The test split was read for this report only. The ONNX rows are the predictions of ONNX Runtime. *delta*: the score minus the "
         f"teacher's, with a paired bootstrap interval over the test {presentation.unit}. {presentation.how_scored(report)} *MB*: the files that "
         f"must be shipped, in millions of bytes. {presentation.how_timed(report)} *x faster*: the ratio of the two p50 in one round, as the "
-        f"median of the rounds, with the smallest and the largest. All times are on {threads} threads, each stage in a fresh process, the "
+        f"median of the rounds, with the smallest and the largest; *busy* where these are more than a factor of two apart. All times are on {threads} threads, each stage in a fresh process, the "
         f"stages in turn. Peak memory of the whole process while it was timed: {memory}."
     )
     table = markdown_table(list(rows[0]), [list(row.values()) for row in rows])

@@ -31,7 +31,8 @@ def draw_report(report: dict[str, Any], presentation: Presentation) -> Any:
     ]
     size = [stage["bytes"] / 1e6 for stage in stages]
     latency = [stage["latency_ms"]["p50"] for stage in stages]
-    labels = ("shipped size (MB)", f"median latency of {presentation.latency_of} (ms)")
+    busy = " on a busy machine" if report.get("busy") else ""
+    labels = ("shipped size (MB)", f"median latency of {presentation.latency_of}{busy} (ms)")
     for axes, values, label in zip(panels, (size, latency), labels, strict=True):
         for stage, style, value in zip(stages, styles, values, strict=True):
             score, delta = stage["metrics"][report["primary_metric"]], stage["delta"]

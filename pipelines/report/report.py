@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.core.errors import InputError
 from pipelines.core.records import CHECKSUM, checksum, damaged_files, versions, with_checksum
 from pipelines.core.task import Comparison, Presentation, StageResult, Task
-from pipelines.onnx.measure import paired_ratios
+from pipelines.onnx.measure import carries, paired_ratios
 from pipelines.report.bootstrap import paired_bootstrap
 from pipelines.report.card import format_model_card
 from pipelines.report.pages import BASELINES, TEACHER, format_markdown
@@ -65,7 +65,6 @@ def build_report(
     published). The shipped model is the last stage that is no baseline.
     """
     samples, metric = comparison.samples, comparison.metric
-    timings = {stage.name: stage.timing for stage in stages}
     teacher, shipped = next(stage for stage in stages if stage.name == TEACHER), shipped_stage(stages)
     best = comparison.stages[TEACHER]["metrics"][task.primary_metric]
 
@@ -86,14 +85,7 @@ def build_report(
                 "parameters": stage.record["parameters"],
                 "bytes": stage.record["bytes"],
                 "seconds": stage.record["seconds"],
-                **{key: value for key, value in stage.timing.items() if key != "rounds"},
-                "ratios": {
-                    "smaller_than_teacher": _divide(teacher.record["bytes"], stage.record["bytes"]),
-                    "faster_than_teacher": paired_ratios(timings, TEACHER, stage.name),
-                    "faster_than_teacher_onnx": (
-                        paired_ratios(timings, "teacher_onnx", stage.name) if "teacher_onnx" in timings else None
-                    ),
-                },
+                "ratios": {"smaller_than_teacher": _divide(teacher.record["bytes"], stage.record["bytes"])},
             }
         )
     both = {"student", "student_labels_only"} <= samples.keys()
@@ -117,10 +109,23 @@ def build_report(
         "data": _without_folders(task.details),
         "config": _without_folders(config),
     }
+    add_timings(report, {stage.name: stage.timing for stage in stages})
     # NumPy's scalars and arrays become Python's, paths strings, and what is not finite None.
     text = json.dumps(report, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
     plain: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
     return plain
+
+
+def add_timings(report: dict[str, Any], timings: dict[str, dict[str, Any]]) -> None:
+    """Put the timings of all stages into the report, in place of those it has; it is `busy` where they carry no claim about speed."""
+    ratios = []
+    for stage in report["stages"]:
+        stage |= {key: value for key, value in timings[stage["name"]].items() if key != "rounds"}
+        for other in (TEACHER, "teacher_onnx"):
+            ratio = paired_ratios(timings, other, stage["name"]) if other in timings else None
+            stage["ratios"][f"faster_than_{other}"] = ratio
+            ratios += [ratio] if ratio else []
+    report["busy"] = any(timing.get("busy") for timing in timings.values()) or not all(map(carries, ratios))
 
 
 def _divide(numerator: float, denominator: float) -> float | None:

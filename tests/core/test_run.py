@@ -219,6 +219,15 @@ def test_a_failed_stage_leaves_the_earlier_result_in_place(tmp_path, source):
     assert read_record(tmp_path / "run" / "first")["made_by"]["setting"] == {"size": 1}
 
 
+def test_a_stage_that_failed_gives_its_directory_back(tmp_path, source):
+    """While its error is being looked at, as in a notebook."""
+    with pytest.raises(FileNotFoundError) as caught, Run(tmp_path, Task(), seed=0, only_stage="alone") as run:
+        run.stage("alone", write_second, str(source))
+    assert caught.tb is not None
+    with Run(tmp_path, Task(), seed=0, only_stage="alone") as run:
+        run.stage("alone", write_first, str(source), setting=Setting())
+
+
 def test_a_result_that_a_kill_caught_between_two_names_is_still_there(tmp_path, source, capsys):
     run_both(tmp_path / "run", source)
     (tmp_path / "run" / "first").rename(tmp_path / "run" / ".first.old")
