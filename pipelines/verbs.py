@@ -30,6 +30,7 @@ from pipelines.core.config import (
 from pipelines.core.disk import lock
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe, differences
+from pipelines.core.machine import use_available_cores
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.run import MARKER, Run
 from pipelines.core.sources import model_fingerprint, resolve
@@ -161,6 +162,7 @@ def verify(settings: Settings) -> dict[str, Any]:
     if settings.reference.reference is None:
         raise InputError("expected the directory that the model was made from, found none. Pass --reference.")
     model, reference = Path(_source(settings)), Path(settings.reference.reference)
+    use_available_cores()
     return verify_directory(model, reference, make_task(settings), settings.quantize.max_quality_drop)
 
 
