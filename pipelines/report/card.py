@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.core.task import Presentation
-from pipelines.report.markdown import bullets, escape, fence
+from pipelines.report.markdown import escape, fence, settings
 from pipelines.report.pages import (
     BASELINES,
     conclusion,
@@ -69,7 +69,7 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
             "## How it was made",
             reproduce_section(report),
             "## Machine and versions",
-            bullets(report["environment"]),
+            settings(report["environment"]),
             "## Limitations",
             _limitations_section(report, presentation),
             "## Licence",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.core.task import Presentation
-from pipelines.report.markdown import bullets, count, escape, fence, interval, markdown_table, number, spread
+from pipelines.report.markdown import count, escape, fence, interval, markdown_table, number, settings, spread
 
 TEACHER = "teacher"
 # Rows to compare with; what is shipped is never one of them.
@@ -15,19 +15,14 @@ DELTA, P95, FASTER_THAN_ONNX = "delta (95 %)", "p95 ms", "x faster than teacher_
 
 def format_summary(report: dict[str, Any], presentation: Presentation) -> str:
     """The table for the terminal, and a few sentences about the shipped model."""
-    rows = table_of(report, presentation)
+    from pandas import DataFrame
+
     # What a terminal has no room for is in report.md.
-    left_out = {DELTA, P95, FASTER_THAN_ONNX, *presentation.columns(report["stages"][0])}
-    titles = [title for title in rows[0] if title not in left_out]
-    lines = [titles, *([row[title] for title in titles] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    first, *others = widths
-    text = [
-        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))])
-        for line in lines
-    ]
-    return "\n".join([*(line.rstrip() for line in text), "", conclusion(report, presentation)])
+    left_out = [DELTA, P95, FASTER_THAN_ONNX, *presentation.columns(report["stages"][0])]
+    table = DataFrame(table_of(report, presentation)).drop(columns=left_out, errors="ignore")
+    names = table["stage"].str.len().max()
+    table["stage"] = table["stage"].str.ljust(names)
+    return f"{table.rename(columns={'stage': 'stage'.ljust(names)}).to_string(index=False)}\n\n{conclusion(report, presentation)}"
 
 
 def format_markdown(report: dict[str, Any], presentation: Presentation) -> str:
@@ -44,7 +39,7 @@ def format_markdown(report: dict[str, Any], presentation: Presentation) -> str:
             "## How to reproduce",
             reproduce_section(report),
             "## Machine and versions",
-            bullets(report["environment"]),
+            settings(report["environment"]),
         ]
     )
 
@@ -164,12 +159,10 @@ def data_section(report: dict[str, Any]) -> str:
     dataset = report["dataset"]
     details = {key: value for key, value in report["data"].items() if key not in ("dataset", "dataset_config")}
     named = ", configuration ".join(escape(part) for part in (dataset["source"], dataset["config"]) if part)
-    return f"Data set: {named or 'not named'}.\n\n{bullets(details)}"
+    return f"Data set: {named or 'not named'}.\n\n{settings(details)}"
 
 
 def reproduce_section(report: dict[str, Any]) -> str:
-    import yaml
-
     seconds = ", ".join(f"{stage['name']} {stage['seconds']:.0f}" for stage in report["stages"])
     records = (
         f"Seconds that the stages took: {escape(seconds, None)}. Each stage's directory has a record.json with its source, settings, "
@@ -179,9 +172,8 @@ def reproduce_section(report: dict[str, Any]) -> str:
     if report["recipe"] == "report":
         return records
     flags = {flag: value for flag, value in report["config"].items() if flag != "output_dir"}
-    settings = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True, width=1000)
     command = f"accelerate launch -m pipelines compress --task {report['task']} --config run.yaml"
     return (
         "Save these flags as run.yaml (a path that starts with `<local>` was a local file), install Pocketformers, "
-        f"and run\n\n{fence(command, 'bash')}\n\n{fence(settings, 'yaml')}\n\n{records}"
+        f"and run\n\n{fence(command, 'bash')}\n\n{settings(flags, inline=False)}\n\n{records}"
     )

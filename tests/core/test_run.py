@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -228,14 +229,13 @@ def test_a_stage_that_failed_gives_its_directory_back(tmp_path, source):
         run.stage("alone", write_first, str(source), setting=Setting())
 
 
-def test_a_result_that_a_kill_caught_between_two_names_is_still_there(tmp_path, source, capsys):
+def test_a_result_that_a_kill_caught_between_two_names_is_still_there(tmp_path, source):
     run_both(tmp_path / "run", source)
-    (tmp_path / "run" / "first").rename(tmp_path / "run" / ".first.old")
-    (tmp_path / "run" / "second").rename(tmp_path / "run" / ".second.old")
-    (tmp_path / "run" / ".third.old").mkdir()
-    (tmp_path / "run" / "third").mkdir()
+    for name in ("first", "second"):
+        shutil.copytree(tmp_path / "run" / name, tmp_path / "run" / f".{name}.partial")
+        (tmp_path / "run" / name).rename(tmp_path / "run" / f".{name}.old")
     assert run_both(tmp_path / "run", source) == []
-    assert not list((tmp_path / "run").glob(".*.old"))
+    assert not [path for path in (tmp_path / "run").iterdir() if path.suffix in (".old", ".partial")]
 
 
 def test_a_directory_with_other_things_in_it_is_refused_untouched(tmp_path):

@@ -394,10 +394,10 @@ def test_the_plot_has_a_point_and_a_name_for_every_stage() -> None:
 
 def test_summary_is_a_table_and_a_sentence() -> None:
     lines = format_summary(make_report(repeated=2), WORDS).splitlines()
-    assert max(len(line) for line in lines[:8]) <= 120
+    assert max(len(line) for line in lines[:7]) <= 120
     assert lines[0].split()[:4] == ["stage", "accuracy", "retained", "agreement"]
-    assert lines[7].split()[:4] == ["quantized", "0.600", "0.750", "0.600"]
-    assert lines[7].endswith("8.0  4.4 (4.0-5.0)")
+    assert lines[6].split()[:4] == ["quantized", "0.600", "0.750", "0.600"]
+    assert lines[6].endswith("8.0 4.4 (4.0-5.0)")
     assert "8.0 times smaller and 4.4 times faster than the teacher in torch (3.3 times" in lines[-1]
     assert "no measurable difference" in lines[-1]
 
@@ -428,7 +428,7 @@ def test_rounds_that_differ_too_much_carry_no_ratio_and_no_claim() -> None:
         assert "times faster" not in page
         assert "40.0 (" not in page
         assert "2.0 (2.0-2.0)" in page  # the student's rounds agree
-    assert format_summary(report, WORDS).splitlines()[7].endswith("  busy")
+    assert format_summary(report, WORDS).splitlines()[6].endswith("  busy")
 
 
 def test_others_at_work_are_told_of_where_the_rounds_agree_too() -> None:
