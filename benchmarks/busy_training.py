@@ -1,11 +1,12 @@
 """Training beside one busy process: how the threads of OpenMP should wait for one another.
 
-    python benchmarks/busy_training.py                     # 10 turns of 3 steps for each choice, quiet and busy: about 5 minutes
-    python benchmarks/busy_training.py --turns 30 --choices default passive
+    python benchmarks/busy_training.py                                          # 10 turns of 3 steps for each choice: 3 minutes
+    python benchmarks/busy_training.py --turns 40 --choices default spin_10000    # on a quiet machine: what the choice costs
 
 Trains a BERT of MiniLM's size (6 layers, width 384) with random weights on 16 texts of 64 tokens, as the demo's teacher is trained. OpenMP
 reads its environment when it is loaded, so every choice is a process of its own. One of them trains at a time, in turn, for a few steps,
-while the others sleep; then all do so again beside a process that uses one core without end. A ratio is that of two times of the same turn.
+while the others sleep; then all do so again beside a process that uses one core without end, in a session of its own as another user's is.
+Ratios are medians over the turns (least, largest), each of two times of the same turn.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # What each choice adds to the environment. GNU's OpenMP, which torch's wheels bring, spins about 100,000 times a millisecond.
 CHOICES = {
-    "default": {},  # GNU's OpenMP spins 300,000 times, about 3 ms
+    "default": {"GOMP_SPINCOUNT": "300000"},  # what OpenMP does where nothing is said
     "passive": {"OMP_WAIT_POLICY": "passive"},  # it never spins
     "spin_1000": {"GOMP_SPINCOUNT": "1000"},
-    "spin_10000": {"GOMP_SPINCOUNT": "10000"},
+    "spin_10000": {"GOMP_SPINCOUNT": "10000"},  # what pipelines/__init__.py sets
     "one_thread": {"OMP_NUM_THREADS": "1"},
 }
 OPENMP = ("OMP_", "GOMP_", "KMP_")
@@ -79,14 +80,16 @@ def main() -> None:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.work:
-        return work()
+        work()
+        return
     workers = {choice: start(choice) for choice in flags.choices}
     times: dict[str, dict[str, list[float]]] = {}
     try:
         for worker in workers.values():  # all of them have loaded and warmed up before the first turn
             train(worker, flags.steps)
         for load in ("quiet", "busy"):
-            neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if load == "busy" else None
+            endless = [sys.executable, "-c", "while True: pass"]
+            neighbour = subprocess.Popen(endless, start_new_session=True) if load == "busy" else None
             times[load] = {choice: [] for choice in workers}
             try:
                 for _ in range(flags.turns):
@@ -110,7 +113,6 @@ def main() -> None:
             f"quiet_over_{first}": [round(value, 3) for value in (statistics.median(cost), min(cost), max(cost))],
         }
         print(json.dumps(found))
-    return None
 
 
 if __name__ == "__main__":

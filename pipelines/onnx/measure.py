@@ -210,12 +210,14 @@ def work(spec_file: Path) -> None:
     folder = spec_file.parent
     single = _read_feed(folder / "single.npz")
     batches = [_read_feed(folder / f"batch_{index}.npz") for index in range(spec["batches"])]
-    if spec["format"] == "onnx":
-        load = partial(_load_onnx, threads=spec["threads"])
-    else:
-        load = partial(_load_torch, threads=spec["threads"], trust_remote_code=spec["trust_remote_code"])
     # The conversion of the feeds is not part of the model's time, so `prepare` is called before the clock starts.
-    prepare, run = load(Path(spec["path"]))
+    prepare: Callable[[Arrays], Any]
+    run: Callable[[Any], Any]
+    if spec["format"] == "onnx":
+        session = open_session(Path(spec["path"]) / "model.onnx", spec["threads"])
+        prepare, run = partial(complete_feed, session), partial(session.run, None)
+    else:
+        prepare, run = _load_torch(Path(spec["path"]), spec["threads"], spec["trust_remote_code"])
     result = time_calls(run, prepare(single), spec["seconds"])
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     result["samples_per_second"] = time_batches(run, [prepare(batch) for batch in batches], sizes, spec["seconds"])
@@ -226,11 +228,6 @@ def work(spec_file: Path) -> None:
 def _read_feed(file: Path) -> Arrays:
     with np.load(file) as arrays:
         return {name: arrays[name] for name in arrays.files}
-
-
-def _load_onnx(path: Path, threads: int) -> tuple[Callable[[Arrays], Any], Callable[[Any], Any]]:
-    session = open_session(path / "model.onnx", threads)
-    return partial(complete_feed, session), lambda feed: session.run(None, feed)
 
 
 def _load_torch(
@@ -262,8 +259,18 @@ def time_calls(
     run: Callable[[Any], Any], feed: Any, seconds: float, minimum: int = MINIMUM_REPETITIONS
 ) -> dict[str, float]:
     """Percentiles of `minimum` calls or more in milliseconds, after a warm-up of a fifth of the time."""
-    _repeat(run, feed, seconds / 5, min(3, minimum))
-    times = np.array(_repeat(run, feed, seconds, minimum)) * 1000
+
+    def repeat(seconds: float, minimum: int) -> list[float]:
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < minimum or time.perf_counter() < end:
+            start = time.perf_counter()
+            run(feed)
+            times.append(time.perf_counter() - start)
+        return times
+
+    repeat(seconds / 5, min(3, minimum))
+    times = np.array(repeat(seconds, minimum)) * 1000
     return percentiles(times) | {"repetitions": len(times)}
 
 
@@ -279,32 +286,17 @@ def time_batches(run: Callable[[Any], Any], feeds: list[Any], sizes: list[int], 
     return passes * sum(sizes) / (time.perf_counter() - start)
 
 
-def _repeat(run: Callable[[Any], Any], feed: Any, seconds: float, minimum: int) -> list[float]:
-    """Seconds of each call, for at least `seconds` in all and at least `minimum` calls."""
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < minimum or time.perf_counter() < end:
-        start = time.perf_counter()
-        run(feed)
-        times.append(time.perf_counter() - start)
-    return times
-
-
 def peak_memory_bytes() -> int:
     """The largest resident set this process has had, in bytes.
 
     Linux's `ru_maxrss` survives exec, so in a fresh child it starts at the size of the parent that spawned it; the
     kernel's VmHWM belongs to the new program alone.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if sys.platform == "linux":
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError
 from pipelines.core.records import CHECKSUM, checksum, damaged_files, versions, with_checksum
 from pipelines.core.task import Comparison, Presentation, StageResult, Task
@@ -137,12 +138,11 @@ def _describe_source(source: str | None) -> dict[str, str | None]:
     from pipelines.core.sources import resolve
 
     try:
-        hub_id = source if source and "://" not in source and resolve(source) == source else None
+        # A local path, absolute or with a scheme, is its own resolution too.
+        local = not source or "://" in source or Path(source).is_absolute() or resolve(source) != source
     except InputError:
-        hub_id = None
-    # An absolute local path is its own resolution too.
-    hub_id = None if hub_id and Path(hub_id).is_absolute() else hub_id
-    return {"source": _without_folders(source), "hub_id": hub_id}
+        local = True
+    return {"source": _without_folders(source), "hub_id": None if local else source}
 
 
 def _without_folders(value: Any) -> Any:
@@ -169,15 +169,9 @@ def write_report(run_dir: str | Path, report: dict[str, Any], presentation: Pres
         "README.md": format_model_card(report, presentation).encode(),
     }
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in pages.items()}
-    text = json.dumps(with_checksum(report | {"files": hashes}), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    for name, content in {**pages, "report.json": text.encode()}.items():
-        target = Path(run_dir) / name
-        temporary = target.with_name(f".{name}.partial")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    for name, content in pages.items():
+        write_whole(Path(run_dir) / name, content)
+    write_json(Path(run_dir) / "report.json", with_checksum(report | {"files": hashes}))
 
 
 def read_report(run_dir: str | Path) -> tuple[dict[str, Any], list[str]]:
