@@ -18,7 +18,7 @@ convert
 
 ship
     bundle        an ONNX directory -> files without torch  --model M --dataset D --output_dir OUT
-    report        score and time a run's stages again       --output_dir RUN --dataset D
+    report        score and time a run's stages again       --output_dir RUN --dataset D, or --again: time only
     push          publish a verified run on the Hub         --output_dir RUN --hub_model_id NAME
 
 `pocketformers <verb> --help` lists the flags of a verb. On several processes: accelerate launch -m pipelines <verb> …

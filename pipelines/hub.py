@@ -283,7 +283,8 @@ def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: s
             "`onnx/model_quantized.onnx` is the shipped model of the results below, with operators of ONNX Runtime. "
             "`onnx/model.onnx` has standard operators only."
         )
-    names = {"/".join(path.parts[-2:]): name for name, path in files.items()}
+    run = files["report.json"].parent
+    names = {path.relative_to(run).as_posix(): name for name, path in files.items()}
     parts += [needed_versions(report, names), *presentation.remarks(files)]
     if any(stage["name"] == "pruned" for stage in report["stages"]):
         parts.append("The pruned weights are zeros in `model.safetensors`. The ONNX files do not have them.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 import onnx
@@ -20,16 +19,6 @@ def data_beside(path: Path) -> Path:
 def size_of(path: Path) -> int:
     """Bytes of a graph and the weights beside it."""
     return sum(part.stat().st_size for part in (path, data_beside(path)) if part.exists())
-
-
-def least_onnxruntime(path: Path) -> str:
-    """The oldest ONNX Runtime that opens an ONNX file of ours: 1.20 was tried, 1.23 is the first with opset 23 and embeddings in blocks."""
-    model = onnx.load(path, load_external_data=False)
-    opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
-    if opset > 23:
-        return importlib.metadata.version("onnxruntime")
-    newer = {"GatherBlockQuantized", "MatMulNBits"} & {node.op_type for node in model.graph.node}
-    return "1.23.0" if newer or opset > 21 or model.ir_version > 10 else "1.20.0"
 
 
 def save(model: ir.Model, target: Path) -> None:

@@ -21,11 +21,13 @@ from pipelines.core.records import Outcome, copy_beside, read_record
 from pipelines.onnx.blocks import quantize_blocks, tied_tables, untie
 from pipelines.onnx.calibrate import calibration_feeds, quantize_static_int8
 from pipelines.onnx.export import ONNX_FILE, quiet_exporters
-from pipelines.onnx.file import OLDER, least_onnxruntime, save, size_of
+from pipelines.onnx.file import OLDER, save, size_of
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.measure import Subject, measure
 from pipelines.onnx.predict import score_onnx
+from pipelines.onnx.runtimes import OLDER_RUNTIME, oldest_runtime
 from pipelines.onnx.verify import verify_quality, verify_same_graph
+from pipelines.runtime.infer import version_key
 
 if TYPE_CHECKING:
     from pipelines.core.task import Arrays, Task
@@ -112,7 +114,8 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
     for path in (candidates / chosen).iterdir():
         path.rename(directory / path.name)
     older = None
-    if chosen != "fp32" and least_onnxruntime(directory / ONNX_FILE) > "1.20.0":
+    needed = oldest_runtime(onnx.load(directory / ONNX_FILE, load_external_data=False))
+    if chosen != "fp32" and version_key(needed) > version_key(OLDER_RUNTIME):
         older = make_older(original, directory, task, quantize, chosen, feeds, before)
     shutil.rmtree(candidates)
     details = {
@@ -149,7 +152,7 @@ def make_older(
         quantize_dynamic_int8(original, path, quantize.reduce_range, None)
     after = score_onnx(path, task, processor, "validation", "score for older runtimes")
     try:
-        return verify_quality(before, after, task, quantize.max_quality_drop, OLDER) | {"file": OLDER}
+        return verify_quality(before, after, task, quantize, OLDER) | {"file": OLDER}
     except VerificationError as error:
         print(f"quantized: no file for ONNX Runtime before 1.23: {error}", flush=True)
         shutil.rmtree(path.parent)
