@@ -227,7 +227,7 @@ def test_tests_that_are_named_by_a_part_of_their_name_or_a_marker_exist():
 
 def test_the_changelog_has_this_version():
     changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
-    versions = re.findall(r"^## (.*)$", changelog, re.MULTILINE)
+    versions = [name for name in re.findall(r"^## (.*)$", changelog, re.MULTILINE) if name != "Unreleased"]
     assert re.fullmatch(rf"{re.escape(pipelines.__version__)} - \d{{4}}-\d\d-\d\d", versions[0])
     assert set(re.findall(r"^### (.*)$", changelog, re.MULTILINE)) <= {"Added", "Changed", "Fixed", "Removed"}
 
