@@ -113,20 +113,15 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
     for path in (candidates / chosen).iterdir():
         path.rename(directory / path.name)
     older = None
-<<<<<<< HEAD
     needed = oldest_runtime(onnx.load(directory / ONNX_FILE, load_external_data=False))
     if chosen != "fp32" and version_key(needed) > version_key(OLDER_RUNTIME):
-        older = make_older(original, directory, task, quantize, chosen, feeds, before)
-=======
-    if chosen != "fp32" and least_onnxruntime(directory / ONNX_FILE) > "1.20.0":
         quantize_for_older_runtimes(original, directory / OLDER, chosen, quantize, feeds)
         after = score_onnx(directory / OLDER, task, processor, "validation", "score the form for older runtimes")
-        lost = quality_lost(before[task.primary_metric], after[task.primary_metric], task.greater_is_better)
-        older = {"metrics": after, "quality_lost": lost, "kept": bool(lost <= quantize.max_quality_drop)}
-        if not older["kept"]:
-            print(f"quantized: no file for ONNX Runtime before 1.23, which would lose {lost:.1%}", flush=True)
+        problem = problem_of(before, after, task, quantize)
+        older = {"metrics": after, "kept": problem is None}
+        if problem is not None:
+            print(f"quantized: no file for ONNX Runtime before {needed}, found {problem}", flush=True)
             shutil.rmtree((directory / OLDER).parent)
->>>>>>> fusion
     shutil.rmtree(candidates)
     details = {
         "fused_nodes": fused_nodes,
@@ -151,18 +146,7 @@ def quantize_for_older_runtimes(
     if scheme.startswith("static"):
         SCHEMES[scheme](source, target, quantize, feeds)
     else:
-<<<<<<< HEAD
-        quantize_dynamic_int8(original, path, quantize.reduce_range, None)
-    after = score_onnx(path, task, processor, "validation", "score for older runtimes")
-    try:
-        return verify_quality(before, after, task, quantize, OLDER) | {"file": OLDER}
-    except VerificationError as error:
-        print(f"quantized: no file for ONNX Runtime before 1.23: {error}", flush=True)
-        shutil.rmtree(path.parent)
-        return None
-=======
         quantize_dynamic_int8(source, target, quantize.reduce_range, None)
->>>>>>> fusion
 
 
 def choose(tried: dict[str, dict[str, Any]], candidates: Path, task: Task) -> str:
