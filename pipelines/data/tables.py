@@ -173,11 +173,18 @@ def _from_cells(
     rows = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error", pandas.errors.ParserWarning)  # a first row that is too long
-        # Twice as fast as str, and as true to what is written.
-        types = {number: pandas.ArrowDtype(pa.string()) for number, name in enumerate(names) if name in named}
-        options = {"header": 0, "names": range(len(names)), "skiprows": skipped, "index_col": False, "dtype": types}
-        missing = {"keep_default_na": False, "na_values": [""]}
-        for frame in pandas.read_csv(text, chunksize=ROWS_AT_A_TIME, **options, **missing, **dialect):
+        for frame in pandas.read_csv(
+            text,
+            header=0,
+            names=range(len(names)),
+            skiprows=skipped,
+            index_col=False,
+            dtype=pandas.ArrowDtype(pa.string()),  # twice as fast as str
+            keep_default_na=False,
+            na_values=[""],
+            chunksize=ROWS_AT_A_TIME,
+            **dialect,
+        ):
             rows += len(frame)
             yield pa.table(
                 {
