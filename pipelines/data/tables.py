@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import io
@@ -12,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -272,18 +274,24 @@ def encoding_of(file: BinaryIO, path: Path) -> str:
     if max(zeros) > len(head) / 8 and not min(zeros):  # every other byte of Latin letters
         return "utf_16_be" if zeros[0] else "utf_16_le"
     file.seek(0)
+    decoder = codecs.getincrementaldecoder("utf-8")(
+        "surrogatepass"
+    )  # half of a pair is not UTF-8, but nothing else either
+    with contextlib.suppress(UnicodeDecodeError):
+        for chunk in iter(partial(file.read, 1 << 20), b""):
+            decoder.decode(chunk)
+        return "utf-8-sig"
+    file.seek(0)
     counts: Counter[str] = Counter()
     other = b""
     for line in file:
         if not line.isascii():
             try:
-                line.decode(errors="surrogatepass")  # not UTF-8, but nothing else either
+                line.decode()
                 counts["UTF-8"] += 1
             except UnicodeDecodeError:
                 counts["other"] += 1
                 other += line[:4096] if len(other) < 1 << 16 else b""
-    if not other:
-        return "utf-8-sig"
     if counts["UTF-8"] < counts["other"] and (encoding := _guess(other)):
         return encoding
     raise InputError(
