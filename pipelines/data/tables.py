@@ -280,6 +280,7 @@ def encoding_of(file: BinaryIO, path: Path) -> str:
     with contextlib.suppress(UnicodeDecodeError):
         for chunk in iter(partial(file.read, 1 << 20), b""):
             decoder.decode(chunk)
+        decoder.decode(b"", final=True)
         return "utf-8-sig"
     file.seek(0)
     counts: Counter[str] = Counter()
