@@ -41,6 +41,8 @@ TIMES = {
     "peak_memory_bytes",
     "faster_than_teacher",
     "faster_than_teacher_onnx",
+    "load",
+    "busy",
     "time_to_first_token_ms",
     "tokens_per_second",
     "files",

@@ -20,13 +20,14 @@ from pipelines.core.config import (
 from pipelines.core.quality import check_stage
 from pipelines.core.records import read_record
 from pipelines.core.run import Run
+from pipelines.core.task import Task
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import check_access, push_run
 from pipelines.onnx.export import export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.report.results import report_run
 from pipelines.tasks import TaskConfig, make_task, task_class
-from pipelines.training.distill import distill_student
+from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import possible_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
@@ -50,22 +51,7 @@ def compress(settings: Settings, recipe: str) -> None:
     teacher, distill, training = settings.teacher, settings.distill, settings.training
     task = make_task(settings)
     run = Run(training.output_dir, task, training.seed)
-    # What cannot work shows now, not after hours of training: a token that the Hub refuses, what a family's layers do not allow.
-    if training.push_to_hub:
-        check_access(run, training)
-    student = settings.student.student_model
-    prune = possible_pruning(task.load_config(student or teacher.teacher_model), settings.prune)
-    if student is not None and read_record(run.directory / "teacher") is None:
-        task.checked_config(student, settings.student.student_from_scratch)
-    without_bundle = task.bundle_obstacle(student or teacher.teacher_model)
-    if without_bundle:
-        run.state.print(f"bundle: left out, since {without_bundle}; the run ends with ONNX files and a report")
-
-    def check_quality(name: str) -> None:
-        """A stage is kept, but what a user would not want of it stops the run."""
-        if run.state.is_main_process:
-            of_teacher = run.record("teacher")["metrics"]["validation"]
-            check_stage(run.directory / name, task, settings.quantize, teacher=of_teacher)
+    prune, without_bundle = _plan(run, task, settings)
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
@@ -81,7 +67,7 @@ def compress(settings: Settings, recipe: str) -> None:
 
     # 3. The student starts from the teacher's own layers, so its embeddings and head come trained; or it is another model altogether.
     run.stage("student", distill_student, "teacher", student=settings.student, distill=distill, **learning)
-    check_quality("student")
+    _check_quality(run, "student", settings)
     # The baseline that might win: the same student, the same steps, no teacher.
     if settings.report.label_baseline:
         labels_only = {**learning, "distill": distill.labels_only(), "soft_targets": None}
@@ -92,7 +78,7 @@ def compress(settings: Settings, recipe: str) -> None:
     if prune.prune_heads or prune.prune_ffn:
         recovery = {**learning, "teacher": run.directory / "teacher", "distill": distill}
         small = run.stage("pruned", prune_and_recover, small, prune=prune, **recovery).name
-        check_quality("pruned")
+        _check_quality(run, "pruned", settings)
 
     # 5. The teacher in ONNX is the fair baseline: what a user gets without any of this.
     run.stage("teacher_onnx", export_onnx, "teacher")
@@ -101,7 +87,7 @@ def compress(settings: Settings, recipe: str) -> None:
     # 6. Only what keeps the quality of the exported model is shipped.
     if settings.quantize.quantization != "none":
         shipped = run.stage("quantized", quantize_onnx, shipped, quantize=settings.quantize).name
-        check_quality("quantized")
+        _check_quality(run, "quantized", settings)
 
     # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
     bundle = None if without_bundle else run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
@@ -112,6 +98,30 @@ def compress(settings: Settings, recipe: str) -> None:
         push_run(run, training)
     if bundle is not None:
         run.state.print(next_commands(run.directory, bundle, task.example))
+
+
+def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | None]:
+    """What of the chain is possible: what to prune, and why there is no bundle, or None. What cannot work shows now, not after hours of
+    training: a token that the Hub refuses, a student that is none, what a family's layers do not allow."""
+    if settings.training.push_to_hub:
+        check_access(run, settings.training)
+    check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
+    student = settings.student.student_model
+    small = student or settings.teacher.teacher_model
+    prune = possible_pruning(task.load_config(small), settings.prune)
+    if student is not None and read_record(run.directory / "teacher") is None:
+        task.checked_config(student, settings.student.student_from_scratch)
+    without_bundle = task.bundle_obstacle(small)
+    if without_bundle:
+        run.state.print(f"bundle: left out, since {without_bundle}; the run ends with ONNX files and a report")
+    return prune, without_bundle
+
+
+def _check_quality(run: Run, name: str, settings: Settings) -> None:
+    """A stage is kept, but what a user would not want of it stops the run."""
+    if run.state.is_main_process:
+        of_teacher = run.record("teacher")["metrics"]["validation"]
+        check_stage(run.directory / name, run.task, settings.quantize, teacher=of_teacher)
 
 
 def read_settings(task: str, default_config: Path | None = None) -> Settings:

@@ -2,6 +2,7 @@
 
 the whole chain, from a model and a data set to a small, verified, measured model
     compress      all stages below, in one directory        --task T --dataset D --output_dir RUN, or --demo
+    doctor        what can be done with a model             MODEL
 
 train
     fine-tune     a pretrained model -> a teacher           --teacher_model M --dataset D --output_dir OUT
@@ -17,7 +18,7 @@ convert
 
 ship
     bundle        an ONNX directory -> files without torch  --model M --dataset D --output_dir OUT
-    report        score and time a run's stages again       --output_dir RUN --dataset D
+    report        score and time a run's stages again       --output_dir RUN --dataset D, or --again: time only
     push          publish a verified run on the Hub         --output_dir RUN --hub_model_id NAME
 
 `pocketformers <verb> --help` lists the flags of a verb. On several processes: accelerate launch -m pipelines <verb> …
@@ -56,6 +57,8 @@ def read_settings(verb: str, argv: list[str]) -> Settings:
     from pipelines.verbs import DemoConfig, ModelConfig, ModelsConfig, OutputConfig, kinds_of
 
     program = f"pocketformers {verb}"
+    if argv and not argv[0].startswith("-"):  # pocketformers doctor MODEL
+        argv = ["--model", *argv]
     kinds = [TaskConfig, ModelConfig, ModelsConfig, OutputConfig, DemoConfig]
     first = parse_config(kinds, argv=argv, program=program, only=True)
     run = Path(first.output.output_dir or "", "teacher") if verb == "report" else None

@@ -2,6 +2,7 @@
 
 - config.json, model.safetensors, tokenizer or image processor: of the last torch stage, for `from_pretrained`
 - onnx/model.onnx and onnx/model_quantized.onnx: of the stages onnx and quantized, for transformers.js and others
+- onnx/model_fused.onnx: the shipped model, where onnx/model_quantized.onnx is its form for older runtimes
 - README.md, report.json, report.md, report.png: the model card, which speaks of the repository, and the report
 - bundle/: what runs without torch, where the run has it
 """
@@ -20,6 +21,7 @@ import pipelines
 from pipelines.core.errors import InputError
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.task import Presentation
+from pipelines.onnx.file import OLDER
 from pipelines.report.card import format_model_card, needed_versions
 from pipelines.report.markdown import fence
 from pipelines.report.report import REPORT_FILES, read_report
@@ -30,6 +32,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 BUNDLE = "bundle"
 # What transformers.js and optimum look for after the name of a graph, before its ending; "_data" follows on that of its weights.
 GRAPHS = {"onnx": "", "quantized": "_quantized"}
+FUSED = "_fused"  # of a quantized graph where one for older runtimes has its place
 
 
 def push(directory: Path, repo_id: str | None = None, private: bool = True, token: str | None = None) -> str:
@@ -125,8 +128,11 @@ def check_run(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     for stage, suffix in GRAPHS.items():
         for name in records[stage]["files"] if stage in records else ():
             graph, dot, weights = name.partition(".onnx")
-            if dot:
-                files[f"onnx/{graph}{suffix}.onnx{'_data' if weights else ''}"] = directory / stage / name
+            if "/" in name:  # for older runtimes, by the name that other tools look for
+                files[name] = directory / stage / name
+            elif dot:
+                ending = FUSED if OLDER in records[stage]["files"] else suffix
+                files[f"onnx/{graph}{ending}.onnx{'_data' if weights else ''}"] = directory / stage / name
     if BUNDLE in records:
         files |= {f"{BUNDLE}/{name}": directory / BUNDLE / name for name in records[BUNDLE]["files"]}
     return report, files
@@ -267,12 +273,18 @@ def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: s
         if f"{BUNDLE}/index.html" in files:
             server = f"python -m http.server --bind 127.0.0.1 --directory {BUNDLE} 8000"
             parts.append(f"`{server}` serves the bundle's page at http://127.0.0.1:8000.")
-    if "onnx/model_quantized.onnx" in files:
+    if "onnx/model_fused.onnx" in files:
+        parts.append(
+            "`onnx/model_fused.onnx` is the shipped model of the results below, for ONNX Runtime from 1.23 on. "
+            "`onnx/model_quantized.onnx` is the same model for older ones, and slower. `onnx/model.onnx` has standard operators only."
+        )
+    elif "onnx/model_quantized.onnx" in files:
         parts.append(
             "`onnx/model_quantized.onnx` is the shipped model of the results below, with operators of ONNX Runtime. "
             "`onnx/model.onnx` has standard operators only."
         )
-    names = {"/".join(path.parts[-2:]): name for name, path in files.items()}
+    run = files["report.json"].parent
+    names = {path.relative_to(run).as_posix(): name for name, path in files.items()}
     parts += [needed_versions(report, names), *presentation.remarks(files)]
     if any(stage["name"] == "pruned" for stage in report["stages"]):
         parts.append("The pruned weights are zeros in `model.safetensors`. The ONNX files do not have them.")

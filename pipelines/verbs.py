@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,29 @@ from pipelines.core.config import (
     Settings,
     StudentConfig,
     TeacherConfig,
+    make_settings,
 )
 from pipelines.core.disk import lock
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe, differences
+from pipelines.core.machine import use_available_cores
 from pipelines.core.quality import check_stage
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.run import MARKER, Run
 from pipelines.core.sources import model_fingerprint, resolve
 from pipelines.core.task import Task
+from pipelines.doctor import diagnose
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import push as push_run
 from pipelines.onnx.export import export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.onnx.verify import verify_directory
-from pipelines.report.results import benchmark_directories, finished_stages, report_run
+from pipelines.report.report import read_report
+from pipelines.report.results import benchmark_directories, finished_stages, report_run, time_again
 from pipelines.tasks import TaskConfig, make_task, task_class
-from pipelines.training.distill import distill_student
+from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune as fine_tune_model
-from pipelines.training.prune import prune_and_recover
+from pipelines.training.prune import checked_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
 from pipelines.training.trainer import TrainingArguments, arguments_for
 
@@ -86,6 +90,14 @@ class OutputConfig:
 
 
 @dataclass
+class AgainConfig:
+    again: bool = _flag(
+        False,
+        "Only time the stages of a finished report again, by the flags that it was made with, and write it with the new times.",
+    )
+
+
+@dataclass
 class PushConfig:
     output_dir: str | None = _flag(None, "The directory of the finished run.")
     hub_model_id: str | None = _flag(None, "The repository: name or organisation/name. Left out: the directory's name.")
@@ -119,6 +131,7 @@ def soft_targets(settings: Settings) -> Path:
 
 def distill(settings: Settings) -> Path:
     task, training = make_task(settings), settings.training
+    check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
     learning = {"distributed": True, "distill": settings.distill, "training": training, "student": settings.student}
     learning["soft_targets"] = _soft_targets(task, settings)
     return _checked(_stage(task, training, distill_student, settings.teacher.teacher_model, **learning), task, settings)
@@ -127,7 +140,8 @@ def distill(settings: Settings) -> Path:
 def prune(settings: Settings) -> Path:
     task, training, source = make_task(settings), settings.training, _source(settings)
     task.load_model(source)  # one that cannot be used is refused now, not after the soft targets are computed
-    learning = {"distributed": True, "distill": settings.distill, "training": training, "prune": settings.prune}
+    learning = {"distributed": True, "distill": settings.distill, "training": training}
+    learning["prune"] = checked_pruning(task.load_config(source), settings.prune, source)
     learning["teacher"] = Path(resolve(settings.teacher.teacher_model))
     learning["soft_targets"] = _soft_targets(task, settings)
     return _checked(_stage(task, training, prune_and_recover, source, **learning), task, settings)
@@ -153,7 +167,12 @@ def verify(settings: Settings) -> dict[str, Any]:
     if settings.reference.reference is None:
         raise InputError("expected the directory that the model was made from, found none. Pass --reference.")
     model, reference = Path(_source(settings)), Path(settings.reference.reference)
+    use_available_cores()
     return verify_directory(model, reference, make_task(settings), settings.quantize)
+
+
+def doctor(settings: Settings) -> str:
+    return diagnose(_source(settings))
 
 
 def benchmark(settings: Settings) -> str:
@@ -164,9 +183,17 @@ def benchmark(settings: Settings) -> str:
 
 
 def report(settings: Settings) -> None:
-    run = Run(_run_directory(settings.output.output_dir), make_task(settings), settings.output.seed)
-    run.stages = finished_stages(run)
-    report_run(run, "report", settings.report, settings.given)
+    directory = _run_directory(settings.output.output_dir)
+    if settings.again.again:  # with the flags of the run, unless others are given
+        flags = read_report(directory)[0].get("made_by", {}).get("flags", {})
+        given = {**flags, **settings.given, **vars(settings.task), "output_dir": directory}
+        settings = make_settings([type(one) for one in vars(settings).values() if is_dataclass(one)], given)
+    with Run(directory, make_task(settings), settings.output.seed) as run:
+        run.stages = finished_stages(run)
+        if settings.again.again:
+            time_again(run, settings.report)
+        else:
+            report_run(run, "report", settings.report, settings.given)
 
 
 def push(settings: Settings) -> None:
@@ -179,34 +206,21 @@ def push(settings: Settings) -> None:
         held.release()
 
 
+LEARNING = (TaskConfig, TeacherConfig, DistillConfig, GateConfig, SoftTargetConfig, TrainingArguments)
 # Each verb's function and its dataclasses; where TaskConfig stands, those of the task come, too.
 VERBS: dict[str, tuple[Callable[[Settings], Any], tuple[type, ...]]] = {
     "compress": (compress, (DemoConfig, TaskConfig, *CHAIN)),
     "fine-tune": (fine_tune, (TaskConfig, TeacherConfig, TrainingArguments)),
     "soft-targets": (soft_targets, (TaskConfig, TeacherConfig, DistillConfig, OutputConfig)),
-    "distill": (
-        distill,
-        (TaskConfig, TeacherConfig, StudentConfig, DistillConfig, GateConfig, SoftTargetConfig, TrainingArguments),
-    ),
-    "prune": (
-        prune,
-        (
-            ModelConfig,
-            TaskConfig,
-            TeacherConfig,
-            PruneConfig,
-            DistillConfig,
-            GateConfig,
-            SoftTargetConfig,
-            TrainingArguments,
-        ),
-    ),
+    "distill": (distill, (StudentConfig, *LEARNING)),
+    "prune": (prune, (ModelConfig, PruneConfig, *LEARNING)),
     "export": (export, (ModelConfig, TaskConfig, OutputConfig)),
     "quantize": (quantize, (ModelConfig, TaskConfig, QuantizeConfig, OutputConfig)),
+    "doctor": (doctor, (ModelConfig,)),
     "verify": (verify, (ModelConfig, ReferenceConfig, TaskConfig, QuantizeConfig)),
     "benchmark": (benchmark, (ModelsConfig, TaskConfig, ReportConfig)),
     "bundle": (bundle, (ModelConfig, TaskConfig, BundleConfig, OutputConfig)),
-    "report": (report, (TaskConfig, ReportConfig, OutputConfig)),
+    "report": (report, (AgainConfig, TaskConfig, ReportConfig, OutputConfig)),
     "push": (push, (PushConfig,)),
 }
 
@@ -227,8 +241,8 @@ def _stage(task: Task, output: Any, function: Callable[..., Any], source: str, *
     if output.output_dir is None:
         raise InputError("expected a directory to write, found none. Pass --output_dir.")
     target = Path(output.output_dir).absolute()
-    run = Run(target.parent, task, output.seed, only_stage=target.name)
-    return run.stage(target.name, function, source, **arguments)
+    with Run(target.parent, task, output.seed, only_stage=target.name) as run:
+        return run.stage(target.name, function, source, **arguments)
 
 
 def _checked(directory: Path, task: Task, settings: Any) -> Path:

@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).parents[1]
 TOKEN, READ_TOKEN = "hf_ThisIsTheSecret", "hf_ThisIsAnotherSecret_read"
 REPORT = {"README.md", "report.json", "report.md", "report.png"}
 MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-GRAPHS = {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+GRAPHS = {"onnx/model.onnx", "onnx/model_fused.onnx", "onnx/model_quantized.onnx"}
 IN_BUNDLE = "config.json infer.py manifest.json model.onnx requirements.txt tokenizer.json tokenizer_config.json"
 BUNDLE = {f"bundle/{name}" for name in IN_BUNDLE.split()}
 READ_BACK = """
@@ -45,7 +45,7 @@ name, texts = sys.argv[1], sys.argv[2:]
 model, tokenizer = AutoModelForSequenceClassification.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 inputs = [tokenizer([text], truncation=True, return_tensors="pt") for text in texts]
 logits = {"pruned": [model(**one).logits[0].tolist() for one in inputs], "labels": list(model.config.label2id)}
-for stage, file in (("onnx", "model"), ("quantized", "model_quantized")):
+for stage, file in (("onnx", "model"), ("quantized", "model_fused")):
     session = onnxruntime.InferenceSession(hf_hub_download(name, f"onnx/{file}.onnx"))
     names = [node.name for node in session.get_inputs()]
     logits[stage] = [session.run(["logits"], {name: one[name].numpy() for name in names})[0][0].tolist() for one in inputs]
@@ -203,7 +203,8 @@ def test_one_private_commit_with_the_files_that_others_look_for(a_run: Path, hub
         "config.json": "pruned/config.json",
         "model.safetensors": "pruned/model.safetensors",
         "onnx/model.onnx": "onnx/model.onnx",
-        "onnx/model_quantized.onnx": "quantized/model.onnx",
+        "onnx/model_fused.onnx": "quantized/model.onnx",
+        "onnx/model_quantized.onnx": "quantized/onnx/model_quantized.onnx",
         "report.json": "report.json",
         "bundle/infer.py": "bundle/infer.py",
         "bundle/web/library.mjs": "bundle/web/library.mjs",

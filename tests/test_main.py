@@ -78,7 +78,6 @@ def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path, capsys)
     for other, message in (
         (["--soft_target_dir", out["student"]], "none"),
         (["--split_seed", "1"], "data changed"),
-        (["--temperature", "4"], "temperature changed from 2.0 to 4.0"),
         (["--teacher_model", str(pretrained)], "source changed"),
     ):
         status, _, errors = stage("prune", *prune, *data, *other)

@@ -135,14 +135,14 @@ def _words(action: argparse.Action, node: Any, folder: Path) -> list[str]:
     """A flag of the command line with the value of a file in `folder`."""
     flag, example, value = f"--{action.dest}", str(action.metavar or ""), node.value
     if isinstance(node, yaml.SequenceNode):
-        items = [str(item.value) for item in value]
+        items = [_text(item, example) for item in value]
         if action.nargs in ("+", "*"):
             return [flag, *items] if items else []
         if not example:
             raise ValueError(f"argument {flag}: one value is expected, not the list {items}")
         value = ",".join(items)
     elif isinstance(node, yaml.MappingNode) and example:
-        value = ",".join(f"{key.value}{'=' if '=' in example else ':'}{one.value}" for key, one in value)
+        value = _text(node, example)
     elif isinstance(node, yaml.MappingNode):
         value = json.dumps(Loader("").construct_document(node), default=str)
     elif node.tag.endswith(":null"):
@@ -152,6 +152,13 @@ def _words(action: argparse.Action, node: Any, folder: Path) -> list[str]:
     elif value.lower() in SWITCHES and (action.const is True or "no" in (action.choices or ())):
         value = SWITCHES[value.lower()]
     return [f"{flag}={value}"]
+
+
+def _text(node: Any, example: str) -> str:
+    """A value as text, a mapping with the sign between name and value that the flag's example has."""
+    if isinstance(node, yaml.MappingNode):
+        return ",".join(f"{key.value}{'=' if '=' in example else ':'}{one.value}" for key, one in node.value)
+    return str(node.value)
 
 
 def run_main(main: Callable[[], None]) -> None:

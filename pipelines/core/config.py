@@ -268,8 +268,8 @@ class DistillConfig(Checked):
     )
     divergence: str = flag(
         "forward_kl",
-        "How far the student's distribution is from the teacher's: 'forward_kl' (teacher ‖ student), 'reverse_kl' (student ‖ teacher) or "
-        "'jensen_shannon', the generalized one of Agarwal et al. (2024).",
+        "How far the student's distribution is from the teacher's. "
+        + " ".join(f"'{name}': {one.__doc__}" for name, one in DIVERGENCES.items()),
         choices=list(DIVERGENCES),
     )
     beta: Annotated[float, "above 0", "below 1"] = flag(

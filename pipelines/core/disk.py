@@ -24,12 +24,18 @@ NO_ROOM_TEXT = re.compile(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that the file is either the old one or the whole new one."""
+    text = json.dumps(value, indent=2, sort_keys=False, allow_nan=False, default=str) + "\n"
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(
-        json.dumps(value, indent=2, sort_keys=False, allow_nan=False, default=str) + "\n", encoding="utf-8"
-    )
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def hash_file(path: Path) -> str:

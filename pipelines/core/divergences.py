@@ -1,6 +1,7 @@
 """How far a student's distribution is from its teacher's: one function for each --divergence, and the dict that names them.
 
-Distributions are log probabilities (…, classes); a divergence is summed over the classes. `beta` is the setting of that name.
+Distributions are log probabilities (…, classes); a divergence is summed over the classes. `beta` is the setting of that name. The
+docstrings are what --help says.
 """
 
 from __future__ import annotations

@@ -90,13 +90,15 @@ class Run:
         if self.state.is_main_process:
             self._task_made_by = task.describe()  # first of all: data that cannot be read leaves the directory as it is
             self._lock = prepare(self.directory, only_stage)
-            for leftover in self.directory.glob(f".{only_stage or '*'}.old"):
-                target = self.directory / leftover.name[1:].removesuffix(".old")
-                if target.exists():
-                    shutil.rmtree(leftover)
-                else:  # killed between the two renames of a commit
-                    leftover.rename(target)
         wait_for_all()  # the main process may have read the data alone
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let others work in the directory: an error's traceback would keep the lock as long as it lives itself."""
+        if self.state.is_main_process:
+            self._lock.release()
 
     def stage(
         self, name: str, function: Callable[..., Outcome], source: str, distributed: bool = False, **arguments: Any
@@ -107,6 +109,8 @@ class Run:
         `distributed` stages run on every process, and go on where an interrupted attempt stopped (checkpoints, shards); the others run
         on the main process while the rest wait, and start anew.
         """
+        from accelerate.utils import broadcast_object_list
+
         self.stages.append(name)
         target = self.directory / name
         partial = self.directory / f".{name}.partial"
@@ -114,7 +118,7 @@ class Run:
         if made_by is not None:
             self._end_commit(partial, target, made_by)
         finished = self._finished(target, made_by) if made_by is not None else False
-        if self._agree(finished):
+        if broadcast_object_list([finished])[0]:
             return target
 
         with needing_room(name, self.directory):
@@ -191,11 +195,6 @@ class Run:
         print(f"{target.name}: finished already", flush=True)
         return True
 
-    def _agree(self, finished: bool) -> bool:
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([finished])[0] if self.state.num_processes > 1 else finished
-
     def _start(self, partial: Path, made_by: dict[str, Any], resumes: bool) -> None:
         """Keep what an interrupted attempt at the very same stage left, if it is one that resumes, and nothing else."""
         unfinished = partial / ATTEMPT
@@ -237,12 +236,12 @@ class Run:
         record = read_record(partial)
         if record is not None and record["made_by"] == made_by and not damaged_files(partial, record):
             self._put_in_place(partial, target)
+        shutil.rmtree(target.with_name(f".{target.name}.old"), ignore_errors=True)
 
     def _put_in_place(self, partial: Path, target: Path) -> None:
         shutil.rmtree(partial / "checkpoints", ignore_errors=True)
         (partial / ATTEMPT).unlink(missing_ok=True)
-        old = target.with_name(f".{target.name}.old")
         if target.exists():
-            target.rename(old)
+            target.rename(target.with_name(f".{target.name}.old"))
         partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(target.with_name(f".{target.name}.old"), ignore_errors=True)

@@ -94,8 +94,8 @@ def _raise_no_weights(path: Path) -> None:
         )
     held = ", ".join(sorted(file.name for file in path.iterdir())[:20])
     raise InputError(
-        f"expected weights (model.safetensors, or model.safetensors.index.json with its shards) in {path}, found none (the folder holds: "
-        f"{held}); download the weights as well, or give a directory written by save_pretrained"
+        f"expected weights (model.safetensors, or model.safetensors.index.json with its shards) in {path}, found none; download "
+        f"the weights as well, or give a directory written by save_pretrained (this folder holds: {held})"
     )
 
 

@@ -11,7 +11,7 @@ from pipelines.runtime.generate import Sampling
 from pipelines.runtime.infer import Generator, Predictor, read_manifest
 
 # Where the graph is: of a stage's directory, and of a published model, the smaller first.
-GRAPHS = ("model.onnx", "onnx/model_quantized.onnx", "onnx/model.onnx")
+GRAPHS = ("model.onnx", "onnx/model_fused.onnx", "onnx/model_quantized.onnx", "onnx/model.onnx")
 
 
 class Model:
@@ -71,7 +71,12 @@ def download(repo_id: str) -> tuple[Path, str | None] | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    for patterns in (["bundle/*"], ["*.json", "onnx/model_quantized.onnx*"], ["*.json", "onnx/*"]):
+    for patterns in (
+        ["bundle/*"],
+        ["*.json", "onnx/model_fused.onnx*"],
+        ["*.json", "onnx/model_quantized.onnx*"],
+        ["*.json", "onnx/*"],
+    ):
         try:
             # The page is for browsers only.
             folder = snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns="bundle/web/*")

@@ -1,6 +1,6 @@
 """Where each family of models keeps its layers, attention heads and feed-forward neurons. No other file knows.
 
-A family is one entry of FAMILIES. What it does not allow is None there, and `prunable` says so before anything is trained.
+A family is one entry of FAMILIES. What it does not allow has its reason there, which is said before anything is trained.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -21,15 +22,14 @@ from pipelines.core.errors import InputError
 
 @dataclass(frozen=True)
 class Outputs:
-    """A linear map whose outputs are cut.
+    """A linear map whose outputs are cut; some models of a family may lack it.
 
     A packed map has several parts side by side, such as query, key and value; each part has its share of every unit. `parts` are their
-    relative widths, as numbers or attributes of a layer. An `optional` map is missing in some models of the family.
+    relative widths, as numbers or attributes of a layer.
     """
 
     path: str
     parts: tuple[int | str, ...] = (1,)
-    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,43 +43,86 @@ class Group:
     input: str
     width: tuple[str, ...] = ()  # attributes whose product is the number of inputs of a unit; a neuron is one input
     counts: tuple[str, ...] = ()  # attributes in proportion to the number of units, which the forward pass reads
-    tables: tuple[
-        str, ...
-    ] = ()  # parameters whose last axis has one entry for each unit, such as a bias of relative positions
+    # Parameters, which some models lack, whose last axis the units share, such as a bias of relative positions.
+    tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Family:
-    """The path of the layers below the base model (or a function from the base model to a list of them), and what can be removed."""
+    """Where the layers are, and what can be removed from one: heads and neurons, or the reason why not.
 
-    layers: str | Callable[[Any], list[nn.Module]]
-    heads: Group | None = None
-    neurons: Group | None = None
+    `layers` is the path of the layers below the base model, with a * where a model has several stages of them. `kind` says what
+    transformers makes of a layer by its position in its stage, where no config says it: a layer can only move to a position of its kind.
+    """
+
+    layers: str
+    heads: Group | str
+    neurons: Group | str
+    kind: Callable[[int], int] = lambda position: 0
 
 
-def _separate(*paths: str) -> tuple[Outputs, ...]:
-    return tuple(Outputs(path) for path in paths)
+def _heads(attention: str, maps: str, output: str, width: str, counts: str = "", tables: str = "") -> Group:
+    """Heads whose maps, attributes and tables, named apart by spaces, are below the path `attention`."""
+    queries, *rest = ([f"{attention}.{name}" for name in names.split()] for names in (maps, width, counts, tables))
+    return Group(tuple(map(Outputs, queries)), output, *map(tuple, rest))
+
+
+def _neurons(maps: str, output: str) -> Group:
+    return Group(tuple(map(Outputs, maps.split())), output)
 
 
 _BERT = Family(
     layers="encoder.layer",
-    heads=Group(
-        outputs=_separate("attention.self.query", "attention.self.key", "attention.self.value"),
-        input="attention.output.dense",
-        width=("attention.self.attention_head_size",),
-        counts=("attention.self.num_attention_heads", "attention.self.all_head_size"),
+    heads=_heads(
+        "attention.self",
+        "query key value",
+        "attention.output.dense",
+        width="attention_head_size",
+        counts="num_attention_heads all_head_size",
     ),
-    neurons=Group(outputs=_separate("intermediate.dense"), input="output.dense"),
+    neurons=_neurons("intermediate.dense", "output.dense"),
 )
 _DISTILBERT = Family(
     layers="transformer.layer",
-    heads=Group(
-        outputs=_separate("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-        input="attention.out_lin",
-        width=("attention.attention_head_size",),
-        counts=("attention.n_heads",),
+    heads=_heads("attention", "q_lin k_lin v_lin", "attention.out_lin", width="attention_head_size", counts="n_heads"),
+    neurons=_neurons("ffn.lin1", "ffn.lin2"),
+)
+_MPNET = replace(_BERT, heads="all layers share a bias of relative positions, with a column for each head")
+# Query, key and value are side by side within each head.
+_DEBERTA = replace(
+    _BERT,
+    heads=_heads(
+        "attention.self",
+        "in_proj pos_proj pos_q_proj",
+        "attention.output.dense",
+        width="attention_head_size",
+        counts="num_attention_heads all_head_size",
+        tables="q_bias v_bias",
     ),
-    neurons=Group(outputs=_separate("ffn.lin1"), input="ffn.lin2"),
+)
+# Without share_att_key, there are projections of positions, too.
+_DEBERTA_V2 = replace(
+    _BERT,
+    heads=_heads(
+        "attention.self",
+        "query_proj key_proj value_proj pos_key_proj pos_query_proj",
+        "attention.output.dense",
+        width="attention_head_size",
+        counts="num_attention_heads all_head_size",
+    ),
+)
+# One layer, used several times.
+_ALBERT = Family(
+    layers="encoder.albert_layer_groups.*.albert_layers",
+    heads=_heads("attention", "query key value", "attention.dense", width="attention_head_size"),
+    neurons=_neurons("ffn", "ffn_output"),
+)
+# Query, key and value are packed one after the other, as are the two halves of the gated neurons; layer 0 has no normalization.
+_MODERNBERT = Family(
+    layers="layers",
+    heads=Group((Outputs("attn.Wqkv", parts=(1, 1, 1)),), "attn.Wo", width=("attn.head_dim",)),
+    neurons=Group((Outputs("mlp.Wi", parts=(1, 1)),), "mlp.Wo"),
+    kind=lambda position: int(position == 0),
 )
 _GPT2 = Family(
     layers="h",
@@ -89,100 +132,192 @@ _GPT2 = Family(
         width=("attn.head_dim",),
         counts=("attn.num_heads", "attn.split_size"),
     ),
-    neurons=Group(outputs=_separate("mlp.c_fc"), input="mlp.c_proj"),
+    neurons=_neurons("mlp.c_fc", "mlp.c_proj"),
+)
+_GPTJ = Family(
+    layers="h",
+    heads=_heads("attn", "q_proj k_proj v_proj", "attn.out_proj", width="head_dim", counts="num_attention_heads"),
+    neurons=_neurons("mlp.fc_in", "mlp.fc_out"),
+)
+_GPT_NEOX = Family(
+    layers="layers",
+    heads=_heads("attention", "query_key_value", "attention.dense", width="head_size"),
+    neurons=_neurons("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+)
+_OPT = Family(
+    layers="decoder.layers",
+    heads=_heads("self_attn", "q_proj k_proj v_proj", "self_attn.out_proj", width="head_dim", counts="num_heads"),
+    neurons=_neurons("fc1", "fc2"),
 )
 # The query heads that share a key and a value are one unit, so every key keeps as many queries as the config says.
 _LLAMA = Family(
     layers="layers",
+    heads=_heads("self_attn", "q_proj k_proj v_proj", "self_attn.o_proj", width="head_dim num_key_value_groups"),
+    neurons=_neurons("mlp.gate_proj mlp.up_proj", "mlp.down_proj"),
+)
+_PHI = replace(
+    _LLAMA,
+    heads=_heads("self_attn", "q_proj k_proj v_proj", "self_attn.dense", width="head_dim num_key_value_groups"),
+    neurons=_neurons("mlp.fc1", "mlp.fc2"),
+)
+_PHI3 = Family(
+    layers="layers",
     heads=Group(
-        outputs=_separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        input="self_attn.o_proj",
+        (Outputs("self_attn.qkv_proj", parts=("self_attn.num_key_value_groups", 1, 1)),),
+        "self_attn.o_proj",
         width=("self_attn.head_dim", "self_attn.num_key_value_groups"),
+        counts=("self_attn.num_key_value_heads", "self_attn.config.num_attention_heads"),
     ),
-    neurons=Group(outputs=_separate("mlp.gate_proj", "mlp.up_proj"), input="mlp.down_proj"),
+    neurons=Group((Outputs("mlp.gate_up_proj", parts=(1, 1)),), "mlp.down_proj"),
 )
 _VIT = Family(
     layers="layers",
-    heads=Group(
-        outputs=_separate("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-        input="attention.o_proj",
-        width=("attention.head_dim",),
-        counts=("attention.num_attention_heads",),
+    heads=_heads(
+        "attention", "q_proj k_proj v_proj", "attention.o_proj", width="head_dim", counts="num_attention_heads"
     ),
-    neurons=Group(outputs=_separate("mlp.fc1"), input="mlp.fc2"),
+    neurons=_neurons("mlp.fc1", "mlp.fc2"),
 )
-FAMILIES = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "electra": _BERT,
+# Every other window is shifted.
+_SWIN = Family(
+    layers="encoder.layers.*.blocks",
+    heads=_heads(
+        "attention",
+        "q_proj k_proj v_proj",
+        "attention.o_proj",
+        width="head_dim",
+        tables="relative_position_bias.relative_position_bias_table",
+    ),
+    neurons=_neurons("mlp.fc1", "mlp.fc2"),
+    kind=lambda position: position % 2,
+)
+_NO_HEADS = "it has no attention"
+_CONVNEXT = Family(layers="encoder.stages.*.layers", heads=_NO_HEADS, neurons=_neurons("pwconv1", "pwconv2"))
+_CONVNEXTV2 = replace(_CONVNEXT, neurons="a normalization in each layer reads all neurons together")
+# The first layer of a stage changes the size of the image.
+_RESNET = replace(
+    _CONVNEXT, neurons="its layers are convolutions without dense neurons", kind=lambda position: int(position == 0)
+)
+
+
+def _beit(config: Any) -> Family:
+    return replace(_VIT, heads=_MPNET.heads if config.use_shared_relative_position_bias else _SWIN.heads)
+
+
+def _dinov2(config: Any) -> Family:
+    return replace(_VIT, layers="encoder.layer", neurons=_LLAMA.neurons if config.use_swiglu_ffn else _VIT.neurons)
+
+
+# Each family, or a function of a config where it depends on that.
+FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     "distilbert": _DISTILBERT,
+    "mpnet": _MPNET,
+    "deberta": _DEBERTA,
+    "deberta-v2": _DEBERTA_V2,
+    "albert": _ALBERT,
+    "modernbert": _MODERNBERT,
     "gpt2": _GPT2,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "vit": _VIT,
-    "deit": _VIT,
+    "gptj": _GPTJ,
+    "gpt_neox": _GPT_NEOX,
+    "opt": _OPT,
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"), _LLAMA
+    ),
+    "phi": _PHI,
+    "phi3": _PHI3,
+    **dict.fromkeys(("vit", "deit"), _VIT),
+    "beit": _beit,
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), _dinov2),
+    "swin": _SWIN,
+    "convnext": _CONVNEXT,
+    "convnextv2": _CONVNEXTV2,
+    "resnet": _RESNET,
 }
+# Lists of a config that have an entry for each layer: what attention it has, and whether it has rotary positions.
+LAYER_LISTS = ("layer_types", "no_rope_layers")
 
 
 def family_of(config: Any) -> Family:
     if config.model_type not in FAMILIES:
         raise InputError(
             f"expected a model of the families {', '.join(sorted(FAMILIES))}, whose layers and heads can be told apart, found "
-            f"{config.model_type!r}. Use one of them, or give the student by --student_model and leave pruning out (--prune_heads 0 "
-            "--prune_ffn 0) and hidden states, too (--hidden_state_weight 0)."
+            f"{config.model_type!r}. Use one of them, or leave pruning (--prune_heads 0 --prune_ffn 0) and hidden states "
+            "(--hidden_state_weight 0) out."
         )
-    return FAMILIES[config.model_type]
-
-
-def prunable(config: Any) -> dict[str, bool]:
-    """Whether heads, and whether neurons, of a model with this config can be removed; of an unknown family neither can."""
-    family = FAMILIES.get(config.model_type)
-    return {kind: getattr(family, kind, None) is not None for kind in ("heads", "neurons")}
+    family = FAMILIES[config.model_type]
+    return family if isinstance(family, Family) else family(config)
 
 
 def groups_of(config: Any) -> dict[str, Group]:
-    """The groups that can be removed, by the names "heads" and "neurons"."""
+    """The groups that can be removed, by the names "heads" and "neurons"; of an unknown family none."""
+    return {kind: found for kind, found in removable(config).items() if isinstance(found, Group)}
+
+
+def removable(config: Any) -> dict[str, Group | str]:
+    """Of "heads" and "neurons" what can be removed from a model with this config, or the reason why not."""
+    if config.model_type not in FAMILIES:
+        return dict.fromkeys(("heads", "neurons"), "where they are is not known of this family")
     family = family_of(config)
-    return {kind: getattr(family, kind) for kind, possible in prunable(config).items() if possible}
+    return {"heads": family.heads, "neurons": family.neurons}
 
 
 def layers_of(model: Any) -> Any:
-    """The transformer layers of a model with a head."""
-    layers = family_of(model.config).layers
-    return model.base_model.get_submodule(layers) if isinstance(layers, str) else layers(model.base_model)
+    """The layers of a model with a head, of all stages one after the other."""
+    stages, _, path = family_of(model.config).layers.rpartition(".*.")
+    if not stages:
+        return model.base_model.get_submodule(path)
+    return [layer for stage in model.base_model.get_submodule(stages) for layer in stage.get_submodule(path)]
+
+
+def depths_of(config: Any) -> list[int]:
+    """How many layers each stage of a model has: one number, where a model has no stages."""
+    family_of(config)  # of an unknown family the config may count something else
+    return list(getattr(config, "depths", None) or [config.num_hidden_layers])
 
 
 def layer_count(config: Any) -> int:
-    family_of(config)  # of an unknown family the config may count something else
-    return int(config.num_hidden_layers)
-
-
-def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Config changes and the renumbered weights of the model that keeps only `layers` of another, in that order."""
-    path = family_of(config).layers
-    if not isinstance(path, str):
+    """The number of layers whose hidden states have one width."""
+    depths = depths_of(config)
+    if len(depths) > 1:
         raise InputError(
-            f"expected a teacher whose layers are all alike to build a student of some of them, found {config.model_type!r}. Give the "
-            "student by --student_model."
+            f"expected a model with hidden states of one width, found {config.model_type!r}, whose stages have their own. Leave hidden "
+            "states out (--hidden_state_weight 0)."
         )
-    pattern = re.compile(rf"^(.*?\b{re.escape(path)})\.(\d+)\.(.+)$")
-    matches = {name: pattern.match(name) for name in state}
-    changes: dict[str, Any] = {"num_hidden_layers": len(layers)}
-    if getattr(config, "layer_types", None):  # what kind of attention each layer has
-        changes["layer_types"] = [config.layer_types[layer] for layer in layers]
-    if len({match[2] for match in matches.values() if match}) < layer_count(config):
-        return changes, state  # all layers share their weights, as ALBERT's do
-    kept: dict[str, Any] = {}
-    for name, match in matches.items():
-        if match is None:
-            kept[name] = state[name]
-        elif int(match[2]) in layers:
-            kept[f"{match[1]}.{layers.index(int(match[2]))}.{match[3]}"] = state[name]
-    return changes, kept
+    return depths[0]
+
+
+def config_changes(config: Any, layers: list[int]) -> dict[str, Any]:
+    """What changes in a config for a model that keeps only `layers`."""
+    places = _places(config)
+    stages = [places[layer][0] for layer in layers]
+    depths = [stages.count(stage) for stage in range(len(depths_of(config)))]
+    changes: dict[str, Any] = {"depths": depths} if len(depths) > 1 else {"num_hidden_layers": len(layers)}
+    lists = {name: getattr(config, name) for name in LAYER_LISTS if getattr(config, name, None)}
+    return changes | {name: [values[layer] for layer in layers] for name, values in lists.items()}
+
+
+def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    """The renumbered weights of the model that keeps only `layers` of another, in that order."""
+    places = _places(config)
+    kept = [places[layer] for layer in layers]
+    moved = {place: index - [stage for stage, _ in kept].index(place[0]) for index, place in enumerate(kept)}
+    stages, _, path = family_of(config).layers.rpartition(".*.")
+    stage_pattern = rf"{re.escape(stages)}\.(\d+)\." if stages else "()"
+    pattern = re.compile(rf"^(?:.*?\.)?{stage_pattern}{re.escape(path)}\.(\d+)\.")
+    found = {name: match for name in state if (match := pattern.match(name))}
+    if len({match.groups() for match in found.values()}) < len(places):
+        return state  # all layers share their weights, as ALBERT's do
+    selected = {name: values for name, values in state.items() if name not in found}
+    for name, match in found.items():
+        place = (int(match[1] or 0), int(match[2]))
+        if place in moved:
+            selected[f"{name[: match.start(2)]}{moved[place]}{name[match.end(2) :]}"] = state[name]
+    return selected
+
+
+def _places(config: Any) -> list[tuple[int, int]]:
+    """The stage of each layer, and its position there."""
+    return [(stage, position) for stage, depth in enumerate(depths_of(config)) for position in range(depth)]
 
 
 # ---- Units of one layer
@@ -210,9 +345,7 @@ def slices(layer: nn.Module, group: Group) -> Iterator[tuple[str, int, Tensor]]:
         try:
             linear: Any = layer.get_submodule(outputs.path)
         except AttributeError:
-            if outputs.optional:
-                continue
-            raise
+            continue
         axis = 1 - input_axis(linear)
         shares = [attrgetter(part)(layer) if isinstance(part, str) else part for part in outputs.parts]
         widths = [linear.weight.shape[axis] // units * share // sum(shares) for share in shares]
@@ -225,7 +358,9 @@ def slices(layer: nn.Module, group: Group) -> Iterator[tuple[str, int, Tensor]]:
     inputs = _consecutive(0, units, unit_width(layer, group))
     yield f"{group.input}.weight", input_axis(layer.get_submodule(group.input)), inputs
     for table in group.tables:
-        yield table, layer.get_parameter(table).dim() - 1, _consecutive(0, units, 1)
+        with suppress(AttributeError):
+            shape = layer.get_parameter(table).shape
+            yield table, len(shape) - 1, _consecutive(0, units, shape[-1] // units)
 
 
 def _consecutive(start: int, units: int, width: int) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.core.errors import InputError
@@ -13,6 +14,8 @@ from pipelines.core.sources import resolve
 from pipelines.core.task import Head
 
 GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
+# How the names of a tokenizer's files begin.
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
 POSITIONS = re.compile(r"(^|\.)(position_embeddings|positions_embed|embed_positions|wpe)$")
 
 
@@ -173,6 +176,12 @@ def name_labels(config: Any, label_names: list[str]) -> None:
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: index for index, name in enumerate(label_names)}
     config.problem_type = None
+
+
+def has_tokenizer(source: str) -> bool:
+    """Whether a directory holds files of a tokenizer; of a Hub id only a download would tell."""
+    directory = Path(resolve(source))
+    return not directory.is_dir() or any(file.name.startswith(TOKENIZER_FILES) for file in directory.iterdir())
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:

@@ -22,7 +22,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.data.sources import check_model
-from pipelines.models.families import FAMILIES, Group, groups_of, input_axis, layers_of, slices, unit_count, unit_width
+from pipelines.models.families import Group, groups_of, input_axis, layers_of, slices, unit_count, unit_width
 from pipelines.models.loading import load_weights
 
 Kept = Sequence[np.ndarray] | None  # of each layer the units to keep, in rising order; None keeps all
@@ -89,9 +89,8 @@ def with_stock_shapes(model: Any) -> Any:
 
 def remove_zeros(model: Any) -> Any:
     """Remove, in place, heads and neurons that contribute nothing because their output weights are all zero."""
-    if model.config.model_type in FAMILIES:
-        groups = groups_of(model.config)
-        cut(model, **{kind: [_used(layer, groups[kind]) for layer in layers_of(model)] for kind in groups})
+    groups = groups_of(model.config)
+    cut(model, **{kind: [_used(layer, groups[kind]) for layer in layers_of(model)] for kind in groups})
     return model
 
 

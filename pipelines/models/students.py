@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from accelerate import PartialState
 
 from pipelines.core.config import StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import Task
-from pipelines.models.families import layer_count, select_layers
+from pipelines.models.families import FAMILIES, config_changes, depths_of, family_of, select_layers
 
 
 class Student(NamedTuple):
@@ -22,37 +25,75 @@ def build_student(student: StudentConfig, teacher: str, task: Task) -> Student:
     if student.student_model is not None:
         model = task.load_model(student.student_model, task.student_head, student.student_from_scratch)
         return Student(model, task.load_processor(student.student_model), None)
-    whole = task.load_model(teacher)
-    layers = parse_layers(student.student_layers, layer_count(whole.config))
-    return Student(student_from_layers(whole, layers), task.load_processor(teacher), layers)
+    whole, processor = task.load_model(teacher), task.load_processor(teacher)
+    layers = layers_to_keep(whole.config, student.student_layers)
+    return Student(whole if layers is None else student_from_layers(whole, layers), processor, layers)
 
 
-def parse_layers(text: str, teacher_layers: int) -> list[int]:
-    """The teacher layers a student keeps: '3' spreads three over the depth, first and last included; '0,2,5' names them."""
-    named = "," in text
-    allowed = range(teacher_layers) if named else range(1, teacher_layers + 1)
-    numbers = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
-    if numbers != sorted(set(numbers) & set(allowed)):
-        raise InputError(
-            f"expected --student_layers of at most {teacher_layers}, the teacher's, or its layers from 0 to {teacher_layers - 1} in rising "
-            f"order such as 0,2,5, found {text!r}."
+def layers_to_keep(config: Any, text: str) -> list[int] | None:
+    """The layers that `text` (--student_layers) asks of a teacher with this config; of an unknown family all, which is None, with a line."""
+    if config.model_type not in FAMILIES:
+        PartialState().print(
+            f"student: all layers of the teacher, since which are a {config.model_type}'s is not known; --student_model names a smaller one",
+            flush=True,
         )
-    if named:
-        return numbers
-    count = numbers[0]
-    if count == 1:
-        return [0]
-    # Rounded down: three of six layers are 0, 2 and 5.
-    return [position * (teacher_layers - 1) // (count - 1) for position in range(count)]
+        return None
+    return parse_layers(text, depths_of(config), family_of(config).kind)
+
+
+def parse_layers(text: str, depths: list[int], kind: Callable[[int], int] = lambda position: 0) -> list[int]:
+    """The teacher layers a student keeps: '3' spreads three over the depth, first and last included; '0,2,5' names them.
+
+    Of a teacher with several stages, which have `depths`, '3' keeps three of each, or all where a stage has fewer; names count through. A
+    layer keeps its `kind` (see families.py): of spread layers the one before stands in, named ones are refused.
+    """
+    starts = [sum(depths[:stage]) for stage in range(len(depths))]
+    numbers = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    named = len(numbers) > 1
+    spread = [
+        start + layer for start, depth in zip(starts, depths, strict=True) for layer in _spread(numbers[0], depth, kind)
+    ]
+    layers = numbers if named else spread
+    stages = [
+        [layer - start for layer in layers if 0 <= layer - start < depth]
+        for start, depth in zip(starts, depths, strict=True)
+    ]
+    keep_their_kind = all(kind(layer) == kind(place) for stage in stages for place, layer in enumerate(stage))
+    in_range = sorted({*layers} & {*range(sum(depths))}) if named or numbers[0] <= max(depths) else None
+    if layers != in_range or not all(stages) or not keep_their_kind:
+        of_each_stage = " in each stage" if len(depths) > 1 else ""
+        example = ",".join(map(str, parse_layers(str(min(2, max(depths))), depths, kind)))
+        reason = (
+            ""
+            if keep_their_kind
+            else ", where a layer would come to a place for which transformers builds another kind"
+        )
+        raise InputError(
+            f"expected --student_layers of at most {max(depths)}, the teacher's{of_each_stage}, or its layers from 0 to {sum(depths) - 1} "
+            f"in rising order{of_each_stage and ', some of each stage,'} such as {example}, found {text!r}{reason}."
+        )
+    return layers
+
+
+def _spread(count: int, depth: int, kind: Callable[[int], int]) -> list[int]:
+    """At most `count` of `depth` layers, first and last included: rounded down, three of six are 0, 2 and 5."""
+    count = min(count, depth)
+    layers = [place * (depth - 1) // max(1, count - 1) for place in range(count)]
+    return [layer - (kind(layer) != kind(place)) for place, layer in enumerate(layers)]
+
+
+def config_of_student(teacher: Any, layers: list[int] | None) -> Any:
+    """The config of a student that keeps `layers` of the teacher with this one; None keeps all."""
+    config = copy.deepcopy(teacher)
+    if layers is not None:
+        config.update(config_changes(teacher, layers))
+    return config
 
 
 def student_from_layers(teacher: Any, layers: list[int]) -> Any:
     """A model of the teacher's class with copies of the named layers, the embeddings and the head."""
-    changes, state = select_layers(teacher.config, teacher.state_dict(), layers)
-    config = copy.deepcopy(teacher.config)
-    config.update(changes)
-    student = type(teacher)(config)
-    student.load_state_dict(state, strict=True)
+    student = type(teacher)(config_of_student(teacher.config, layers))
+    student.load_state_dict(select_layers(teacher.config, teacher.state_dict(), layers), strict=True)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student

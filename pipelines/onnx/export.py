@@ -44,7 +44,8 @@ def simple_operators(module: Any) -> Iterator[None]:
     """Let `module` compute in operators that make a small graph.
 
     Attention is in single steps, which can be fused and has no rows of NaN where all is padding; sdpa's graph has both faults. Its mask is
-    computed without indices. GPT-2's matmuls keep their tokens apart, which its own layer flattens and restores.
+    computed without indices. GPT-2's matmuls keep their tokens apart, which its own layer flattens and restores. A decoder that is a
+    classifier gives no cache, unless it is asked for one.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.pytorch_utils import Conv1D
@@ -54,7 +55,10 @@ def simple_operators(module: Any) -> Iterator[None]:
     model.set_attn_implementation("eager")
     ALL_MASK_ATTENTION_FUNCTIONS["eager"] = eager_mask
     try:
-        with patch.object(Conv1D, "forward", lambda layer, inputs: inputs @ layer.weight + layer.bias):
+        with (
+            patch.object(Conv1D, "forward", lambda layer, inputs: inputs @ layer.weight + layer.bias),
+            patch.object(model.config, "use_cache", False, create=True),
+        ):
             yield
     finally:
         del ALL_MASK_ATTENTION_FUNCTIONS["eager"]  # what stands there without ours

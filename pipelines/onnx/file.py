@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+OLDER = "onnx/model_quantized.onnx"  # in a quantized stage: its model for ONNX Runtime from 1.20 on
 LARGEST_FILE = 2**31 - 2**24  # what a protobuf message, and so an ONNX file, can hold, less some room for the graph
 
 

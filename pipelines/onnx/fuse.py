@@ -1,4 +1,4 @@
-"""Rewrite an exported encoder into a graph that ONNX Runtime runs faster on a CPU: the same function, less work.
+"""Rewrite an exported model into a graph that ONNX Runtime runs faster on a CPU: the same function, less work.
 
 The exporter writes attention as a dozen operators, in forms that change with the opset, the versions and the model.
 So an attention block is found by its Softmax and by the shapes around it, and believed only when the operator that
@@ -7,6 +7,7 @@ replaces it gives the same numbers on random inputs; a block that does not is le
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +16,8 @@ import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes import common as passes
 from onnxscript.rewriter.ort_fusions.erfgelu import fuse_erfgelu
+from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
+from onnxscript.rewriter.rules.fusion._rotary_embedding import fuse_partial_rotary_embedding, fuse_rotary_embedding
 from onnxscript.version_converter import ConvertVersionPass
 
 from pipelines.onnx.file import save
@@ -24,10 +27,17 @@ Graph: TypeAlias = Any
 Node: TypeAlias = Any
 Value: TypeAlias = Any
 
-# The first opset with the Attention operator, and the file format that goes with it. Up to 128 tokens, ONNX Runtime's
-# kernel for it was 1.5 to 2.1 times faster than its own MultiHeadAttention; it takes any number of heads and any mask.
+# The first opset with the operators Attention, RotaryEmbedding and RMSNormalization, and the file format that goes with it. Up to 128
+# tokens, ONNX Runtime's kernel for Attention was 1.5 to 2.1 times faster than its own MultiHeadAttention; it takes any number of heads,
+# fewer of them for key and value, and any mask. docs/results.md has what the operators gain.
 ATTENTION_OPSET, IR_VERSION = 23, 11
 BATCH, TOKENS = 3, 7  # of the random inputs
+# Exported and quantized all the same, in single steps.
+NOT_FUSED = dict.fromkeys(
+    ("deberta", "deberta-v2"), "its scores are sums of three matmuls, of which the Attention operator knows one"
+)
+# Operators that move or repeat numbers and change none.
+MOVES = set("Reshape Transpose Unsqueeze Squeeze Expand".split())
 # Operators that treat each token by itself, as long as their other inputs are constants that do.
 TOKENWISE = set("Add Sum Sub Mul Div Erf Gelu Relu Sigmoid Tanh LayerNormalization MatMul".split())
 
@@ -46,10 +56,10 @@ def simplify(model: ir.Model) -> dict[str, int]:
 
 
 def fuse_for_onnxruntime(source: Path, target: Path) -> dict[str, int]:
-    """Read the standard fp32 graph `source`, write it to the one file `target` with one operator for each attention block and GELU.
+    """Read the standard fp32 graph `source`, write it to `target` with one operator for each attention block, GELU, RMS norm and rotation.
 
     Attention operators update a KV cache, too. Returns "attention_blocks" (every softmax inside the graph), "attention" (those that were
-    fused), and what simplify() returns, of what was still to do.
+    fused), and what simplify() returns, of what was still to do. A graph without attention keeps its opset.
     """
     model = ir.load(source)
     if model.graph.opset_imports[""] < ATTENTION_OPSET:
@@ -57,11 +67,24 @@ def fuse_for_onnxruntime(source: Path, target: Path) -> dict[str, int]:
         model.ir_version = max(model.ir_version, IR_VERSION)
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
     attention = sum(map(_fuse_attention, softmaxes))
-    passes.RemoveUnusedNodesPass()(model)
+    if attention:
+        passes.RemoveUnusedNodesPass()(model)
+        fuse_rms_normalization(model)
+        fuse_rotary_embedding(model)
+        fuse_partial_rotary_embedding(model)
+        _repeat_positions(model.graph)
+        passes.CommonSubexpressionEliminationPass()(model)
+    else:
+        model = ir.load(source)  # in its own opset, which older runtimes open
     fuse_erfgelu(model)
     counts = simplify(model)
     save(model, target)
     return {"attention_blocks": len(softmaxes), "attention": attention, **counts}
+
+
+def why_not_fused(model_type: str) -> str | None:
+    """Why attention of this kind of model stays as it was exported; None where it is not known to."""
+    return NOT_FUSED.get(model_type)
 
 
 # Attention
@@ -70,44 +93,58 @@ def fuse_for_onnxruntime(source: Path, target: Path) -> dict[str, int]:
 def _fuse_attention(softmax: Node) -> bool:
     """Replace the block around a Softmax by one Attention, if it is the same; return whether it was.
 
-    Query, key, value and output are (batch, tokens, heads x head size); the mask, which may be missing, is added to the
-    scores, (batch, heads, query tokens, key tokens). Past and present keys and values, which only a model with a KV cache
-    has, are (batch, heads, tokens, head size).
+    Query, key, value and output are (batch, tokens, heads x head size). Where something stands between a projection and the scores,
+    such as rotary positions, all four are (batch, heads, tokens, head size). Past and present keys and values, which only a model with
+    a KV cache has, always are. A mask, a bias of positions, or both are added to the scores (batch, heads, query tokens, key tokens).
+    Key and value may have fewer heads than the query, which then share them.
     """
-    scores, mask = _scores_and_mask(softmax.inputs[0])
-    weighted = _only_reader(softmax.outputs[0])
-    if scores is None or weighted is None or weighted.op_type != "MatMul":
+    found, weighted = _scores(softmax.inputs[0]), _only_reader(softmax.outputs[0])
+    if found is None or weighted is None or weighted.op_type != "MatMul":
         return False
-    split_heads = [scores.inputs[0], scores.inputs[1], weighted.inputs[1]]
-    context = weighted.outputs[0]
-    heads = context.shape[1] if _rank(context) == 4 else None
-    output = context
-    while (reader := _only_reader(output)) is not None and reader.op_type in ("Reshape", "Transpose"):
-        output = reader.outputs[0]
-    inputs = [_before_splitting_heads(value) for value in split_heads]
-    caches = [value.producer() for value in inputs[1:] if value is not None and _joins_cache(value.producer())]
-    if caches:
-        if len(caches) != 2:
-            return False
-        inputs[1:] = [_before_splitting_heads(cache.inputs[1]) for cache in caches]
+    scores, added, scale = found
+    output = weighted.outputs[0]
+    paths = [_origins(value) for value in (*scores.inputs, weighted.inputs[1])]
+    scale *= math.prod(factor for _, factor in paths)
+    caches = [path[-1].producer() for path, _ in paths[1:] if _joins_cache(path[-1].producer())]
+    if len(caches) == 2:
+        paths[1:] = [_origins(cache.inputs[1]) for cache in caches]
+        scale *= math.prod(factor for _, factor in paths[1:])
+    elif caches or _rank(output) != 4:
+        return False
+    heads, size = output.shape[1], output.shape[3]
+    inputs, attributes = [path[-1] for path, _ in paths], {"scale": scale}
+    if all(_rank(value) == 3 and isinstance(value.shape[2], int) for value in inputs):
+        attributes |= {"q_num_heads": heads, "kv_num_heads": inputs[1].shape[2] // size}
+        while (reader := _only_reader(output)) is not None and reader.op_type in ("Reshape", "Transpose"):
+            output = reader.outputs[0]
+    else:
+        inputs = [_by_heads(path, size) for path, _ in paths]
     pasts, outputs = [cache.inputs[0] for cache in caches], [output, *(cache.outputs[0] for cache in caches)]
-    values = [*inputs, output] if mask is None else [*inputs, output, mask]
-    ranks = [3, 3, 3, 3, 4][: len(values)]
-    if not isinstance(heads, int) or [_rank(value) for value in values] != ranks or len(set(values)) != len(values):
+    read = [*inputs, *added, *pasts]
+    if not isinstance(heads, int) or len({*read, *outputs}) != len(read) + len(outputs):
         return False
-    if any(value.dtype != ir.DataType.FLOAT for value in values):
+    if any(value is None or _rank(value) < 2 or value.dtype != ir.DataType.FLOAT for value in read):
         return False
-    if not all(isinstance(value.shape[2], int) for value in inputs):
+    if len({_rank(value) for value in added}) > 1:
         return False
-
-    attributes = {"q_num_heads": heads, "kv_num_heads": heads}
-    if not _is_attention([*inputs, mask, *pasts], outputs, attributes):
+    if not _is_attention(read, len(added), outputs, attributes):
         return False
-    attention = ir.node("Attention", [*inputs, mask, *pasts], attributes, num_outputs=len(outputs))
-    for old, new in zip(outputs, attention.outputs, strict=True):
+    nodes = _attention(read, len(added), len(outputs), attributes)
+    for old, new in zip(outputs, nodes[-1].outputs, strict=True):
         _take_place(old, new)
-    output.graph.insert_after(output.producer(), attention)
+    output.graph.insert_after(output.producer(), nodes)
     return True
+
+
+def _attention(read: list[Value], added: int, outputs: int, attributes: dict[str, Any]) -> list[Node]:
+    """The nodes that take the place of a block: all that is `added` as one mask, then Attention."""
+    inputs, masks, pasts = read[:3], read[3 : 3 + added], read[3 + added :]
+    sums = [ir.node("Add", masks)] if added == 2 else []
+    for value in (node.outputs[0] for node in sums):
+        value.dtype = ir.DataType.FLOAT
+        value.shape = ir.Shape([b if a == 1 else a for a, b in zip(*(mask.shape for mask in masks), strict=True)])
+    mask = sums[0].outputs[0] if sums else masks[0] if masks else None
+    return [*sums, ir.node("Attention", [*inputs, mask, *pasts], attributes, num_outputs=outputs)]
 
 
 def _joins_cache(node: Node | None) -> bool:
@@ -117,62 +154,90 @@ def _joins_cache(node: Node | None) -> bool:
     return node.inputs[0].is_graph_input() and node.attributes.get_int("axis") in (-2, 2)
 
 
-def _scores_and_mask(value: Value) -> tuple[Node | None, Value | None]:
-    """The MatMul of query and key, and what is added to it."""
+def _scores(value: Value) -> tuple[Node, list[Value], float] | None:
+    """The MatMul of query and key, the one or two values that are added to it, and the number it is multiplied by."""
+    value, factor = _before_scaling(value)
     node = value.producer()
-    added = [(value, None)]
+    if node is not None and node.op_type == "MatMul":
+        return node, [], factor
     if node is not None and node.op_type == "Add":
-        added = [(node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])]
-    for scores, mask in added:
-        matmul = _before_scaling(scores).producer()
-        if matmul is not None and matmul.op_type == "MatMul":
-            return matmul, mask
-    return None, None
+        for one, other in (node.inputs, reversed(node.inputs)):
+            found = _scores(one)
+            if found is not None and len(found[1]) < 2:
+                return found[0], [*found[1], other], factor * found[2]
+    return None
 
 
-def _before_scaling(value: Value) -> Value:
+def _before_scaling(value: Value) -> tuple[Value, float]:
+    factor = 1.0
     while (node := value.producer()) is not None and node.op_type in ("Mul", "Div"):
         if not _is_scalar_constant(node.inputs[1]):
             break
-        value = node.inputs[0]
-    return value
+        number = node.inputs[1].const_value.numpy().item()
+        value, factor = node.inputs[0], factor * (number if node.op_type == "Mul" else 1 / number)
+    return value, factor
 
 
-def _before_splitting_heads(value: Value) -> Value:
-    """Walk up through what only moves or scales the numbers to the projection that they come from."""
-    while (node := _before_scaling(value).producer()) is not None and node.op_type in ("Reshape", "Transpose"):
-        value = node.inputs[0]
-    return _before_scaling(value)
+def _origins(value: Value) -> tuple[list[Value], float]:
+    """`value` and what it comes from, up through all that only moves, repeats or scales the numbers; and the scale."""
+    value, factor = _before_scaling(value)
+    path = [value]
+    while (node := value.producer()) is not None and node.op_type in MOVES:
+        value, scale = _before_scaling(node.inputs[0])
+        path, factor = [*path, value], factor * scale
+    return path, factor
 
 
-def _is_attention(inputs: list[Value | None], outputs: list[Value], attributes: dict[str, int]) -> bool:
-    """Whether Attention gives what the block between `inputs` and `outputs` gives, whatever the mask."""
-    values = [value for value in inputs if value is not None]
-    stand_ins = {value: ir.val(value.name, value.dtype, value.shape) for value in values}
-    node = ir.node(
-        "Attention",
-        [None if value is None else stand_ins[value] for value in inputs],
-        attributes,
-        num_outputs=len(outputs),
-    )
+def _by_heads(path: list[Value], size: int) -> Value | None:
+    """The first of what a value comes from that is (batch, heads, tokens, head size): before heads are repeated and a key is transposed."""
+    found = None
+    for value in path:
+        if _rank(value) == 4 and value.shape[3] == size and isinstance(value.shape[1], int):
+            found = value
+        node = value.producer()
+        if node is not None and node.op_type == "Transpose" and list(node.attributes.get_ints("perm")) != [0, 1, 3, 2]:
+            break
+    return found
+
+
+def _is_attention(read: list[Value], added: int, outputs: list[Value], attributes: dict[str, Any]) -> bool:
+    """Whether Attention gives what the block between `read` and `outputs` gives, whatever the mask."""
+    stand_ins = [ir.val(value.name, value.dtype, value.shape) for value in read]
+    nodes = _attention(stand_ins, added, len(outputs), attributes)
     for position, output in enumerate(outputs):
-        node.outputs[position].name, node.outputs[position].dtype = f"output_{position}", output.dtype
+        value = nodes[-1].outputs[position]
+        value.name, value.dtype = f"output_{position}", output.dtype
     attention = ir.Graph(
-        [*stand_ins.values()], node.outputs, nodes=[node], opset_imports={"": ATTENTION_OPSET}, name="attention"
+        stand_ins, nodes[-1].outputs, nodes=nodes, opset_imports={"": ATTENTION_OPSET}, name="attention"
     )
-    graph, mask = outputs[0].graph, inputs[3]
-    known = list(dict.fromkeys([*values, *graph.inputs]))
+    graph = outputs[0].graph
+    known = list(dict.fromkeys([*read, *graph.inputs]))
     try:
         block = ir.convenience.extract(graph, known, outputs)
     except ValueError:  # it reads other values, too
         return False
     feeds = _random_feeds(known)
-    if len(inputs) > 4 and mask is not None:  # as many tokens in the past as there are new ones
-        feeds[mask.name] = np.concatenate([feeds[mask.name], feeds[mask.name][..., ::-1]], axis=-1)
-    found, expected = _run(attention, {value.name: feeds[value.name] for value in values}), _run(block, feeds)
+    for mask in read[3 : 3 + added]:  # as many tokens in the past as there are new ones
+        if len(outputs) > 1 and not isinstance(mask.shape[-1], int):
+            feeds[mask.name] = np.concatenate([feeds[mask.name], feeds[mask.name][..., ::-1]], axis=-1)
+    found, expected = _run(attention, {value.name: feeds[value.name] for value in read}), _run(block, feeds)
     if found is None or expected is None or [one.shape for one in found] != [one.shape for one in expected]:
         return False
     return all(np.allclose(one, other, rtol=0, atol=1e-5) for one, other in zip(found, expected, strict=True))
+
+
+def _repeat_positions(graph: Graph) -> None:
+    """Give RotaryEmbedding a row of cosines and sines for every sequence of a batch: the operator does not broadcast them."""
+    one = _constant(graph, "one", np.array([1]))
+    for node in [node for node in graph if node.op_type == "RotaryEmbedding"]:
+        for position, table in enumerate(node.inputs[1:3], start=1):
+            if table.producer().inputs[0].shape[0] != 1:  # of the angles
+                continue
+            batch = ir.node("Shape", [node.inputs[0]], {"start": 0, "end": 1})
+            shape = ir.node("Concat", [batch.outputs[0], one, one], {"axis": 0})
+            repeated = ir.node("Expand", [table, shape.outputs[0]])
+            graph.insert_before(node, [batch, shape, repeated])
+            node.replace_input_with(position, repeated.outputs[0])
 
 
 # Around attention

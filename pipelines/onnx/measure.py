@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.core.errors import InputError
+from pipelines.core.machine import is_busy, load_beside
 from pipelines.core.task import Arrays, Workload
 from pipelines.onnx.predict import complete_feed, feed_of
 from pipelines.runtime.infer import available_cores, open_session
@@ -58,14 +59,18 @@ def measure(
     """Let the worker of every subject's workload time it once a round, for about `seconds`; return one result per name.
 
     A result has `latency_ms` (p50, p95, and the batch size and shape of one call), `peak_memory_bytes` (the largest resident set of the
-    whole worker, Python and the runtime included), `threads`, the `rounds`, and whatever else the worker timed, such as
-    `samples_per_second`. All but memory are medians over the rounds. Raises InputError for a subject that cannot be timed as given or
-    whose worker fails.
+    whole worker, Python and the runtime included), `threads`, the `rounds`, how many cores others used meanwhile and a second before
+    (`load`), whether that left too few (`busy`), and whatever else the worker timed, such as `samples_per_second`. All but memory are
+    medians over the rounds. Raises InputError for a subject whose worker fails.
     """
     from tqdm import tqdm
 
-    _check_subjects(subjects)
     threads = available_cores() if threads is None else threads
+    _, before = load_beside(partial(time.sleep, 1))
+    if is_busy(before, threads):
+        print(
+            f"benchmark: the machine is busy, others use {before:.1f} cores; the times will say little", file=sys.stderr
+        )
     measured: dict[str, list[dict[str, float]]] = {subject.name: [] for subject in subjects}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         specs = [write_spec(Path(folder) / str(i), subject, threads, seconds) for i, subject in enumerate(subjects)]
@@ -74,10 +79,11 @@ def measure(
                 for subject, spec in zip(subjects, specs, strict=True):
                     progress.set_postfix_str(subject.name)
                     in_torch = subject.format == "transformers"
-                    result = run_worker(subject.workload.module, spec, subject.name, fork=in_torch)
-                    measured[subject.name].append(result)
+                    work = partial(run_worker, subject.workload.module, spec, subject.name, fork=in_torch)
+                    result, load = load_beside(work)
+                    measured[subject.name].append(result | {"load": load})
                     progress.update()
-    return {subject.name: _summarize(subject.workload, measured[subject.name], threads) for subject in subjects}
+    return {subject.name: _summarize(subject.workload, measured[subject.name], threads, before) for subject in subjects}
 
 
 def paired_ratios(results: dict[str, dict[str, Any]], slow: str, fast: str) -> dict[str, float]:
@@ -85,6 +91,11 @@ def paired_ratios(results: dict[str, dict[str, Any]], slow: str, fast: str) -> d
     pairs = zip(results[slow]["rounds"], results[fast]["rounds"], strict=True)
     ratios = [slow_round["p50"] / fast_round["p50"] for slow_round, fast_round in pairs]
     return {"median": float(np.median(ratios)), "low": min(ratios), "high": max(ratios)}
+
+
+def carries(ratio: dict[str, float]) -> bool:
+    """Whether the rounds agree on a ratio within a factor of two; else something beside the models decided their times."""
+    return ratio["high"] <= 2 * ratio["low"]
 
 
 def timing_feeds(features: Any, collate: Collate) -> tuple[Arrays, list[Arrays]]:
@@ -102,16 +113,6 @@ def encoder_workload(single: Arrays, batches: list[Arrays]) -> Workload:
     """Calls of a model as a function of one feed: `single` for the latency, `batches` for the throughput."""
     feeds = {"single": single} | {f"batch_{index}": batch for index, batch in enumerate(batches)}
     return Workload(__name__, {"batches": len(batches)}, feeds, list(next(iter(single.values())).shape))
-
-
-def _check_subjects(subjects: list[Subject]) -> None:
-    for subject in subjects:
-        needed = {"onnx": "model.onnx", "transformers": "config.json"}[subject.format]
-        if not (subject.path / needed).is_file():
-            raise InputError(
-                f"expected {needed} in {subject.path}, found none. Run the stage {subject.name} again, or give the "
-                "directory that holds its model."
-            )
 
 
 def write_spec(folder: Path, subject: Subject, threads: int, seconds: float) -> Path:
@@ -188,10 +189,13 @@ def _work_in_fork(module: str, spec: str) -> None:
     importlib.import_module(module).work(file)
 
 
-def _summarize(workload: Workload, rounds: list[dict[str, float]], threads: int) -> dict[str, Any]:
+def _summarize(workload: Workload, rounds: list[dict[str, float]], threads: int, before: float) -> dict[str, Any]:
     medians = {key: float(np.median([one[key] for one in rounds])) for key in rounds[0] if key != "repetitions"}
     latency = {"p50": medians.pop("p50"), "p95": medians.pop("p95", None)}
+    load = medians.pop("load")
     return {
+        "load": {"before": round(before, 2), "during": round(load, 2)},
+        "busy": is_busy(load, threads),
         "latency_ms": latency | {"batch_size": workload.shape[0], "shape": workload.shape},
         **medians,
         "peak_memory_bytes": int(max(one["peak_memory_bytes"] for one in rounds)),
@@ -206,12 +210,14 @@ def work(spec_file: Path) -> None:
     folder = spec_file.parent
     single = _read_feed(folder / "single.npz")
     batches = [_read_feed(folder / f"batch_{index}.npz") for index in range(spec["batches"])]
-    if spec["format"] == "onnx":
-        load = partial(_load_onnx, threads=spec["threads"])
-    else:
-        load = partial(_load_torch, threads=spec["threads"], trust_remote_code=spec["trust_remote_code"])
     # The conversion of the feeds is not part of the model's time, so `prepare` is called before the clock starts.
-    prepare, run = load(Path(spec["path"]))
+    prepare: Callable[[Arrays], Any]
+    run: Callable[[Any], Any]
+    if spec["format"] == "onnx":
+        session = open_session(Path(spec["path"]) / "model.onnx", spec["threads"])
+        prepare, run = partial(complete_feed, session), partial(session.run, None)
+    else:
+        prepare, run = _load_torch(Path(spec["path"]), spec["threads"], spec["trust_remote_code"])
     result = time_calls(run, prepare(single), spec["seconds"])
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     result["samples_per_second"] = time_batches(run, [prepare(batch) for batch in batches], sizes, spec["seconds"])
@@ -222,11 +228,6 @@ def work(spec_file: Path) -> None:
 def _read_feed(file: Path) -> Arrays:
     with np.load(file) as arrays:
         return {name: arrays[name] for name in arrays.files}
-
-
-def _load_onnx(path: Path, threads: int) -> tuple[Callable[[Arrays], Any], Callable[[Any], Any]]:
-    session = open_session(path / "model.onnx", threads)
-    return partial(complete_feed, session), lambda feed: session.run(None, feed)
 
 
 def _load_torch(
@@ -258,8 +259,18 @@ def time_calls(
     run: Callable[[Any], Any], feed: Any, seconds: float, minimum: int = MINIMUM_REPETITIONS
 ) -> dict[str, float]:
     """Percentiles of `minimum` calls or more in milliseconds, after a warm-up of a fifth of the time."""
-    _repeat(run, feed, seconds / 5, min(3, minimum))
-    times = np.array(_repeat(run, feed, seconds, minimum)) * 1000
+
+    def repeat(seconds: float, minimum: int) -> list[float]:
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < minimum or time.perf_counter() < end:
+            start = time.perf_counter()
+            run(feed)
+            times.append(time.perf_counter() - start)
+        return times
+
+    repeat(seconds / 5, min(3, minimum))
+    times = np.array(repeat(seconds, minimum)) * 1000
     return percentiles(times) | {"repetitions": len(times)}
 
 
@@ -275,32 +286,17 @@ def time_batches(run: Callable[[Any], Any], feeds: list[Any], sizes: list[int], 
     return passes * sum(sizes) / (time.perf_counter() - start)
 
 
-def _repeat(run: Callable[[Any], Any], feed: Any, seconds: float, minimum: int) -> list[float]:
-    """Seconds of each call, for at least `seconds` in all and at least `minimum` calls."""
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < minimum or time.perf_counter() < end:
-        start = time.perf_counter()
-        run(feed)
-        times.append(time.perf_counter() - start)
-    return times
-
-
 def peak_memory_bytes() -> int:
     """The largest resident set this process has had, in bytes.
 
     Linux's `ru_maxrss` survives exec, so in a fresh child it starts at the size of the parent that spawned it; the
     kernel's VmHWM belongs to the new program alone.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if sys.platform == "linux":
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

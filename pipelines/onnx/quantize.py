@@ -14,17 +14,20 @@ import onnx
 import onnx_ir as ir
 
 from pipelines.core.config import QuantizeConfig
+from pipelines.core.errors import VerificationError
 from pipelines.core.memory import give_memory_back
 from pipelines.core.quality import gate_metric, problem_of, quality_lost
 from pipelines.core.records import Outcome, copy_beside, read_record
-from pipelines.onnx.blocks import quantize_blocks, tied_tables
+from pipelines.onnx.blocks import quantize_blocks, tied_tables, untie
 from pipelines.onnx.calibrate import calibration_feeds, quantize_static_int8
 from pipelines.onnx.export import ONNX_FILE, quiet_exporters
-from pipelines.onnx.file import save, size_of
+from pipelines.onnx.file import OLDER, save, size_of
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.measure import Subject, measure
 from pipelines.onnx.predict import score_onnx
+from pipelines.onnx.runtimes import OLDER_RUNTIME, oldest_runtime
 from pipelines.onnx.verify import verify_quality, verify_same_graph
+from pipelines.runtime.infer import version_key
 
 if TYPE_CHECKING:
     from pipelines.core.task import Arrays, Task
@@ -110,6 +113,10 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
     verification = verify_quality(before, metrics, task, quantize, name)
     for path in (candidates / chosen).iterdir():
         path.rename(directory / path.name)
+    older = None
+    needed = oldest_runtime(onnx.load(directory / ONNX_FILE, load_external_data=False))
+    if chosen != "fp32" and version_key(needed) > version_key(OLDER_RUNTIME):
+        older = make_older(original, directory, task, quantize, chosen, feeds, before)
     shutil.rmtree(candidates)
     details = {
         "fused_nodes": fused_nodes,
@@ -117,9 +124,39 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
         "scheme": chosen,
         "source_metrics": before,
         "candidates": tried,
+        "older_runtimes": older,
         "verification": verification | {"examples": len(task.features(processor)["validation"])},
     }
     return Outcome("onnx", {"validation": metrics}, (read_record(Path(source)) or {}).get("parameters"), details)
+
+
+def make_older(
+    original: Path,
+    directory: Path,
+    task: Task,
+    quantize: QuantizeConfig,
+    scheme: str,
+    feeds: Feeds,
+    before: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Quantize the graph of standard operators as it is, for ONNX Runtime from 1.20 on; return how it was verified.
+
+    Embeddings in blocks need 1.23, too, so what would have them is dynamic int8, with a copy of the embeddings where the head is tied
+    to them. None where this loses more than the settings allow.
+    """
+    path, processor = directory / OLDER, task.load_processor(str(directory))
+    path.parent.mkdir()
+    if scheme.startswith("static"):
+        SCHEMES[scheme](original, path, quantize, feeds)
+    else:
+        quantize_dynamic_int8(original, path, quantize.reduce_range, None)
+    after = score_onnx(path, task, processor, "validation", "score for older runtimes")
+    try:
+        return verify_quality(before, after, task, quantize, OLDER) | {"file": OLDER}
+    except VerificationError as error:
+        print(f"quantized: no file for ONNX Runtime before 1.23: {error}", flush=True)
+        shutil.rmtree(path.parent)
+        return None
 
 
 def choose(tried: dict[str, dict[str, Any]], candidates: Path, task: Task) -> str:
@@ -139,12 +176,12 @@ def choose(tried: dict[str, dict[str, Any]], candidates: Path, task: Task) -> st
     return min(allowed or tried, key=lambda name: tried[name]["quality_lost"])
 
 
-def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool, block_size: int = 32) -> None:
+def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool, block_size: int | None = 32) -> None:
     """Quantize the matmuls (a scale for each output column) and embeddings of `source` into the one file `target`.
 
     `reduce_range` keeps the weights of matmuls within 7 bits, as x86 processors without VNNI need: their kernels add pairs of 8-bit
     products in 16 bits, which saturate. Embeddings stay bytes, of which only the rows that are read are dequantized; those with a tied
-    head are blocks of int8, which both read. On loading, ONNX Runtime merges each MatMulInteger with what converts around it.
+    head are blocks of int8, which both read, or without a `block_size` are stored twice. On loading, ONNX Runtime merges each MatMulInteger with what converts around it.
     """
     from onnxruntime.quantization import QuantType
     from transformers.exporters.configs import ExportFormat
@@ -162,7 +199,12 @@ def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool, block_
         prepared = source
         if tied_tables(onnx.load(source, load_external_data=False).graph):
             prepared = Path(scratch) / ONNX_FILE
-            quantize_blocks(source, prepared, 8, None, block_size)
+            if block_size is not None:
+                quantize_blocks(source, prepared, 8, None, block_size)
+            else:
+                tied = onnx.load(source)
+                untie(tied.graph)
+                save(ir.from_proto(tied), prepared)
         model = ir.load(prepared)
         for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
             value.shape = None  # the quantizer transposes weights, and then finds the shapes behind them wrong

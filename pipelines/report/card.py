@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.core.task import Presentation
-from pipelines.report.markdown import bullets, escape, fence
+from pipelines.report.markdown import escape, fence, settings
 from pipelines.report.pages import (
     BASELINES,
     conclusion,
@@ -70,7 +70,7 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
             "## How it was made",
             reproduce_section(report),
             "## Machine and versions",
-            bullets(report["environment"]),
+            settings(report["environment"]),
             "## Limitations",
             _limitations_section(report, presentation),
             "## Licence",

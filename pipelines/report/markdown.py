@@ -7,6 +7,8 @@ import re
 import textwrap
 from typing import Any
 
+from pipelines.onnx.measure import carries
+
 CLIPPED_TEXT = 200
 
 
@@ -38,21 +40,12 @@ def markdown_table(header: list[str], rows: list[list[str]], text_columns: int =
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def bullets(values: dict[str, Any], depth: int = 0) -> str:
-    """Nested settings as a nested list; long lists are cut."""
-    lines = []
-    for key, value in values.items():
-        item = f"{'  ' * depth}- {escape(str(key).replace('_', ' '))}:"
-        if isinstance(value, dict) and any(isinstance(inner, (dict, list)) for inner in value.values()):
-            lines += [item, bullets(value, depth + 1)]
-            continue
-        if isinstance(value, dict):
-            value = [f"{inner_key} {inner}" for inner_key, inner in value.items()]
-        if isinstance(value, list):
-            more = [f"and {len(value) - 20} more"] if len(value) > 20 else []
-            value = ", ".join([str(inner) for inner in value[:20]] + more) or "none"
-        lines.append(f"{item} {escape(str(value), 1000)}")
-    return "\n".join(lines)
+def settings(values: dict[str, Any], inline: bool | None = None) -> str:
+    """Names and values as a block of YAML, where a list or mapping of single values is one line unless it must not be."""
+    import yaml
+
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=inline)
+    return fence(text, "yaml")
 
 
 def number(value: float | None, specification: str) -> str:
@@ -72,4 +65,5 @@ def interval(delta: dict[str, Any], digits: int = 3, prefix: str = "") -> str:
 
 
 def spread(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})"
+    """A ratio with its least and largest, unless they are too far apart to say anything."""
+    return "busy" if not carries(ratio) else f"{ratio['median']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})"

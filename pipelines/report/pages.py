@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.core.task import Presentation
-from pipelines.report.markdown import bullets, count, escape, fence, interval, markdown_table, number, spread
+from pipelines.report.markdown import count, escape, fence, interval, markdown_table, number, settings, spread
 
 TEACHER = "teacher"
 # Rows to compare with; what is shipped is never one of them.
@@ -15,19 +15,14 @@ DELTA, P95, FASTER_THAN_ONNX = "delta (95 %)", "p95 ms", "x faster than teacher_
 
 def format_summary(report: dict[str, Any], presentation: Presentation) -> str:
     """The table for the terminal, and a few sentences about the shipped model."""
-    rows = table_of(report, presentation)
+    from pandas import DataFrame
+
     # What a terminal has no room for is in report.md.
-    left_out = {DELTA, P95, FASTER_THAN_ONNX, *presentation.columns(report["stages"][0])}
-    titles = [title for title in rows[0] if title not in left_out]
-    lines = [titles, *([row[title] for title in titles] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    first, *others = widths
-    text = [
-        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))])
-        for line in lines
-    ]
-    return "\n".join([*(line.rstrip() for line in text), "", conclusion(report, presentation)])
+    left_out = [DELTA, P95, FASTER_THAN_ONNX, *presentation.columns(report["stages"][0])]
+    table = DataFrame(table_of(report, presentation)).drop(columns=left_out, errors="ignore")
+    names = table["stage"].str.len().max()
+    table["stage"] = table["stage"].str.ljust(names)
+    return f"{table.rename(columns={'stage': 'stage'.ljust(names)}).to_string(index=False)}\n\n{conclusion(report, presentation)}"
 
 
 def format_markdown(report: dict[str, Any], presentation: Presentation) -> str:
@@ -44,7 +39,7 @@ def format_markdown(report: dict[str, Any], presentation: Presentation) -> str:
             "## How to reproduce",
             reproduce_section(report),
             "## Machine and versions",
-            bullets(report["environment"]),
+            settings(report["environment"]),
         ]
     )
 
@@ -101,11 +96,20 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
     if shipped is teacher:
         return f"The teacher's {name} is {before} on {tested_on(report, presentation)}."
     ratios = shipped["ratios"]
-    faster = f"{ratios['faster_than_teacher']['median']:.1f} times faster than the teacher in torch"
-    if ratios["faster_than_teacher_onnx"]:
-        faster += f" ({ratios['faster_than_teacher_onnx']['median']:.1f} times faster than the teacher in fp32 ONNX)"
+    claim = f"The shipped model ({shipped['path']}) is {number(ratios['smaller_than_teacher'], '.1f')} times smaller"
+    if report.get("busy"):  # reports of earlier versions do not have it
+        loads = [stage["load"]["during"] for stage in report["stages"] if stage.get("busy")]
+        seen = f"others used up to {max(loads):.1f} cores" if loads else "rounds differ by more than a factor of two"
+        claim += (
+            f". The machine was busy while the stages were timed ({seen}), so nothing is claimed about speed. Time them again, and nothing "
+            "else, with: pocketformers report --again --output_dir RUN"
+        )
+    else:
+        claim += f" and {ratios['faster_than_teacher']['median']:.1f} times faster than the teacher in torch"
+        if ratios["faster_than_teacher_onnx"]:
+            claim += f" ({ratios['faster_than_teacher_onnx']['median']:.1f} times faster than the teacher in fp32 ONNX)"
     sentences = [
-        f"The shipped model ({shipped['path']}) is {number(ratios['smaller_than_teacher'], '.1f')} times smaller and {faster}.",
+        f"{claim}.",
         f"Its {name} is {after} on {tested_on(report, presentation)}, the teacher's {before}.",
         f"The delta is {describe_delta(shipped['delta'], report, presentation)}.",
     ]
@@ -137,7 +141,7 @@ def results_section(report: dict[str, Any], presentation: Presentation) -> str:
         "The test split was read for this report only. The ONNX rows are the predictions of ONNX Runtime. *delta*: the score minus the "
         f"teacher's, with a paired bootstrap interval over the test {presentation.unit}. {presentation.how_scored(report)} *MB*: the files that "
         f"must be shipped, in millions of bytes. {presentation.how_timed(report)} *x faster*: the ratio of the two p50 in one round, as the "
-        f"median of the rounds, with the smallest and the largest. All times are on {threads} threads, each stage in a fresh process, the "
+        f"median of the rounds, with the smallest and the largest; *busy* where these are more than a factor of two apart. All times are on {threads} threads, each stage in a fresh process, the "
         f"stages in turn. Peak memory of the whole process while it was timed: {memory}."
     )
     table = markdown_table(list(rows[0]), [list(row.values()) for row in rows])
@@ -155,12 +159,10 @@ def data_section(report: dict[str, Any]) -> str:
     dataset = report["dataset"]
     details = {key: value for key, value in report["data"].items() if key not in ("dataset", "dataset_config")}
     named = ", configuration ".join(escape(part) for part in (dataset["source"], dataset["config"]) if part)
-    return f"Data set: {named or 'not named'}.\n\n{bullets(details)}"
+    return f"Data set: {named or 'not named'}.\n\n{settings(details)}"
 
 
 def reproduce_section(report: dict[str, Any]) -> str:
-    import yaml
-
     seconds = ", ".join(f"{stage['name']} {stage['seconds']:.0f}" for stage in report["stages"])
     records = (
         f"Seconds that the stages took: {escape(seconds, None)}. Each stage's directory has a record.json with its source, settings, "
@@ -170,9 +172,8 @@ def reproduce_section(report: dict[str, Any]) -> str:
     if report["recipe"] == "report":
         return records
     flags = {flag: value for flag, value in report["config"].items() if flag != "output_dir"}
-    settings = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True, width=1000)
     command = f"accelerate launch -m pipelines compress --task {report['task']} --config run.yaml"
     return (
         "Save these flags as run.yaml (a path that starts with `<local>` was a local file), install Pocketformers, "
-        f"and run\n\n{fence(command, 'bash')}\n\n{fence(settings, 'yaml')}\n\n{records}"
+        f"and run\n\n{fence(command, 'bash')}\n\n{settings(flags, inline=False)}\n\n{records}"
     )

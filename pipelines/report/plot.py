@@ -10,60 +10,48 @@ from pipelines.report.pages import metric_name, tested_on
 # Okabe and Ito's colours, which colour-blind people tell apart; the light yellow is left out.
 COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 # An open square around a filled circle: both are seen where torch and ONNX coincide.
-MARKERS = {"onnx": {"marker": "s", "markersize": 11, "fillstyle": "none", "markeredgewidth": 2, "zorder": 4}}
-OTHER_MARKER = {"marker": "o", "markersize": 7, "zorder": 3}
+MARKERS = {
+    "onnx": {"marker": "s", "markersize": 11, "fillstyle": "none", "markeredgewidth": 2, "zorder": 4},
+    "transformers": {"marker": "o", "markersize": 7, "zorder": 3},
+}
 
 
 def draw_report(report: dict[str, Any], presentation: Presentation) -> Any:
     """The matplotlib figure of report.png."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    stages, metric = report["stages"], metric_name(report)
+    stages, metric, busy = report["stages"], metric_name(report), " on a busy machine" if report.get("busy") else ""
     # Figure and canvas without pyplot: no global state, and no display is looked for.
     figure = Figure(figsize=(11, 5.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
-    styles: list[dict[str, Any]] = [
-        {"color": COLORS[index % len(COLORS)], "linestyle": "none", **MARKERS.get(stage["format"], OTHER_MARKER)}
-        for index, stage in enumerate(stages)
-    ]
     size = [stage["bytes"] / 1e6 for stage in stages]
     latency = [stage["latency_ms"]["p50"] for stage in stages]
-    labels = ("shipped size (MB)", f"median latency of {presentation.latency_of} (ms)")
+    labels = ("shipped size (MB)", f"median latency of {presentation.latency_of}{busy} (ms)")
     for axes, values, label in zip(panels, (size, latency), labels, strict=True):
-        for stage, style, value in zip(stages, styles, values, strict=True):
-            score, delta = stage["metrics"][report["primary_metric"]], stage["delta"]
-            axes.plot(value, score, **style)
+        for index, (stage, value) in enumerate(zip(stages, values, strict=True)):
+            score, delta, color = (
+                stage["metrics"][report["primary_metric"]],
+                stage["delta"],
+                COLORS[index % len(COLORS)],
+            )
+            axes.semilogx(value, score, color=color, linestyle="none", label=stage["name"], **MARKERS[stage["format"]])
             if delta["low"] is not None and delta["low"] < delta["high"]:
                 spread = [[delta["value"] - delta["low"]], [delta["high"] - delta["value"]]]
-                axes.errorbar(value, score, yerr=spread, color=style["color"], linewidth=1.2, capsize=3, alpha=0.7)
-        _scale_axis(axes, values)
-        axes.set_xlabel(f"{label}, smaller is better" + (", log scale" if axes.get_xscale() == "log" else ""))
+                axes.errorbar(value, score, yerr=spread, color=color, linewidth=1.2, capsize=3, alpha=0.7)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.15, y=0.2)
+        axes.set_xlabel(f"{label}, smaller is better, log scale")
         axes.grid(color="#e4e4e4", linewidth=0.7)
-        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(
-        f"{metric} on the test split, {'larger' if report['greater_is_better'] else 'smaller'} is better"
-    )
+    better = "larger" if report["greater_is_better"] else "smaller"
+    panels[0].set_ylabel(f"{metric} on the test split, {better} is better")
     figure.suptitle(f"{report['name']}: {metric} on {tested_on(report, presentation)}", parse_math=False)
-    handles = [Line2D([], [], label=stage["name"], **style) for stage, style in zip(stages, styles, strict=True)]
+    handles = [line for line in panels[0].lines if line.get_label() in {stage["name"] for stage in stages}]
     title = "circles: torch, squares: ONNX Runtime, bars: 95 % interval of the delta to the teacher (paired bootstrap)"
     figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, title=title)
     return figure
-
-
-def _scale_axis(axes: Any, values: list[float]) -> None:
-    """A log scale where the values differ by more than four times."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    low, high = min(values), max(values)
-    if low > 0 and high / low > 4:
-        room = (high / low) ** 0.1
-        axes.set_xscale("log")
-        axes.set_xlim(low / room, high * room)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.15, y=0.2)

@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError
 from pipelines.core.records import CHECKSUM, checksum, damaged_files, versions, with_checksum
 from pipelines.core.task import Comparison, Presentation, StageResult, Task
-from pipelines.onnx.measure import paired_ratios
+from pipelines.onnx.measure import carries, paired_ratios
 from pipelines.onnx.runtimes import needed_versions
 from pipelines.report.bootstrap import paired_bootstrap
 from pipelines.report.card import format_model_card
@@ -66,7 +67,6 @@ def build_report(
     published). The shipped model is the last stage that is no baseline.
     """
     samples, metric = comparison.samples, comparison.metric
-    timings = {stage.name: stage.timing for stage in stages}
     teacher, shipped = next(stage for stage in stages if stage.name == TEACHER), shipped_stage(stages)
     best = comparison.stages[TEACHER]["metrics"][task.primary_metric]
 
@@ -88,14 +88,7 @@ def build_report(
                 "bytes": stage.record["bytes"],
                 "seconds": stage.record["seconds"],
                 "needs": needed_versions(Path(run_dir) / stage.path),
-                **{key: value for key, value in stage.timing.items() if key != "rounds"},
-                "ratios": {
-                    "smaller_than_teacher": _divide(teacher.record["bytes"], stage.record["bytes"]),
-                    "faster_than_teacher": paired_ratios(timings, TEACHER, stage.name),
-                    "faster_than_teacher_onnx": (
-                        paired_ratios(timings, "teacher_onnx", stage.name) if "teacher_onnx" in timings else None
-                    ),
-                },
+                "ratios": {"smaller_than_teacher": _divide(teacher.record["bytes"], stage.record["bytes"])},
             }
         )
     both = {"student", "student_labels_only"} <= samples.keys()
@@ -119,10 +112,23 @@ def build_report(
         "data": _without_folders(task.details),
         "config": _without_folders(config),
     }
+    add_timings(report, {stage.name: stage.timing for stage in stages})
     # NumPy's scalars and arrays become Python's, paths strings, and what is not finite None.
     text = json.dumps(report, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
     plain: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
     return plain
+
+
+def add_timings(report: dict[str, Any], timings: dict[str, dict[str, Any]]) -> None:
+    """Put the timings of all stages into the report, in place of those it has; it is `busy` where they carry no claim about speed."""
+    ratios = []
+    for stage in report["stages"]:
+        stage |= {key: value for key, value in timings[stage["name"]].items() if key != "rounds"}
+        for other in (TEACHER, "teacher_onnx"):
+            ratio = paired_ratios(timings, other, stage["name"]) if other in timings else None
+            stage["ratios"][f"faster_than_{other}"] = ratio
+            ratios += [ratio] if ratio else []
+    report["busy"] = any(timing.get("busy") for timing in timings.values()) or not all(map(carries, ratios))
 
 
 def _divide(numerator: float, denominator: float) -> float | None:
@@ -134,12 +140,11 @@ def _describe_source(source: str | None) -> dict[str, str | None]:
     from pipelines.core.sources import resolve
 
     try:
-        hub_id = source if source and "://" not in source and resolve(source) == source else None
+        # A local path, absolute or with a scheme, is its own resolution too.
+        local = not source or "://" in source or Path(source).is_absolute() or resolve(source) != source
     except InputError:
-        hub_id = None
-    # An absolute local path is its own resolution too.
-    hub_id = None if hub_id and Path(hub_id).is_absolute() else hub_id
-    return {"source": _without_folders(source), "hub_id": hub_id}
+        local = True
+    return {"source": _without_folders(source), "hub_id": None if local else source}
 
 
 def _without_folders(value: Any) -> Any:
@@ -166,15 +171,9 @@ def write_report(run_dir: str | Path, report: dict[str, Any], presentation: Pres
         "README.md": format_model_card(report, presentation).encode(),
     }
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in pages.items()}
-    text = json.dumps(with_checksum(report | {"files": hashes}), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    for name, content in {**pages, "report.json": text.encode()}.items():
-        target = Path(run_dir) / name
-        temporary = target.with_name(f".{name}.partial")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    for name, content in pages.items():
+        write_whole(Path(run_dir) / name, content)
+    write_json(Path(run_dir) / "report.json", with_checksum(report | {"files": hashes}))
 
 
 def read_report(run_dir: str | Path) -> tuple[dict[str, Any], list[str]]:

@@ -22,7 +22,14 @@ from pipelines.onnx.export import ONNX_FILE
 from pipelines.onnx.measure import Subject, measure, paired_ratios
 from pipelines.onnx.predict import predict_onnx
 from pipelines.report.pages import TEACHER, format_summary
-from pipelines.report.report import build_report, describe_environment, read_report, shipped_stage, write_report
+from pipelines.report.report import (
+    add_timings,
+    build_report,
+    describe_environment,
+    read_report,
+    shipped_stage,
+    write_report,
+)
 
 STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
 
@@ -48,12 +55,32 @@ def report_run(run: Run, recipe: str, config: ReportConfig, given: dict[str, Any
     if changed or report["made_by"] != made_by:
         report = _score_and_time(run, records, recipe, config, given, batch_size)
         report["made_by"] = made_by
-        with needing_room("report", run.directory):
-            write_report(run.directory, report, task.presentation)
-        print(f"report: written to {run.directory}", flush=True)
+        _write(run, report)
     else:
-        print("report: finished already", flush=True)
-    print(format_summary(report, task.presentation), flush=True)
+        print(f"report: finished already\n{format_summary(report, task.presentation)}", flush=True)
+
+
+def time_again(run: Run, config: ReportConfig) -> None:
+    """Write the report of a finished run with new timings of the stages that it is of; nothing is scored again."""
+    if not run.state.is_main_process:
+        return
+    report, changed = read_report(run.directory)
+    if changed or report["made_by"]["stages"] != {name: fingerprint(run.record(name)) for name in run.stages}:
+        raise InputError(
+            f"expected a report of the stages that are in {run.directory}, found {', '.join(changed) or 'one of others'}. Leave --again out: "
+            "then the stages are scored, too."
+        )
+    add_timings(report, _time({name: run.directory / name for name in run.stages}, run.task, "test", config))
+    report["environment"] = describe_environment(run.seed)
+    report["made_by"] |= config.timing()
+    _write(run, report)
+
+
+def _write(run: Run, report: dict[str, Any]) -> None:
+    with needing_room("report", run.directory):
+        write_report(run.directory, report, run.task.presentation)
+    print(f"report: written to {run.directory}", flush=True)
+    print(format_summary(report, run.task.presentation), flush=True)
 
 
 def finished_stages(run: Any) -> list[str]:

@@ -136,9 +136,28 @@ def open_session(path: Path, threads: int | None = None, minimum: str = "0", pro
     return session
 
 
-def available_cores() -> int:
-    """Cores that this process may use: not those of the machine, which ONNX Runtime would count."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores(root: str = "/") -> int:
+    """Cores that this process may use: not those of the machine, which ONNX Runtime would count, and no more than its container's quota.
+
+    A quota of 1.5 cores is one thread: of two that wait for each other, both would stand still for a part of each period.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    groups = Path(root, "proc/self/cgroup")
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else ():
+        controllers, name = line.split(":", 2)[1:]
+        if "cpu" not in (controllers or "cpu").split(","):  # cgroups of version 2 name no controllers
+            continue
+        # The quotas of all groups around this one hold, too. In a container the name may be the host's: then only the last is found.
+        inner = Path(root, "sys/fs/cgroup", "cpu" if controllers else "", name.lstrip("/"))
+        for folder in (inner, *inner.parents):
+            for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+                try:
+                    quota, period = (int(word) for file in files for word in (folder / file).read_text().split())
+                except (OSError, ValueError):  # there is no such file, or no limit: "max"
+                    continue
+                if quota > 0:
+                    cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def in_order(predict: Callable[[Any], Any], examples: Iterable[Any], at_once: int) -> Iterator[Any]:

@@ -22,9 +22,10 @@ from pipelines.data.references import read_classes
 from pipelines.data.remembered import remembered_fingerprint
 from pipelines.edge.bundle import image_probes, verify_predictor
 from pipelines.edge.settings import head_outputs, image_settings
-from pipelines.models.families import FAMILIES
 from pipelines.models.loading import load
 from pipelines.tasks.classification import Classification, ClassifierPresentation
+
+ONE_SIZE = ("vit", "deit", "beit")  # families whose position embeddings are for images of one size
 
 
 class ImagePresentation(ClassifierPresentation):
@@ -159,8 +160,8 @@ class ImageClassification(Classification):
         """Raise InputError unless the model takes what its own image processor makes."""
         row = {"image": self.data.splits["train"][0]["image"], "labels": 0}
         found = list(self.collate(self.load_processor(source))([row])["pixel_values"].shape[1:])
-        # Position embeddings are for one size; a convolutional network takes any, and its config says what it was trained on.
-        size = config.image_size if config.model_type in FAMILIES else found[1:]
+        # Position embeddings are for one size; other models take any, and their config says what they were trained on.
+        size = config.image_size if config.model_type in ONE_SIZE else found[1:]
         sides = [size, size] if isinstance(size, int) else list(size)
         expected = [getattr(config, "num_channels", 3), *sides]
         if found != expected:

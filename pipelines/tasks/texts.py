@@ -18,7 +18,7 @@ from pipelines.core.task import Collate, Graph, Head
 from pipelines.data.text import collate, tokenize, tokenizer_content
 from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
-from pipelines.models.loading import Inputs, inputs_of, load_tokenizer
+from pipelines.models.loading import Inputs, has_tokenizer, inputs_of, load_tokenizer
 from pipelines.tasks.base import BasePresentation, BaseTask
 
 
@@ -95,8 +95,11 @@ class TextTask(BaseTask):
                 f"expected an encoder such as BERT, or a decoder such as GPT-2, found {config.model_type!r} in {source}, which has both; its "
                 "classifier cannot be exported. Use one of the others."
             )
-        tokenizer, inputs = self.load_processor(source), self._inputs(config, source)
+        inputs = self._inputs(config, source)
         self.check_length(inputs.positions, source)
+        if not has_tokenizer(source):  # which is said where it is loaded
+            return
+        tokenizer = self.load_processor(source)
         text_config = config.get_text_config()
         if not inputs.from_padding:  # which would move the positions
             text_config.pad_token_id = tokenizer.pad_token_id

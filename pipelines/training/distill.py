@@ -16,7 +16,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome
 from pipelines.core.task import Task
 from pipelines.models.families import layer_count
-from pipelines.models.students import build_student
+from pipelines.models.students import build_student, config_of_student, layers_to_keep
 from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish, source_metrics
 from pipelines.training.soft_targets import WithSoftTargets, check_teacher
@@ -174,6 +174,17 @@ def parse_hidden_state_map(text: str | None, student: Any, teacher: Any) -> list
             f"found {text!r}."
         )
     return pairs
+
+
+def check_distillation(student: StudentConfig, distill: DistillConfig, teacher: str, task: Task) -> None:
+    """Refuse, before anything is trained, layers that the teacher in `teacher` lacks and hidden states that cannot be paired."""
+    config = task.load_config(teacher)
+    if student.student_model is not None:
+        student_config = task.load_config(student.student_model)
+    else:
+        student_config = config_of_student(config, layers_to_keep(config, student.student_layers))
+    if distill.hidden_state_weight > 0:
+        parse_hidden_state_map(distill.hidden_state_map, student_config, config)
 
 
 def train_student(

@@ -21,7 +21,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
 from pipelines.core.records import Outcome, with_checksum
 from pipelines.core.task import Task
-from pipelines.models.families import groups_of, layers_of, prunable, unit_count, unit_width
+from pipelines.models.families import groups_of, layers_of, removable, unit_count, unit_width
 from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write_checksums
 from pipelines.training.distill import TEACHER_COLUMN, train_student
@@ -137,21 +137,27 @@ def choose_kept(importance: list[np.ndarray], remove: int, minimum: int) -> list
 
 
 def possible_pruning(config: Any, prune: PruneConfig) -> PruneConfig:
-    """`prune` without what the family of a model with this config does not allow; says what that is.
+    """`prune` without what the family of a model with this config does not allow; says what that is, and why.
 
     Called before the first training, it says so before hours of it.
     """
-    asked = {"heads": prune.prune_heads, "neurons": prune.prune_ffn}
-    impossible = [kind for kind, share in asked.items() if share and not prunable(config)[kind]]
-    if impossible and PartialState().is_main_process:
-        print(
-            f"pruned: the {' and '.join(impossible)} of a {config.model_type} cannot be removed, they stay", flush=True
+    shares = {"heads": prune.prune_heads, "neurons": prune.prune_ffn}
+    for kind, found in removable(config).items():
+        if isinstance(found, str) and shares[kind]:
+            PartialState().print(f"pruned: the {kind} of a {config.model_type} stay: {found}", flush=True)
+            shares[kind] = 0.0
+    return dataclasses.replace(prune, prune_heads=shares["heads"], prune_ffn=shares["neurons"])
+
+
+def checked_pruning(config: Any, prune: PruneConfig, source: str) -> PruneConfig:
+    """possible_pruning; raises InputError where nothing is left to prune of the model in `source`."""
+    prune = possible_pruning(config, prune)
+    if prune.prune_heads == prune.prune_ffn == 0:
+        raise InputError(
+            f"expected a model with heads or neurons that can be removed, and a share of them to remove, found none in {source}. Leave "
+            "pruning out (--prune_heads 0 --prune_ffn 0)."
         )
-    return dataclasses.replace(
-        prune,
-        prune_heads=0.0 if "heads" in impossible else prune.prune_heads,
-        prune_ffn=0.0 if "neurons" in impossible else prune.prune_ffn,
-    )
+    return prune
 
 
 def prune_and_recover(
@@ -170,12 +176,7 @@ def prune_and_recover(
     otherwise give the processes models of different shapes. A run that was interrupted goes on from the last step that was written.
     """
     processor = task.load_processor(source)
-    prune = possible_pruning(task.load_config(source), prune)
-    if prune.prune_heads == prune.prune_ffn == 0:
-        raise InputError(
-            f"expected a model with heads or neurons that can be removed, and a share of them to remove, found none in {source}. Leave "
-            "pruning out (--prune_heads 0 --prune_ffn 0)."
-        )
+    prune = checked_pruning(task.load_config(source), prune, source)
     batch_size = training.per_device_eval_batch_size
     from_source = source_metrics(source, task, batch_size)
     model = remove_zeros(task.load_model(source))

@@ -359,14 +359,12 @@ def check_training(arguments: transformers.TrainingArguments, task: Task) -> Non
             raise InputError(
                 f"expected --{name} {str(needed).lower()}, since a task scores all predictions at once, found the contrary. Leave it out."
             )
-    missing = set(arguments.report_to or ()) - {
-        *get_available_reporting_integrations(),
-        "flyte",
-    }  # which says so itself
+    known = {*get_available_reporting_integrations(), "flyte"}  # which says itself that it is missing
+    missing = [name for name in arguments.report_to or () if name not in known]
     if missing:
-        packages = " ".join(LOGGER_PACKAGES.get(name, name) for name in sorted(missing))
+        packages = " ".join(LOGGER_PACKAGES.get(name, name) for name in missing)
         raise InputError(
-            f"expected loggers that are installed for --report_to, found {', '.join(sorted(missing))}, which cannot be imported. Install "
+            f"expected loggers that are installed for --report_to, found {', '.join(missing)}, which cannot be imported. Install "
             f"what is missing (pip install {packages}), or leave --report_to out."
         )
     if arguments.mixed_precision == "fp16" and arguments.device.type == "cpu":

@@ -67,6 +67,7 @@ def test_a_value_of_the_file_is_read_as_the_flag_would_read_it(tmp_path):
         ("hidden_state_map: 3:6", "3:6"),
         ("hidden_state_map: {1: 2, 3: 6}", "1:2,3:6"),
         ("hidden_state_map: ['1:2', 3:6]", "1:2,3:6"),
+        ("hidden_state_map:\n  - 1: 2\n  - 2: 4", "1:2,2:4"),
         ("student_layers: [0, 2, 5]", "0,2,5"),
         ("optim_args: {rank: 64, scale: 1e-2}", "rank=64,scale=1e-2"),
         ("lr_scheduler_kwargs: {min_lr: 1e-6, num_cycles: 2, last: -1}", {"min_lr": 1e-6, "num_cycles": 2, "last": -1}),
@@ -85,6 +86,10 @@ def test_a_value_means_what_people_mean(tmp_path, content, read):
     name = content.partition(":")[0].replace("-", "_")
     found = next(getattr(one, name) for one in vars(settings).values() if hasattr(one, name))
     assert getattr(found, "value", found) == read
+    # What a report prints as run.yaml is read as it was.
+    file.write_text(yaml.safe_dump(settings.given, allow_unicode=True))
+    again = parse_config([TrainingArguments, DistillConfig, StudentConfig, DataConfig], argv=argv)
+    assert again.given == settings.given
 
 
 def test_a_file_of_a_windows_editor_is_read(tmp_path):

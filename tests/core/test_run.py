@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -219,14 +220,22 @@ def test_a_failed_stage_leaves_the_earlier_result_in_place(tmp_path, source):
     assert read_record(tmp_path / "run" / "first")["made_by"]["setting"] == {"size": 1}
 
 
-def test_a_result_that_a_kill_caught_between_two_names_is_still_there(tmp_path, source, capsys):
+def test_a_stage_that_failed_gives_its_directory_back(tmp_path, source):
+    """While its error is being looked at, as in a notebook."""
+    with pytest.raises(FileNotFoundError) as caught, Run(tmp_path, Task(), seed=0, only_stage="alone") as run:
+        run.stage("alone", write_second, str(source))
+    assert caught.tb is not None
+    with Run(tmp_path, Task(), seed=0, only_stage="alone") as run:
+        run.stage("alone", write_first, str(source), setting=Setting())
+
+
+def test_a_result_that_a_kill_caught_between_two_names_is_still_there(tmp_path, source):
     run_both(tmp_path / "run", source)
-    (tmp_path / "run" / "first").rename(tmp_path / "run" / ".first.old")
-    (tmp_path / "run" / "second").rename(tmp_path / "run" / ".second.old")
-    (tmp_path / "run" / ".third.old").mkdir()
-    (tmp_path / "run" / "third").mkdir()
+    for name in ("first", "second"):
+        shutil.copytree(tmp_path / "run" / name, tmp_path / "run" / f".{name}.partial")
+        (tmp_path / "run" / name).rename(tmp_path / "run" / f".{name}.old")
     assert run_both(tmp_path / "run", source) == []
-    assert not list((tmp_path / "run").glob(".*.old"))
+    assert not [path for path in (tmp_path / "run").iterdir() if path.suffix in (".old", ".partial")]
 
 
 def test_a_directory_with_other_things_in_it_is_refused_untouched(tmp_path):

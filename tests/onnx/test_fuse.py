@@ -19,7 +19,7 @@ from torch import nn
 
 from pipelines.core.task import Graph
 from pipelines.onnx.export import trace
-from pipelines.onnx.fuse import fuse_for_onnxruntime, simplify
+from pipelines.onnx.fuse import fuse_for_onnxruntime, simplify, why_not_fused
 
 Exported = Callable[[str], tuple[nn.Module, Path]]
 HEADS, HEAD_SIZE, WIDTH = 4, 8, 32
@@ -49,6 +49,46 @@ FAMILIES: dict[str, tuple[Any, Any, int]] = {
         transformers.ViTForImageClassification,
         transformers.ViTConfig(num_hidden_layers=1, image_size=32, patch_size=8, **SIZES),
         18,
+    ),
+}
+
+IMAGE = {"image_size": 32, "hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": 48}
+# Attention behind rotary positions or under a bias of positions; windows of tokens and of patches; and the one that is left as it was.
+OTHERS: dict[str, tuple[Any, Any, int]] = {
+    "modernbert": (
+        transformers.ModernBertForSequenceClassification,
+        # A token sees 16 others on each side, more than the traced texts have.
+        transformers.ModernBertConfig(
+            num_hidden_layers=2,
+            global_attn_every_n_layers=2,
+            local_attention=32,
+            classifier_pooling="mean",
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+            **SIZES,
+        ),
+        2,
+    ),
+    "mpnet": (
+        transformers.MPNetForSequenceClassification,
+        transformers.MPNetConfig(num_hidden_layers=1, pad_token_id=0, **SIZES),
+        1,
+    ),
+    "beit": (
+        transformers.BeitForImageClassification,
+        transformers.BeitConfig(num_hidden_layers=1, patch_size=8, use_relative_position_bias=True, **IMAGE),
+        1,
+    ),
+    "swin": (
+        transformers.SwinForImageClassification,
+        transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2], num_heads=[2], window_size=4),
+        2,
+    ),
+    "deberta-v2": (
+        transformers.DebertaV2ForSequenceClassification,
+        transformers.DebertaV2Config(
+            num_hidden_layers=1, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], **SIZES
+        ),
+        0,
     ),
 }
 
@@ -124,7 +164,7 @@ def assert_same_as_torch(model: nn.Module, path: Path) -> None:
         inputs = batch(model, size, tokens)
         with torch.no_grad():
             expected = model(**inputs).logits.numpy()
-        np.testing.assert_allclose(run(path, inputs), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(run(path, inputs), expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 def operators(path: Path) -> Counter[str]:
@@ -148,6 +188,21 @@ def test_every_family_fuses_completely_and_stays_equal(family: str, exported: Ex
     found = operators(tmp_path / "fused.onnx")
     assert found["Gelu"] >= layers
     assert found["Softmax"] == found["GatherND"] == found["Erf"] == 0
+    assert_same_as_torch(model, tmp_path / "fused.onnx")
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_attention_with_positions_of_its_own_is_fused_and_stays_equal(family: str, tmp_path: Path) -> None:
+    architecture, config, blocks = OTHERS[family]
+    model = tiny_model(architecture, config)
+    source = export(model, tmp_path / "source.onnx", 18)
+    counts = fuse_for_onnxruntime(source, tmp_path / "fused.onnx")
+    assert counts["attention"] == blocks
+    assert counts["attention_blocks"] == (blocks or 1)
+    assert (why_not_fused(config.model_type) is None) == (blocks > 0)
+    found = operators(tmp_path / "fused.onnx")
+    assert found["Attention"] == blocks
+    assert found["RotaryEmbedding"] == (4 if family == "modernbert" else 0)
     assert_same_as_torch(model, tmp_path / "fused.onnx")
 
 

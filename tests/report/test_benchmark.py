@@ -19,6 +19,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import Workload
 from pipelines.onnx.measure import (
     Subject,
+    carries,
     encoder_workload,
     measure,
     paired_ratios,
@@ -142,6 +143,22 @@ def test_whatever_else_a_worker_times_is_reported_as_a_median(tmp_path: Path, mo
     assert result["peak_memory_bytes"] == 4
 
 
+def test_the_load_beside_each_round_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = iter([0.0, *(0.1, 0.0), *(1.2, 0.1), *(0.9, 0.2)])  # before, and beside both models in each of the rounds
+    monkeypatch.setattr("pipelines.onnx.measure.load_beside", lambda work: (work(), next(loads)))
+    monkeypatch.setattr("pipelines.core.machine._own_cores", lambda: {0, 1})
+    subjects = [onnx_subject(write_matmuls(tmp_path / name, 1)) for name in ("first", "second")]
+    results = measure(subjects, rounds=3, threads=2, seconds=0.01)
+    assert results["first"]["load"] == {"before": 0.0, "during": 0.9}
+    assert results["second"]["load"] == {"before": 0.0, "during": 0.1}
+    assert [result["busy"] for result in results.values()] == [True, False]
+
+
+def test_a_ratio_carries_within_a_factor_of_two() -> None:
+    assert carries({"median": 3.0, "low": 2.0, "high": 4.0})
+    assert not carries({"median": 274.0, "low": 87.0, "high": 1965.0})
+
+
 def test_throughput_counts_whole_passes() -> None:
     ran: list[int] = []
 
@@ -195,14 +212,3 @@ def test_a_torch_worker_that_fails_says_why_and_the_next_one_does_not_mind(tmp_p
     with pytest.raises(InputError, match=rf"^expected whole safetensors weights in {weights}, found .*\Z"):
         run_worker("pipelines.onnx.measure", specs["broken"], "broken", fork=True)
     assert run_worker("pipelines.onnx.measure", specs["good"], "good", fork=True)["p50"] > 0
-
-
-def test_subjects_that_cannot_be_timed_are_refused(tmp_path: Path) -> None:
-    good = onnx_subject(write_matmuls(tmp_path / "good", 1))
-    refused = {
-        "expected model.onnx": [Subject("good", tmp_path, "onnx", good.workload)],
-        "expected config.json": [Subject("good", good.path, "transformers", good.workload)],
-    }
-    for message, subjects in refused.items():
-        with pytest.raises(InputError, match=message):
-            measure(subjects)

@@ -17,15 +17,20 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from onnx import TensorProto, helper, numpy_helper
 
+from pipelines.cli import main
+from pipelines.core.config import DataConfig, ReportConfig
 from pipelines.core.errors import InputError, VerificationError
+from pipelines.core.records import Outcome
+from pipelines.core.run import Run
 from pipelines.core.task import StageResult
 from pipelines.report.bootstrap import MINIMUM_UNITS, paired_bootstrap
 from pipelines.report.card import format_model_card
 from pipelines.report.pages import format_markdown, format_summary
 from pipelines.report.plot import draw_report
-from pipelines.report.report import build_report, describe_environment, shipped_stage, write_report
+from pipelines.report.report import build_report, describe_environment, read_report, shipped_stage, write_report
+from pipelines.report.results import report_run
 from pipelines.tasks.classification import compare_classifiers
-from pipelines.tasks.text_classification import TextClassifierPresentation
+from pipelines.tasks.text_classification import TextClassification, TextClassifierPresentation
 
 LABELS = ["bad", "good"]
 # Ten test examples; the models below predict LABELS[answer] with a confidence that grows with the margin.
@@ -389,10 +394,10 @@ def test_the_plot_has_a_point_and_a_name_for_every_stage() -> None:
 
 def test_summary_is_a_table_and_a_sentence() -> None:
     lines = format_summary(make_report(repeated=2), WORDS).splitlines()
-    assert max(len(line) for line in lines[:8]) <= 120
+    assert max(len(line) for line in lines[:7]) <= 120
     assert lines[0].split()[:4] == ["stage", "accuracy", "retained", "agreement"]
-    assert lines[7].split()[:4] == ["quantized", "0.600", "0.750", "0.600"]
-    assert lines[7].endswith("8.0  4.4 (4.0-5.0)")
+    assert lines[6].split()[:4] == ["quantized", "0.600", "0.750", "0.600"]
+    assert lines[6].endswith("8.0 4.4 (4.0-5.0)")
     assert "8.0 times smaller and 4.4 times faster than the teacher in torch (3.3 times" in lines[-1]
     assert "no measurable difference" in lines[-1]
 
@@ -405,3 +410,92 @@ def test_environment_names_machine_and_versions_but_not_its_owner() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", environment["packages"]["onnxruntime"])
     assert isinstance(environment["instruction_sets"], list)
     assert "hostname" not in environment
+
+
+def pages_of(report: dict[str, Any]) -> list[str]:
+    return [format_summary(report, WORDS), format_markdown(report, WORDS), format_model_card(report, WORDS)]
+
+
+def test_rounds_that_differ_too_much_carry_no_ratio_and_no_claim() -> None:
+    stages = make_stages()
+    stages[-1].timing["rounds"] = [{"p50": p50} for p50 in (10.0, 1.0, 2.0)]  # 4, 44 and 40 times
+    report = make_report(stages)
+    assert report["busy"] is True
+    assert report["stages"][-1]["ratios"]["faster_than_teacher"] == {"median": 40.0, "low": 4.0, "high": 44.0}
+    for page in pages_of(report):
+        assert "8.0 times smaller. The machine was busy while the stages were timed (rounds differ by more" in page
+        assert "pocketformers report --again --output_dir RUN" in page
+        assert "times faster" not in page
+        assert "40.0 (" not in page
+        assert "2.0 (2.0-2.0)" in page  # the student's rounds agree
+    assert format_summary(report, WORDS).splitlines()[6].endswith("  busy")
+
+
+def test_others_at_work_are_told_of_where_the_rounds_agree_too() -> None:
+    stages = make_stages()
+    assert make_report(stages)["busy"] is False
+    stages[2].timing |= {"busy": True, "load": {"before": 0.0, "during": 0.93}}
+    report = make_report(stages)
+    assert report["busy"] is True
+    assert report["stages"][2]["load"] == {"before": 0.0, "during": 0.93}
+    for page in pages_of(report):
+        assert "The machine was busy while the stages were timed (others used up to 0.9 cores)" in page
+        assert "times faster" not in page
+        assert "4.4 (4.0-5.0)" in page
+    assert "on a busy machine" in draw_report(report, WORDS).axes[1].get_xlabel()
+    assert "on a busy machine" not in draw_report(make_report(), WORDS).axes[1].get_xlabel()
+
+
+def test_a_finished_run_is_timed_again_by_its_own_flags(
+    teacher: Path, csv_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def copy(source: str, directory: Path, task: Any) -> Outcome:
+        shutil.copytree(source, directory, dirs_exist_ok=True)
+        return Outcome("transformers", parameters=10)
+
+    def command(*flags: str) -> str:
+        monkeypatch.setattr("sys.argv", ["pocketformers", "report", "--output_dir", str(tmp_path / "run"), *flags])
+        main()
+        return capsys.readouterr().out
+
+    def timed(load: float, p50: float) -> None:
+        monkeypatch.setattr("pipelines.onnx.measure.load_beside", lambda work: (work(), load))
+        times = {"p50": p50, "samples_per_second": 1.0, "peak_memory_bytes": 1}
+        monkeypatch.setattr("pipelines.onnx.measure.run_worker", lambda *orders, **how: times)
+
+    # Flags that a second command would have to repeat, or the test split would be another one.
+    flags = {"dataset": str(csv_file), "max_length": 32, "validation_size": 0.2, "test_size": 0.2, "split_seed": 5}
+    timed(load=64.0, p50=9.0)
+    with Run(tmp_path / "run", TextClassification(DataConfig(**flags)), seed=0) as run:
+        for stage in ("teacher", "student"):
+            run.stage(stage, copy, str(teacher))
+        report_run(run, "compress", ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), flags)
+    before, _ = read_report(tmp_path / "run")
+    said = capsys.readouterr()
+    assert before["busy"] is True
+    assert "The machine was busy" in said.out
+    assert "the machine is busy, others use 64.0 cores" in said.err
+
+    timed(load=0.0, p50=4.0)
+    with monkeypatch.context() as patched:
+        patched.setattr("pipelines.report.results._predict", lambda *given: pytest.fail("scored again"))
+        assert "1.0 times faster than the teacher in torch" in command("--again", "--benchmark_rounds", "2")
+    after, changed = read_report(tmp_path / "run")
+    assert not changed
+    assert after["busy"] is False
+    assert after["stages"][1]["latency_ms"]["p50"] == 4.0
+    new = {"busy", "stages", "environment", "made_by", "files", "sha256"}
+    assert {key for key in before if before[key] != after[key]} <= new
+    assert after["made_by"] == before["made_by"] | {"rounds": 2, "seconds": 1.0}
+    assert [stage["metrics"] for stage in after["stages"]] == [stage["metrics"] for stage in before["stages"]]
+
+    (tmp_path / "run" / "report.md").write_text("changed")
+    with pytest.raises(InputError, match="found report.md. Leave --again out"):
+        command("--again")
+    shutil.rmtree(tmp_path / "run" / "student")
+    command(*(f"--{name}={value}" for name, value in flags.items()))
+    with Run(tmp_path / "run", TextClassification(DataConfig(**flags)), seed=0) as run:
+        run.stage("teacher", copy, str(teacher))
+        run.stage("student", copy, str(teacher))
+    with pytest.raises(InputError, match="found one of others"):
+        command("--again")

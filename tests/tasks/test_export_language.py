@@ -21,10 +21,12 @@ from pipelines.core.errors import InputError, VerificationError
 from pipelines.models.removal import cut, load_model, shape_of, with_stock_shapes
 from pipelines.onnx import file as onnx_file
 from pipelines.onnx.export import export_graph, export_onnx
+from pipelines.onnx.file import OLDER
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.measure import Subject, measure, paired_ratios
 from pipelines.onnx.predict import empty_cache, score_onnx
 from pipelines.onnx.quantize import SCHEMES, quantize_onnx
+from pipelines.onnx.runtimes import needed_versions
 from pipelines.onnx.verify import verify_against_torch, verify_directory, verify_same_graph
 from pipelines.runtime.generate import LanguageModel, Sampling, choose, keep_likely, penalize
 from pipelines.runtime.infer import open_session
@@ -94,6 +96,41 @@ def test_a_llama_style_model_exports_the_same_way(language_task, language_model_
     (tmp_path / "onnx").mkdir()
     outcome = export_onnx(str(tmp_path / "llama"), tmp_path / "onnx", language_task)
     assert outcome.details["verification"]["generation"]["ties"] == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("mistral", {"sliding_window": 24}),
+        ("gemma3_text", {"sliding_window": 3, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("gpt_neox", {"rotary_pct": 0.5}),
+    ],
+)
+def test_rotary_positions_and_sliding_windows_are_fused_and_hold_beyond_the_traced_length(family, settings, tmp_path):
+    """The graph is traced with 8 tokens: fewer than one window, more than the other."""
+    model = tiny_language_model(family, num_hidden_layers=2, **settings)
+    if family == "mistral":  # two queries share each key
+        cut(model, [np.arange(2), np.array([1])], [np.arange(64), np.arange(20)])
+    export_graph(graph_with_cache(model), tmp_path / "model.onnx")
+    counts = fuse_for_onnxruntime(tmp_path / "model.onnx", tmp_path / "fused.onnx")
+    assert counts["attention"] == counts["attention_blocks"] == 2
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
+    assert operators["RotaryEmbedding"] == 4
+    assert operators["RMSNormalization"] == {"mistral": 5, "gemma3_text": 13, "gpt_neox": 0}[family]
+    ids = np.random.default_rng(0).integers(1, 300, (2, 60))
+    mask = np.ones_like(ids)
+    mask[1, :7] = 0
+    with torch.inference_mode():
+        positions = torch.from_numpy((mask.cumsum(1) - 1).clip(0))
+        expected = model(torch.from_numpy(ids), torch.from_numpy(mask), position_ids=positions).logits.numpy()
+    for session in map(open_session, (tmp_path / "model.onnx", tmp_path / "fused.onnx")):
+        cache, names = empty_cache(session, 2), [value.name for value in session.get_outputs()]
+        for start, stop in [(0, 10), *((token, token + 1) for token in range(10, 60))]:
+            feed = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+            outputs = dict(zip(names, session.run(names, feed | cache), strict=True))
+            cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+            seen = mask[:, start:stop].astype(bool)
+            np.testing.assert_allclose(outputs["logits"][seen], expected[:, start:stop][seen], rtol=1e-3, atol=1e-3)
 
 
 def test_onnx_and_torch_score_text_alike(exported, language_task):
@@ -306,11 +343,19 @@ def test_the_fastest_scheme_within_the_limit_is_shipped(exported, language_task,
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
         "model.onnx",
+        "onnx",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
     model = LanguageModel(tmp_path, open_session(tmp_path / "model.onnx"))
     assert model.generate(["the team"], Sampling(max_new_tokens=3))
+    # For older runtimes: neither newer operators nor embeddings in blocks.
+    assert outcome.details["older_runtimes"]["quality_lost"] <= 0.2
+    needs = {name: found["onnxruntime"] for name, found in needed_versions(tmp_path).items()}
+    assert needs["model.onnx"] == "1.23.0"
+    assert needs[OLDER] < "1.20.1"
+    session = open_session(tmp_path / OLDER)
+    assert [value.name for value in session.get_outputs()] == [value.name for value in model.session.get_outputs()]
     json.dumps(outcome.details, allow_nan=False)
     verified = verify_directory(tmp_path, directory, language_task, GateConfig(max_quality_drop=0.2))
     assert verified["quality_lost"] == tried[outcome.details["scheme"]]["quality_lost"]

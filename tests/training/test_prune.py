@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
-from conftest import example_inputs, tiny_language_model, tiny_model
+from conftest import example_inputs, tiny_config, tiny_language_model, tiny_model
 from pipelines.core.config import DistillConfig, PruneConfig
 from pipelines.core.divergences import DIVERGENCES
 from pipelines.core.errors import InputError
-from pipelines.models import families
-from pipelines.models.families import Family, Group, Outputs, groups_of, layers_of
+from pipelines.models.families import groups_of, layers_of
 from pipelines.models.removal import load_model, shape_of
 from pipelines.training.prune import (
+    checked_pruning,
     choose_kept,
     choose_units,
     measure_importance,
@@ -155,14 +155,7 @@ def test_an_online_teacher_counts_as_its_stored_soft_targets_do():
             assert not np.allclose(values, from_labels[kind][layer], rtol=1e-2)
 
 
-def test_a_layer_that_is_used_several_times_has_one_gate(monkeypatch):
-    shared = "albert_layers.0.attention."
-    heads = Group(
-        tuple(Outputs(shared + name) for name in ("query", "key", "value")),
-        shared + "dense",
-        width=(shared + "attention_head_size",),
-    )
-    monkeypatch.setitem(families.FAMILIES, "albert", Family("encoder.albert_layer_groups", heads=heads))
+def test_a_layer_that_is_used_several_times_has_one_gate():
     model, rows = tiny_model("albert").double(), make_rows("bert")
     loss = training_loss(model, "processor", Standin(), DistillConfig(soft_target_weight=0.0), teacher=None)
     importance = measure_importance(model, rows, loss)["heads"]
@@ -170,7 +163,7 @@ def test_a_layer_that_is_used_several_times_has_one_gate(monkeypatch):
     moved = []
     for sign in (1, -1):
         changed = copy.deepcopy(model)
-        layers_of(changed)[0].get_submodule(heads.input).weight.data[:, :8] *= 1 + sign * 1e-4
+        layers_of(changed)[0].get_submodule("attention.dense").weight.data[:, :8] *= 1 + sign * 1e-4
         of_row = training_loss(changed, "processor", Standin(), DistillConfig(soft_target_weight=0.0), teacher=None)
         moved.append(np.array([of_row([row]).item() for row in rows]))
     assert importance[0][0] == pytest.approx(np.abs((moved[0] - moved[1]) / 2e-4).mean(), rel=2e-2)
@@ -193,16 +186,16 @@ def test_the_share_to_remove_grows_from_step_to_step():
     assert [len(layer) for kind in ("heads", "neurons") for layer in least[kind]] == [1, 1, 8, 8]
 
 
-def test_what_a_family_does_not_allow_is_left_out_with_a_line(monkeypatch, capsys):
+def test_what_a_family_does_not_allow_is_left_out_with_a_line(capsys):
     config, resnet = tiny_model().config, tiny_model("resnet").config
     assert possible_pruning(config, PruneConfig()) == PruneConfig()
     assert capsys.readouterr().out == ""
     assert possible_pruning(resnet, PruneConfig()) == PruneConfig(prune_heads=0.0, prune_ffn=0.0)
-    assert "the heads and neurons of a resnet cannot be removed" in capsys.readouterr().out
-    bert = families.FAMILIES["bert"]
-    monkeypatch.setitem(families.FAMILIES, "bert", Family(bert.layers, neurons=bert.neurons))
-    assert possible_pruning(config, PruneConfig()) == PruneConfig(prune_heads=0.0)
-    assert capsys.readouterr().out == "pruned: the heads of a bert cannot be removed, they stay\n"
+    assert "pruned: the neurons of a resnet stay: its layers are convolutions" in capsys.readouterr().out
+    assert possible_pruning(tiny_config("mpnet"), PruneConfig()) == PruneConfig(prune_heads=0.0)
+    assert capsys.readouterr().out.startswith("pruned: the heads of a mpnet stay: all layers share a bias")
+    with pytest.raises(InputError, match="Leave pruning out"):
+        checked_pruning(resnet, PruneConfig(), "resnet")
 
 
 def test_pruning_removes_the_share_asked_for_unevenly_and_recovers(trained_teacher, task, training, tmp_path, capsys):

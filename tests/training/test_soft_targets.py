@@ -181,3 +181,10 @@ def test_memory_is_flat_in_the_number_of_examples(tmp_path):
     assert many["stored_bytes"] > 15 * few["stored_bytes"]
     assert many["stored_bytes"] > 90e6
     assert many["peak_anonymous_bytes"] - few["peak_anonymous_bytes"] < 25e6
+
+
+def test_soft_targets_are_keyed_by_what_they_depend_on(task, language_task):
+    """Logits are stored as they are; of tokens only the likeliest, at a temperature."""
+    hot = DistillConfig(temperature=4.0, soft_target_top_k=5, divergence="reverse_kl")
+    assert hot.only(task.soft_target_settings) == DistillConfig()
+    assert hot.only(language_task.soft_target_settings) == DistillConfig(temperature=4.0, soft_target_top_k=5)

@@ -57,16 +57,16 @@ def cache_names(layers: int) -> list[str]:
 
 def graph_with_cache(model: Any) -> Graph:
     """Two sequences, one of them padded, that continue a past of five tokens by three; the past has each layer's own heads."""
-    with torch.inference_mode():
-        layers = model(torch.zeros((2, 5), dtype=torch.long), use_cache=True).past_key_values.layers
-    past = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
-    mask = torch.ones((2, 8), dtype=torch.long)
+    ids, mask = torch.arange(16).reshape(2, 8), torch.ones((2, 8), dtype=torch.long)
     mask[0, :2] = 0
-    caches = cache_names(len(layers))
+    with torch.inference_mode():
+        _, present = WithCache(model)(ids[:, :5], mask[:, :5], [])
+    past = [(keys.clone(), values.clone()) for keys, values in zip(present[::2], present[1::2], strict=True)]
+    caches = cache_names(len(past))
     axes = {"input_ids": {0: "batch_size", 1: "sequence"}, "attention_mask": {0: "batch_size", 1: "total"}}
     return Graph(
         WithCache(model),
-        {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": mask, "past": past},
+        {"input_ids": ids[:, 5:], "attention_mask": mask, "past": past},
         axes | {f"{PAST}{name}": {0: "batch_size", 2: "past"} for name in caches},
         ["logits", *(f"{PRESENT}{name}" for name in caches)],
     )

@@ -31,7 +31,7 @@ from pipelines.data.documents import TextData, load_documents
 from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.edge.bundle import prompt_inputs, verify_generator
 from pipelines.edge.settings import generation_outputs
-from pipelines.models.loading import load_tokenizer, load_weights, new_model
+from pipelines.models.loading import has_tokenizer, load_tokenizer, load_weights, new_model
 from pipelines.runtime.generate import LanguageModel
 from pipelines.runtime.infer import open_session
 from pipelines.tasks.base import BaseTask
@@ -50,9 +50,6 @@ def collate_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for name, column in columns.items()
     }
 
-
-# How the names of a tokenizer's files begin.
-TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 64  # what a language model is timed on, at most
 
@@ -102,11 +99,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
 
         For a directory that only gives a model's shape it is a byte-level BPE, trained on the training split.
         """
-        directory = Path(resolve(source))
-        files = [file.name for file in directory.iterdir()] if directory.is_dir() else None
-        if files is not None and not any(
-            name.startswith(TOKENIZER_FILES) or name.endswith(".safetensors") for name in files
-        ):
+        if not has_tokenizer(source) and not any(Path(resolve(source)).glob("*.safetensors")):
             return self._new_tokenizer(source)
         tokenizer = load_tokenizer(source, self.trust_remote_code)
         if tokenizer.eos_token is None:
@@ -132,7 +125,8 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         code = {"trust_remote_code": self.trust_remote_code}
         config = self.checked_config(source, from_scratch)
         if not from_scratch:
-            self.check_tokens(self.load_processor(source), "input_ids", config.vocab_size, source)
+            if has_tokenizer(source):
+                self.check_tokens(self.load_processor(source), "input_ids", config.vocab_size, source)
             return load_weights(self.auto_class, source, **code)
         tokenizer = self.load_processor(source)
         end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -249,11 +243,8 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         """Windows of validation text, whole and in two parts joined by the cache, with and without padding on the left."""
         return export.verification_feeds(self.features(processor)["validation"])
 
-    def run_model(self, model: Any, feed: Arrays) -> Arrays:
-        return export.run_model(model, feed)
-
-    def run_graph(self, session: Any, feed: Arrays) -> Arrays:
-        return export.run_graph(session, feed)
+    run_model = staticmethod(export.run_model)
+    run_graph = staticmethod(export.run_graph)
 
     def verify_behaviour(self, directory: Path, model: Any, processor: Any) -> dict[str, Any]:
         """Compare the text that the exported directory generates with what torch generates."""
