@@ -73,12 +73,13 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
     A class is called what stands in its cells: 01 is 01. Only the ".0" goes that pandas gives the whole numbers of a column with gaps.
     """
     column = config.label_column
-    classes = {}
+    cells, classes = {}, {}
     for name, split in splits.items():
         _check_plain(split, name, "class name or number", config)
         declared = getattr(split.features[column], "names", None)
-        classes[name] = [_class_of(cell, declared) for cell in split[column][:]]
-    found = {label for labels in classes.values() for label in labels if label is not None}
+        cells[name] = split[column][:]
+        classes[name] = {cell: _class_of(cell, declared) for cell in set(cells[name])}
+    found = {label for labels in classes.values() for label in labels.values() if label is not None}
     names = getattr(next(iter(splits.values())).features[column], "names", None)
     written = {label: label for label in found}
     if names is None:
@@ -91,11 +92,10 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
             f"expected the classes of the training split ({', '.join(names)}) in every split, found also "
             f"{', '.join(unknown[:5])}; add training examples of it, or remove it from the other splits"
         )
-    ids = {label: class_id for class_id, label in enumerate(names)}
-    values = {
-        name: np.array([-1 if label is None else ids[written[label]] for label in labels], np.int64)
-        for name, labels in classes.items()
-    }
+    values = {}
+    for name, labels in classes.items():
+        ids = {cell: -1 if label is None else names.index(written[label]) for cell, label in labels.items()}
+        values[name] = np.array([ids[cell] for cell in cells[name]], np.int64)
     return values, datasets.ClassLabel(names=names)
 
 

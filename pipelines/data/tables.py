@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import io
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -19,7 +22,6 @@ import charset_normalizer
 import datasets
 import pandas
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 from fsspec.compression import compr
@@ -99,7 +101,7 @@ def _write(target: Path, readings: Iterator[tuple[str, Iterator[pa.Table]]]) -> 
                 for table in chain([first], tables):
                     writer.write_table(table)
             return
-        except (csv.Error, pa.ArrowInvalid) as error:
+        except (csv.Error, pandas.errors.ParserError, pandas.errors.ParserWarning) as error:
             last_error = error
     raise last_error
 
@@ -134,15 +136,11 @@ def _readings(path: Path, named: set[str | None], config: DataConfig) -> Iterato
         # "text, label": a space after each separator belongs to it.
         spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
         unquoted = separator == "\t" and not start.lstrip().startswith('"')
-        if not note and not spaced:
-            yield note, _from_lines(file, names, named, separator, unquoted)
         ways = [DOUBLED, *([ESCAPED] if '\\"' in start else []), UNQUOTED][:: -1 if unquoted else 1]
         # Rows may be short only where nothing else explains them.
         for way, whole in [*((way, True) for way in ways), (ways[0], False)]:
-            text.seek(0)
-            lines = islice(text, int(hints), None)
-            reader = csv.reader(lines, strict=True, delimiter=separator, skipinitialspace=spaced, **way)
-            yield note, _from_rows(reader, names, named, whole)
+            dialect = {"delimiter": separator, "skipinitialspace": spaced, **way}
+            yield note, _from_cells(text, names, named, int(hints), whole, dialect)
 
 
 def _first_rows(start: str, separator: str) -> list[list[str]]:
@@ -166,66 +164,43 @@ def _separator(start: str, usual: str, named: set[str | None]) -> str:
     return usual
 
 
-def _from_lines(
-    file: BinaryIO, names: list[str], named: set[str | None], separator: str, unquoted: bool
+def _from_cells(
+    text: TextIO, names: list[str], named: set[str | None], skipped: int, whole: bool, dialect: dict[str, Any]
 ) -> Iterator[pa.Table]:
-    """The rows of a file in UTF-8 in which every line is one, by Arrow: in a fifth of the time. Raises ArrowInvalid or csv.Error for any other file."""
-    file.seek(0)
-    numbers = [str(number) for number in range(len(names))]
-    stream = pyarrow.csv.open_csv(
-        file,
-        pyarrow.csv.ReadOptions(column_names=numbers, skip_rows=1, block_size=1 << 18),
-        pyarrow.csv.ParseOptions(delimiter=separator, quote_char=not unquoted and '"'),
-        pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(numbers, pa.string()),
-            include_columns=[number for number, name in zip(numbers, names, strict=True) if name in named],
-            null_values=[""],
-            strings_can_be_null=True,
-        ),
-    )
+    """The rows of a csv file, by pandas. Raises an error where they are longer than the header, or (`whole`) shorter.
+
+    pandas takes marks that do not pair for cells over many lines, so those are read again by the strict reader of `csv`.
+    """
+    text.seek(0)
     rows = 0
-    for batch in stream:
-        rows += len(batch)
-        yield pa.table(
-            {
-                name: batch.column(number) if name in named else pa.nulls(len(batch))
-                for number, name in zip(numbers, names, strict=True)
-            }
-        )
-    file.seek(0)
-    if rows != sum(not line.isspace() for line in file) - 1:
-        raise csv.Error("a cell over several lines")
-
-
-def _from_rows(
-    reader: Iterator[list[str]], names: list[str], named: set[str | None], whole: bool
-) -> Iterator[pa.Table]:
-    """The rows of a csv file, all of one length. Raises csv.Error where they are not, or quotation marks do not pair."""
-    csv.field_size_limit(sys.maxsize)
-    next((row for row in reader if row), None)
-    more = True
-    while more:
-        rows = [_fitted(row, len(names), whole) for row in islice(reader, ROWS_AT_A_TIME)]
-        more, rows = bool(rows), [row for row in rows if row]
-        yield pa.table(
-            {
-                name: pa.array([row[index] or None for row in rows], pa.string())
-                if name in named
-                else pa.nulls(len(rows))
-                for index, name in enumerate(names)
-            }
-        )
-
-
-def _fitted(row: list[str], width: int, whole: bool) -> list[str]:
-    """A row with as many cells as the header, or none for an empty line."""
-    if len(row) == width:
-        return row
-    if not any(cell.strip() for cell in row):
-        return []
-    if any(row[width:]) or (whole and len(row) < width):
-        raise csv.Error(f"the first line names {width} columns, and {row!r:.100} has {len(row)} cells")
-    return row[:width] + [""] * (width - len(row))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)  # a first row that is too long
+        for frame in pandas.read_csv(
+            text,
+            header=0,
+            names=range(len(names)),
+            skiprows=skipped,
+            index_col=False,
+            dtype=pandas.ArrowDtype(pa.string()),  # twice as fast as str
+            keep_default_na=False,
+            na_values=[""],
+            chunksize=ROWS_AT_A_TIME,
+            **dialect,
+        ):
+            rows += len(frame)
+            yield pa.table(
+                {
+                    name: pa.array(frame[number], pa.string()) if name in named else pa.nulls(len(frame))
+                    for number, name in enumerate(names)
+                }
+            )
+    text.buffer.seek(0)
+    if "quoting" in dialect or rows != sum(not line.isspace() for line in text.buffer) - 1 - skipped:
+        csv.field_size_limit(sys.maxsize)
+        text.seek(0)
+        for row in csv.reader(islice(text, skipped, None), strict=True, **dialect):
+            if any(row[len(names) :]) or (whole and any(row) and len(row) < len(names)):
+                raise csv.Error(f"{row!r:.100} has {len(row)} cells for {len(names)} columns")
 
 
 def _from_objects(text: TextIO, path: Path, named: set[str | None]) -> Iterator[pa.Table]:
@@ -299,18 +274,25 @@ def encoding_of(file: BinaryIO, path: Path) -> str:
     if max(zeros) > len(head) / 8 and not min(zeros):  # every other byte of Latin letters
         return "utf_16_be" if zeros[0] else "utf_16_le"
     file.seek(0)
+    decoder = codecs.getincrementaldecoder("utf-8")(
+        "surrogatepass"
+    )  # half of a pair is not UTF-8, but nothing else either
+    with contextlib.suppress(UnicodeDecodeError):
+        for chunk in iter(partial(file.read, 1 << 20), b""):
+            decoder.decode(chunk)
+        decoder.decode(b"", final=True)
+        return "utf-8-sig"
+    file.seek(0)
     counts: Counter[str] = Counter()
     other = b""
     for line in file:
         if not line.isascii():
             try:
-                line.decode(errors="surrogatepass")  # not UTF-8, but nothing else either
+                line.decode()
                 counts["UTF-8"] += 1
             except UnicodeDecodeError:
                 counts["other"] += 1
                 other += line[:4096] if len(other) < 1 << 16 else b""
-    if not other:
-        return "utf-8-sig"
     if counts["UTF-8"] < counts["other"] and (encoding := _guess(other)):
         return encoding
     raise InputError(

@@ -121,10 +121,7 @@ class BaseTask(Task):
 
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on."""
-        if "data" in vars(self):
-            fingerprint = self.data.fingerprint
-        else:
-            fingerprint = remembered_fingerprint(self.config, self.read_as, lambda: self.data.fingerprint)
+        fingerprint = remembered_fingerprint(self.config, self.read_as, lambda: self.data.fingerprint)
         permissions = {"trust_remote_code": True} if self.trust_remote_code else {}
         return {"name": self.name, "data": fingerprint, **permissions}
 

@@ -444,7 +444,7 @@ def test_one_class_an_empty_folder_and_texts_are_refused(tmp_path):
         (tmp_path / "one" / name).rmdir()
     refused(tmp_path / "one", "at least two classes", "sport")
     (tmp_path / "table.txt").write_text("words")
-    refused(tmp_path / "table.txt", ".csv.gz", "one sub-folder per class")
+    refused(tmp_path / "table.txt", "(csv, parquet)", "one sub-folder per class")
 
 
 # ---- What a model sees

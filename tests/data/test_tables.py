@@ -144,7 +144,7 @@ def test_cells_over_several_lines_and_rows_of_other_lengths(tmp_path: Path) -> N
     # What an editor cut off at the end of a line is an empty cell; a cell too many is an error.
     short = PLAIN.replace("label\n", "label,note\n") + "and one more,art,checked\n"
     assert found(load(tmp_path / "short.csv", short)) == {*ROWS, ("and one more", "art")}
-    with pytest.raises(InputError, match="well-formed csv.*names 2 columns.*'hello', ' world', 'art'.*--separator"):
+    with pytest.raises(InputError, match="well-formed csv.*Expected 2 fields in line 42, saw 3.*--separator"):
         load(tmp_path / "long.csv", PLAIN + "hello, world,art\n")
 
 
