@@ -73,6 +73,12 @@ OTHERS: dict[str, tuple[Any, Any, int]] = {
         transformers.MPNetConfig(num_hidden_layers=1, pad_token_id=0, **SIZES),
         1,
     ),
+    # A decoder that reads the last token that is no padding.
+    "llama": (
+        transformers.LlamaForSequenceClassification,
+        transformers.LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, pad_token_id=0, **SIZES),
+        1,
+    ),
     "beit": (
         transformers.BeitForImageClassification,
         transformers.BeitConfig(num_hidden_layers=1, patch_size=8, use_relative_position_bias=True, **IMAGE),
@@ -140,6 +146,8 @@ def batch(model: nn.Module, size: int, tokens: int) -> dict[str, torch.Tensor]:
     mask = (position < lengths).long()
     mask[1::2] = mask[1::2].flip(1)
     inputs = {"input_ids": torch.randint(2, 60, (size, tokens), generator=generator), "attention_mask": mask}
+    if model.config.model_type == "llama":
+        inputs["input_ids"] *= mask
     if model.config.model_type in ("bert", "electra"):
         inputs["token_type_ids"] = (position > tokens // 2).long()
     return inputs
@@ -202,7 +210,7 @@ def test_attention_with_positions_of_its_own_is_fused_and_stays_equal(family: st
     assert (why_not_fused(config.model_type) is None) == (blocks > 0)
     found = operators(tmp_path / "fused.onnx")
     assert found["Attention"] == blocks
-    assert found["RotaryEmbedding"] == (4 if family == "modernbert" else 0)
+    assert found["RotaryEmbedding"] == {"modernbert": 4, "llama": 2}.get(family, 0)
     assert_same_as_torch(model, tmp_path / "fused.onnx")
 
 
