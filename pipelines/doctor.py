@@ -15,10 +15,10 @@ from pipelines.core.sources import resolve
 from pipelines.core.task import Graph
 from pipelines.models.families import (
     FAMILIES,
-    LAYER_LISTS,
     Group,
     depths_of,
     family_of,
+    layer_lists,
     layers_of,
     removable,
     unit_count,
@@ -112,10 +112,7 @@ def _exported(model: Any, config: Any) -> dict[str, str]:
 
 def _small(config: Any) -> Any:
     if config.model_type in FAMILIES:
-        depths, lists = (
-            depths_of(config),
-            [getattr(config, name) for name in LAYER_LISTS if getattr(config, name, None)],
-        )
+        depths, lists = depths_of(config), layer_lists(config).values()
         first = {kind: layer for layer, kind in reversed(list(enumerate(zip(*lists, strict=True))))}
         spread = parse_layers(str(min(2, max(depths))), depths, family_of(config).kind)
         part = config_of_student(config, sorted(first.values()) or spread)

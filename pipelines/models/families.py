@@ -200,7 +200,10 @@ _RESNET = replace(
 
 
 def _beit(config: Any) -> Family:
-    return replace(_VIT, heads=_MPNET.heads if config.use_shared_relative_position_bias else _SWIN.heads)
+    if config.use_shared_relative_position_bias:
+        return replace(_VIT, heads=_MPNET.heads)
+    heads = _heads("attention", "q_proj k_proj v_proj", "attention.o_proj", width="head_dim")
+    return replace(_VIT, heads=replace(heads, tables=("relative_position_bias.relative_position_bias_table",)))
 
 
 def _dinov2(config: Any) -> Family:
@@ -233,8 +236,6 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "convnextv2": _CONVNEXTV2,
     "resnet": _RESNET,
 }
-# Lists of a config that have an entry for each layer: what attention it has, and whether it has rotary positions.
-LAYER_LISTS = ("layer_types", "no_rope_layers")
 
 
 def family_of(config: Any) -> Family:
@@ -292,8 +293,14 @@ def config_changes(config: Any, layers: list[int]) -> dict[str, Any]:
     stages = [places[layer][0] for layer in layers]
     depths = [stages.count(stage) for stage in range(len(depths_of(config)))]
     changes: dict[str, Any] = {"depths": depths} if hasattr(config, "depths") else {"num_hidden_layers": len(layers)}
-    lists = {name: getattr(config, name) for name in LAYER_LISTS if getattr(config, name, None)}
-    return changes | {name: [values[layer] for layer in layers] for name, values in lists.items()}
+    return changes | {name: [values[layer] for layer in layers] for name, values in layer_lists(config).items()}
+
+
+def layer_lists(config: Any) -> dict[str, list[Any]]:
+    """The lists of a config that have an entry for each layer: what attention it has, and whether it has rotary positions."""
+    if hasattr(config, "depths"):  # of models with stages the same name is something else
+        return {}
+    return {name: getattr(config, name) for name in ("layer_types", "no_rope_layers") if getattr(config, name, None)}
 
 
 def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> dict[str, Any]:

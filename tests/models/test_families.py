@@ -197,7 +197,7 @@ def test_what_a_family_does_not_allow():
         ("modernbert", {"classifier_pooling": "cls", "layer_types": ["full_attention", *["sliding_attention"] * 3]}),
         ("deberta-v2", {"share_att_key": False, "conv_kernel_size": 3}),
         ("albert", {"num_hidden_groups": 2, "inner_group_num": 2}),
-        ("dinov2", {"use_swiglu_ffn": True}),
+        ("dinov2", {"use_swiglu_ffn": True, "mlp_ratio": 3}),
         ("beit", {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}),
         ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
         ("gpt_neox", {"use_parallel_residual": False}),
