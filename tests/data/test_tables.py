@@ -295,6 +295,7 @@ def test_splits_typed_differently_and_a_test_without_labels(tmp_path: Path) -> N
     assert (data.label_names, data.details["came_from"]["test"]) == (["0", "1"], "split 'test'")
     (tmp_path / "test.parquet").unlink()
     (tmp_path / "test.csv").write_text("id,text\n1,x\n2,y\n")
+    (tmp_path / "sample_submission.csv").write_text("id,label\n1,0\n")  # as competitions publish it
     assert load(tmp_path).details["came_from"]["test"] == "cut from split 'train'"
 
 
