@@ -31,11 +31,10 @@ def products_of(model: Any, feed: dict[str, Any], first_token_only: bool = False
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    from pipelines.models.families import family_of, layers_of, unit_width
+    from pipelines.models.families import groups_of, layers_of, unit_width
 
     found: Counter[tuple[int, int, int, int]] = Counter()
-    heads, last = family_of(model.config).heads, list(layers_of(model))[-1]
-    assert heads is not None
+    heads, last = groups_of(model.config)["heads"], list(layers_of(model))[-1]
     size = unit_width(last, heads)
     packed = len(heads.outputs) == 1
     queries = {layer.get_submodule(heads.outputs[0].path) for layer in layers_of(model)}

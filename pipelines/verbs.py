@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def report(settings: Settings) -> None:
     if settings.again.again:  # with the flags of the run, unless others are given
         flags = read_report(directory)[0].get("made_by", {}).get("flags", {})
         given = {**flags, **settings.given, **vars(settings.task), "output_dir": directory}
-        settings = make_settings([type(one) for one in vars(settings).values() if is_dataclass(one)], given)
+        settings = make_settings(kinds_of("report", settings.task.task), given)
     with Run(directory, make_task(settings), settings.output.seed) as run:
         run.stages = finished_stages(run)
         if settings.again.again:

@@ -71,12 +71,8 @@ def download(repo_id: str) -> tuple[Path, str | None] | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    for patterns in (
-        ["bundle/*"],
-        ["*.json", "onnx/model_fused.onnx*"],
-        ["*.json", "onnx/model_quantized.onnx*"],
-        ["*.json", "onnx/*"],
-    ):
+    graphs = [["*.json", f"{graph}*"] for graph in GRAPHS[1:]]
+    for patterns in (["bundle/*"], *graphs):
         try:
             # The page is for browsers only.
             folder = snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns="bundle/web/*")

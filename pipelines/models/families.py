@@ -291,27 +291,29 @@ def config_changes(config: Any, layers: list[int]) -> dict[str, Any]:
     places = _places(config)
     stages = [places[layer][0] for layer in layers]
     depths = [stages.count(stage) for stage in range(len(depths_of(config)))]
-    changes: dict[str, Any] = {"depths": depths} if len(depths) > 1 else {"num_hidden_layers": len(layers)}
+    changes: dict[str, Any] = {"depths": depths} if hasattr(config, "depths") else {"num_hidden_layers": len(layers)}
     lists = {name: getattr(config, name) for name in LAYER_LISTS if getattr(config, name, None)}
     return changes | {name: [values[layer] for layer in layers] for name, values in lists.items()}
 
 
 def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> dict[str, Any]:
     """The renumbered weights of the model that keeps only `layers` of another, in that order."""
+    stages, _, path = family_of(config).layers.rpartition(".*.")
+    if stages and not hasattr(config, "depths"):
+        return state  # ALBERT uses its layers several times
     places = _places(config)
     kept = [places[layer] for layer in layers]
     moved = {place: index - [stage for stage, _ in kept].index(place[0]) for index, place in enumerate(kept)}
-    stages, _, path = family_of(config).layers.rpartition(".*.")
     stage_pattern = rf"{re.escape(stages)}\.(\d+)\." if stages else "()"
     pattern = re.compile(rf"^(?:.*?\.)?{stage_pattern}{re.escape(path)}\.(\d+)\.")
-    found = {name: match for name in state if (match := pattern.match(name))}
-    if len({match.groups() for match in found.values()}) < len(places):
-        return state  # all layers share their weights, as ALBERT's do
-    selected = {name: values for name, values in state.items() if name not in found}
-    for name, match in found.items():
-        place = (int(match[1] or 0), int(match[2]))
-        if place in moved:
-            selected[f"{name[: match.start(2)]}{moved[place]}{name[match.end(2) :]}"] = state[name]
+    selected = {}
+    for name, values in state.items():
+        match = pattern.match(name)
+        place = (int(match[1] or 0), int(match[2])) if match else None
+        if match is None:
+            selected[name] = values
+        elif place in moved:
+            selected[f"{name[: match.start(2)]}{moved[place]}{name[match.end(2) :]}"] = values
     return selected
 
 

@@ -14,7 +14,6 @@ import onnx
 import onnx_ir as ir
 
 from pipelines.core.config import QuantizeConfig
-from pipelines.core.errors import VerificationError
 from pipelines.core.memory import give_memory_back
 from pipelines.core.quality import gate_metric, problem_of, quality_lost
 from pipelines.core.records import Outcome, copy_beside, read_record
@@ -116,7 +115,13 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
     older = None
     needed = oldest_runtime(onnx.load(directory / ONNX_FILE, load_external_data=False))
     if chosen != "fp32" and version_key(needed) > version_key(OLDER_RUNTIME):
-        older = make_older(original, directory, task, quantize, chosen, feeds, before)
+        quantize_for_older_runtimes(original, directory / OLDER, chosen, quantize, feeds)
+        after = score_onnx(directory / OLDER, task, processor, "validation", "score the form for older runtimes")
+        problem = problem_of(before, after, task, quantize)
+        older = {"metrics": after, "kept": problem is None}
+        if problem is not None:
+            print(f"quantized: no file for ONNX Runtime before {needed}, found {problem}", flush=True)
+            shutil.rmtree((directory / OLDER).parent)
     shutil.rmtree(candidates)
     details = {
         "fused_nodes": fused_nodes,
@@ -130,33 +135,18 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
     return Outcome("onnx", {"validation": metrics}, (read_record(Path(source)) or {}).get("parameters"), details)
 
 
-def make_older(
-    original: Path,
-    directory: Path,
-    task: Task,
-    quantize: QuantizeConfig,
-    scheme: str,
-    feeds: Feeds,
-    before: dict[str, Any],
-) -> dict[str, Any] | None:
-    """Quantize the graph of standard operators as it is, for ONNX Runtime from 1.20 on; return how it was verified.
+def quantize_for_older_runtimes(
+    source: Path, target: Path, scheme: str, quantize: QuantizeConfig, feeds: Feeds
+) -> None:
+    """Quantize a graph of standard operators as it is, for ONNX Runtime from 1.20 on.
 
-    Embeddings in blocks need 1.23, too, so what would have them is dynamic int8, with a copy of the embeddings where the head is tied
-    to them. None where this loses more than the settings allow.
+    Embeddings in blocks need 1.23, too, so what would have them is dynamic int8, with the embeddings twice where the head is tied to them.
     """
-    path, processor = directory / OLDER, task.load_processor(str(directory))
-    path.parent.mkdir()
+    target.parent.mkdir()
     if scheme.startswith("static"):
-        SCHEMES[scheme](original, path, quantize, feeds)
+        SCHEMES[scheme](source, target, quantize, feeds)
     else:
-        quantize_dynamic_int8(original, path, quantize.reduce_range, None)
-    after = score_onnx(path, task, processor, "validation", "score for older runtimes")
-    try:
-        return verify_quality(before, after, task, quantize, OLDER) | {"file": OLDER}
-    except VerificationError as error:
-        print(f"quantized: no file for ONNX Runtime before 1.23: {error}", flush=True)
-        shutil.rmtree(path.parent)
-        return None
+        quantize_dynamic_int8(source, target, quantize.reduce_range, None)
 
 
 def choose(tried: dict[str, dict[str, Any]], candidates: Path, task: Task) -> str:

@@ -84,9 +84,7 @@ def build_report(
                 **comparison.stages[stage.name],
                 "delta": delta(stage.name, TEACHER),
                 "quality_retained": _divide(score, best) if task.greater_is_better else _divide(best, score),
-                "parameters": stage.record["parameters"],
-                "bytes": stage.record["bytes"],
-                "seconds": stage.record["seconds"],
+                **{key: stage.record[key] for key in ("parameters", "bytes", "seconds")},
                 "needs": needed_versions(Path(run_dir) / stage.path),
                 "ratios": {"smaller_than_teacher": _divide(teacher.record["bytes"], stage.record["bytes"])},
             }

@@ -210,8 +210,7 @@ def test_a_published_model(text_bundle, text_onnx, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     # As `push` publishes a run that has no bundle, and one that has.
     shutil.copytree(text_onnx / "quantized", repository, ignore=lambda *_: ["model.onnx"], dirs_exist_ok=True)
-    (repository / "onnx").mkdir()
-    shutil.copy(text_onnx / "quantized" / "model.onnx", repository / "onnx" / "model_quantized.onnx")
+    shutil.copy(text_onnx / "quantized" / "model.onnx", repository / "onnx" / "model_fused.onnx")
     (repository / "report.json").write_text(json.dumps({"config": {"max_length": 32}}))
     expected = predictions(text_bundle, "goal " * 100)
     assert load("ann/small")(["goal " * 100]) == expected
