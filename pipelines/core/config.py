@@ -122,7 +122,8 @@ class DataConfig(Checked):
         self.separator = "\t" if self.separator in ("\\t", "tab") else self.separator
         _check(self.separator is None or len(self.separator) == 1, "one character as --separator", self.separator)
         try:
-            codecs.lookup(self.encoding or "utf-8")
+            if self.encoding and codecs.lookup(self.encoding).name == "utf-8":
+                self.encoding = "utf-8-sig"  # the same, with or without a byte order mark
         except LookupError as error:
             raise InputError(f"expected an encoding of Python as --encoding, such as cp1252, found: {error}") from error
 

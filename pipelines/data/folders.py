@@ -70,10 +70,11 @@ def _parts(
         if FILE_NAME in names.column_names:
             yield "train", _read_listed(path, names, config, kind)
             return
-    # A table beside class folders is the data only where it has the columns.
-    has_classes = len(folders) > 1 and all(map(_has_files, folders))
-    if tables and (not has_classes or all(_is_data(table, config, kind) for table in tables)):
-        _say_left_out(path, folders)
+    # A table that no split is named after, beside class folders or tables of splits, is data only where it has the columns.
+    has_data = any(map(split_named_by, tables)) or (len(folders) > 1 and all(map(_has_files, folders)))
+    other = [table for table in tables if has_data and not split_named_by(table) and not _is_data(table, config, kind)]
+    if tables := [table for table in tables if table not in other]:
+        _say_left_out(path, [*other, *folders])
         by_split = {"train": tables} if in_split or len(tables) == 1 else files_by_split(path, tables)
         yield from ((split, _load_file(file, config, kind)) for split, files in by_split.items() for file in files)
         return
@@ -85,13 +86,13 @@ def _parts(
     ]
     splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in nests if folder.name.lower() in SPLIT_NAMES}
     if "train" in splits.values() or (splits and len(splits) == len(folders)):
-        _say_left_out(path, [folder for folder in [*tables, *folders] if folder not in splits])
+        _say_left_out(path, [entry for entry in [*other, *folders] if entry not in splits])
         for folder, split in splits.items():
             yield from ((split, part) for _, part in _parts(folder, config, kind, in_split=True))
     elif len(folders) == 1 and nests:  # an archive's own folder
         yield from _parts(folders[0], config, kind)
     elif folders:
-        _say_left_out(path, tables)
+        _say_left_out(path, other)
         yield "train", kind.read_files(path, _labelled_files(path, folders, kind), config)
     else:
         raise InputError(

@@ -129,6 +129,8 @@ def _readings(path: Path, named: set[str | None], config: DataConfig) -> Iterato
         header, row = _first_rows(start, separator)
         # R leaves the name of its first column out, which counts the rows.
         names = [""] * (len(row) == len(header) + 1 and row[0].isdecimal()) + _names(header)
+        if "\0" in "".join(names):
+            raise ValueError("bytes that are no text")
         if twice := [name for name in named if names.count(str(name)) > 1]:
             raise InputError(
                 f"expected one column {twice[0]!r} in {path}, found several; give every column a name of its own"

@@ -499,6 +499,7 @@ def test_missing_and_malformed_files_are_refused(tmp_path: Path, capfd: pytest.C
         "broken.parquet": "PAR1",
         "no_gzip.csv.gz": "text,label\na,b\n",
         "list.json": '["a", "b"]',
+        "workbook.csv": b"PK\x03\x04\x14\0\x06\0\x08\0\0\0!\0" * 9,
     }
     for name, content in malformed.items():
         path = tmp_path / name

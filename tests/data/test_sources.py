@@ -138,7 +138,7 @@ def test_model_directories_that_are_refused(model: Path) -> None:
     refused("without a tensor")
 
     weights.unlink()
-    refused("found none .*; download")
+    refused("found none; download")
     (model / "pytorch_model.bin").write_bytes(b"")
     refused("only pytorch_model.bin; loading a pickle runs.*save_pretrained")
     weights.write_bytes(whole)

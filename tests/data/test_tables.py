@@ -110,6 +110,12 @@ def test_encodings_are_found_or_named(text: str, encoding: str, tmp_path: Path) 
     assert named.fingerprint != data.fingerprint
 
 
+def test_utf_8_may_be_named_and_have_a_mark(tmp_path: Path) -> None:
+    data = load(tmp_path / "texts.csv", PLAIN.encode("utf-8-sig"), encoding="UTF-8")
+    assert found(data) == set(ROWS)
+    assert "read_as" not in data.details
+
+
 def test_a_file_that_is_almost_utf_8_is_refused(tmp_path: Path) -> None:
     content = "".join(f"naïve café {row},{'ab'[row % 2]}\n" for row in range(40)).encode()
     with pytest.raises(InputError, match="one encoding in .* found bytes in 1 lines .* beside 40 lines .* --encoding"):
@@ -295,6 +301,7 @@ def test_splits_typed_differently_and_a_test_without_labels(tmp_path: Path) -> N
     assert (data.label_names, data.details["came_from"]["test"]) == (["0", "1"], "split 'test'")
     (tmp_path / "test.parquet").unlink()
     (tmp_path / "test.csv").write_text("id,text\n1,x\n2,y\n")
+    (tmp_path / "sample_submission.csv").write_text("id,label\n1,0\n")  # as competitions publish it
     assert load(tmp_path).details["came_from"]["test"] == "cut from split 'train'"
 
 
