@@ -458,10 +458,10 @@ def sample(settings: dict[str, Any]) -> Example:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     directory = Path(__file__).absolute().parent
-    manifest = read_manifest(directory)
-    generates = manifest["outputs"]["kind"] == "continuation"
+    generates = (directory / "generate.py").is_file()  # only the bundle of a language model has it
     parser = make_parser(generates)
     flags = parser.parse_args(argv)
+    manifest = read_manifest(directory)
     check_flags(parser, flags, manifest)
     inputs = manifest["inputs"]
     examples = read_examples(flags, 2 if inputs.get("pair") else 1, inputs["kind"] == "text")

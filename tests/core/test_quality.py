@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pipelines.cli import main
-from pipelines.core.config import DataConfig, GateConfig, LanguageConfig, QuantizeConfig, Settings, run_main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig, GateConfig, LabelConfig, LanguageConfig, QuantizeConfig, Settings
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.quality import HALF, check_stage, problem_of, quality_lost
 from pipelines.core.records import with_checksum
@@ -130,7 +131,7 @@ def test_an_unknown_gate_is_refused_with_the_list_before_the_data_is_read(name):
     kind = task_class(name)
     assert kind.metrics[kind.primary_metric] == kind.greater_is_better
     settings = Settings(task=TaskConfig(name), data=DataConfig(dataset="no/such/file.csv"), language=LanguageConfig())
-    settings.augment = SimpleNamespace(any=False)
+    settings.augment, settings.label = SimpleNamespace(any=False), LabelConfig()
     for one in (GateConfig("acuracy"), QuantizeConfig(gate="acuracy")):
         settings.gate = one
         with pytest.raises(InputError, match=f"expected --gate out of {', '.join(kind.metrics)}, found 'acuracy'"):
