@@ -102,7 +102,7 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
         output_loading_info=True,
         use_safetensors=True,  # a pickle runs whatever code is in it
         dtype="float32",  # whatever it was stored in: mixed precision is the Trainer's
-        ignore_mismatched_sizes=head_may_be_new,
+        ignore_mismatched_sizes=True,  # they are looked at below
         **settings,
     )
     prefix = f"{model.base_model_prefix}."
@@ -112,8 +112,8 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
     if encoder or (fresh and not head_may_be_new):
         missing = encoder or fresh
         raise InputError(
-            f"expected the weights of a whole {type(model).__name__} in {source}, found none for {len(missing)} of its tensors, such as "
-            f"{missing[0]}. {_remedy(source, missing[0].removeprefix(prefix), prefix, info['unexpected_keys'])}"
+            f"expected the weights of a whole {type(model).__name__} in {source}, found none of the right shape for {len(missing)} of its "
+            f"tensors, such as {missing[0]}. {_remedy(source, missing[0].removeprefix(prefix), prefix, info['unexpected_keys'])}"
         )
     return model
 
