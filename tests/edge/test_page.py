@@ -388,7 +388,7 @@ def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_
         assert {path.suffix for path in paths} == {".png", ".jpeg", ".tiff"}
         for path in paths:
             page.set_input_files("#image", path)
-            if path.suffix == ".tiff" or "_I_16" in path.name:
+            if path.suffix == ".tiff" or "_i_16" in path.name:
                 page.wait_for_selector("body[data-state=failed]")
                 assert path.name in page.inner_text("#error")
                 assert "infer.py" in page.inner_text("#error")
