@@ -160,11 +160,6 @@ class TextTask(BaseTask):
 
     # ---- Bundle
 
-    def bundle_obstacle(self, source: str) -> str | None:
-        if self.load_processor(source).is_fast:
-            return None
-        return f"the tokenizer of {source} is in Python alone (slow) and writes no tokenizer.json, which a bundle needs"
-
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
         return {
             "inputs": text_inputs(directory, processor, self._reads_pairs, self.config.max_length),
