@@ -73,9 +73,8 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
         key = [config.dataset_config, config.label_column, name, columns, config.separator, config.encoding]
         hashes[name] = remembered(state, key, partial(_hash_rows, _inputs(split, config, kind), name, kind))
         usable = hashes[name][:, 0] > 0
-        used[name] = _kept(
-            split, usable, kind.usable, name, source, config, lambda row: kind.why_unusable(row[columns[0]])
-        )
+        why = partial(_why_unusable, kind, columns[0])
+        used[name] = _kept(split, usable, kind.usable, name, source, config, why)
         hashes[name] = hashes[name][usable]
         dropped[name] = len(usable) - len(hashes[name])
     labels, feature = read_references(used, config)
@@ -206,6 +205,10 @@ def _hash_rows(inputs: datasets.Dataset, name: str, kind: Kind) -> np.ndarray:
 def hash_of(content: bytes) -> int:
     """A hash to find equal examples by."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _why_unusable(kind: Kind, column: str, row: dict[str, Any]) -> str | None:
+    return kind.why_unusable(row[column])
 
 
 def _kept(
