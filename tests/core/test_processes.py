@@ -17,7 +17,7 @@ import torch
 
 from pipelines.core.command import parse_config, run_main
 from pipelines.core.config import DataConfig, DistillConfig, PruneConfig, StudentConfig, TeacherConfig
-from pipelines.core.errors import InputError
+from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.records import Outcome
 from pipelines.core.run import Run
 from pipelines.tasks.text_classification import TextClassification
