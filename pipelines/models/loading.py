@@ -15,7 +15,7 @@ from pipelines.core.task import Head
 
 GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
 # How the names of a tokenizer's files begin.
-TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "spm", "sentencepiece", "tekken")
 POSITIONS = re.compile(r"(^|\.)(position_embeddings|positions_embed|embed_positions|wpe)$")
 
 
@@ -201,7 +201,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         AutoTokenizer.from_pretrained, source, "a tokenizer (tokenizer.json)", trust_remote_code=trust_remote_code
     )
     # Without its files transformers makes one of special tokens alone, and says nothing.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+    if not has_tokenizer(source) or len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(
             f"expected a tokenizer beside the model in {source}, found none. Save the one that the model was trained with there "
             "(save_pretrained)."
