@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from pipelines.core.errors import InputError
-from pipelines.core.sources import resolve
 from pipelines.core.task import Graph
 from pipelines.models.families import (
     FAMILIES,
@@ -23,10 +22,10 @@ from pipelines.models.families import (
     removable,
     unit_count,
 )
-from pipelines.models.loading import load, load_tokenizer
+from pipelines.models.loading import load, load_tokenizer, refuse_two_stacks
 from pipelines.models.students import config_of_student, parse_layers
 from pipelines.onnx.export import ONNX_FILE, export_graph
-from pipelines.onnx.fuse import fuse_for_onnxruntime
+from pipelines.onnx.fuse import NOT_FUSED, fuse_for_onnxruntime
 from pipelines.tasks import TASKS, task_class
 from pipelines.tasks.text_generation.export import graph_with_cache
 
@@ -36,6 +35,7 @@ LARGEST = 300_000_000  # parameters of a part of the model that is exported with
 def diagnose(source: str) -> str:
     """A line each: family, layers, heads, neurons, students, pruning, export, fused attention, quantization and bundle."""
     config = load(transformers.AutoConfig.from_pretrained, source, "a model's config.json")
+    refuse_two_stacks(config, source)
     name = _task_of(config)
     with torch.device("meta"):
         model = task_class(name).auto_class.from_config(config)
@@ -99,7 +99,7 @@ def _exported(model: Any, config: Any) -> dict[str, str]:
     attention = (
         "yes"
         if fused == blocks > 0
-        else f"{fused} of {blocks} blocks; the others are right but slower"
+        else f"{fused} of {blocks} blocks: {NOT_FUSED.get(config.model_type, 'the others are right but slower')}"
         if blocks
         else "it has none"
     )
@@ -143,9 +143,12 @@ def _sample(model: Any) -> Graph:
 
 
 def _bundled(source: str, model: Any) -> dict[str, str]:
-    if model.main_input_name == "pixel_values":
-        load(transformers.AutoImageProcessor.from_pretrained, source, "an image processor", backend="pil")
-        return {"bundle": "yes, if its runtime prepares images as the image processor does: that is checked"}
-    if load_tokenizer(resolve(source)).is_fast:
-        return {"bundle": "yes, if its runtime tokenizes as the tokenizer does: that is checked"}
+    try:
+        if model.main_input_name == "pixel_values":
+            load(transformers.AutoImageProcessor.from_pretrained, source, "an image processor", backend="pil")
+            return {"bundle": "yes, if its runtime prepares images as the image processor does: that is checked"}
+        if load_tokenizer(source).is_fast:
+            return {"bundle": "yes, if its runtime tokenizes as the tokenizer does: that is checked"}
+    except InputError as error:  # all else is known without it
+        return {"bundle": f"not yet: {error}"}
     return {"bundle": "no: it has only a slow tokenizer, and a bundle needs a tokenizer.json"}

@@ -26,6 +26,7 @@ from pipelines.core.config import (
     Settings,
     StudentConfig,
     TeacherConfig,
+    flag,
     make_settings,
 )
 from pipelines.core.disk import lock
@@ -53,18 +54,14 @@ from pipelines.training.soft_targets import compute_soft_targets
 from pipelines.training.trainer import TrainingArguments, arguments_for
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class ModelConfig:
-    model: str | None = _flag(None, "The model directory to work on.")
+    model: str | None = flag(None, "The model directory to work on.")
 
 
 @dataclass
 class ReferenceConfig:
-    reference: str | None = _flag(None, "The directory that the ONNX model was made from.")
+    reference: str | None = flag(None, "The directory that the ONNX model was made from.")
 
 
 @dataclass
@@ -76,7 +73,7 @@ class ModelsConfig:
 
 @dataclass
 class SoftTargetConfig:
-    soft_target_dir: str | None = _flag(
+    soft_target_dir: str | None = flag(
         None,
         "What the verb soft-targets wrote for this teacher and this data. Left out, with --soft_targets stored: computed first, into "
         "the directory <output_dir>_soft_targets.",
@@ -85,13 +82,13 @@ class SoftTargetConfig:
 
 @dataclass
 class OutputConfig:
-    output_dir: str | None = _flag(None, "The directory to write.")
-    seed: int = _flag(42, "Random seed.")
+    output_dir: str | None = flag(None, "The directory to write.")
+    seed: int = flag(42, "Random seed.")
 
 
 @dataclass
 class AgainConfig:
-    again: bool = _flag(
+    again: bool = flag(
         False,
         "Only time the stages of a finished report again, by the flags that it was made with, and write it with the new times.",
     )
@@ -99,15 +96,15 @@ class AgainConfig:
 
 @dataclass
 class PushConfig:
-    output_dir: str | None = _flag(None, "The directory of the finished run.")
-    hub_model_id: str | None = _flag(None, "The repository: name or organisation/name. Left out: the directory's name.")
-    hub_private_repo: bool = _flag(True, "Whether only you can see it.")
-    hub_token: str | None = _flag(None, "A token with write access. Left out: HF_TOKEN, or that of 'hf auth login'.")
+    output_dir: str | None = flag(None, "The directory of the finished run.")
+    hub_model_id: str | None = flag(None, "The repository: name or organisation/name. Left out: the directory's name.")
+    hub_private_repo: bool = flag(True, "Whether only you can see it.")
+    hub_token: str | None = flag(None, "A token with write access. Left out: HF_TOKEN, or that of 'hf auth login'.")
 
 
 @dataclass
 class DemoConfig:
-    demo: bool = _flag(False, "Start from the settings of the task's offline demo (pip install 'pocketformers[demo]').")
+    demo: bool = flag(False, "Start from the settings of the task's offline demo (pip install 'pocketformers[demo]').")
 
 
 def compress(settings: Settings) -> None:

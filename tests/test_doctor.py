@@ -62,3 +62,16 @@ def test_images_and_what_has_no_task(tmp_path):
         diagnose(str(sound))
     with pytest.raises(InputError, match=r"config\.json"):
         diagnose(str(tmp_path))
+
+
+def test_what_has_no_tokenizer_yet_and_what_is_no_one_stack(tmp_path):
+    from transformers import BartConfig
+
+    tiny_config("deberta-v2", relative_attention=True, pos_att_type=["c2p", "p2c"]).save_pretrained(tmp_path / "new")
+    found = lines_of(diagnose(str(tmp_path / "new")))
+    assert found["export"] == "yes"
+    assert "blocks: its scores are sums of three matmuls" in found["fused attention"]
+    assert found["bundle"].startswith("not yet: expected a tokenizer")
+    BartConfig(d_model=16, encoder_layers=1, decoder_layers=1).save_pretrained(tmp_path / "both")
+    with pytest.raises(InputError, match="'bart'.*which has both"):
+        diagnose(str(tmp_path / "both"))

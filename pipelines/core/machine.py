@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -73,3 +74,4 @@ def quieten_libraries(main_process: bool) -> None:
     transformers.logging.disable_progress_bar()
     if not main_process:
         datasets.disable_progress_bars()
+        logging.getLogger("pipelines").setLevel(logging.ERROR)

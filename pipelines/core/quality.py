@@ -86,5 +86,5 @@ def check_stage(directory: Path, task: Task, gate: GateConfig, **others: dict[st
             rare = "; for rare classes --class_weights balanced may help" if "recall_per_class" in before else ""
             raise VerificationError(
                 f"expected {directory} to keep on the validation split what {name} has, found {problem}. To mend it, {remedy}{rare}. To go on "
-                "with it as it is, which is finished and kept, pass --max_quality_drop 1."
+                "whatever is lost, pass --max_quality_drop 1: nothing is trained again."
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -72,7 +73,8 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
         key = [config.dataset_config, config.label_column, name, columns, config.separator, config.encoding]
         hashes[name] = remembered(state, key, partial(_hash_rows, _inputs(split, config, kind), name, kind))
         usable = hashes[name][:, 0] > 0
-        used[name] = _kept(split, usable, kind.usable, name, source, config)
+        why = partial(_why_unusable, kind, columns[0])
+        used[name] = _kept(split, usable, kind.usable, name, source, config, why)
         hashes[name] = hashes[name][usable]
         dropped[name] = len(usable) - len(hashes[name])
     labels, feature = read_references(used, config)
@@ -205,8 +207,18 @@ def hash_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
+def _why_unusable(kind: Kind, column: str, row: dict[str, Any]) -> str | None:
+    return kind.why_unusable(row[column])
+
+
 def _kept(
-    split: datasets.Dataset, good: np.ndarray, what: str, name: str, source: Source, config: DataConfig
+    split: datasets.Dataset,
+    good: np.ndarray,
+    what: str,
+    name: str,
+    source: Source,
+    config: DataConfig,
+    why: Callable[[dict[str, Any]], str | None] = lambda row: None,
 ) -> datasets.Dataset:
     """The rows that have `what` every row must have. Raises InputError where some do not, unless --missing drop leaves them out."""
     if good.all():
@@ -216,9 +228,10 @@ def _kept(
     column, unusable = source.row_name_column, np.flatnonzero(~good)
     names = [str(row) if column is None else split[int(row)][column] for row in unusable[:10]]
     unit = "rows, counted from 0:" if column is None else "files"
+    reason = why(split[int(unusable[0])])
     raise InputError(
         f"expected {what} in every row of the split {name!r}, found {len(unusable)} of {len(split)} rows without one "
-        f"({unit} {', '.join(names)}{' …' if len(unusable) > len(names) else ''}); remove these rows, or leave them out with --missing drop"
+        f"({unit} {', '.join(names)}{' …' if len(unusable) > len(names) else ''}{f'; the first is {reason}' if reason else ''}); remove these rows, or leave them out with --missing drop"
     )
 
 

@@ -94,14 +94,17 @@ def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
             image, values = runtime.open_image(_source(row[0]))
             exact = runtime.to_rgb(image) if values is None else values
         except Exception:  # Pillow's decoders raise errors of many types
-            if runtime.unsupported_format(_source(row[0])):
-                read_image(row[0])  # raises, with the remedy
             return None
         pixels = blake2b(f"{image.size}".encode() + exact.tobytes(), digest_size=16).digest()
         return pixels, pixels
 
     with ThreadPoolExecutor(available_cores()) as pool:
         return list(pool.map(digest, rows))
+
+
+def _why_unusable(cell: dict[str, Any] | None) -> str | None:
+    found = None if cell is None else runtime.unsupported_format(_source(cell))
+    return None if found is None else f"{found}: save it as JPEG or PNG"
 
 
 def _encoded(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
@@ -143,9 +146,10 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
         )
 
     try:
-        table = pandas.read_csv(path)
+        read = partial(pandas.read_csv, path, sep=config.separator or ",", encoding=config.encoding)
+        table = read()
         if pandas.to_numeric(table.columns, errors="coerce").notna().all():  # a first line of numbers is no header
-            table = pandas.read_csv(path, header=None)
+            table = read(header=None)
     except (OSError, ValueError, EOFError) as error:
         raise refuse(f"a file that cannot be read ({error})") from error
     label = config.label_column if isinstance(table.columns[0], str) else table.columns[-1]
@@ -178,6 +182,7 @@ IMAGES = Kind(
     read_files=_read_files,
     prepare=_encoded,
     content=_content,
+    why_unusable=_why_unusable,
 )
 
 

@@ -32,7 +32,7 @@ Value: TypeAlias = Any
 # fewer of them for key and value, and any mask. docs/results.md has what the operators gain.
 ATTENTION_OPSET, IR_VERSION = 23, 11
 BATCH, TOKENS = 3, 7  # of the random inputs
-# Exported and quantized all the same, in single steps.
+# Why a family's attention is exported and quantized in single steps.
 NOT_FUSED = dict.fromkeys(
     ("deberta", "deberta-v2"), "its scores are sums of three matmuls, of which the Attention operator knows one"
 )
@@ -80,11 +80,6 @@ def fuse_for_onnxruntime(source: Path, target: Path) -> dict[str, int]:
     counts = simplify(model)
     save(model, target)
     return {"attention_blocks": len(softmaxes), "attention": attention, **counts}
-
-
-def why_not_fused(model_type: str) -> str | None:
-    """Why attention of this kind of model stays as it was exported; None where it is not known to."""
-    return NOT_FUSED.get(model_type)
 
 
 # Attention

@@ -49,9 +49,10 @@ class LanguageModel:
 
     def __init__(self, directory: Path, session: Any) -> None:
         self.session = session
-        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        if (file := directory / "tokenizer.json").is_file():  # tokens can be continued without it
+            self.tokenizer = Tokenizer.from_file(str(file))
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         end = config.get("eos_token_id")
         self.end_tokens = [] if end is None else end if isinstance(end, list) else [end]

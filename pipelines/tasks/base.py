@@ -18,7 +18,7 @@ from pipelines.core.task import Arrays, Collate, Head, Predict, StageResult, Tas
 from pipelines.data.examples import Examples
 from pipelines.data.remembered import remembered_fingerprint
 from pipelines.data.sources import check_model, check_onnx_directory
-from pipelines.models.loading import load, load_classifier
+from pipelines.models.loading import has_tokenizer, load, load_classifier
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
 from pipelines.onnx.verify import verification_batches
@@ -200,7 +200,10 @@ class BaseTask(Task):
         """Nothing: only classes have an order that can be wrong."""
 
     def bundle_obstacle(self, source: str) -> str | None:
-        return None
+        """Why there can be no bundle: a tokenizer that the runtime does not read."""
+        if not has_tokenizer(source) or self.load_processor(source).is_fast:
+            return None
+        return f"the tokenizer of {source} is in Python alone (slow) and writes no tokenizer.json, which a bundle needs"
 
     # ---- ONNX
 

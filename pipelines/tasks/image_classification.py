@@ -173,6 +173,10 @@ class ImageClassification(Classification):
 
     # ---- Bundle
 
+    def bundle_obstacle(self, source: str) -> str | None:
+        """None that is known before the bundle is there."""
+        return None
+
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
         inputs = image_settings(processor) | {"value_range": self.value_range}
         return {"inputs": inputs, "outputs": head_outputs(directory)}

@@ -149,7 +149,8 @@ class TextRegression(ClassifierLoss, TextTask):
             output = head_output(model)
             with torch.no_grad():
                 output.weight.mul_(float(self._labels.std()))
-                output.bias.fill_(float(self._labels.mean()))
+                if output.bias is not None:  # a decoder's head has none
+                    output.bias.fill_(float(self._labels.mean()))
         model.config.problem_type = "regression"
         return model
 

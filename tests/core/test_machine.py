@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.core.machine import _seconds_of_others, is_busy, load_beside
+from pipelines.core.machine import _seconds_of_others, is_busy, load_beside, quieten_libraries
 from pipelines.runtime.infer import available_cores
 
 # What /proc/self/cgroup says, the files below /sys/fs/cgroup, and how many of 16 cores are left.
@@ -112,3 +113,14 @@ def test_busy_is_less_than_a_core_for_each_thread(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("pipelines.core.machine._own_cores", lambda: set(range(8)))
     assert [is_busy(load, threads=8) for load in (0.0, 0.7, 0.9)] == [False, False, True]
     assert [is_busy(load, threads=2) for load in (0.9, 6.1, 6.3)] == [False, False, True]
+
+
+def test_of_several_processes_one_warns():
+    import datasets
+
+    try:
+        quieten_libraries(main_process=False)
+        assert not logging.getLogger("pipelines.data.folders").isEnabledFor(logging.WARNING)
+    finally:
+        logging.getLogger("pipelines").setLevel(logging.NOTSET)
+        datasets.enable_progress_bars()

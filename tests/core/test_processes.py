@@ -17,7 +17,7 @@ import torch
 
 from pipelines.core.command import parse_config, run_main
 from pipelines.core.config import DataConfig, DistillConfig, PruneConfig, StudentConfig, TeacherConfig
-from pipelines.core.errors import InputError
+from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.records import Outcome
 from pipelines.core.run import Run
 from pipelines.tasks.text_classification import TextClassification
@@ -58,6 +58,8 @@ def fail_in(place, directory, csv, teacher):
         run = Run(directory, task, 0)
         if place == "main":
             run.stage("onnx", export, teacher)
+        if place == "gate" and rank() == 0:  # between two stages, as a quality gate
+            raise VerificationError("expected half of the accuracy, found less, of process 0.")
         if place == "soft targets":
             run.stage("soft_targets", compute_soft_targets, teacher, distributed=True, distill=DistillConfig())
         if place == "cut":
@@ -92,12 +94,12 @@ def fail_in(place, directory, csv, teacher):
     run_main(main)
 
 
-@pytest.mark.parametrize("place", ["data", "training", "evaluation", "soft targets", "main", "cut"])
+@pytest.mark.parametrize("place", ["data", "training", "evaluation", "soft targets", "main", "cut", "gate"])
 def test_an_error_in_one_of_two_processes_is_told_once_and_ends_both(place, csv_file, trained_teacher, tmp_path):
     started = time.monotonic()
     ended = run_processes(2, tmp_path / "out", fail_in, place, tmp_path / "run", str(csv_file), str(trained_teacher))
     assert time.monotonic() - started < 90
-    failing = 0 if place in ("main", "cut") else 1
+    failing = 0 if place in ("main", "cut", "gate") else 1
     said = [line for process in ended for line in process.output.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, said
     assert f"of process {failing}" in said[0]

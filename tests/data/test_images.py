@@ -111,6 +111,13 @@ def test_tables_that_are_no_pixels_are_refused(tmp_path, text, found):
     refused(path, found)
 
 
+def test_a_table_of_pixels_has_the_separator_and_the_encoding_of_the_flags(tmp_path):
+    lines = [f"{'çã'[number % 2]};{number};1;2;3" for number in range(40)]
+    (tmp_path / "table.csv").write_text("\n".join(["label;a;b;c;d", *lines]), encoding="cp1252")
+    refused(tmp_path / "table.csv", "the columns label;a;b;c;d", encoding="cp1252")
+    assert load(tmp_path / "table.csv", separator=";", encoding="cp1252").label_names == ["ã", "ç"]
+
+
 def test_a_compressed_table_that_is_none_is_refused(tmp_path):
     (tmp_path / "table.csv.gz").write_bytes(b"no gzip")
     refused(tmp_path / "table.csv.gz", "cannot be read")
@@ -313,7 +320,7 @@ def test_the_first_of_several_frames_is_read_and_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
-        ("a.heic", b"\0\0\0\x18ftypheic" + b"\0" * 40, "HEIC.*Save it as JPEG or PNG"),
+        ("a.heic", b"\0\0\0\x18ftypheic" + b"\0" * 40, "HEIC.*save it as JPEG or PNG.*--missing drop"),
         ("IMG_1.jpg", b"\0\0\0\x24ftypmif1" + b"\0" * 40, "HEIC"),
         ("a.jxl", b"\xff\x0a" + b"\0" * 40, "JPEG XL"),
         ("a.svg", b'<?xml version="1.0"?>\n<svg></svg>', "SVG"),
@@ -331,6 +338,7 @@ def test_a_format_that_pillow_does_not_read_is_named_with_its_remedy(name, conte
     (folder / "tech" / name).write_bytes(whole.getvalue() if content is None else content)
     with pytest.raises(InputError, match=f"expected.*{re.escape(name)}.*{found}"):
         load(folder)
+    assert load(folder, missing="drop").details["rows_dropped"] == {"train": 1}
 
 
 def test_bytes_in_a_plain_column_of_a_table_and_images_of_one_pixel(tmp_path):

@@ -431,3 +431,18 @@ def test_fp32_is_the_same_text_of_one_attention_operator_a_layer(exported, langu
     prompts, sampling = ["the team", "shares"], Sampling(max_new_tokens=8)
     here, there = (LanguageModel(path, open_session(path / "model.onnx")) for path in (tmp_path, directory))
     assert here.generate(prompts, sampling) == there.generate(prompts, sampling)
+
+
+def test_a_slow_tokenizer_ends_in_an_onnx_file_without_a_bundle(language_task, tmp_path):
+    from transformers import ByT5Tokenizer
+
+    source, target = tmp_path / "model", tmp_path / "onnx"
+    tiny_language_model(vocab_size=400).save_pretrained(source)
+    assert language_task.bundle_obstacle(str(source)) is None  # a tokenizer is trained, and that is fast
+    ByT5Tokenizer().save_pretrained(source)
+    assert "slow" in language_task.bundle_obstacle(str(source))
+    target.mkdir()
+    outcome = export_onnx(str(source), target, language_task)
+    assert outcome.details["verification"]["generation"]["tokens"] > 0
+    subject = Subject("onnx", target, "onnx", language_task.workload(target, "validation"))
+    assert measure([subject], rounds=1, seconds=0.1)["onnx"]["tokens_per_second"] > 0

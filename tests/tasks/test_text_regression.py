@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 import torch
 
-from conftest import FILLER, WORDS, tiny_model
+from conftest import FILLER, WORDS, tiny_language_model, tiny_model
 from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig
@@ -80,6 +80,14 @@ def test_a_fresh_head_starts_in_the_unit_of_the_labels(scored, pretrained, tmp_p
     model.save_pretrained(tmp_path)
     assert scored.load_model(str(tmp_path)).classifier.bias.item() == 1.5
     assert task_of_model(tmp_path) == "text-regression"
+
+
+def test_a_decoder_scores_texts(scored, tokenizer, tmp_path):
+    tiny_language_model("gpt2", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = scored.load_model(str(tmp_path), "new if other")
+    assert model.score.bias is None
+    assert model.score.weight.std().item() == pytest.approx(0.02 * scored._labels.std(), rel=0.5)
 
 
 def test_a_classifier_is_no_teacher(scored, tmp_path):
