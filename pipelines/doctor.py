@@ -131,9 +131,10 @@ def _sample(model: Any) -> Graph:
     if model.can_generate():
         return graph_with_cache(model)
     if model.main_input_name == "pixel_values":
-        size = getattr(model.config, "image_size", 224)
+        vision = getattr(model.config, "vision_config", model.config)
+        size = getattr(vision, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.zeros(2, getattr(model.config, "num_channels", 3), height, width)
+        pixels = torch.zeros(2, getattr(vision, "num_channels", 3), height, width)
         return Graph(model, {"pixel_values": pixels}, {"pixel_values": {0: "batch"}}, ["logits"])
     tokens = torch.ones(2, 8, dtype=torch.long)
     mask = tokens.clone()

@@ -8,12 +8,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from pipelines.core.memory import give_memory_back
-from pipelines.core.records import Outcome
+from pipelines.core.records import Outcome, read_record
+from pipelines.models.predict import predict_torch
 from pipelines.models.removal import load_model
 from pipelines.onnx.file import save
 from pipelines.onnx.fuse import simplify
@@ -132,6 +134,8 @@ def export_onnx(source: str, directory: Path, task: Task) -> Outcome:
     model = load_model(source, task.config.trust_remote_code)
     task.check_config(model.config, source)
     task.align_labels(model, source)
+    if read_record(Path(source)) is None:  # nobody has scored it
+        task.check_label_order(processor, partial(predict_torch, model, name="labels"))
     exported = export_graph(task.graph(model, processor), directory / ONNX_FILE)
     processor.save_pretrained(directory)
     model.config.save_pretrained(directory)
