@@ -71,6 +71,15 @@ def new_model(model_class: Any, source: str, config: Any = None, **settings: Any
     return load(lambda _: model_class.from_config(config, dtype="float32", **code), source, "the shape of a model")
 
 
+def check_encoder(config: Any, source: str) -> None:
+    """Raise InputError for a model of two parts."""
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"expected an encoder such as BERT, or a decoder such as GPT-2, found {config.model_type!r} in {source}, which has both; its "
+            "classifier cannot be exported. Use one of the others."
+        )
+
+
 def inputs_of(model_class: Any, source: str, config: Any, **code: bool) -> Inputs:
     """What the model in `source` takes, read from its modules, which are made without weights."""
     import torch

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from pipelines.core.errors import InputError
 from pipelines.core.memory import give_memory_back
 from pipelines.core.records import Outcome, read_record
+from pipelines.models.families import FAMILIES
 from pipelines.models.predict import predict_torch
 from pipelines.models.removal import load_model
 from pipelines.onnx.file import save
@@ -101,17 +103,26 @@ def trace(graph: Graph, opset: int = OPSET) -> Any:
 
     shapes = _pytree.tree_unflatten(graph.dynamic_axes.values(), _pytree.tree_structure(graph.inputs))
     with simple_operators(graph.module), quiet_exporters():
-        program: Any = torch.onnx.export(
-            graph.module.eval(),
-            kwargs=graph.inputs,
-            dynamic_shapes=shapes,
-            input_names=list(graph.dynamic_axes),
-            output_names=graph.outputs,
-            opset_version=opset,
-            custom_translation_table={torch.ops.aten.gelu.default: gelu},
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            program: Any = torch.onnx.export(
+                graph.module.eval(),
+                kwargs=graph.inputs,
+                dynamic_shapes=shapes,
+                input_names=list(graph.dynamic_axes),
+                output_names=graph.outputs,
+                opset_version=opset,
+                custom_translation_table={torch.ops.aten.gelu.default: gelu},
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter's own, around whatever the model's code raises
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise InputError(
+                f"expected a model that PyTorch can export to ONNX, found that {type(graph.module).__name__} is none: "
+                f"{' '.join(str(cause).split()):.300}. Use a model of another family."
+            ) from error
     return program.model
 
 
@@ -126,6 +137,13 @@ def export_graph(graph: Graph, path: Path) -> dict[str, dict[str, int]]:
     operators = Counter(node.op_type for node in model.graph.all_nodes())
     save(model, path)
     return {"operators": dict(sorted(operators.items())), "simplified": simplified}
+
+
+def check_export(source: str, task: Task, from_scratch: bool) -> None:
+    """Raise InputError where the model in `source` is of a family that nobody has tried, and cannot be exported."""
+    if task.load_config(source).model_type not in FAMILIES:
+        model = task.load_model(source, "new if other", from_scratch)
+        trace(task.graph(model, task.load_processor(source)))
 
 
 def export_onnx(source: str, directory: Path, task: Task) -> Outcome:
