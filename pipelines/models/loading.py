@@ -202,16 +202,14 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer in `source`. Raises InputError where there is none."""
     from transformers import AutoTokenizer
 
-    tokenizer = load(
-        AutoTokenizer.from_pretrained, source, "a tokenizer (tokenizer.json)", trust_remote_code=trust_remote_code
-    )
-    # Without its files transformers makes one of special tokens alone, and says nothing.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+    # Without its files transformers makes one of hardly more than special tokens, and says nothing.
+    if not has_tokenizer(source):
         raise InputError(
             f"expected a tokenizer beside the model in {source}, found none. Save the one that the model was trained with there "
             "(save_pretrained)."
         )
-    return tokenizer
+    what = "a tokenizer (tokenizer.json)"
+    return load(AutoTokenizer.from_pretrained, source, what, trust_remote_code=trust_remote_code)
 
 
 def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -> Any:
