@@ -214,7 +214,7 @@ def profile(flags: argparse.Namespace, steps: int = 5) -> dict[str, dict[str, fl
     from torch.utils.flop_counter import FlopCounterMode
 
     from pipelines.core.config import DataConfig
-    from pipelines.models.families import layer_count
+    from pipelines.models.families import depths_of
     from pipelines.models.students import parse_layers, student_from_layers
     from pipelines.tasks.text_classification import TextClassification
     from pipelines.training.cpu import cpu_speedups
@@ -233,7 +233,7 @@ def profile(flags: argparse.Namespace, steps: int = 5) -> dict[str, dict[str, fl
     ours = task.collate(processor)([features[index] for index in range(flags.batch_size)])
     padded = processor.pad(dict(ours), padding="max_length", max_length=flags.max_length, return_tensors="pt")
     model = task.load_model(flags.teacher_model, "new if other").train()
-    student = student_from_layers(model, parse_layers(flags.student_layers, layer_count(model.config))).train()
+    student = student_from_layers(model, parse_layers(flags.student_layers, depths_of(model.config))).train()
 
     def step(trained: Any, batch: Any, optimizer: Any) -> None:
         trained(**batch).loss.backward()

@@ -23,7 +23,7 @@ from pipelines.core.run import Run
 from pipelines.core.task import Task
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import check_access, push_run
-from pipelines.onnx.export import export_onnx
+from pipelines.onnx.export import check_export, export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.report.results import report_run
 from pipelines.tasks import TaskConfig, make_task, task_class
@@ -109,8 +109,11 @@ def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | 
     student = settings.student.student_model
     small = student or settings.teacher.teacher_model
     prune = possible_pruning(task.load_config(small), settings.prune)
-    if student is not None and read_record(run.directory / "teacher") is None:
-        task.checked_config(student, settings.student.student_from_scratch)
+    if read_record(run.directory / "teacher") is None:
+        if student is not None:
+            task.checked_config(student, settings.student.student_from_scratch)
+            check_export(student, task, settings.student.student_from_scratch)
+        check_export(settings.teacher.teacher_model, task, settings.teacher.teacher_from_scratch)
     without_bundle = task.bundle_obstacle(small)
     if without_bundle:
         run.state.print(f"bundle: left out, since {without_bundle}; the run ends with ONNX files and a report")

@@ -22,7 +22,7 @@ from pipelines.models.families import (
     removable,
     unit_count,
 )
-from pipelines.models.loading import load, load_tokenizer, refuse_two_stacks
+from pipelines.models.loading import check_encoder, load, load_tokenizer
 from pipelines.models.students import config_of_student, parse_layers
 from pipelines.onnx.export import ONNX_FILE, export_graph
 from pipelines.onnx.fuse import NOT_FUSED, fuse_for_onnxruntime
@@ -35,7 +35,7 @@ LARGEST = 300_000_000  # parameters of a part of the model that is exported with
 def diagnose(source: str) -> str:
     """A line each: family, layers, heads, neurons, students, pruning, export, fused attention, quantization and bundle."""
     config = load(transformers.AutoConfig.from_pretrained, source, "a model's config.json")
-    refuse_two_stacks(config, source)
+    check_encoder(config, source)
     name = _task_of(config)
     with torch.device("meta"):
         model = task_class(name).auto_class.from_config(config)
@@ -81,20 +81,12 @@ def _task_of(config: Any) -> str:
 
 
 def _exported(model: Any, config: Any) -> dict[str, str]:
-    """Exports a part of the model with random weights: a layer of each kind, or of an unknown family all."""
-    part = _small(config)
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in type(model)(part).parameters())
-    if size > LARGEST:
-        return {"export": f"not tried: a part of the model has {size:,} parameters"}
-    sample = _sample(type(model)(part).eval())
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / ONNX_FILE
-        try:
-            export_graph(sample, path)
-        except Exception as error:  # the exporter's own, of many kinds
-            return {"export": f"no: {' '.join(str(error).split())[:200]}"}
-        nodes = fuse_for_onnxruntime(path, path.with_name("fused.onnx"))
+    try:
+        nodes = _export_part(model, config)
+    except InputError as error:
+        return {"export": f"no: {error}"}
+    if nodes is None:
+        return {"export": f"not tried: a part of the model has more than {LARGEST:,} parameters"}
     blocks, fused = nodes["attention_blocks"], nodes["attention"]
     attention = (
         "yes"
@@ -108,6 +100,23 @@ def _exported(model: Any, config: Any) -> dict[str, str]:
         "fused attention": attention,
         "quantization": "yes, if it keeps the quality: that is checked",
     }
+
+
+def _export_part(model: Any, config: Any) -> dict[str, int] | None:
+    """Export a part of the model with random weights, a layer of each kind, or of an unknown family all; return what was fused.
+
+    None where the part is too large. Raises InputError where it cannot be exported.
+    """
+    part = _small(config)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in type(model)(part).parameters())
+    if size > LARGEST:
+        return None
+    sample = _sample(type(model)(part).eval())
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / ONNX_FILE
+        export_graph(sample, path)
+        return fuse_for_onnxruntime(path, path.with_name("fused.onnx"))
 
 
 def _small(config: Any) -> Any:
@@ -131,9 +140,10 @@ def _sample(model: Any) -> Graph:
     if model.can_generate():
         return graph_with_cache(model)
     if model.main_input_name == "pixel_values":
-        size = getattr(model.config, "image_size", 224)
+        vision = getattr(model.config, "vision_config", model.config)
+        size = getattr(vision, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.zeros(2, getattr(model.config, "num_channels", 3), height, width)
+        pixels = torch.zeros(2, getattr(vision, "num_channels", 3), height, width)
         return Graph(model, {"pixel_values": pixels}, {"pixel_values": {0: "batch"}}, ["logits"])
     tokens = torch.ones(2, 8, dtype=torch.long)
     mask = tokens.clone()

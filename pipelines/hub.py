@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,11 +129,10 @@ def check_run(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     for stage, suffix in GRAPHS.items():
         for name in records[stage]["files"] if stage in records else ():
             graph, dot, weights = name.partition(".onnx")
-            if "/" in name:  # for older runtimes, by the name that other tools look for
-                files[name] = directory / stage / name
-            elif dot:
-                ending = FUSED if OLDER in records[stage]["files"] else suffix
-                files[f"onnx/{graph}{ending}.onnx{'_data' if weights else ''}"] = directory / stage / name
+            if dot and "/" not in name:  # one for older runtimes has the name already that other tools look for
+                graph = f"onnx/{graph}{FUSED if OLDER in records[stage]['files'] else suffix}"
+            if dot:
+                files[f"{graph}.onnx{'_data' if weights else ''}"] = directory / stage / name
     if BUNDLE in records:
         files |= {f"{BUNDLE}/{name}": directory / BUNDLE / name for name in records[BUNDLE]["files"]}
     return report, files
@@ -284,7 +284,7 @@ def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: s
             "`onnx/model.onnx` has standard operators only."
         )
     run = files["report.json"].parent
-    names = {path.relative_to(run).as_posix(): name for name, path in files.items()}
+    names = {os.path.relpath(path, run): name for name, path in files.items()}
     parts += [needed_versions(report, names), *presentation.remarks(files)]
     if any(stage["name"] == "pruned" for stage in report["stages"]):
         parts.append("The pruned weights are zeros in `model.safetensors`. The ONNX files do not have them.")

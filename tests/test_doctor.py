@@ -64,14 +64,30 @@ def test_images_and_what_has_no_task(tmp_path):
         diagnose(str(tmp_path))
 
 
-def test_what_has_no_tokenizer_yet_and_what_is_no_one_stack(tmp_path):
-    from transformers import BartConfig
-
+def test_what_has_no_tokenizer_yet(tmp_path):
     tiny_config("deberta-v2", relative_attention=True, pos_att_type=["c2p", "p2c"]).save_pretrained(tmp_path / "new")
     found = lines_of(diagnose(str(tmp_path / "new")))
     assert found["export"] == "yes"
     assert "blocks: its scores are sums of three matmuls" in found["fused attention"]
     assert found["bundle"].startswith("not yet: expected a tokenizer")
-    BartConfig(d_model=16, encoder_layers=1, decoder_layers=1).save_pretrained(tmp_path / "both")
+
+
+def test_what_cannot_be_exported(tmp_path):
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    tiny_config("bart", **sizes).save_pretrained(tmp_path / "bart")
     with pytest.raises(InputError, match="'bart'.*which has both"):
-        diagnose(str(tmp_path / "both"))
+        diagnose(str(tmp_path / "bart"))
+    tiny_config("mamba", state_size=4, architectures=["MambaForCausalLM"]).save_pretrained(tmp_path / "mamba")
+    make_tokenizer().save_pretrained(tmp_path / "mamba")
+    assert lines_of(diagnose(str(tmp_path / "mamba")))["export"].startswith("no: ")
+
+
+def test_images_whose_size_is_that_of_a_part(tmp_path):
+    from transformers import CLIPConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    config = CLIPConfig(vision_config=vision, text_config=sizes, architectures=["CLIPForImageClassification"])
+    config.save_pretrained(tmp_path)
+    make_image_processor().save_pretrained(tmp_path)
+    assert lines_of(diagnose(str(tmp_path)))["export"] == "yes"

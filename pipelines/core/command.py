@@ -39,7 +39,8 @@ def parse_config(
     flags = {action.dest: action for action in reversed(parser._actions)}
     defaults, (named, unknown) = vars(parser.parse_known_args([])[0]), parser.parse_known_args(argv)
     if unknown and not only:
-        hint = did_you_mean([word.partition("=")[0] for word in unknown], [f"--{flag}" for flag in flags])
+        words = [word.partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
+        hint = did_you_mean([f"--{word.strip('_')}" for word in words], [f"--{flag}" for flag in flags])
         parser.error(f"unknown flags: {' '.join(unknown)}.{hint}")
     in_file = [] if named.config is None else _read_file(Path(named.config), flags, only)
     parser.exit_on_error = False
@@ -54,7 +55,7 @@ def parse_config(
             found = (
                 str(bad) if isinstance(bad, InputError) else f"expected flags that parse, found: {_with_hint(str(bad))}"
             )
-            raise InputError(f"{found} (in {named.config})") from bad
+            raise InputError(found + (f" (in {named.config})" if in_file else "")) from bad
         parser.error(str(error))
     changed = {flag: value for flag, value in values.items() if value != defaults[flag]}
     settings.given = {flag: value for flag, value in changed.items() if not flag.startswith(NOT_RECORDED)}

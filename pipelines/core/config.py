@@ -445,8 +445,23 @@ def make_settings(kinds: Iterable[type], values: dict[str, Any]) -> Settings:
     return settings
 
 
+# What earlier versions of transformers, and its example scripts, call some of our flags.
+OTHER_NAMES = {
+    **{"no_cuda": "use_cpu", "group_by_length": "train_sampling_strategy", "warmup_ratio": "warmup_steps"},
+    **{"evaluation_strategy": "eval_strategy", "model_name_or_path": "teacher_model", "config_name": "teacher_model"},
+    **{"train_file": "dataset", "dataset_name": "dataset", "task_name": "dataset_config", "lora_r": "lora_rank"},
+    **{"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"},
+}
+
+
 def did_you_mean(unknown: Iterable[str], known: Iterable[str]) -> str:
     """A sentence that names what is close to the `unknown` names, empty where nothing is."""
-    known = list(known)
-    close = sorted({match for name in unknown for match in difflib.get_close_matches(name, known, n=2)})
-    return f" Did you mean {', '.join(close)}?" if close else ""
+    unknown = list(unknown)
+    known = [name for name in known if name not in unknown]
+    close: set[str] = set()
+    for name in unknown:
+        bare = name.lstrip("-")
+        other = name.removesuffix(bare) + OTHER_NAMES.get(bare, "")
+        longer = [one for one in known if one.startswith(f"{name}_")]
+        close.update([other] if other in known else longer[:3] or difflib.get_close_matches(name, known, n=2))
+    return f" Did you mean {', '.join(sorted(close))}?" if close else ""

@@ -112,13 +112,18 @@ def _directory_fingerprint(path: Path) -> str:
     ]
     if not files:
         raise InputError(
-            f"expected model files (config.json, model.safetensors, tokenizer) in {path}, found none; give the folder "
-            "that holds them"
+            f"expected model files (config.json, model.safetensors, tokenizer) in {path}, found none; give "
+            + (folders_below(path, "config.json") or "the folder that holds them")
         )
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{hash_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def folders_below(path: Path, name: str) -> str:
+    """The last folders in `path` that hold a file of this name, such as a Trainer's checkpoints, for a message."""
+    return " or ".join(str(found.parent) for found in sorted(path.glob(f"*/{name}"))[-3:])
 
 
 def _hub_commit(model_id: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +20,8 @@ from pipelines.data.kinds import SPLITS, Kind, Source
 from pipelines.data.references import ReadReferences, dtype, has_references, missing
 from pipelines.data.remembered import remembered, state_of
 from pipelines.data.splits import choose_splits, cut_missing_splits, cut_stratified, drop_duplicates
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,7 +75,8 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
         key = [config.dataset_config, config.label_column, name, columns, config.separator, config.encoding]
         hashes[name] = remembered(state, key, partial(_hash_rows, _inputs(split, config, kind), name, kind))
         usable = hashes[name][:, 0] > 0
-        why = partial(_why_unusable, kind, columns[0])
+        first = [_inputs(split, config, kind)[int(row)] for row in np.flatnonzero(~usable)[:1]]
+        why = kind.why_unusable(tuple(first[0].values())) if first else ""
         used[name] = _kept(split, usable, kind.usable, name, source, config, why)
         hashes[name] = hashes[name][usable]
         dropped[name] = len(usable) - len(hashes[name])
@@ -157,8 +160,9 @@ def prepared(
     for flag, column in columns.items():
         if column not in split.column_names:
             raise InputError(
-                f"expected a column {column!r} in the split {name!r}, found the columns {', '.join(map(repr, split.column_names))}; "
-                f"name the right one with --{flag} (the first line of a table has the names of its columns)"
+                f"expected a column {column!r} in the split {name!r}, found the columns "
+                f"{', '.join(map(repr, split.column_names[:20]))}{' …' if len(split.column_names) > 20 else ''}; name the right one with --{flag} (the first line of a table has the names of its columns"
+                f"{'; if these are several columns, say what parts them with --separator' * (len(split.column_names) == 1)})"
             )
     for flag, column in kind.columns_of(config).items():
         ready = kind.prepare(split, column)
@@ -207,18 +211,8 @@ def hash_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _why_unusable(kind: Kind, column: str, row: dict[str, Any]) -> str | None:
-    return kind.why_unusable(row[column])
-
-
 def _kept(
-    split: datasets.Dataset,
-    good: np.ndarray,
-    what: str,
-    name: str,
-    source: Source,
-    config: DataConfig,
-    why: Callable[[dict[str, Any]], str | None] = lambda row: None,
+    split: datasets.Dataset, good: np.ndarray, what: str, name: str, source: Source, config: DataConfig, why: str = ""
 ) -> datasets.Dataset:
     """The rows that have `what` every row must have. Raises InputError where some do not, unless --missing drop leaves them out."""
     if good.all():
@@ -228,10 +222,9 @@ def _kept(
     column, unusable = source.row_name_column, np.flatnonzero(~good)
     names = [str(row) if column is None else split[int(row)][column] for row in unusable[:10]]
     unit = "rows, counted from 0:" if column is None else "files"
-    reason = why(split[int(unusable[0])])
     raise InputError(
         f"expected {what} in every row of the split {name!r}, found {len(unusable)} of {len(split)} rows without one "
-        f"({unit} {', '.join(names)}{' …' if len(unusable) > len(names) else ''}{f'; the first is {reason}' if reason else ''}); remove these rows, or leave them out with --missing drop"
+        f"({unit} {', '.join(names)}{' …' if len(unusable) > len(names) else ''}{why}); remove these rows, or leave them out with --missing drop"
     )
 
 
@@ -242,6 +235,9 @@ def _check_classes(counts: dict[str, np.ndarray], label_names: list[str], config
             f"expected at least two classes in the column {config.label_column!r}, found examples of {len(present)} "
             f"({label_names[present[0]]}); add examples of another class, or name another column with --label_column"
         )
+    for role in SPLITS[1:]:
+        if none := [name for name, count in zip(label_names, counts[role], strict=True) if count == 0]:
+            logger.warning("no example in the %s split of %s", role, ", ".join(none[:10]))
     absent = [name for name, count in zip(label_names, counts["train"], strict=True) if count == 0]
     if absent:
         raise InputError(

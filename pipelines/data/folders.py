@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,18 @@ def _parts(
     if listed:
         names = read_table(listed[0], replace(config, image_column=FILE_NAME))
         if FILE_NAME in names.column_names:
-            yield "train", _read_listed(path, names, config, kind)
+            read = _read_listed(path, names, config, kind)
+            yield from ((split, read.select(rows)) for split, rows in _rows_by_split(names[FILE_NAME]).items())
             return
     # A table that no split is named after, beside class folders or tables of splits, is data only where it has the columns.
     has_data = any(map(split_named_by, tables)) or (len(folders) > 1 and all(map(_has_files, folders)))
     other = [table for table in tables if has_data and not split_named_by(table) and not _is_data(table, config, kind)]
     if tables := [table for table in tables if table not in other]:
-        _say_left_out(path, [*other, *folders])
         by_split = {"train": tables} if in_split or len(tables) == 1 else files_by_split(path, tables)
+        for split, files in by_split.items():  # test_labels.csv beside test.csv has no texts
+            by_split[split] = [file for file in files if _is_data(file, config, kind)] or files
+            other += [file for file in files if file not in by_split[split]]
+        _say_left_out(path, [*other, *folders])
         yield from ((split, _load_file(file, config, kind)) for split, files in by_split.items() for file in files)
         return
     # A folder that holds neither folders nor tables is a class, even one that is called train.
@@ -102,6 +107,14 @@ def _parts(
         )
 
 
+def _rows_by_split(names: Iterable[Any]) -> dict[str, list[int]]:
+    """The rows of a metadata table by the split whose folder begins their names ("train/1.png"); of "train" unless all have one."""
+    by_split: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        by_split.setdefault(SPLIT_NAMES.get(re.split(r"[/\\]", str(name).lower())[0], ""), []).append(row)
+    return by_split if "train" in by_split and "" not in by_split else {"train": sorted(chain(*by_split.values()))}
+
+
 def _has_files(folder: Path) -> bool:
     return any(entry.is_file() for entry in visible(folder))
 
@@ -121,6 +134,7 @@ def _say_left_out(path: Path, entries: list[Path]) -> None:
 def _labelled_files(path: Path, folders: list[Path], kind: Kind) -> list[tuple[Path, str | None]]:
     """The files in class folders, and in the folders of those, each with its class."""
     files: list[tuple[Path, str | None]] = []
+    tables: list[Path] = []
     for folder in folders:
         if not _has_files(folder):
             held = ", ".join(entry.name for entry in visible(folder)[:5])
@@ -129,7 +143,16 @@ def _labelled_files(path: Path, folders: list[Path], kind: Kind) -> list[tuple[P
                 f"({f'only the folders {held}' if held else 'it is empty'}); add its {kind.noun}, remove it, or give the folder whose "
                 "sub-folders are the classes (those of splits are called train, validation and test)"
             )
-        files += [(file, folder.name) for file in files_below(folder)]
+        below = list(files_below(folder))
+        examples = [file for file in below if not file.name.lower().endswith(kind.suffixes)]
+        if not examples:
+            raise InputError(
+                f"expected one sub-folder of {kind.noun} per class in {path}, found nothing but tables in {folder.name} ({below[0].name} …); "
+                "give one file, or name folders or files after their splits: train, validation and test"
+            )
+        files += [(file, folder.name) for file in examples]
+        tables += [file for file in below if file not in examples]
+    _say_left_out(path, tables)
     return files
 
 
@@ -140,7 +163,7 @@ def _read_listed(path: Path, names: datasets.Dataset, config: DataConfig, kind: 
             f"expected a column {config.label_column!r} in the metadata table of {path}, found the columns "
             f"{', '.join(map(repr, names.column_names))}; name the one with the class with --label_column"
         )
-    listed = [path / str(name) for name in names[FILE_NAME]]
+    listed = [path / str(name).replace("\\", "/") for name in names[FILE_NAME]]
     if absent := [file.name for file in listed if not file.is_file()]:
         raise InputError(
             f"expected the {len(listed)} files of the metadata table in {path}, found {len(absent)} of them missing, such as {absent[0]}; "
@@ -200,11 +223,14 @@ def _load_saved(path: Path) -> Source:
 def _load_file(path: Path, config: DataConfig, kind: Kind) -> datasets.Dataset:
     if not path.name.lower().endswith(kind.suffixes):
         raise InputError(
-            f"expected a file of labelled {kind.noun} ({_formats(kind)}), found {path}; convert it, or put the "
-            f"{kind.noun} into one sub-folder per class and give the folder"
+            f"expected a file of labelled {kind.noun} ({_formats(kind)}), found {path}; convert it, rename it where it is one of these, "
+            f"unpack an archive, or put the {kind.noun} into one sub-folder per class and give the folder"
         )
     if path.stat().st_size == 0:
         raise InputError(f"expected labelled {kind.noun} in {path}, found an empty file; write the data set again")
+    with path.open("rb") as file:
+        if file.read(20).startswith(b"version https://git-"):
+            raise InputError(f"expected labelled {kind.noun} in {path}, found a pointer of Git LFS; run git lfs pull")
     read = kind.read_file(path, config)
     if read.info.description:
         logger.warning("%s is read with %s (others: --separator, --encoding)", path.name, read.info.description)

@@ -102,9 +102,14 @@ def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
         return list(pool.map(digest, rows))
 
 
-def _why_unusable(cell: dict[str, Any] | None) -> str | None:
-    found = None if cell is None else runtime.unsupported_format(_source(cell))
-    return None if found is None else f"{found}: save it as JPEG or PNG"
+def _why_unusable(row: tuple[Any, ...]) -> str:
+    if row[0] is None:
+        return ""
+    try:
+        runtime.to_rgb(*runtime.open_image(_source(row[0])), (0, 1))
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        return f"; the first: {runtime.why_unreadable(_source(row[0]), error)}"
+    return ""
 
 
 def _encoded(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
@@ -142,7 +147,7 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
         return InputError(
             f"expected rows of the pixels of square grey images in {path}, whole numbers from 0, with the class in the column "
             f"{config.label_column!r} (in the last one without a header), found {found}. Name the class with --label_column, or give the "
-            "images as files in one sub-folder per class."
+            "images as files: in one sub-folder per class, or beside a table metadata.csv, whose column file_name names them."
         )
 
     try:
@@ -153,9 +158,10 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
     except (OSError, ValueError, EOFError) as error:
         raise refuse(f"a file that cannot be read ({error})") from error
     label = config.label_column if isinstance(table.columns[0], str) else table.columns[-1]
-    if label not in table.columns:
+    if label not in table.columns and math.isqrt(table.shape[1]) ** 2 != table.shape[1]:
         raise refuse(f"the columns {', '.join(table.columns[:5])} …")
-    pixels = table.drop(columns=label).to_numpy()
+    labels = table.filter([label])  # none in the test table of a competition
+    pixels = table.drop(columns=labels.columns).to_numpy()
     side = math.isqrt(pixels.shape[1])
     if side < 2 or side * side != pixels.shape[1]:
         raise refuse(f"{pixels.shape[1]} columns besides the class, which is no square number")
@@ -163,7 +169,8 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
         raise refuse("empty cells, text, fractions, negative numbers, or nothing but zeros")
     grey = np.round(pixels * (255 / pixels.max())).astype(np.uint8).reshape(-1, side, side)
     images = [{"bytes": _png(image), "path": None} for image in grey]
-    rows = datasets.Dataset.from_dict({config.image_column: images, config.label_column: table[label].tolist()})
+    classes = {} if labels.empty else {config.label_column: labels[label].tolist()}
+    rows = datasets.Dataset.from_dict({config.image_column: images} | classes)
     return rows.cast_column(config.image_column, datasets.Image(decode=False))
 
 

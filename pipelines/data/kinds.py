@@ -37,9 +37,7 @@ class Kind:
     prepare: Callable[[datasets.Dataset, str], datasets.Dataset | None]  # None where a column has no such values
     # Of each row what tells it from all others, and what it shares with its duplicates; None for an unusable one.
     content: Callable[[list[tuple[Any, ...]]], list[tuple[bytes, bytes] | None]]
-    why_unusable: Callable[[Any], str | None] = lambda value: (
-        None
-    )  # what a value is and what to do, where that is known
+    why_unusable: Callable[[tuple[Any, ...]], str] = lambda row: ""  # what more a message says of an unusable row
 
     def columns_of(self, config: DataConfig) -> dict[str, str]:
         """The flags that name a column of the source, and that column."""

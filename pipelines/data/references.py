@@ -17,6 +17,7 @@ from pipelines.core.errors import InputError
 logger = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
+THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}(,\d{3})+\s*")
 NO_SCORE = ("na", "n/a", "none", "null", "-")
 
 # By the name of a split its references, -1 (a class) or NaN (a score) where a row has none; and the type of the column `label`, a
@@ -112,7 +113,7 @@ def _label_names(found: set[str], config: DataConfig) -> list[str]:
     if fractions:
         raise InputError(
             f"expected classes in the column {config.label_column!r}, found fractions such as {fractions[0]}; name a "
-            "column of classes with --label_column (regression is another task)"
+            "column of classes with --label_column, or learn them as scores with --task text-regression"
         )
     names = sorted(found, key=lambda label: (float(label) if numbers else 0, label))
     if len(names) < 2:
@@ -120,6 +121,11 @@ def _label_names(found: set[str], config: DataConfig) -> list[str]:
             f"expected at least two classes in the column {config.label_column!r}, found {len(names)} "
             f"({', '.join(names) or 'no label at all'}); name the column of classes with --label_column, or add "
             "examples of another class"
+        )
+    if unlabelled := [name for name in names if name.strip().lower() in (*NO_SCORE, "nan")]:
+        logger.warning(
+            "the class %s is called like a missing label, and stays a class; empty these cells if they have none",
+            ", ".join(map(repr, unlabelled)),
         )
     alike: dict[Any, list[str]] = {}
     for name in names:
@@ -139,10 +145,21 @@ def _label_names(found: set[str], config: DataConfig) -> list[str]:
 def read_scores(splits: dict[str, datasets.Dataset], config: DataConfig) -> References:
     """The column as float32; text that spells a number counts as one."""
     column = config.label_column
-    values = {}
     for name, split in splits.items():
         _check_plain(split, name, "number", config)
-        values[name] = np.array([_score_of(cell, name, config) for cell in split[column][:]], np.float32)
+    cells = {name: split[column][:] for name, split in splits.items()}
+    texts = [cell for column in cells.values() for cell in column if isinstance(cell, str)]
+    commas = [text for text in texts if "," in text]
+    # 3,5 as in much of Europe; 1,234 may be another number.
+    if commas and not any("." in text for text in texts) and not all(THOUSANDS.fullmatch(text) for text in commas):
+        logger.warning("the scores have decimal commas: %s is %s", commas[0], commas[0].replace(",", "."))
+        cells = {
+            name: [cell.replace(",", ".") if isinstance(cell, str) else cell for cell in column]
+            for name, column in cells.items()
+        }
+    values = {
+        name: np.array([_score_of(cell, name, config) for cell in column], np.float32) for name, column in cells.items()
+    }
     if len(np.unique(np.concatenate([column[~missing(column)] for column in values.values()]))) < 2:
         raise InputError(
             f"expected scores that differ in the column {column!r}, found one value at most; name the column of scores with --label_column"

@@ -21,7 +21,9 @@ from pipelines.core.run import MARKER
 from pipelines.core.sources import resolve
 
 # Part of the key of all that is remembered: raise it when the same files give other examples.
-VERSION = 3
+VERSION = 4
+# What Windows, macOS, network disks and file systems leave in folders, beside hidden files.
+NOT_DATA = ("thumbs.db", "desktop.ini", "icon\r", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 # Settings that change nothing in the examples.
 NOT_IN_DATA = {"max_length", "trust_remote_code"}
 
@@ -57,7 +59,7 @@ def visible(folder: Path) -> list[Path]:
         entry
         for entry in folder.iterdir()
         if not entry.name.startswith((".", "__", "~$"))
-        and entry.name.lower() not in ("thumbs.db", "desktop.ini", "icon\r")
+        and entry.name.lower() not in NOT_DATA
         and not (entry.is_dir() and any((entry / name).exists() for name in (MARKER, RECORD)))
     )
 

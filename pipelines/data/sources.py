@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from pipelines.core.errors import InputError
-from pipelines.core.sources import PICKLE_SUFFIXES, resolve
+from pipelines.core.sources import PICKLE_SUFFIXES, folders_below, resolve
 
 
 def check_model(located: str) -> None:
@@ -40,6 +40,18 @@ def check_model_directory(path: Path) -> None:
 
     Only headers and file lengths are read, so the check takes milliseconds for any size of model.
     """
+    check_config(path)
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        check_safetensors(single)
+    elif index.is_file():
+        _check_shards(index)
+    else:
+        _raise_no_weights(path)
+
+
+def check_config(path: Path) -> None:
+    """Raise InputError where `path` is not a directory with the config of a model in floating point."""
     if not path.is_dir():
         raise InputError(
             f"expected a model directory, found {'a file' if path.exists() else 'nothing'} at {path}; give the folder "
@@ -54,22 +66,24 @@ def check_model_directory(path: Path) -> None:
             "the model that was quantized, or load this one with that library, call dequantize() and save_pretrained(folder), then give that "
             "folder"
         )
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        check_safetensors(single)
-    elif index.is_file():
-        _check_shards(index)
-    else:
-        _raise_no_weights(path)
+    for name, rows in (("id2label", dict.keys), ("label2id", dict.values)):
+        labels = config.get(name) or {}
+        if not isinstance(labels, dict) or not all(str(row).isdecimal() for row in rows(labels)):
+            raise InputError(
+                f"expected {name} in {path}/config.json to have a row of the head (0, 1, ...) for every label, found {labels!s:.200}. Correct "
+                "it, or leave id2label and label2id out of the file."
+            )
 
 
 def _read_json_object(file: Path, meaning: str, directory: Path) -> dict[str, object]:
     if not file.is_file():
         held = ", ".join(sorted(entry.name for entry in directory.iterdir())[:20]) or "nothing"
-        below = [str(found.parent) for found in sorted(directory.glob(f"*/{file.name}"))[-3:]]
         raise InputError(
             f"expected a {meaning} in {file}, found no such file (the folder holds: {held}); give "
-            + (" or ".join(below) or "a directory written by save_pretrained, which a GGUF or ONNX file alone is not")
+            + (
+                folders_below(directory, file.name)
+                or "a directory written by save_pretrained, which a GGUF or ONNX file alone is not"
+            )
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -8,8 +8,10 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -43,10 +45,31 @@ READ_AS = b"read as"  # in an Arrow file's metadata
 DOUBLED: dict[str, Any] = {}
 ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
 UNQUOTED: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
-# What is in use besides UTF-8. Left alone, charset-normalizer also finds code pages of 1985 in the texts of today.
-ENCODINGS = (
-    "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 koi8_r cp932 euc_jp gb18030 big5 cp949 utf_16_le utf_16_be"
-).split()
+# What is in use besides UTF-8, and the letters beyond ASCII of the languages that it is used for: of several, where spaces part them.
+WESTERN = "äöüß àâçéèêëîïôùûœ áéíóúñü ãõáâàçéêíóô åäöæøé àèéìòù ëéïóöü"
+CENTRAL = "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţ čćđšž"
+TURKISH = "çğıöşüâî"
+CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяёіїєґў"
+ENCODINGS = {
+    **dict.fromkeys(("cp1252", "mac_roman"), WESTERN),
+    **dict.fromkeys(("cp1250", "iso8859_2"), CENTRAL),
+    **dict.fromkeys(("cp1251", "koi8_r", "cp866"), CYRILLIC),
+    "cp1253": "αβγδεζηθικλμνξοπρςστυφχψωάέήίόύώϊϋ",
+    "cp1254": TURKISH,
+    "cp1255": "אבגדהוזחטיךכלםמןנסעףפץצקרשת",
+    "cp1256": "ءآأؤإئابةتثجحخدذرزسشصضطظعغـفقكلمنهوىي",
+}
+# The same of East Asia: a smaller character set, whose characters of two bytes are the common ones, and what many of them are.
+WIDE_ENCODINGS = {
+    "cp932": ("shift_jis", "[ぁ-ん]"),
+    "euc_jp": ("shift_jis", "[ぁ-ん]"),
+    "cp949": ("euc_kr", "[가-힣]"),
+    "gb18030": ("gb2312", "[一-鿿]"),
+    "big5": ("big5", "[一-鿿]"),
+    **dict.fromkeys(("utf_16_le", "utf_16_be"), ("gb18030", "[ぁ-ヿ一-鿿]")),
+}
+BINARY = (b"PK\3\4", b"\x1f\x8b", b"\xd0\xcf\x11\xe0", b"PAR1", b"BZh", b"(\xb5/\xfd", b"%PDF")
+PUNCTUATION = "“”‘’„–—…€£«»¡¿°·½®™©§\xa0"
 
 
 def read_table(path: Path, config: DataConfig) -> datasets.Dataset:
@@ -101,7 +124,9 @@ def _write(target: Path, readings: Iterator[tuple[str, Iterator[pa.Table]]]) -> 
                 for table in chain([first], tables):
                     writer.write_table(table)
             return
-        except (csv.Error, pandas.errors.ParserError, pandas.errors.ParserWarning) as error:
+        except pandas.errors.ParserWarning:  # whose text is about pandas' arguments
+            last_error = csv.Error("the first row has more cells than the header has columns")
+        except (csv.Error, pandas.errors.ParserError) as error:
             last_error = error
     raise last_error
 
@@ -112,7 +137,7 @@ def _readings(path: Path, named: set[str | None], config: DataConfig) -> Iterato
     if name.endswith(".parquet"):
         yield "", _from_parquet(path, named)
         return
-    with closing(compr[infer_compression(name)](path.open("rb"), mode="rb")) as file:
+    with closing(_unpacked(path)) as file:
         encoding = config.encoding or encoding_of(file, path)
         text = io.TextIOWrapper(file, encoding, newline="")
         text.seek(0)
@@ -127,8 +152,7 @@ def _readings(path: Path, named: set[str | None], config: DataConfig) -> Iterato
         start = start.partition("\n")[2] if hints else start
         note = ", ".join(filter(None, (note, "" if separator == usual else f"separator {separator!r}")))
         header, row = _first_rows(start, separator)
-        # R leaves the name of its first column out, which counts the rows.
-        names = [""] * (len(row) == len(header) + 1 and row[0].isdecimal()) + _names(header)
+        names = _names(header)
         if "\0" in "".join(names):
             raise ValueError("bytes that are no text")
         if twice := [name for name in named if names.count(str(name)) > 1]:
@@ -137,18 +161,44 @@ def _readings(path: Path, named: set[str | None], config: DataConfig) -> Iterato
             )
         # "text, label": a space after each separator belongs to it.
         spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
-        unquoted = separator == "\t" and not start.lstrip().startswith('"')
+        unquoted = separator == "\t" and not start.lstrip().startswith('"') and not _is_of_excel(start)
         ways = [DOUBLED, *([ESCAPED] if '\\"' in start else []), UNQUOTED][:: -1 if unquoted else 1]
+        # R leaves the name of its first column out, which counts the rows.
+        shifted = ["", *names] if len(row) == len(header) + 1 and row[0].isdecimal() else names
         # Rows may be short only where nothing else explains them.
-        for way, whole in [*((way, True) for way in ways), (ways[0], False)]:
+        for columns, way, whole in [
+            *((names, way, True) for way in ways),
+            *((shifted, way, True) for way in ways if shifted != names),
+            (shifted, ways[0], False),
+        ]:
             dialect = {"delimiter": separator, "skipinitialspace": spaced, **way}
-            yield note, _from_cells(text, names, named, int(hints), whole, dialect)
+            yield note, _from_cells(text, columns, named, int(hints), whole, dialect)
+
+
+def _unpacked(path: Path) -> Any:
+    """The bytes of a file that may be packed; of a zip archive those of its one file."""
+    if not path.name.lower().endswith(".zip"):
+        return compr[infer_compression(path.name.lower())](path.open("rb"), mode="rb")
+    archive = zipfile.ZipFile(path)
+    # Beside a file, macOS packs what only a Mac reads.
+    held = [name for name in archive.namelist() if not re.search(r"(^|/)(\.|__)|/$", name)]
+    if len(held) != 1:
+        raise InputError(
+            f"expected one file in {path}, found {', '.join(held[:5]) or 'none'}; unpack it and give the folder, or the file that is meant"
+        )
+    return archive.open(held[0])
 
 
 def _first_rows(start: str, separator: str) -> list[list[str]]:
     """The first two rows that are not empty."""
     rows = (row for row in csv.reader(start.splitlines(keepends=True), delimiter=separator) if row)
     return [next(rows, []), next(rows, [])]
+
+
+def _is_of_excel(start: str) -> bool:
+    """Whether cells between tabs are quoted where they must be: each that begins with a mark is whole, and marks in it are doubled."""
+    cells = [cell for line in start.split("\n")[:-1] for cell in line.rstrip("\r").split("\t") if cell.startswith('"')]
+    return any('""' in cell[1:-1] for cell in cells) and all(re.fullmatch('"([^"]|"")+"', cell) for cell in cells)
 
 
 def _names(header: list[str]) -> list[str]:
@@ -158,8 +208,10 @@ def _names(header: list[str]) -> list[str]:
 def _separator(start: str, usual: str, named: set[str | None]) -> str:
     """The separator that finds the named columns in the first line, or else the one that csv.Sniffer finds."""
     found = {
-        separator: len(named.intersection(_names(_first_rows(start, separator)[0]))) for separator in usual + ",;\t|"
+        separator: len(named.intersection(_names(_first_rows(start, separator)[0])))
+        for separator in usual + ",;\t|~^\x01 "
     }
+    found |= {separator: 0 for separator in "~^\x01 " if found[separator] < 2}  # one may be a word of a sentence
     best = max(found, key=lambda separator: found[separator])
     with contextlib.suppress(csv.Error):
         return best if found[best] else csv.Sniffer().sniff(start[:4096], ",;\t|").delimiter
@@ -175,17 +227,21 @@ def _from_cells(
     """
     text.seek(0)
     rows = 0
+    source: TextIO = text
+    if "escapechar" in dialect:  # which would make an N of the \N of MySQL
+        mark = re.escape(dialect["delimiter"])
+        source = io.StringIO(re.sub(rf"(^|(?<={mark}))\\N(?={mark}|\r?$)", "", text.read(), flags=re.MULTILINE))
     with warnings.catch_warnings():
         warnings.simplefilter("error", pandas.errors.ParserWarning)  # a first row that is too long
         for frame in pandas.read_csv(
-            text,
+            source,
             header=0,
             names=range(len(names)),
             skiprows=skipped,
             index_col=False,
             dtype=pandas.ArrowDtype(pa.string()),  # twice as fast as str
             keep_default_na=False,
-            na_values=[""],
+            na_values=["", r"\N"],  # what MySQL and PostgreSQL write where there is nothing
             chunksize=ROWS_AT_A_TIME,
             **dialect,
         ):
@@ -207,7 +263,7 @@ def _from_cells(
 
 def _from_objects(text: TextIO, path: Path, named: set[str | None]) -> Iterator[pa.Table]:
     """The objects of a json or jsonl file; not all need to have the same keys."""
-    objects = _objects(text)
+    objects = _objects(text, named)
     tables = []
     while rows := list(islice(objects, ROWS_AT_A_TIME)):
         columns = {
@@ -221,15 +277,23 @@ def _from_objects(text: TextIO, path: Path, named: set[str | None]) -> Iterator[
         yield pa.concat_tables(tables, promote_options="default")
 
 
-def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
-    """One object a line, a list of them, a list under a name ({"data": [...]}), or a list for each column."""
+def _objects(text: TextIO, named: set[str | None]) -> Iterator[dict[str, Any]]:
+    """One object a line, a list of them, or any other form that pandas writes: a list under a name ({"data": [...]}), a list or an
+    object for each column, an object for each row."""
     by_line = text.readline().rstrip().endswith("}") and any(line.strip() for line in text)
     text.seek(0)
     rows = (json.loads(line) for line in text if line.strip()) if by_line else json.load(text)
     if isinstance(rows, dict):
         lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         is_row = not any(isinstance(value, (list, dict)) for value in rows.values())
-        rows = [rows] if is_row else lists[0] if len(lists) == 1 else pandas.DataFrame(rows).to_dict("records")
+        if len(lists) > 1:
+            raise ValueError(f"several tables ({', '.join(rows)}), each of which needs a file of its own")
+        if {"columns", "data"} <= rows.keys() and not lists:
+            rows = pandas.DataFrame(rows["data"], columns=rows["columns"]).to_dict("records")
+        elif all(isinstance(value, dict) for value in rows.values()) and not named & rows.keys():
+            rows = list(rows.values())
+        else:
+            rows = [rows] if is_row else lists[0] if lists else pandas.DataFrame(rows).to_dict("records")
     for row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"an object for every row has its columns by their names, {row!r:.100} does not")
@@ -237,12 +301,15 @@ def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
 
 
 def _text(value: Any, name: str, path: Path) -> str | None:
+    if isinstance(value, list) and len(value) < 2:  # ["sport"], as doccano writes one class
+        value = value[0] if value else None
     if isinstance(value, (dict, list)):
         raise InputError(
             f"expected a text, a number or a truth value in the column {name!r} of {path}, found a {type(value).__name__}; name another "
             "column (--text_column, --label_column), or write its parts into columns of their own"
         )
-    return None if value is None or value != value else str(value)
+    # Half of a pair, where a text was cut within an emoji, is no character.
+    return None if value is None or value != value else str(value).encode(errors="replace").decode()
 
 
 def _from_parquet(path: Path, named: set[str | None]) -> Iterator[pa.Table]:
@@ -260,8 +327,11 @@ def _from_parquet(path: Path, named: set[str | None]) -> Iterator[pa.Table]:
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """The values of a column of categories."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    """The values of a column of categories, and those of types that `datasets` does not know as text."""
+    if pa.types.is_dictionary(column.type):
+        return column.cast(column.type.value_type)
+    is_text = pa.types.is_string_view(column.type) or pa.types.is_decimal(column.type)
+    return column.cast(pa.string()) if is_text else column
 
 
 # ---- Encodings
@@ -295,6 +365,11 @@ def encoding_of(file: BinaryIO, path: Path) -> str:
             except UnicodeDecodeError:
                 counts["other"] += 1
                 other += line[:4096] if len(other) < 1 << 16 else b""
+    if other.startswith(BINARY):
+        raise InputError(
+            f"expected a file of text, found that {path} is a spreadsheet, an archive or another binary file whatever its name says; save "
+            "it as CSV or unpack it"
+        )
     if counts["UTF-8"] < counts["other"] and (encoding := _guess(other)):
         return encoding
     raise InputError(
@@ -304,10 +379,30 @@ def encoding_of(file: BinaryIO, path: Path) -> str:
 
 
 def _guess(content: bytes) -> str | None:
-    """The encoding in which bytes make the likeliest text, Western European where another is hardly more likely."""
-    guesses = {
-        "cp1252" if "cp1252" in match.could_be_from_charset else match.encoding: (match.chaos, -match.coherence)
-        for match in charset_normalizer.from_bytes(content, cp_isolation=ENCODINGS)
-    }
-    ranks = {name: (round(chaos, 2), order - 0.05 * (name == "cp1252")) for name, (chaos, order) in guesses.items()}
+    """The encoding that makes the likeliest text, Western European where no other has more of the letters of its languages."""
+    ranks = {}
+    for name in (*ENCODINGS, *WIDE_ENCODINGS):
+        # Asked for one after another: of several, charset-normalizer leaves those out that come after a fair one.
+        for match in charset_normalizer.from_bytes(content, cp_isolation=[name], threshold=1.0):
+            share = _share_of_usual(content.decode(name), name)
+            ranks[name] = (-round(share, 1), name != "cp1252", match.chaos, -match.coherence)
     return min(ranks, key=lambda name: ranks[name], default=None)
+
+
+def _share_of_usual(text: str, encoding: str) -> float:
+    """How many of the characters beyond ASCII are usual in the languages that an encoding is used for."""
+    if encoding in ENCODINGS and ENCODINGS[encoding] not in (
+        WESTERN,
+        CENTRAL,
+        TURKISH,
+    ):  # no letters of theirs beside Latin ones
+        text = re.sub(r"(?<=[A-Za-z])[^\x00-\x7f]|[^\x00-\x7f](?=[A-Za-z])", "\ufffd", text)
+    beyond = [character for character in text if not character.isascii()]
+    if encoding in ENCODINGS:
+        return max(
+            sum(((one in PUNCTUATION + letters) + (one.lower() in PUNCTUATION + letters)) / 2 for one in beyond)
+            for letters in ENCODINGS[encoding].split()
+        ) / len(beyond)
+    narrower, many = WIDE_ENCODINGS[encoding]
+    common = sum(len(one.encode(narrower, "ignore")) == 2 for one in beyond)
+    return min(common, 3 * len(re.findall(many, text))) / len(beyond)

@@ -383,7 +383,8 @@ def head_output(model: Any) -> nn.Linear:
             f"expected a model with one classification head, found {type(model).__name__}, which has two; its labels cannot be put in "
             "the data's order. Fine-tune it on this data set (--teacher_epochs above 0)."
         )
-    inside_base = {id(module) for module in model.base_model.modules()}
+    # A few, such as CLIP's, have no base model.
+    inside_base = {id(module) for module in model.base_model.modules()} if model.base_model is not model else set()
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside_base]
     if not linears or linears[-1].out_features != model.config.num_labels:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.core.task import Head
+from pipelines.data.sources import check_config
 
 GENERIC_LABEL = "LABEL_"  # transformers' names for labels nobody has named
 # How the names of a tokenizer's files begin.
@@ -69,8 +71,8 @@ def new_model(model_class: Any, source: str, config: Any = None, **settings: Any
     return load(lambda _: model_class.from_config(config, dtype="float32", **code), source, "the shape of a model")
 
 
-def refuse_two_stacks(config: Any, source: str) -> None:
-    """Raise InputError for a model with an encoder and a decoder."""
+def check_encoder(config: Any, source: str) -> None:
+    """Raise InputError for a model of two parts."""
     if config.is_encoder_decoder:
         raise InputError(
             f"expected an encoder such as BERT, or a decoder such as GPT-2, found {config.model_type!r} in {source}, which has both; its "
@@ -114,10 +116,13 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
         ignore_mismatched_sizes=True,  # they are looked at below
         **settings,
     )
-    prefix = f"{model.base_model_prefix}."
+    # A few, such as CLIP's, have no base model; then all but the last part is the encoder.
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    *_, (head, _) = model.named_children()
     # The pooler belongs to the head where it is trained with it: a masked language model has none.
     fresh = [str(name) for name in [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]]
-    encoder = [name for name in fresh if name.startswith(prefix) and ".pooler." not in name]
+    inside = (lambda name: name.startswith(prefix)) if prefix else (lambda name: not name.startswith(f"{head}."))
+    encoder = [name for name in fresh if inside(name) and ".pooler." not in name]
     if encoder or (fresh and not head_may_be_new):
         missing = encoder or fresh
         raise InputError(
@@ -133,11 +138,11 @@ def _remedy(source: str, missing: str, base: str, unexpected: Any) -> str:
     wrapper = longer.removesuffix(missing).removesuffix(base)
     if not wrapper:
         return "Use a checkpoint of that architecture, or save it again with save_pretrained."
-    file = f"{resolve(source)}/model.safetensors"
     code = (
-        "from safetensors.torch import load_file, save_file; "
-        f"weights = {{name.removeprefix({wrapper!r}): tensor for name, tensor in load_file({file!r}).items()}}; "
-        f"save_file(weights, {file!r}, {{'format': 'pt'}})"
+        "from pathlib import Path; from safetensors.torch import load_file, save_file; "
+        f"folder = Path({resolve(source)!r}); weights = {{name.removeprefix({wrapper!r}): tensor for file in "
+        "folder.glob('*.safetensors') for name, tensor in load_file(file).items()}; "
+        "save_file(weights, folder / 'model.safetensors', {'format': 'pt'})"
     )
     return (
         f'All names begin with {wrapper!r}, as torch.compile and wrappers save them. Take that away: python -c "{code}"'
@@ -197,21 +202,21 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer in `source`. Raises InputError where there is none."""
     from transformers import AutoTokenizer
 
-    tokenizer = load(
-        AutoTokenizer.from_pretrained, source, "a tokenizer (tokenizer.json)", trust_remote_code=trust_remote_code
-    )
-    # Without its files transformers makes one of special tokens alone, and says nothing.
-    if not has_tokenizer(source) or len(tokenizer) <= len(tokenizer.all_special_tokens):
+    # Without its files transformers makes one of hardly more than special tokens, and says nothing.
+    if not has_tokenizer(source):
         raise InputError(
             f"expected a tokenizer beside the model in {source}, found none. Save the one that the model was trained with there "
             "(save_pretrained)."
         )
-    return tokenizer
+    what = "a tokenizer (tokenizer.json)"
+    return load(AutoTokenizer.from_pretrained, source, what, trust_remote_code=trust_remote_code)
 
 
 def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -> Any:
     """`loader(source, …)`, `source` being located, with one message for the many ways in which that fails."""
     located = resolve(source)
+    if os.path.isabs(located):
+        check_config(Path(located))
     try:
         return loader(located, **arguments)
     except Exception as error:  # the libraries raise whatever their parsers do

@@ -8,6 +8,7 @@ little, since a fresh process loads a model through it to be timed.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipelines.data.sources import check_model
 from pipelines.models.families import Group, groups_of, input_axis, layers_of, slices, unit_count, unit_width
 from pipelines.models.loading import load_weights
 
+WITH_HEAD = re.compile(r"For[A-Z]|LMHead")  # in the name of a class
 Kept = Sequence[np.ndarray] | None  # of each layer the units to keep, in rising order; None keeps all
 
 
@@ -123,7 +125,7 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
             "Where it brings code of its own that you trust, pass --trust_remote_code true."
         ) from error
     model = load_weights(model_class, str(directory)).eval()
-    if model.base_model_prefix and model.base_model is model:
+    if model.base_model is model and not WITH_HEAD.search(name):
         raise InputError(
             f"expected a model with a head for its task in {directory}, found {name}, which has none. Fine-tune it first."
         )

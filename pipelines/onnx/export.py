@@ -8,12 +8,16 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from pipelines.core.errors import InputError
 from pipelines.core.memory import give_memory_back
-from pipelines.core.records import Outcome
+from pipelines.core.records import Outcome, read_record
+from pipelines.models.families import FAMILIES
+from pipelines.models.predict import predict_torch
 from pipelines.models.removal import load_model
 from pipelines.onnx.file import save
 from pipelines.onnx.fuse import simplify
@@ -99,17 +103,26 @@ def trace(graph: Graph, opset: int = OPSET) -> Any:
 
     shapes = _pytree.tree_unflatten(graph.dynamic_axes.values(), _pytree.tree_structure(graph.inputs))
     with simple_operators(graph.module), quiet_exporters():
-        program: Any = torch.onnx.export(
-            graph.module.eval(),
-            kwargs=graph.inputs,
-            dynamic_shapes=shapes,
-            input_names=list(graph.dynamic_axes),
-            output_names=graph.outputs,
-            opset_version=opset,
-            custom_translation_table={torch.ops.aten.gelu.default: gelu},
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            program: Any = torch.onnx.export(
+                graph.module.eval(),
+                kwargs=graph.inputs,
+                dynamic_shapes=shapes,
+                input_names=list(graph.dynamic_axes),
+                output_names=graph.outputs,
+                opset_version=opset,
+                custom_translation_table={torch.ops.aten.gelu.default: gelu},
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter's own, around whatever the model's code raises
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise InputError(
+                f"expected a model that PyTorch can export to ONNX, found that {type(graph.module).__name__} is none: "
+                f"{' '.join(str(cause).split()):.300}. Use a model of another family."
+            ) from error
     return program.model
 
 
@@ -126,12 +139,21 @@ def export_graph(graph: Graph, path: Path) -> dict[str, dict[str, int]]:
     return {"operators": dict(sorted(operators.items())), "simplified": simplified}
 
 
+def check_export(source: str, task: Task, from_scratch: bool) -> None:
+    """Raise InputError where the model in `source` is of a family that nobody has tried, and cannot be exported."""
+    if task.load_config(source).model_type not in FAMILIES:
+        model = task.load_model(source, "new if other", from_scratch)
+        trace(task.graph(model, task.load_processor(source)))
+
+
 def export_onnx(source: str, directory: Path, task: Task) -> Outcome:
     """Export the model in `source`, without the zeros of pruning and in the data's order of labels; verify the file on validation examples."""
     processor = task.load_processor(source)
     model = load_model(source, task.config.trust_remote_code)
     task.check_config(model.config, source)
     task.align_labels(model, source)
+    if read_record(Path(source)) is None:  # nobody has scored it
+        task.check_label_order(processor, partial(predict_torch, model, name="labels"))
     exported = export_graph(task.graph(model, processor), directory / ONNX_FILE)
     processor.save_pretrained(directory)
     model.config.save_pretrained(directory)

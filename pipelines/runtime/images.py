@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 MOST_PIXELS = 64_000_000  # of an image, as in training: a small file can unpack into gigabytes
 RAW_PHOTOGRAPHS = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw")
@@ -23,6 +23,10 @@ UNSUPPORTED = {
     "a pointer of Git LFS to the image, which git lfs pull fetches": rb"version https://git-lfs",
     "an empty file": rb"$",
 }
+# How pixels are turned that a camera stored in another way, by the number of its orientation tag.
+TURNS = dict(
+    enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(), 2)
+)
 
 
 def read_image(source: Any, value_range: Sequence[float] | None = None) -> Any:
@@ -34,13 +38,19 @@ def read_image(source: Any, value_range: Sequence[float] | None = None) -> Any:
     try:
         return to_rgb(*open_image(source), value_range)
     except Exception as error:  # Pillow's decoders raise errors of many types
-        unsupported = unsupported_format(source)
-        found = (
-            f"{unsupported}. Save it as JPEG or PNG"
-            if unsupported
-            else f"{' '.join(str(error).split())}. Check that file"
-        )
+        found = why_unreadable(source, error)
         raise ValueError(f"expected an image file that Pillow reads, found {name_of(source)}: {found}.") from error
+
+
+def why_unreadable(source: Any, error: Exception) -> str:
+    """What is wrong with a file that raised an error, and what to do."""
+    if unsupported := unsupported_format(source):
+        return f"{unsupported}. Save it as JPEG or PNG"
+    kinds = " (of TIFF it knows up to 4 colours, and no fractions of 16 or 64 bits)"
+    hint = (
+        kinds if isinstance(error, UnidentifiedImageError) and name_of(source).lower().endswith(("tif", "tiff")) else ""
+    )
+    return f"{' '.join(str(error).split())}{hint}. Check that file"
 
 
 def open_image(source: Any) -> tuple[Any, Any]:
@@ -52,15 +62,35 @@ def open_image(source: Any) -> tuple[Any, Any]:
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
         low_bytes = [] if image is source else [tile_of_low_bytes(tile) for tile in getattr(image, "tile", [])]
-        upright = ImageOps.exif_transpose(image)
+        tags = getattr(image, "tag_v2", {})  # of TIFF
+        if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:
+            raise ValueError(
+                "colours of 16 bits, each in a plane of its own. Save it with the colours of a pixel together"
+            )
+        upright = turned(image)
     if upright.mode[0] in "IF":
-        return upright, np.asarray(upright, np.float64)
+        values = np.asarray(upright, np.float64)
+        # Pillow takes whole numbers of 32 bits for signed ones.
+        unsigned = upright.mode == "I" and tags and tags.get(339, (1,)) == (1,)
+        return upright, values + (values < 0) * 2.0**32 if unsigned else values
     if None in low_bytes or not low_bytes:
         return upright, None
     with Image.open(source) as image:
         image.tile = low_bytes
-        low = ImageOps.exif_transpose(image)
+        low = turned(image)
+    if low_bytes[0].args == "RGBA":  # grey and alpha: a pixel's four bytes
+        high, rest = np.moveaxis(np.asarray(low)[..., :2].astype(np.float64), -1, 0)
+        return upright, 256 * high + rest
     return upright, 256.0 * np.asarray(upright)[..., :3] + np.asarray(low)[..., :3]
+
+
+def turned(image: Any) -> Any:
+    """A copy of an image, upright. ImageOps.exif_transpose writes the tags anew and fails where a camera wrote one of them wrongly."""
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # a damaged block of tags says nothing
+        orientation = None
+    return image.transpose(Image.Transpose[TURNS[orientation]]) if orientation in TURNS else image.copy()
 
 
 def to_rgb(image: Any, values: Any = None, value_range: Sequence[float] | None = None) -> Any:
@@ -82,6 +112,8 @@ def to_rgb(image: Any, values: Any = None, value_range: Sequence[float] | None =
 def tile_of_low_bytes(tile: Any) -> Any:
     """Of 16-bit colours Pillow reads the high bytes; in the other byte order it reads the low ones. None for a tile of anything else."""
     mode, *rest = [tile.args] if isinstance(tile.args, str) else tile.args or [None]
+    if mode == "LA;16B":
+        return tile._replace(args="RGBA")
     if mode not in {f"{colours};16{order}" for colours in ("RGB", "RGBA") for order in "BLN"}:
         return None
     other = mode[:-1] + ("L" if mode.endswith("B") else "B")  # N is this machine's order, L

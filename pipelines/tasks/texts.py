@@ -18,7 +18,7 @@ from pipelines.core.task import Collate, Graph, Head
 from pipelines.data.text import collate, tokenize, tokenizer_content
 from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
-from pipelines.models.loading import Inputs, has_tokenizer, inputs_of, load_tokenizer, refuse_two_stacks
+from pipelines.models.loading import Inputs, check_encoder, has_tokenizer, inputs_of, load_tokenizer
 from pipelines.tasks.base import BasePresentation, BaseTask
 
 
@@ -90,7 +90,7 @@ class TextTask(BaseTask):
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model takes every token of the data; give `config` the tokenizer's padding."""
-        refuse_two_stacks(config, source)
+        check_encoder(config, source)
         inputs = self._inputs(config, source)
         self.check_length(inputs.positions, source)
         if not has_tokenizer(source):  # which is said where it is loaded

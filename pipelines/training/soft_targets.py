@@ -75,8 +75,9 @@ def check_teacher(teacher: Any, task: Task, processor: Any, batch_size: int) -> 
     metrics: dict[str, Any] = {}
     if PartialState().is_main_process:
         metrics = validation_metrics(teacher, task, processor, batch_size)
-        if not refuse_weak_teacher(task, metrics, teacher.config):  # what guesses has its labels in no order
+        if not task.allow_weak_teacher:  # what guesses has its labels in no order
             task.check_label_order(processor, partial(predict_torch, teacher, name="labels"))
+        refuse_weak_teacher(task, metrics, teacher.config)
     wait_for_all()
     return metrics
 

@@ -111,6 +111,8 @@ class TrainingArguments(transformers.TrainingArguments):
                 "expected --eval_strategy and --save_strategy of epoch or steps with --early_stopping_patience, which looks at "
                 f"evaluations, found {' and '.join(strategies)}."
             )
+        if self.metric_for_best_model == "loss":  # what transformers also makes of a metric that was left out
+            self.metric_for_best_model = "eval_loss"
         self.greater_is_better_given = self.greater_is_better  # which transformers sets, by the metric's name
         super().__post_init__()
 
@@ -374,6 +376,7 @@ def check_training(arguments: transformers.TrainingArguments, task: Task) -> Non
         )
     tried = copy.copy(arguments)
     tried.push_to_hub = tried.torch_compile = False
+    tried.label_smoothing_factor = 0.0  # for which it looks into the config of a true model
     with tempfile.TemporaryDirectory() as tried.output_dir:
         try:
             trainer = transformers.Trainer(torch.nn.Linear(1, 1), tried, eval_dataset=[])
@@ -426,6 +429,12 @@ def train(
     arguments.output_dir = str(directory)
     # A run is pushed whole, once it is verified; and a checkpoint holds all arguments, where no secret belongs.
     arguments.push_to_hub, arguments.hub_token = False, None
+    batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and len(train_features) < batch:
+        raise InputError(
+            f"expected a whole batch of {batch} training examples with --dataloader_drop_last, found {len(train_features)}. Lower "
+            "--per_device_train_batch_size, or leave --dataloader_drop_last out."
+        )
     arguments.remove_unused_columns = False  # the collator keeps what the loss needs
     arguments.label_names = ["labels"]  # which the Trainer looks for in the model's own forward; the loss is ours
     metric = task.primary_metric

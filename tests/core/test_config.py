@@ -14,6 +14,7 @@ from pipelines.core.config import (
     DistillConfig,
     LanguageConfig,
     PruneConfig,
+    ReportConfig,
     StudentConfig,
     TeacherConfig,
 )
@@ -161,6 +162,25 @@ def test_a_bad_flag_exits_with_status_2_and_a_short_message(argv, capsys):
         parse(*argv)
     assert exit_.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) < 6
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--warmup_ratio", "0.1"], "--warmup_steps"),
+        (["--evaluation-strategy", "epoch"], "--eval_strategy"),
+        (["--no_cuda"], "--use_cpu"),
+        (["--group_by_length=True"], "--train_sampling_strategy"),
+        (["--label", "label"], "--label_baseline, --label_column"),
+        (["--lr", "1e-4"], "--learning_rate"),
+    ],
+)
+def test_flags_of_other_scripts_are_named_as_ours(argv, hint, capsys):
+    from pipelines.training.trainer import TrainingArguments
+
+    with pytest.raises(SystemExit, match="2"):
+        parse_config([TrainingArguments, DataConfig, ReportConfig], argv=argv)
+    assert f"Did you mean {hint}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_debug_without_a_value_is_ours_and_with_one_it_is_transformers(tmp_path):

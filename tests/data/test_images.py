@@ -92,6 +92,16 @@ def test_a_table_of_pixels_with_a_header_has_its_class_in_the_label_column(tmp_p
     refused(path, "'label'", "--label_column")
 
 
+def test_a_table_of_pixels_without_classes_is_no_test_split(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 256, (80, 9)).astype(str)
+    names = ",".join(f"pixel{i}" for i in range(9))
+    train = [f"{number % 2},{','.join(row)}" for number, row in enumerate(rows[:40])]
+    (tmp_path / "train.csv").write_text("\n".join([f"label,{names}", *train]))
+    (tmp_path / "test.csv").write_text("\n".join([names, *map(",".join, rows[40:])]))
+    (tmp_path / "sample_submission.csv").write_text("ImageId,Label\n1,0\n")
+    assert load(tmp_path).details["came_from"]["test"] == "cut from split 'train'"
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -159,7 +169,7 @@ def png_of_16_bits(pixels):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    head = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -314,7 +324,39 @@ def test_the_first_of_several_frames_is_read_and_said(tmp_path, capsys):
     )
 
 
+def test_grey_with_alpha_of_16_bits_and_whole_numbers_above_two_billion(tmp_path):
+    grey = np.array([[0, 1000], [2000, 4095]], np.uint16)
+    (tmp_path / "alpha.png").write_bytes(png_of_16_bits(np.stack([grey, np.full_like(grey, 65535)], -1)))
+    assert images.open_image(tmp_path / "alpha.png")[1].tolist() == grey.tolist()
+    assert pixels_in({"path": str(tmp_path / "alpha.png")}, [0, 4095]).tolist() == [[0, 62], [125, 255]]
+    Image.fromarray(np.array([[-1, 7]], np.int32)).save(file := io.BytesIO(), "TIFF")
+    signed, unsigned = (struct.pack("<HHIH", 339, 3, 1, kind) for kind in (2, 1))
+    assert signed in file.getvalue()
+    (tmp_path / "whole.tif").write_bytes(file.getvalue().replace(signed, unsigned))
+    assert images.open_image(tmp_path / "whole.tif")[1].tolist() == [[2**32 - 1, 7]]
+
+
+def test_tags_that_a_camera_wrote_wrongly_do_not_cost_the_image(tmp_path):
+    stored = Image.fromarray(np.arange(0, 240, 10, np.uint8).reshape(4, 6))
+    tags = [(0x010F, 3, 1, 7), (0x0112, 3, 1, 6), (0x011A, 2, 2, 0x3131), (0x8769, 4, 1, 9999)]
+    ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + b"\0" * 4
+    stored.save(tmp_path / "wrong.png", exif=b"Exif\0\0II*\0\x08\0\0\0" + ifd)
+    turned = np.rot90(np.asarray(stored), -1)
+    assert (pixels_in({"path": str(tmp_path / "wrong.png")}, None) == turned).all()
+    stored.save(tmp_path / "damaged.png", exif=b"Exif\0\0no tags at all")
+    assert (pixels_in({"path": str(tmp_path / "damaged.png")}, None) == np.asarray(stored)).all()
+
+
 # ---- Files that Pillow does not read
+
+
+def test_unsupported_and_empty_files_can_be_left_out(tmp_path):
+    folder = write_image_folder(tmp_path, 30)
+    (folder / "tech" / "666.jpg").touch()
+    (folder / "tech" / "IMG_1.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 40)
+    refused(folder, "2 of 32 rows", "tech/666.jpg, tech/IMG_1.heic; the first: an empty file")
+    data = load_examples(DataConfig(dataset=str(folder), missing="drop"), IMAGES, read_classes)
+    assert data.details["rows_dropped"] == {"train": 2}
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pandas
+import pyarrow.parquet
 import pytest
 
 from conftest import write_image_folder
@@ -67,12 +70,21 @@ WRITTEN: dict[str, tuple[bytes, str | None]] = {
         ('"text","label"\n' + "".join(f'"{i}","{text}","{label}"\n' for i, (text, label) in enumerate(ROWS))).encode(),
         None,
     ),
+    "write_table.csv": (
+        ('"text" "label"\n' + "".join(f'"{i}" "{text}" "{label}"\n' for i, (text, label) in enumerate(ROWS))).encode(),
+        "separator ' '",
+    ),
     "packed.csv.gz": (gzip.compress(PLAIN.encode()), None),
     "nested.json": (
         json.dumps({"version": 2, "rows": [{"text": t, "label": n, "more": {}} for t, n in ROWS]}).encode(),
         None,
     ),
-    "columns.json": (json.dumps(dict(zip(("text", "label"), zip(*ROWS, strict=True), strict=True))).encode(), None),
+    **{
+        f"{orient}.json": (pandas.DataFrame(ROWS, columns=["text", "label"]).to_json(orient=orient).encode(), None)
+        for orient in ("split", "index", "table", "columns")
+    },
+    "doccano.jsonl": ("".join(json.dumps({"text": t, "label": [n]}) + "\n" for t, n in ROWS).encode(), None),
+    "lists.json": (json.dumps(dict(zip(("text", "label"), zip(*ROWS, strict=True), strict=True))).encode(), None),
     "keys.jsonl": (
         "".join(
             json.dumps({"label": n, "text": t} | ({"x": [1]} if n == "art" else {"x": "y"})) + "\n" for t, n in ROWS
@@ -98,6 +110,17 @@ def test_the_same_rows_however_they_are_written(name: str, tmp_path: Path, caplo
         ("Zażółć gęślą jaźń, proszę mi powiedzieć, gdzie są książki", "cp1250"),
         ("Матч закончился победой хозяев поля сегодня вечером", "cp1251"),
         ("これは日本語のテキストです。新しいニュースを読みます。", "cp932"),
+        ("Der neue Drucker wurde schnell geliefert – größer als gedacht, für 5 €", "cp1252"),
+        ("Não gostei, a entrega atrasou e não funciona, péssima solução", "cp1252"),
+        ("Die Qualität ist „völlig“ in Ordnung, größer", "mac_roman"),
+        ("Výrobek je velmi dobrý, rychlé dodání, děkuji, příště zase", "cp1250"),
+        ("Nagyon jó termék, gyors szállítás, tökéletes űrhajó, rossz minőség", "cp1250"),
+        ("Zła jakość, nie działa, odesłałem książkę", "iso8859_2"),
+        ("ürün güzel, kargo hızlı geldi, değil mi, teşekkürler", "cp1254"),
+        ("המוצר טוב מאוד והמשלוח מהיר תודה", "cp1255"),
+        ("хороший товар, быстрая доставка, всем рекомендую", "koi8_r"),
+        ("배송이 아주 빠르고 제품이 좋아요 감사합니다", "cp949"),
+        ("这个产品很好，快递很快，值得购买", "gb18030"),
     ],
 )
 def test_encodings_are_found_or_named(text: str, encoding: str, tmp_path: Path) -> None:
@@ -105,8 +128,8 @@ def test_encodings_are_found_or_named(text: str, encoding: str, tmp_path: Path) 
     data = load(tmp_path / "texts.csv", content.encode(encoding))
     assert data.details["read_as"] == {f"encoding {encoding}": 1}
     assert f"{text} 0" in {text for text, _ in found(data)}
-    named = load(tmp_path / "texts.csv", encoding="koi8-r")
-    assert named.details["read_as"] == {"encoding koi8-r": 1}
+    named = load(tmp_path / "texts.csv", encoding="cp437")
+    assert named.details["read_as"] == {"encoding cp437": 1}
     assert named.fingerprint != data.fingerprint
 
 
@@ -136,6 +159,12 @@ def test_no_row_vanishes_for_a_quotation_mark(text: str, line: int, tmp_path: Pa
         content = "".join(f"{row}{separator}{'ab'[i % 2]}\n" for i, row in enumerate(rows))
         (tmp_path / name).write_text(f"text{separator}label\n{content}")
         assert read_table(tmp_path / name, DataConfig())["text"][:] == rows
+
+
+def test_the_tab_text_of_excel_is_quoted_where_it_must_be(tmp_path: Path) -> None:
+    cells = [f'"he ""said"" {row}"' if row % 7 == 0 else f"text {row}" for row in range(40)]
+    data = load(tmp_path / "a.tsv", "text\tlabel\r\n" + "".join(f"{c}\t{'ab'[i % 2]}\r\n" for i, c in enumerate(cells)))
+    assert {text for text, _ in found(data)} == {cell.strip('"').replace('""', '"') for cell in cells}
 
 
 def test_cells_over_several_lines_and_rows_of_other_lengths(tmp_path: Path) -> None:
@@ -179,10 +208,10 @@ def test_a_table_without_a_header_or_with_another_separator_says_so(tmp_path: Pa
         InputError, match="found the columns 'text number 0 says something', 'sport'.*first line of a table"
     ):
         load(tmp_path / "rows.csv", PLAIN.split("\n", 1)[1])
-    content = PLAIN.replace(",", "~")
-    with pytest.raises(InputError, match="'text~label'"):
+    content = PLAIN.replace(",", "#")
+    with pytest.raises(InputError, match="'text#label'.*--separator"):
         load(tmp_path / "texts.csv", content)
-    assert found(load(tmp_path / "texts.csv", separator="~")) == set(ROWS)
+    assert found(load(tmp_path / "texts.csv", separator="#")) == set(ROWS)
     with pytest.raises(InputError, match="one character as --separator"):
         DataConfig(separator="::")
     with pytest.raises(InputError, match="as --encoding"):
@@ -243,9 +272,23 @@ def test_scores_are_the_numbers_of_the_file(tmp_path: Path) -> None:
         load_examples(config, TEXTS, read_scores)
     config.missing = "drop"
     assert load_examples(config, TEXTS, read_scores).details["rows_dropped"] == {"train": 14}
-    (tmp_path / "comma.csv").write_text(with_labels(["3,5", "2,0"]).replace(",", ";", 1).replace(",", ";", 1))
-    with pytest.raises(InputError, match="a fraction has a point|well-formed"):
-        load_examples(DataConfig(dataset=str(tmp_path / "comma.csv")), TEXTS, read_scores)
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores"), [(["3,5", "2", "0,125"], {3.5, 2, 0.125}), (["1,234", "2,000"], None), (["1,5", "2.5"], None)]
+)
+def test_a_decimal_comma_is_one_where_it_can_be_nothing_else(
+    labels: list[str], scores: set[float] | None, tmp_path: Path
+) -> None:
+    rows = "".join(f"text {row};{labels[row % len(labels)]}\n" for row in range(42))
+    (tmp_path / "comma.csv").write_text(f"text;label\n{rows}")
+    config = DataConfig(dataset=str(tmp_path / "comma.csv"))
+    if scores is None:
+        with pytest.raises(InputError, match="a fraction has a point"):
+            load_examples(config, TEXTS, read_scores)
+    else:
+        data = load_examples(config, TEXTS, read_scores)
+        assert {score for split in data.splits.values() for score in split["label"]} == scores
 
 
 def test_rows_without_a_text_or_label_are_named_or_left_out(tmp_path: Path) -> None:
@@ -270,7 +313,75 @@ def test_numbers_in_the_text_column_are_texts(tmp_path: Path) -> None:
     assert ("1000", "a") in found(load(tmp_path / "numbers.parquet"))
 
 
+def test_what_databases_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = ["ab"[row % 2] if row % 20 else r"\N" for row in range(40)]
+    rows = [rf'{row},"say \"no\", {row}",{label}' for row, label in enumerate(labels)]
+    content = "id,text,label\n" + "\n".join(rows)
+    with pytest.raises(InputError, match="a label in every row.* 2 of 40 "):
+        load(tmp_path / "outfile.csv", content)
+    data = load(tmp_path / "outfile.csv", missing="drop")
+    assert found(data) == {(f'say "no", {row}', "ab"[row % 2]) for row in range(40) if row % 20}
+    load(tmp_path / "words.csv", with_labels(["NULL", "x", "y"]))
+    assert "'NULL' is called like a missing label" in caplog.text
+    table = pyarrow.table({"text": pyarrow.array([text for text, _ in ROWS], pyarrow.string_view())})
+    numbers = pyarrow.array([Decimal(row % 2) for row in range(40)], pyarrow.decimal128(38, 0))
+    pyarrow.parquet.write_table(table.append_column("label", numbers), tmp_path / "numbers.parquet")
+    assert load(tmp_path / "numbers.parquet").label_names == ["0", "1"]
+
+
+def test_half_of_an_emoji_is_no_character(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"text {row} 😀"}).replace("\\ude00", "") for row in range(3)]
+    (tmp_path / "cut.jsonl").write_text("\n".join(lines))
+    assert read_table(tmp_path / "cut.jsonl", DataConfig())["text"][:] == [f"text {row} ?" for row in range(3)]
+
+
+def test_zip_archives_hold_one_table(tmp_path: Path) -> None:
+    def pack(**files: str) -> Path:
+        with zipfile.ZipFile(tmp_path / "texts.csv.zip", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return tmp_path / "texts.csv.zip"
+
+    assert found(load(pack(**{"__MACOSX/._texts.csv": "\0", "data/texts.csv": PLAIN}))) == set(ROWS)
+    with pytest.raises(InputError, match="one file in .*, found train.csv, test.csv; unpack it"):
+        load(pack(**{"train.csv": PLAIN, "test.csv": PLAIN}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("texts.csv", b"PK\3\4\x14\0\xf0\x96" * 20, "a spreadsheet, an archive or another binary file"),
+        ("texts.csv", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
+        ("texts.parquet", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
+        ("texts.xlsx", b"PK\3\4", "convert it, rename it"),
+        ("splits.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}', r"several tables \(train, test\)"),
+        ("texts.tsv", b"text\tlabel\nrow1\tone\ta\nrow2\ttwo\tb\n", "more cells than the header"),
+    ],
+)
+def test_files_that_are_something_else(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / name, content)
+
+
 # ---- Folders
+
+
+def test_tables_where_none_belong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_classes(tmp_path / "data")
+    (folder / "art" / "list.csv").write_text("a,b\n")
+    assert found(load(folder)) == set(ROWS)
+    assert "list.csv" in caplog.text
+    for label in ("sport", "art"):
+        (tmp_path / "parts" / f"label={label}").mkdir(parents=True)
+        (tmp_path / "parts" / f"label={label}" / "0.csv").write_text("text\nx\n")
+    with pytest.raises(InputError, match="nothing but tables in label=art .*after their splits"):
+        load(tmp_path / "parts")
+    load(tmp_path / "shared" / "train.csv", PLAIN)
+    (tmp_path / "shared" / "test.csv").write_text("id,text\n1,x\n2,y\n")
+    (tmp_path / "shared" / "test_labels.csv").write_text("id,label\n1,art\n2,sport\n")
+    caplog.clear()
+    assert load(tmp_path / "shared").details["came_from"]["test"] == "cut from split 'train'"
+    assert "test_labels.csv" in caplog.text
 
 
 def write_classes(folder: Path, prefix: str = "", inside: str = "") -> Path:
@@ -314,6 +425,8 @@ def test_what_desktops_and_our_own_runs_leave_in_a_folder_is_no_data(tmp_path: P
         "art/desktop.ini",
         "art/._00.txt",
         "__MACOSX/art/00.txt",
+        "art/@eaDir/00.txt",
+        "$RECYCLE.BIN/00.txt",
         "run/.pocketformers",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -377,6 +490,15 @@ def test_a_metadata_table_labels_the_images_beside_it(tmp_path: Path) -> None:
     assert (data.label_names, data.details["examples"]) == (expected.label_names, expected.details["examples"])
     with pytest.raises(InputError, match="'label' in the metadata table .*'kind'.*--label_column"):
         load(flat, kind=IMAGES)
+    for split, files in {"train": lines[1::2], "Test": lines[2::2]}.items():
+        (tmp_path / "split" / split).mkdir(parents=True)
+        for file in files:
+            name = file.split(",")[0]
+            (tmp_path / "split" / split / name).write_bytes((flat / name).read_bytes())
+    rows = [f"train\\{row}" for row in lines[1::2]] + [f"Test/{row}" for row in lines[2::2]]
+    (tmp_path / "split" / "metadata.csv").write_text("\n".join([lines[0], *rows]))
+    split_data = load(tmp_path / "split", kind=IMAGES, label_column="kind")
+    assert split_data.details["came_from"]["test"] == "split 'test'"
     (flat / lines[1].split(",")[0]).unlink()
     with pytest.raises(InputError, match="found 1 of them missing"):
         load(flat, kind=IMAGES, label_column="kind")

@@ -145,7 +145,7 @@ def test_text_files_that_cannot_be_used(tmp_path, content, message):
 
 
 def test_a_missing_column_or_one_without_text_is_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"body": "x", "tags": ["a"]}\n' * 5)
+    (tmp_path / "a.jsonl").write_text('{"body": "x", "tags": ["a", "b"]}\n' * 5)
     with pytest.raises(InputError, match="--text_column"):
         load(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="in the column 'tags' .* found a list"):

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from conftest import WORDS, make_texts, make_tokenizer, tiny_model, write_csv
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
+from pipelines.core.sources import model_fingerprint
 from pipelines.data.windows import train_tokenizer
 from pipelines.models.removal import load_model
 from pipelines.onnx.export import export_onnx
@@ -61,6 +62,40 @@ def test_weights_of_a_wrapper_are_named_with_a_command_that_mends_them(wrapper, 
     task.load_model(source)
 
 
+def test_the_command_mends_a_model_in_shards(task, tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    make_tokenizer().save_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    found = json.loads(index.read_text())["weight_map"]
+    for file in {*found.values()}:
+        weights = {f"module.{name}": tensor for name, tensor in load_file(tmp_path / file).items()}
+        save_file(weights, tmp_path / file, {"format": "pt"})
+    index.write_text(json.dumps({"weight_map": {f"module.{name}": file for name, file in found.items()}}))
+    with pytest.raises(InputError, match=r"begin with 'module\.'") as error:
+        task.load_model(str(tmp_path))
+    exec(str(error.value).split('python -c "')[1].removesuffix('"'))
+    task.load_model(str(tmp_path))
+
+
+def test_a_classifier_without_a_base_model_has_a_head_and_an_encoder(image_task, tmp_path):
+    from transformers import CLIPConfig, CLIPForImageClassification, ViTImageProcessorPil
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = CLIPConfig(
+        vision_config={**sizes, "image_size": 8, "patch_size": 4}, text_config={**sizes, "vocab_size": 9}
+    )
+    config.id2label = dict(enumerate(reversed(image_task.label_names)))
+    config.label2id = {name: row for row, name in config.id2label.items()}
+    model = CLIPForImageClassification(config)
+    source = save(tmp_path, model, ViTImageProcessorPil(size={"height": 8, "width": 8}))
+    turned = image_task.load_model(source)
+    assert torch.equal(turned.classifier.weight, model.classifier.weight.flip(0))
+    image_task.align_labels(load_model(source), source)
+    rename_weights(tmp_path, lambda name: name.replace("vision_model", "other"))
+    with pytest.raises(InputError, match=r"such as vision_model\."):
+        image_task.load_model(source, "new if other")
+
+
 def test_a_head_that_is_missing_or_of_another_shape_is_made_anew_where_it_is_trained(task, tmp_path):
     (tmp_path / "shape").mkdir()
     names = {"id2label": dict(enumerate(WORDS)), "label2id": {name: i for i, name in enumerate(WORDS)}}
@@ -82,6 +117,13 @@ def test_quantized_and_other_directories_are_named(task, tmp_path):
     save(tmp_path / "four_bits", tiny_model(), quantization_config={"quant_method": "awq", "bits": 4})
     with pytest.raises(InputError, match="quantized by awq"):
         task.load_model(str(tmp_path / "four_bits"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="merge_and_unload"):
+        task.load_processor(str(tmp_path / "adapter"))
+    with pytest.raises(InputError, match=r"give .*checkpoint-500"):
+        model_fingerprint(str(tmp_path / "run"))
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match=r"model-Q4_K_M\.gguf.*GGUF or ONNX file alone"):
@@ -116,6 +158,21 @@ def test_labels_that_say_no_order_are_one_message_or_a_fresh_head(labels, task, 
         task.align_labels(load_model(source), source)
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"id2label": {"sport": 0, "tech": 1, "trade": 2}},
+        {"id2label": ["sport", "tech", "trade"]},
+        {"label2id": {"sport": "LABEL_0", "tech": "LABEL_1", "trade": "LABEL_2"}},
+        {"label2id": ["sport", "tech", "trade"]},
+    ],
+)
+def test_labels_without_rows_are_named(labels, task, tmp_path):
+    source = save(tmp_path, tiny_model(), **labels)
+    with pytest.raises(InputError, match=f"expected {next(iter(labels))} in .*found .*sport"):
+        task.load_processor(source)
+
+
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
 def test_the_problem_type_of_another_task_does_not_survive(problem, task, tmp_path):
     source = save(tmp_path, tiny_model("roberta", pad_token_id=0), problem_type=problem)
@@ -134,6 +191,8 @@ def test_labels_without_names_in_another_order_are_refused(trained_teacher, task
     source = save(tmp_path / "m", model, id2label={str(i): name for name, i in generic.items()}, label2id=generic)
     with pytest.raises(InputError, match=r"another order: of .* training examples 'sport' is predicted as 'tech'"):
         fine_tune(source, tmp_path, task, TeacherConfig(teacher_epochs=0), training)
+    with pytest.raises(InputError, match="another order"):
+        export_onnx(source, tmp_path, task)
     (tmp_path / "right").mkdir()
     fine_tune(str(trained_teacher), tmp_path / "right", task, TeacherConfig(teacher_epochs=0), training)
 
@@ -280,3 +339,11 @@ def test_a_slow_tokenizer_says_at_once_that_there_will_be_no_bundle(task, tmp_pa
     shutil.rmtree(tmp_path / "m")
     save(tmp_path / "m", tiny_model())
     assert task.bundle_obstacle(source) is None
+
+
+@pytest.mark.parametrize("name", ["spm.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt"])
+def test_a_vocabulary_alone_is_a_tokenizer(name, tmp_path):
+    (tmp_path / "config.json").touch()
+    assert not has_tokenizer(str(tmp_path))
+    (tmp_path / name).touch()
+    assert has_tokenizer(str(tmp_path))

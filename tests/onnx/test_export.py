@@ -15,7 +15,7 @@ from pipelines.core.errors import InputError, VerificationError
 from pipelines.edge.bundle import build_bundle
 from pipelines.models.predict import predict_torch
 from pipelines.models.removal import cut, load_model, with_stock_shapes
-from pipelines.onnx.export import export_onnx
+from pipelines.onnx.export import check_export, export_onnx
 from pipelines.onnx.predict import predict_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.onnx.verify import verify_against_torch, verify_directory, verify_quality
@@ -244,3 +244,23 @@ def test_a_score_that_is_not_a_number_is_lost(task):
         verify_quality(
             {"accuracy": 0.5}, {"accuracy": float("nan")}, task, GateConfig(max_quality_drop=1), "dynamic_int8"
         )
+
+
+def test_what_cannot_be_exported_is_refused_before_it_is_trained(task, tokenizer, tmp_path):
+    sizes = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "num_decoder_layers": 1}
+    for name, changes in (("squeezebert", {}), ("funnel", {"block_sizes": [1, 1], **sizes})):
+        tiny_model(name, **changes).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    check_export(str(tmp_path / "squeezebert"), task, from_scratch=False)
+    with pytest.raises(InputError, match="expected a model that PyTorch can export to ONNX, found that Funnel"):
+        check_export(str(tmp_path / "funnel"), task, from_scratch=False)
+
+
+def test_a_cache_that_is_not_of_keys_and_values_is_named():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from pipelines.tasks.text_generation.export import graph_with_cache
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=80, hidden_size=16, num_hidden_layers=2, state_size=4))
+    with pytest.raises(InputError, match="found that MambaForCausalLM has another"):
+        graph_with_cache(model)

@@ -10,18 +10,19 @@ from pipelines.onnx.runtimes import needed_versions, oldest_runtime
 from pipelines.report.card import needed_versions as card_section
 
 
-def make_graph(opset: int, operator: str = "Relu", **attributes: int) -> onnx.ModelProto:
+def make_graph(opset: int, operator: str = "Relu", ir_version: int = 10, **attributes: int) -> onnx.ModelProto:
     node = helper.make_node(operator, ["x"], ["y"], domain="com.microsoft" if attributes else "", **attributes)
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
     graph = helper.make_graph([node], "graph", values[:1], values[1:])
     opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid("com.microsoft", 1)] if attributes else [])]
-    return helper.make_model(graph, opset_imports=opsets)
+    return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
 
 
 @pytest.mark.parametrize(
     ("model", "runtime"),
     [
         (make_graph(18), "1.18.0"),
+        (make_graph(18, ir_version=11), "1.23.0"),
         (make_graph(21), "1.18.0"),
         (make_graph(22), "1.21.0"),
         (make_graph(23), "1.23.0"),

@@ -201,7 +201,7 @@ def bad_arguments(tmp_path, language_model_dir):
     known = ["--teacher_model", str(language_model_dir), "--teacher_from_scratch", "false"]
     return {
         "empty file": (["--dataset", str(tmp_path / "empty.txt")], "empty file"),
-        "neither UTF-8 nor cp1252": (["--dataset", str(tmp_path / "unknown.txt")], "UTF-8, or at least cp1252"),
+        "neither UTF-8 nor cp1252": (["--dataset", str(tmp_path / "unknown.txt")], "expected one encoding"),
         "block above the limit": (["--max_length", "128"], "--max_length of at most 64"),
         "other vocabulary": ([*known, "--student_model", str(other)], "same vocabulary"),
         "no tokenizer": (["--teacher_model", str(weights_only), "--teacher_from_scratch", "false"], "a tokenizer"),

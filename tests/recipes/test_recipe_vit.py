@@ -155,7 +155,7 @@ def test_a_convolutional_student_goes_through_the_recipe_without_pruning_in_two_
     process = processes.run_recipe(str(RECIPE), *argv, *flags, processes=2, function=watched_recipe)
     assert process.returncode == 0, process.stderr[-3000:]
     check_only_the_main_process_wrote(tmp_path / "run")
-    assert "pruned: the heads and neurons of a resnet cannot be removed" in process.stdout
+    assert all(f"pruned: the {kind} of a resnet stay" in process.stdout for kind in ("heads", "neurons"))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == [name for name in STAGES if name != "pruned"]
     assert report["stages"][-1]["metrics"]["accuracy"] > 0.7

@@ -209,6 +209,12 @@ def test_a_language_teacher_whose_perplexity_is_no_number_is_refused(language_ta
     language_task.check_teacher({"perplexity": 299.0}, config)
 
 
+def test_no_whole_batch_where_only_whole_ones_are_trained_on_is_named(pretrained, task, training, tmp_path):
+    training.dataloader_drop_last, training.per_device_train_batch_size = True, 4096
+    with pytest.raises(InputError, match="a whole batch of 4096 training examples with --dataloader_drop_last"):
+        fine_tune(str(pretrained), tmp_path, task, TeacherConfig(), training)
+
+
 def test_a_length_in_steps_is_that_of_the_distillation_only(pretrained, task, training, tmp_path):
     training.max_steps, training.warmup_steps, training.eval_strategy = 3, 500, "no"
     training.save_strategy, training.load_best_model_at_end = "no", False

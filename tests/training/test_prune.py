@@ -290,10 +290,6 @@ def test_query_groups_of_a_llama_are_pruned_and_recover(language_task, language_
     assert shape_of(load_model(tmp_path / "pruned")) == after
 
 
-def test_a_model_with_nothing_to_remove_is_refused(task, tokenizer, training, tmp_path):
-    tiny_model("resnet").save_pretrained(tmp_path / "resnet")
-    tokenizer.save_pretrained(tmp_path / "resnet")
+def test_a_model_with_nothing_to_remove_is_refused():
     with pytest.raises(InputError, match="--prune_heads 0"):
-        prune_and_recover(
-            str(tmp_path / "resnet"), tmp_path / "out", task, tmp_path, PruneConfig(), DistillConfig(), training
-        )
+        checked_pruning(tiny_config("resnet"), PruneConfig(), "a/resnet")

@@ -86,6 +86,7 @@ def test_what_is_wrong_whatever_the_task_is_a_bad_flag(tmp_path, flags, message,
         ("text-classification", "accuracy", ("accuracy", True)),
         ("text-classification", "eval_macro_f1", ("macro_f1", True)),
         ("text-classification", "eval_loss", ("eval_loss", False)),
+        ("text-classification", "loss", ("eval_loss", False)),
         ("text-regression", "root_mean_squared_error", ("root_mean_squared_error", False)),
         ("text-generation", "eval_next_token_accuracy", ("next_token_accuracy", True)),
         ("text-generation", None, ("perplexity", False)),
@@ -94,6 +95,17 @@ def test_what_is_wrong_whatever_the_task_is_a_bad_flag(tmp_path, flags, message,
 def test_the_direction_of_a_metric_is_the_tasks(tmp_path, task, name, expected):
     settings = settings_of(tmp_path, *(["--metric_for_best_model", name] if name else []), task=task)
     assert best_metric(settings.training, make_task(settings)) == expected
+
+
+@pytest.mark.parametrize("flags", ["--label_smoothing_factor 0.1", "--optim adafactor", "--neftune_noise_alpha 5"])
+def test_what_the_trainer_can_do_is_not_refused(tmp_path, flags):
+    make_task(settings_of(tmp_path, *flags.split()))
+
+
+def test_a_bad_environment_is_not_blamed_on_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="deepspeed[^(]*$"):
+        settings_of(tmp_path)
 
 
 def test_the_metrics_named_are_those_of_a_score():

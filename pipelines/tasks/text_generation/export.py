@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines.core.errors import VerificationError
+from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.task import Arrays, Graph, Task
 from pipelines.onnx.predict import PAST, PRESENT, empty_cache
 from pipelines.onnx.verify import TOLERANCE
@@ -59,8 +59,14 @@ def graph_with_cache(model: Any) -> Graph:
     """Two sequences, one of them padded, that continue a past of five tokens by three; the past has each layer's own heads."""
     ids, mask = torch.arange(16).reshape(2, 8), torch.ones((2, 8), dtype=torch.long)
     mask[0, :2] = 0
-    with torch.inference_mode():
-        _, present = WithCache(model)(ids[:, :5], mask[:, :5], [])
+    try:
+        with torch.inference_mode():
+            _, present = WithCache(model)(ids[:, :5], mask[:, :5], [])
+    except (AttributeError, TypeError) as error:
+        raise InputError(
+            f"expected a language model with a cache of keys and values in every layer, found that {type(model).__name__} has another: "
+            f"{error}. Use a model of another family."
+        ) from error
     past = [(keys.clone(), values.clone()) for keys, values in zip(present[::2], present[1::2], strict=True)]
     caches = cache_names(len(past))
     axes = {"input_ids": {0: "batch_size", 1: "sequence"}, "attention_mask": {0: "batch_size", 1: "total"}}
