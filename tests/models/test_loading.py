@@ -19,6 +19,7 @@ from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, Teac
 from pipelines.core.errors import InputError
 from pipelines.core.sources import model_fingerprint
 from pipelines.data.windows import train_tokenizer
+from pipelines.models.loading import has_tokenizer
 from pipelines.models.removal import load_model
 from pipelines.onnx.export import export_onnx
 from pipelines.tasks.text_classification import TextClassification
