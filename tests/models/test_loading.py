@@ -71,7 +71,9 @@ def test_the_command_mends_a_model_in_shards(task, tmp_path):
     for file in {*found.values()}:
         weights = {f"module.{name}": tensor for name, tensor in load_file(tmp_path / file).items()}
         save_file(weights, tmp_path / file, {"format": "pt"})
-    index.write_text(json.dumps({"weight_map": {f"module.{name}": file for name, file in found.items()}}))
+    index.write_text(
+        json.dumps({"metadata": {}, "weight_map": {f"module.{name}": file for name, file in found.items()}})
+    )
     with pytest.raises(InputError, match=r"begin with 'module\.'") as error:
         task.load_model(str(tmp_path))
     exec(str(error.value).split('python -c "')[1].removesuffix('"'))
