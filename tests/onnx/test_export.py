@@ -247,9 +247,12 @@ def test_a_score_that_is_not_a_number_is_lost(task):
 
 
 def test_what_cannot_be_exported_is_refused_before_it_is_trained(task, tokenizer, tmp_path):
+    from transformers import FunnelConfig, FunnelForSequenceClassification
+
     sizes = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "num_decoder_layers": 1}
-    for name, changes in (("squeezebert", {}), ("funnel", {"block_sizes": [1, 1], **sizes})):
-        tiny_model(name, **changes).save_pretrained(tmp_path / name)
+    funnel = FunnelForSequenceClassification(FunnelConfig(vocab_size=80, block_sizes=[1, 1], **sizes))
+    for name, model in (("squeezebert", tiny_model("squeezebert")), ("funnel", funnel)):
+        model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     check_export(str(tmp_path / "squeezebert"), task, from_scratch=False)
     with pytest.raises(InputError, match="expected a model that PyTorch can export to ONNX, found that Funnel"):
