@@ -260,10 +260,15 @@ def test_what_cannot_be_exported_is_refused_before_it_is_trained(task, tokenizer
 
 
 def test_a_cache_that_is_not_of_keys_and_values_is_named():
-    from transformers import MambaConfig, MambaForCausalLM
+    from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
     from pipelines.tasks.text_generation.export import graph_with_cache
 
-    model = MambaForCausalLM(MambaConfig(vocab_size=80, hidden_size=16, num_hidden_layers=2, state_size=4))
-    with pytest.raises(InputError, match="found that MambaForCausalLM has another"):
-        graph_with_cache(model)
+    sizes = {"vocab_size": 80, "hidden_size": 16, "num_hidden_layers": 2}
+    mixed = {**sizes, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for model in (
+        MambaForCausalLM(MambaConfig(**sizes, state_size=4)),
+        Lfm2ForCausalLM(Lfm2Config(**mixed, layer_types=["conv", "full_attention"])),
+    ):
+        with pytest.raises(InputError, match=f"found that {type(model).__name__} has another"):
+            graph_with_cache(model)
