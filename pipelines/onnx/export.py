@@ -120,8 +120,8 @@ def trace(graph: Graph, opset: int = OPSET) -> Any:
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise InputError(
-                f"expected a model that PyTorch can export to ONNX, found that {type(graph.module).__name__} is none: "
-                f"{' '.join(str(cause).split()):.300}. Use a model of another family."
+                f"expected a model that PyTorch can export to ONNX, found one that it cannot: {' '.join(str(cause).split()):.300}. Use a "
+                "model of another family."
             ) from error
     return program.model
 

@@ -67,13 +67,12 @@ def test_the_command_mends_a_model_in_shards(task, tmp_path):
     tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
     make_tokenizer().save_pretrained(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    found = json.loads(index.read_text())["weight_map"]
-    for file in {*found.values()}:
+    content = json.loads(index.read_text())
+    for file in {*content["weight_map"].values()}:
         weights = {f"module.{name}": tensor for name, tensor in load_file(tmp_path / file).items()}
         save_file(weights, tmp_path / file, {"format": "pt"})
-    index.write_text(
-        json.dumps({"metadata": {}, "weight_map": {f"module.{name}": file for name, file in found.items()}})
-    )
+    content["weight_map"] = {f"module.{name}": file for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"begin with 'module\.'") as error:
         task.load_model(str(tmp_path))
     exec(str(error.value).split('python -c "')[1].removesuffix('"'))

@@ -247,20 +247,28 @@ def test_a_score_that_is_not_a_number_is_lost(task):
 
 
 def test_what_cannot_be_exported_is_refused_before_it_is_trained(task, tokenizer, tmp_path):
+    from transformers import FunnelConfig, FunnelForSequenceClassification
+
     sizes = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "num_decoder_layers": 1}
-    for name, changes in (("squeezebert", {}), ("funnel", {"block_sizes": [1, 1], **sizes})):
-        tiny_model(name, **changes).save_pretrained(tmp_path / name)
+    funnel = FunnelForSequenceClassification(FunnelConfig(vocab_size=80, block_sizes=[1, 1], **sizes))
+    for name, model in (("squeezebert", tiny_model("squeezebert")), ("funnel", funnel)):
+        model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     check_export(str(tmp_path / "squeezebert"), task, from_scratch=False)
-    with pytest.raises(InputError, match="expected a model that PyTorch can export to ONNX, found that Funnel"):
+    with pytest.raises(InputError, match="expected a model that PyTorch can export to ONNX, found one that it cannot"):
         check_export(str(tmp_path / "funnel"), task, from_scratch=False)
 
 
 def test_a_cache_that_is_not_of_keys_and_values_is_named():
-    from transformers import MambaConfig, MambaForCausalLM
+    from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
     from pipelines.tasks.text_generation.export import graph_with_cache
 
-    model = MambaForCausalLM(MambaConfig(vocab_size=80, hidden_size=16, num_hidden_layers=2, state_size=4))
-    with pytest.raises(InputError, match="found that MambaForCausalLM has another"):
-        graph_with_cache(model)
+    sizes = {"vocab_size": 80, "hidden_size": 16, "num_hidden_layers": 2}
+    mixed = {**sizes, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for model in (
+        MambaForCausalLM(MambaConfig(**sizes, state_size=4)),
+        Lfm2ForCausalLM(Lfm2Config(**mixed, layer_types=["conv", "full_attention"])),
+    ):
+        with pytest.raises(InputError, match=f"found that {type(model).__name__} has another"):
+            graph_with_cache(model)

@@ -62,10 +62,10 @@ def graph_with_cache(model: Any) -> Graph:
     try:
         with torch.inference_mode():
             _, present = WithCache(model)(ids[:, :5], mask[:, :5], [])
-    except (AttributeError, TypeError) as error:
+    except Exception as error:  # whatever a cache of its own may lead to
         raise InputError(
             f"expected a language model with a cache of keys and values in every layer, found that {type(model).__name__} has another: "
-            f"{error}. Use a model of another family."
+            f"{type(error).__name__}: {error}. Use a model of another family."
         ) from error
     past = [(keys.clone(), values.clone()) for keys, values in zip(present[::2], present[1::2], strict=True)]
     caches = cache_names(len(past))
