@@ -166,8 +166,12 @@ def label_order(config: Any, label_names: list[str]) -> list[int] | None:
         # Names that differ in nothing but case say no order without it.
         if sorted(found) == sorted(wanted) and len({*found}) == len(found):
             return [found.index(name) for name in wanted]
-    generic = all(name.startswith(GENERIC_LABEL) for name in names)
-    return rows if generic and len(rows) == len(label_names) else None
+    return rows if has_unnamed_labels(config) and len(rows) == len(label_names) else None
+
+
+def has_unnamed_labels(config: Any) -> bool:
+    """Whether the labels of a head are LABEL_0, LABEL_1, …"""
+    return all(str(name).startswith(GENERIC_LABEL) for name in config.id2label.values())
 
 
 def reorder_labels(model: Any, order: list[int], label_names: list[str]) -> None:

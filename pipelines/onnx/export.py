@@ -17,6 +17,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.memory import give_memory_back
 from pipelines.core.records import Outcome, read_record
 from pipelines.models.families import FAMILIES
+from pipelines.models.loading import has_unnamed_labels
 from pipelines.models.predict import predict_torch
 from pipelines.models.removal import load_model
 from pipelines.onnx.file import save
@@ -151,8 +152,9 @@ def export_onnx(source: str, directory: Path, task: Task) -> Outcome:
     processor = task.load_processor(source)
     model = load_model(source, task.config.trust_remote_code)
     task.check_config(model.config, source)
+    has_unnamed = has_unnamed_labels(model.config)
     task.align_labels(model, source)
-    if read_record(Path(source)) is None:  # nobody has scored it
+    if has_unnamed and read_record(Path(source)) is None:  # nobody has scored it
         task.check_label_order(processor, partial(predict_torch, model, name="labels"))
     exported = export_graph(task.graph(model, processor), directory / ONNX_FILE)
     processor.save_pretrained(directory)

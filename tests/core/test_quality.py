@@ -188,9 +188,7 @@ def test_the_report_names_the_class_that_each_stage_took_most_from():
     assert "| quantized |" not in text  # which lost nothing
 
 
-def test_a_broken_student_is_named_and_kept(
-    trained_teacher, pretrained, csv_file, tmp_path, monkeypatch, capsys
-):
+def test_a_broken_student_is_named_and_kept(trained_teacher, pretrained, csv_file, tmp_path, monkeypatch, capsys):
     flags = f"--teacher_model {trained_teacher} --dataset {csv_file} --max_length 32 --validation_size 0.2 --use_cpu".split()
     # Of random weights, and hardly trained: it predicts one label or so.
     flags += f"--student_model {pretrained} --student_from_scratch --soft_targets online --num_train_epochs 0.1".split()

@@ -341,7 +341,6 @@ def test_nul_bytes_and_unpaired_surrogates(tmp_path, tokenizer, language_model_d
         task.features(task.load_processor(str(language_model_dir)))
     surrogate = "goal \ud800 match".encode("utf-8", "surrogatepass")
     refused = {
-        "surrogate.jsonl": lines.encode() + b'{"text": "goal \\ud800 match", "label": "sport"}\n',
         "surrogate.csv": b"text,label\n"
         + b"".join(f"{text},{label}\n".encode() for text, label in rows)
         + surrogate
