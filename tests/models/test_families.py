@@ -212,7 +212,7 @@ def test_variants_of_a_family_are_cut_as_well(model_type, changes, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_a_student_of_all_layers_is_the_teacher_and_one_of_some_is_what_is_left_of_it(model_type):
+def test_a_student_of_all_layers_is_the_teacher_and_one_of_some_is_what_is_left_of_it(model_type, tmp_path):
     teacher, inputs = make(model_type)
     depths = depths_of(teacher.config)
     everything = student_from_layers(teacher, list(range(sum(depths)))).eval()
@@ -226,6 +226,9 @@ def test_a_student_of_all_layers_is_the_teacher_and_one_of_some_is_what_is_left_
         assert len(layers_of(student)) == len(kept)
         expected = remove_layers(copy.deepcopy(teacher), kept)
     torch.testing.assert_close(logits_of(student, inputs), logits_of(expected, inputs))
+    student.save_pretrained(tmp_path)
+    reread = type(student).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits_of(reread, inputs), logits_of(student, inputs))
 
 
 def remove_layers(model: Any, kept: list[int]) -> Any:
