@@ -182,6 +182,7 @@ def try_family(model_type: str, directory: Path) -> dict[str, str]:
     from pipelines.cli import read_settings
     from pipelines.core.errors import InputError, VerificationError
     from pipelines.core.records import read_record
+    from pipelines.onnx.fuse import NOT_FUSED
     from pipelines.verbs import VERBS
 
     task, model = task_of(model_type), write_model(model_type, directory / "model")
@@ -218,7 +219,11 @@ def try_family(model_type: str, directory: Path) -> dict[str, str]:
     nodes = record["details"]["fused_nodes"] if record else {"attention": 0, "attention_blocks": 0}
     blocks, fused = nodes["attention_blocks"], nodes["attention"]
     found["fused attention"] = (
-        "yes" if fused == blocks > 0 else f"{fused} of {blocks} blocks" if blocks else "no attention"
+        "yes"
+        if fused == blocks > 0
+        else f"{fused} of {blocks} blocks: {NOT_FUSED.get(model_type, 'the others are slower')}"
+        if blocks
+        else "no attention"
     )
     return found
 
