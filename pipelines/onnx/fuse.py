@@ -35,7 +35,7 @@ BATCH, TOKENS = 3, 7  # of the random inputs
 # Why a family's attention is exported and quantized in single steps.
 NOT_FUSED = dict.fromkeys(
     ("deberta", "deberta-v2"), "its scores are sums of three matmuls, of which the Attention operator knows one"
-)
+) | {"gemma2": "its scores are capped by a tanh before they are masked"}
 # Operators that move or repeat numbers and change none.
 MOVES = set("Reshape Transpose Unsqueeze Squeeze Expand".split())
 # Operators that treat each token by itself, as long as their other inputs are constants that do.
