@@ -1,7 +1,7 @@
 """Training beside one busy process: how the threads of OpenMP should wait for one another.
 
     python benchmarks/busy_training.py                                          # 10 turns of 3 steps for each choice: 3 minutes
-    python benchmarks/busy_training.py --turns 40 --choices default spin_10000    # on a quiet machine: what the choice costs
+    python benchmarks/busy_training.py --turns 40 --choices default spin_1000    # on a quiet machine: what the choice costs
 
 Trains a BERT of MiniLM's size (6 layers, width 384) with random weights on 16 texts of 64 tokens, as the demo's teacher is trained. OpenMP
 reads its environment when it is loaded, so every choice is a process of its own. One of them trains at a time, in turn, for a few steps,
@@ -26,11 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 CHOICES = {
     "default": {"GOMP_SPINCOUNT": "300000"},  # what OpenMP does where nothing is said
     "passive": {"OMP_WAIT_POLICY": "passive"},  # it never spins
-    "spin_1000": {"GOMP_SPINCOUNT": "1000"},
-    "spin_10000": {"GOMP_SPINCOUNT": "10000"},  # what pipelines/__init__.py sets
+    "spin_1000": {"GOMP_SPINCOUNT": "1000"},  # what pipelines/__init__.py sets
+    "spin_10000": {"GOMP_SPINCOUNT": "10000"},
     "one_thread": {"OMP_NUM_THREADS": "1"},
 }
 OPENMP = ("OMP_", "GOMP_", "KMP_")
+# Uses one core until it is killed, or nobody is left who would.
+NEIGHBOUR = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(100_000))"
 
 
 def work() -> None:
@@ -88,8 +90,8 @@ def main() -> None:
         for worker in workers.values():  # all of them have loaded and warmed up before the first turn
             train(worker, flags.steps)
         for load in ("quiet", "busy"):
-            endless = [sys.executable, "-c", "while True: pass"]
-            neighbour = subprocess.Popen(endless, start_new_session=True) if load == "busy" else None
+            command = [sys.executable, "-c", NEIGHBOUR]
+            neighbour = subprocess.Popen(command, start_new_session=True) if load == "busy" else None
             times[load] = {choice: [] for choice in workers}
             try:
                 for _ in range(flags.turns):

@@ -6,11 +6,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# How often threads of GNU's OpenMP, which torch's wheels bring, look again before they sleep: a tenth of a millisecond, not three. Beside a
-# busy process a step of training takes 1.9 times as long, not 12 times, and alone as long as before (benchmarks/busy_training.py). OpenMP
+# How often threads of GNU's OpenMP, which torch's wheels bring, look again before they sleep: a hundredth of a millisecond, not three. Beside
+# a busy process a step of training takes 1.8 times as long, not 15 times, and alone as long as before (benchmarks/busy_training.py). OpenMP
 # reads it when torch is loaded, so it can be set nowhere else.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # What a script imports from here. Found when it is asked for: `load` needs no torch, and importing this needs nothing.
 _PUBLIC = {

@@ -80,7 +80,7 @@ def test_how_threads_wait_is_said_before_torch_is_loaded() -> None:
         )
         return next(line.split("'")[1] for line in told.stderr.splitlines() if "GOMP_SPINCOUNT" in line)
 
-    assert spins() == "10000"
+    assert spins() == "1000"
     assert spins(GOMP_SPINCOUNT="7") == "7"
     assert spins(OMP_WAIT_POLICY="passive") == "0"
 
