@@ -54,10 +54,10 @@ def work(row: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
     from pipelines.tasks.text_classification import TextClassification
+    from pipelines.training.arguments import TrainingArguments
     from pipelines.training.distill import distill_student
     from pipelines.training.fine_tune import fine_tune
     from pipelines.training.soft_targets import compute_soft_targets
-    from pipelines.training.trainer import TrainingArguments
 
     class TimedTask(TextClassification):
         """Notes when each evaluation of the training is over, and its score."""

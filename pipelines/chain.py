@@ -27,11 +27,11 @@ from pipelines.onnx.export import check_export, export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.report.results import report_run
 from pipelines.tasks import TaskConfig, make_task, task_class
+from pipelines.training.arguments import TrainingArguments, arguments_for
 from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import possible_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
-from pipelines.training.trainer import TrainingArguments, arguments_for
 
 # The settings of the stages; those of the task come before them.
 CHAIN = (

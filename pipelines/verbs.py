@@ -44,14 +44,13 @@ from pipelines.hub import push as push_run
 from pipelines.onnx.export import export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.onnx.verify import verify_directory
-from pipelines.report.report import read_report
-from pipelines.report.results import benchmark_directories, finished_stages, report_run, time_again
+from pipelines.report.results import benchmark_directories, finished_stages, report_run, time_again, whole_report
 from pipelines.tasks import TaskConfig, make_task, task_class
+from pipelines.training.arguments import TrainingArguments, arguments_for
 from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune as fine_tune_model
 from pipelines.training.prune import checked_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
-from pipelines.training.trainer import TrainingArguments, arguments_for
 
 
 @dataclass
@@ -187,16 +186,16 @@ def benchmark(settings: Settings) -> str:
 
 def report(settings: Settings) -> None:
     directory = _run_directory(settings.output.output_dir)
-    if settings.again.again:  # with the flags of the run, unless others are given
-        flags = read_report(directory)[0].get("made_by", {}).get("flags", {})
-        given = {**flags, **settings.given, **vars(settings.task), "output_dir": directory}
+    earlier = whole_report(directory) if settings.again.again else None
+    if earlier is not None:  # with the flags of the run, unless others are given
+        given = {**earlier["made_by"]["flags"], **settings.given, **vars(settings.task), "output_dir": directory}
         settings = make_settings(kinds_of("report", settings.task.task), given)
     with Run(directory, make_task(settings), settings.output.seed) as run:
         run.stages = finished_stages(run)
-        if settings.again.again:
-            time_again(run, settings.report)
-        else:
+        if earlier is None:
             report_run(run, "report", settings.report, settings.given)
+        else:
+            time_again(run, earlier, settings.report)
 
 
 def push(settings: Settings) -> None:

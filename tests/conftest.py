@@ -238,7 +238,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 @pytest.fixture
 def training(tmp_path: Path) -> Any:
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     return TrainingArguments(
         output_dir=str(tmp_path / "training"), num_train_epochs=1, learning_rate=1e-3, disable_tqdm=True, use_cpu=True
@@ -249,8 +249,8 @@ def training(tmp_path: Path) -> Any:
 def trained_teacher(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, task: Any) -> Path:
     """A teacher that knows the task of the csv file."""
     from pipelines.core.config import TeacherConfig
+    from pipelines.training.arguments import TrainingArguments
     from pipelines.training.fine_tune import fine_tune
-    from pipelines.training.trainer import TrainingArguments
 
     directory = tmp_path_factory.mktemp("trained_teacher")
     training = TrainingArguments(

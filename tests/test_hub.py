@@ -119,9 +119,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any)
     from pipelines.edge.bundle import build_bundle
     from pipelines.onnx.export import export_onnx
     from pipelines.onnx.quantize import quantize_onnx
+    from pipelines.training.arguments import TrainingArguments
     from pipelines.training.fine_tune import fine_tune
     from pipelines.training.prune import prune_and_recover
-    from pipelines.training.trainer import TrainingArguments
 
     directory = tmp_path_factory.mktemp("runs") / "small_bert"
     run = Run(directory, task, seed=0)
@@ -337,8 +337,8 @@ def make_run(directory: Path, task: Any, teacher: Path, recipe: str, epochs: flo
     from pipelines.core.run import Run
     from pipelines.onnx.export import export_onnx
     from pipelines.onnx.quantize import quantize_onnx
+    from pipelines.training.arguments import TrainingArguments
     from pipelines.training.fine_tune import fine_tune
-    from pipelines.training.trainer import TrainingArguments
 
     run = Run(directory, task, seed=0)
     untouched = {"disable_tqdm": True, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
@@ -739,7 +739,7 @@ class RecipesRun:
 
 
 def test_a_recipe_asks_for_access_before_it_works(tmp_path: Path, hub: HubServer) -> None:
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     run = RecipesRun(tmp_path / "new")
     training = TrainingArguments(output_dir=str(run.directory), push_to_hub=True, hub_token=TOKEN, use_cpu=True)
@@ -751,7 +751,7 @@ def test_a_recipe_asks_for_access_before_it_works(tmp_path: Path, hub: HubServer
 
 def test_a_recipe_that_is_finished_is_published(finished: Path, hub: HubServer) -> None:
     from pipelines.hub import push_run
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     training = TrainingArguments(
         output_dir=str(finished), push_to_hub=True, hub_token=TOKEN, hub_model_id="ann/of_recipe", use_cpu=True
@@ -791,7 +791,7 @@ def test_a_recipe_without_a_token_says_so_at_once(
 
 def test_flags_of_publishing_are_not_recorded() -> None:
     from pipelines.core.command import parse_config
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     flags = ["--push_to_hub", "true", "--hub_model_id", "ann/x", "--hub_token", TOKEN, "--hub_private_repo", "false"]
     settings = parse_config([TrainingArguments], argv=[*flags, "--use_cpu", "true"])

@@ -60,16 +60,26 @@ def report_run(run: Run, recipe: str, config: ReportConfig, given: dict[str, Any
         print(f"report: finished already\n{format_summary(report, task.presentation)}", flush=True)
 
 
-def time_again(run: Run, config: ReportConfig) -> None:
+def whole_report(directory: Path) -> dict[str, Any]:
+    """The report of a finished run. Raises InputError where its files are missing, or no longer what was written."""
+    report, changed = read_report(directory)
+    if changed:
+        raise _no_report(directory, ", ".join(changed))
+    return report
+
+
+def _no_report(directory: Path, found: str) -> InputError:
+    return InputError(
+        f"expected a report of the stages that are in {directory}, found {found}. Leave --again out: then the stages are scored, too."
+    )
+
+
+def time_again(run: Run, report: dict[str, Any], config: ReportConfig) -> None:
     """Write the report of a finished run with new timings of the stages that it is of; nothing is scored again."""
     if not run.state.is_main_process:
         return
-    report, changed = read_report(run.directory)
-    if changed or report["made_by"]["stages"] != {name: fingerprint(run.record(name)) for name in run.stages}:
-        raise InputError(
-            f"expected a report of the stages that are in {run.directory}, found {', '.join(changed) or 'one of others'}. Leave --again out: "
-            "then the stages are scored, too."
-        )
+    if report["made_by"]["stages"] != {name: fingerprint(run.record(name)) for name in run.stages}:
+        raise _no_report(run.directory, "one of others")
     add_timings(report, _time({name: run.directory / name for name in run.stages}, run.task, "test", config))
     report["environment"] = describe_environment(run.seed)
     report["made_by"] |= config.timing()

@@ -49,7 +49,7 @@ def make_task(settings: Settings) -> Task:
             gate_metric(task, one)
     task.allow_weak_teacher = "teacher" in vars(settings) and settings.teacher.allow_weak_teacher
     if "training" in vars(settings):
-        from pipelines.training.trainer import check_training  # and torch with it
+        from pipelines.training.arguments import check_training  # and torch with it
 
         check_training(settings.training, task)
     return task

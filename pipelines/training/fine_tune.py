@@ -16,8 +16,9 @@ from pipelines.core.records import Outcome, read_record
 from pipelines.core.task import Task
 from pipelines.data.sources import model_license
 from pipelines.models.predict import predict_torch
+from pipelines.training.arguments import arguments_for
 from pipelines.training.checkpoints import CHECKPOINTS
-from pipelines.training.trainer import arguments_for, count_parameters, train
+from pipelines.training.trainer import count_parameters, train
 
 
 def fine_tune(

@@ -23,11 +23,12 @@ from pipelines.core.records import Outcome, with_checksum
 from pipelines.core.task import Task
 from pipelines.models.families import groups_of, layers_of, removable, unit_count, unit_width
 from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
+from pipelines.training.arguments import arguments_for
 from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write_checksums
 from pipelines.training.distill import TEACHER_COLUMN, train_student
 from pipelines.training.fine_tune import save, source_metrics, validation_metrics
 from pipelines.training.soft_targets import WithSoftTargets
-from pipelines.training.trainer import arguments_for, count_parameters
+from pipelines.training.trainer import count_parameters
 
 STEPS = "steps.json"  # beside the weights that a step left: what the steps before it did
 MINIMUM = {"heads": 1, "neurons": 8}  # what every layer keeps

@@ -78,7 +78,7 @@ def test_a_value_of_the_file_is_read_as_the_flag_would_read_it(tmp_path):
 )
 def test_a_value_means_what_people_mean(tmp_path, content, read):
     """Not what YAML 1.1 makes of it."""
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     file = tmp_path / "a.yaml"
     file.write_text(f"{content}\n")
@@ -176,7 +176,7 @@ def test_a_bad_flag_exits_with_status_2_and_a_short_message(argv, capsys):
     ],
 )
 def test_flags_of_other_scripts_are_named_as_ours(argv, hint, capsys):
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     with pytest.raises(SystemExit, match="2"):
         parse_config([TrainingArguments, DataConfig, ReportConfig], argv=argv)
@@ -184,7 +184,7 @@ def test_flags_of_other_scripts_are_named_as_ours(argv, hint, capsys):
 
 
 def test_debug_without_a_value_is_ours_and_with_one_it_is_transformers(tmp_path):
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     kinds = [TrainingArguments]
     assert not parse_config(kinds, argv=["--debug", "--output_dir", str(tmp_path)]).training.debug
@@ -194,7 +194,7 @@ def test_debug_without_a_value_is_ours_and_with_one_it_is_transformers(tmp_path)
 
 
 def test_a_token_is_not_recorded(tmp_path):
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     argv = ["--hub_token", "hf_secret", "--output_dir", str(tmp_path), "--weight_decay", "0.3"]
     assert parse_config([TrainingArguments], argv=argv).given == {"weight_decay": 0.3}
@@ -248,7 +248,7 @@ def test_every_accelerate_config_is_one_that_accelerate_reads():
     ["--seed -1", "--split_seed -1", "--teacher_epochs inf", "--temperature nan", "--per_device_train_batch_size 0"],
 )
 def test_numbers_that_no_setting_can_be_are_refused(flags, tmp_path, capsys):
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     kinds = [DataConfig, TeacherConfig, DistillConfig, TrainingArguments]
     flag, value = flags.split()

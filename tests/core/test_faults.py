@@ -247,7 +247,7 @@ def test_an_error_of_the_disk_that_nobody_foresaw_is_one_message_and_status_1(ca
 @pytest.fixture(scope="module")
 def interrupted(task, tokenizer, tmp_path_factory):
     """The checkpoints of two epochs of a training that was killed in the third, and the weights that it would have ended with."""
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     class Killed(Exception):
         pass

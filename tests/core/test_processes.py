@@ -22,11 +22,12 @@ from pipelines.core.records import Outcome
 from pipelines.core.run import Run
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training import prune, soft_targets
+from pipelines.training.arguments import TrainingArguments
 from pipelines.training.distill import distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
-from pipelines.training.trainer import Trainer, TrainingArguments
+from pipelines.training.trainer import Trainer
 from processes import run_processes, values
 
 REPOSITORY = Path(__file__).parents[2]

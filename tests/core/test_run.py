@@ -352,7 +352,7 @@ def test_data_that_cannot_be_read_leaves_no_directory(tmp_path):
 
 
 def test_a_teacher_depends_on_its_own_epochs_and_learning_rate(tmp_path):
-    from pipelines.training.trainer import TrainingArguments, arguments_for
+    from pipelines.training.arguments import TrainingArguments, arguments_for
 
     one, other = (TrainingArguments(output_dir=str(tmp_path), num_train_epochs=n, learning_rate=n / 10) for n in (1, 2))
     assert describe(one) != describe(other)

@@ -47,8 +47,9 @@ from pipelines.models.removal import load_model
 from pipelines.tasks.image_classification import ImageClassification
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.tasks.text_generation.task import LanguageModeling
+from pipelines.training.arguments import TrainingArguments
 from pipelines.training.distill import distill_student
-from pipelines.training.trainer import Trainer, TrainingArguments
+from pipelines.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 

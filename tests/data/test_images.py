@@ -569,7 +569,7 @@ def soft_targets(image_teacher, image_task, tmp_path_factory):
 
 
 def arguments(directory, **changes):
-    from pipelines.training.trainer import TrainingArguments
+    from pipelines.training.arguments import TrainingArguments
 
     settings = {
         "num_train_epochs": 4,

@@ -492,6 +492,9 @@ def test_a_finished_run_is_timed_again_by_its_own_flags(
     (tmp_path / "run" / "report.md").write_text("changed")
     with pytest.raises(InputError, match="found report.md. Leave --again out"):
         command("--again")
+    (tmp_path / "run" / "report.json").unlink()
+    with pytest.raises(InputError, match="found report.json. Leave --again out"):
+        command("--again")
     shutil.rmtree(tmp_path / "run" / "student")
     command(*(f"--{name}={value}" for name, value in flags.items()))
     with Run(tmp_path / "run", TextClassification(DataConfig(**flags)), seed=0) as run:

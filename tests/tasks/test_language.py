@@ -15,11 +15,12 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED
 from pipelines.data.windows import token_stream, train_tokenizer
 from pipelines.tasks.text_generation.task import LanguageModeling
+from pipelines.training.arguments import TrainingArguments
 from pipelines.training.checkpoints import last_whole_checkpoint
 from pipelines.training.distill import DistillationTrainer, distill_student
 from pipelines.training.fine_tune import fine_tune, validation_metrics
 from pipelines.training.soft_targets import WithSoftTargets, check_teacher, compute_soft_targets
-from pipelines.training.trainer import Trainer, TrainingArguments, train
+from pipelines.training.trainer import Trainer, train
 
 
 def log_softmax(logits):

@@ -16,8 +16,9 @@ from pipelines.core.identity import describe
 from pipelines.tasks.classification import weighted_accuracy
 from pipelines.tasks.image_classification import ImageClassification
 from pipelines.tasks.text_classification import TextClassification
+from pipelines.training.arguments import TrainingArguments
 from pipelines.training.prune import training_loss
-from pipelines.training.trainer import TrainingArguments, train
+from pipelines.training.trainer import train
 from processes import run_processes, values
 
 

@@ -14,9 +14,9 @@ from pipelines.core.config import DistillConfig, StudentConfig
 from pipelines.core.identity import describe
 from pipelines.models.families import layers_of
 from pipelines.models.removal import cut
+from pipelines.training.arguments import TrainingArguments
 from pipelines.training.cpu import cls_token_only
 from pipelines.training.distill import DistillationTrainer, distill_student
-from pipelines.training.trainer import TrainingArguments
 
 MODEL_TYPES = ["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "vit", "deit"]
 FFN_INPUTS = {"distilbert": "ffn.lin1", "vit": "mlp.fc1", "deit": "mlp.fc1"}

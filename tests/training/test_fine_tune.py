@@ -16,12 +16,13 @@ from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, PruneConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.tasks.text_classification import TextClassification
+from pipelines.training.arguments import TrainingArguments, arguments_for
 from pipelines.training.checkpoints import checkpoint_damage
 from pipelines.training.distill import DistillationTrainer
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
-from pipelines.training.trainer import HARMLESS_OVERFLOWS, Trainer, TrainingArguments, arguments_for, train
+from pipelines.training.trainer import HARMLESS_OVERFLOWS, Trainer, train
 from processes import run_processes
 
 POISONED = 57  # a row of the training split

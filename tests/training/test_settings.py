@@ -11,7 +11,7 @@ from pipelines.core.config import DataConfig, LabelConfig, LanguageConfig, Teach
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe
 from pipelines.tasks import TaskConfig, make_task, task_class
-from pipelines.training.trainer import TrainingArguments, best_metric
+from pipelines.training.arguments import TrainingArguments, best_metric
 
 
 def settings_of(tmp_path, *argv: str, task: str = "text-classification"):

@@ -21,11 +21,12 @@ from pipelines.models.predict import predict_torch
 from pipelines.tasks.image_classification import ImageClassification
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.tasks.text_generation.task import LanguageModeling
+from pipelines.training.arguments import TrainingArguments
 from pipelines.training.distill import DistillationTrainer, remove_projections
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import prune_and_recover
 from pipelines.training.soft_targets import WithSoftTargets, compute_soft_targets, write_shards
-from pipelines.training.trainer import EpochLengthGroupedSampler, Filled, Trainer, TrainingArguments, train
+from pipelines.training.trainer import EpochLengthGroupedSampler, Filled, Trainer, train
 from processes import run_processes, values
 
 REPOSITORY = Path(__file__).parents[2]
