@@ -67,7 +67,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "smollm3": {name: size for name, size in _DECODER.items() if name != "head_dim"},
     "phi": {name: size for name, size in _DECODER.items() if name != "head_dim"},
     "phi3": {name: size for name, size in _DECODER.items() if name != "head_dim"},
-    **dict.fromkeys(("vit", "deit", "beit"), _IMAGE),
+    **dict.fromkeys(("vit", "deit"), _IMAGE),
+    "beit": {**_IMAGE, "use_relative_position_bias": True, "layer_scale_init_value": 0.1},
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), {**_IMAGE, "mlp_ratio": 2}),
     "swin": {
         "image_size": 16,
@@ -80,7 +81,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("convnext", "convnextv2"), {**_STAGES, "num_stages": 2, "image_size": 16}),
     "resnet": {**_STAGES, "embedding_size": 16, "layer_type": "basic"},
 }
-SHAPES["beit"] = {**_IMAGE, "use_relative_position_bias": True, "layer_scale_init_value": 0.1}
 
 
 def task_of(model_type: str) -> str:

@@ -71,15 +71,14 @@ def _neurons(maps: str, output: str) -> Group:
     return Group(tuple(map(Outputs, maps.split())), output)
 
 
+def _bert_heads(maps: str, tables: str = "") -> Group:
+    counts = "num_attention_heads all_head_size"
+    return _heads("attention.self", maps, "attention.output.dense", "attention_head_size", counts, tables)
+
+
 _BERT = Family(
     layers="encoder.layer",
-    heads=_heads(
-        "attention.self",
-        "query key value",
-        "attention.output.dense",
-        width="attention_head_size",
-        counts="num_attention_heads all_head_size",
-    ),
+    heads=_bert_heads("query key value"),
     neurons=_neurons("intermediate.dense", "output.dense"),
 )
 _DISTILBERT = Family(
@@ -89,28 +88,9 @@ _DISTILBERT = Family(
 )
 _MPNET = replace(_BERT, heads="all layers share a bias of relative positions, with a column for each head")
 # Query, key and value are side by side within each head.
-_DEBERTA = replace(
-    _BERT,
-    heads=_heads(
-        "attention.self",
-        "in_proj pos_proj pos_q_proj",
-        "attention.output.dense",
-        width="attention_head_size",
-        counts="num_attention_heads all_head_size",
-        tables="q_bias v_bias",
-    ),
-)
+_DEBERTA = replace(_BERT, heads=_bert_heads("in_proj pos_proj pos_q_proj", tables="q_bias v_bias"))
 # Without share_att_key, there are projections of positions, too.
-_DEBERTA_V2 = replace(
-    _BERT,
-    heads=_heads(
-        "attention.self",
-        "query_proj key_proj value_proj pos_key_proj pos_query_proj",
-        "attention.output.dense",
-        width="attention_head_size",
-        counts="num_attention_heads all_head_size",
-    ),
-)
+_DEBERTA_V2 = replace(_BERT, heads=_bert_heads("query_proj key_proj value_proj pos_key_proj pos_query_proj"))
 # One layer, used several times.
 _ALBERT = Family(
     layers="encoder.albert_layer_groups.*.albert_layers",

@@ -87,9 +87,8 @@ def config_of_student(teacher: Any, layers: list[int] | None) -> Any:
     config = copy.deepcopy(teacher)
     if layers is not None:
         config.update(config_changes(teacher, layers))
-        if hasattr(config, "stage_names") and not hasattr(
-            config, "depths"
-        ):  # of a backbone, whose stages are its layers
+        # The layers of a model that can be a backbone are its stages, unless it has stages of several layers.
+        if hasattr(config, "stage_names") and not hasattr(config, "depths"):
             config.stage_names = config.stage_names[: len(layers) + 1]
             config.set_output_features_output_indices(None, None)  # the last one
     return config
