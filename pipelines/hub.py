@@ -23,7 +23,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.task import Presentation
 from pipelines.onnx.file import OLDER
-from pipelines.report.card import format_model_card, needed_versions
+from pipelines.report.card import format_model_card, versions_section
 from pipelines.report.markdown import fence
 from pipelines.report.report import REPORT_FILES, read_report
 from pipelines.tasks import task_class
@@ -285,7 +285,7 @@ def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: s
         )
     run = files["report.json"].parent
     names = {os.path.relpath(path, run): name for name, path in files.items()}
-    parts += [needed_versions(report, names), *presentation.remarks(files)]
+    parts += [versions_section(report, names), *presentation.remarks(files)]
     if any(stage["name"] == "pruned" for stage in report["stages"]):
         parts.append("The pruned weights are zeros in `model.safetensors`. The ONNX files do not have them.")
     return "\n\n".join(filter(None, parts))

@@ -98,11 +98,11 @@ def _usage_section(report: dict[str, Any], presentation: Presentation) -> str:
             "The shipped model, with ONNX Runtime and without torch:",
             fence(presentation.in_onnx_runtime(report, shipped["path"]), "python"),
         ]
-    parts.append(needed_versions(report))
+    parts.append(versions_section(report))
     return "\n\n".join(filter(None, parts))
 
 
-def needed_versions(report: dict[str, Any], published: Mapping[str, str] | None = None) -> str:
+def versions_section(report: dict[str, Any], published: Mapping[str, str] | None = None) -> str:
     """The oldest versions of other tools that run each graph; `published` are the names that files of the run have elsewhere."""
     lines = []
     for stage in report["stages"]:

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from pipelines.onnx.runtimes import needed_versions, oldest_runtime
-from pipelines.report.card import needed_versions as card_section
+from pipelines.report.card import versions_section
 
 
 def make_graph(opset: int, operator: str = "Relu", ir_version: int = 10, **attributes: int) -> onnx.ModelProto:
@@ -50,10 +50,10 @@ def test_the_card_names_them_for_each_file(tmp_path):
             {"name": "quantized", "path": "quantized", "needs": needs},
         ]
     }
-    assert card_section(report).splitlines()[2:] == [
+    assert versions_section(report).splitlines()[2:] == [
         "- `quantized/model.onnx`: onnxruntime 1.23.0 or transformers.js 4.0.0, or newer",
         "- `quantized/model_opset21.onnx`: onnxruntime 1.19.0 or transformers.js 3.0.0, or newer",
     ]
-    published = card_section(report, {"quantized/model.onnx": "onnx/model_quantized.onnx"})
+    published = versions_section(report, {"quantized/model.onnx": "onnx/model_quantized.onnx"})
     assert "`onnx/model_quantized.onnx`: onnxruntime 1.23.0" in published
-    assert card_section({"stages": report["stages"][:1]}) == ""
+    assert versions_section({"stages": report["stages"][:1]}) == ""
