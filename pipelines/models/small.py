@@ -159,8 +159,7 @@ class SmallModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if hasattr(module, "reset_parameters"):  # torch's own beginning, not a transformer's
-            module.reset_parameters()
+        getattr(module, "reset_parameters", lambda: None)()  # torch's own beginning, not a transformer's
 
     def start_from(self, teacher: Any) -> None:
         """Take what fits of a teacher's weights: nothing."""
