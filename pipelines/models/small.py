@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 
-FILTERS = (3, 4, 5)  # tokens that a filter of the convolutional text classifier reads
+FILTERS = (1, 3, 5)  # tokens that a filter of the convolutional text classifier reads: as many on either side
 LARGEST_SIDE = 8  # of the maps of an image that the dense layer reads
 
 
@@ -92,12 +92,14 @@ class Lstm(nn.Module):
 
 
 class TextCnn(nn.Module):
-    """The largest value over a text of each filter of 3, 4 and 5 tokens (Kim, 2014)."""
+    """The largest value over a text of each filter, as by Kim (2014), with filters of 1, 3 and 5 tokens for 3, 4 and 5."""
 
     def __init__(self, config: TextCnnConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
-        self.filters = nn.ModuleList(nn.Conv1d(config.width, config.hidden, size, padding="same") for size in FILTERS)
+        self.filters = nn.ModuleList(
+            nn.Conv1d(config.width, config.hidden, size, padding=size // 2) for size in FILTERS
+        )
         self.features = len(FILTERS) * config.hidden
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -58,12 +58,11 @@ def lstm(weights, vectors):
 def cnn(weights, vectors):
     """Of each filter the largest value over the places of one text, beyond whose ends are zeros."""
     found = []
-    for index, size in enumerate((3, 4, 5)):
+    for index, size in enumerate((1, 3, 5)):
         kernel, bias = (
             weights[f"encoder.filters.{index}.{name}"] for name in ("weight", "bias")
         )  # (filters, width, size)
-        before = (size - 1) // 2
-        padded = np.pad(vectors, ((before, size - 1 - before), (0, 0)))
+        padded = np.pad(vectors, ((size // 2, size // 2), (0, 0)))
         values = [np.einsum("fws,sw->f", kernel, padded[at : at + size]) + bias for at in range(len(vectors))]
         found.append(np.maximum(np.max(values, axis=0), 0))
     return np.concatenate(found)
