@@ -49,9 +49,8 @@ def simplify(model: ir.Model) -> dict[str, int]:
     Returns what was done: "residual", additions kept from ONNX Runtime's slow SkipLayerNormalization; "first_token", operators that now
     see only the [CLS] token that the classifier reads.
     """
-    if any(
-        node.op_type == "LSTM" for node in model.graph
-    ):  # whose gates have another order in torch: they are put in it once
+    if any(node.op_type == "LSTM" for node in model.graph):
+        # Its gates have another order than torch's; the weights are put in it here, not on every start.
         fold_constants(model, should_fold=lambda node: True)
     counts = {"residual": _keep_residuals_apart(model.graph), "first_token": _select_first_token_early(model.graph)}
     passes.RemoveUnusedNodesPass()(model)

@@ -47,9 +47,11 @@ class ImagePresentation(ClassifierPresentation):
 
     def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
         return f"""
+            import json
+
             import onnxruntime
             from PIL import Image, ImageOps
-            from transformers import AutoImageProcessor, PretrainedConfig
+            from transformers import AutoImageProcessor
 
             processor = AutoImageProcessor.from_pretrained({json.dumps(directory)}, backend="pil")
             mode = "L" if len(processor.image_mean) == 1 else "RGB"
@@ -57,7 +59,8 @@ class ImagePresentation(ClassifierPresentation):
             inputs = processor(image, return_tensors="np")
             session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
             logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
-            print(PretrainedConfig.from_pretrained({json.dumps(directory)}).id2label[int(logits[0].argmax())])
+            with open({json.dumps(directory + "/config.json")}) as file:
+                print(json.load(file)["id2label"][str(logits[0].argmax())])
         """
 
     def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:

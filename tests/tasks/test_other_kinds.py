@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import set_seed
 
 from conftest import make_image_processor, make_texts, tiny_config, tiny_model, write_csv, write_image_folder
 from pipelines import load
@@ -18,8 +20,11 @@ from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import DistillConfig, PruneConfig, StudentConfig
 from pipelines.core.errors import InputError
+from pipelines.hub import check_run, usage_section
 from pipelines.models.students import build_student
-from pipelines.training.distill import check_distillation
+from pipelines.tasks.text_classification import TextClassification
+from pipelines.training import distill as distillation
+from pipelines.training.distill import DistillationTrainer, check_distillation, distill_student
 from pipelines.training.prune import checked_pruning
 
 STAGES = ["teacher", "teacher_onnx", "student", "onnx", "quantized"]
@@ -61,6 +66,10 @@ def test_texts(kind, trained_teacher, csv_file, tmp_path, monkeypatch, capsys):
     card = (run / "README.md").read_text()
     assert "import pipelines.models.small" in card
     assert "library_name" not in card
+    report, files = check_run(run)
+    published = usage_section(report, TextClassification.presentation, "me/run", files)
+    assert "bundle/infer.py" in published
+    assert "```js" not in published  # transformers.js knows no such model
     assert str(tmp_path) not in "".join(
         file.read_text() for file in (run / "student").glob("*.json") if file.name != "record.json"
     )
@@ -133,9 +142,31 @@ def test_an_lstm_reads_from_the_left_whatever_side_its_teacher_is_padded_on(task
     assert build_student(StudentConfig("lstm"), str(tmp_path), task).processor.padding_side == "right"
 
 
-def built_with_seed(seed, task, teacher):
-    torch.manual_seed(seed)
-    return build_student(StudentConfig("lstm", student_width=4), str(teacher), task).model.state_dict()
+def test_a_killed_training_ends_as_an_undisturbed_one(task, trained_teacher, training, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    class KilledTrainer(DistillationTrainer):
+        def training_step(self, *arguments, **keywords):
+            if self.state.epoch >= 1:
+                raise Killed
+            return super().training_step(*arguments, **keywords)
+
+    def train(directory):
+        set_seed(0)
+        student, online = StudentConfig("lstm", student_width=8, student_hidden=8), DistillConfig(soft_targets="online")
+        outcome = distill_student(str(trained_teacher), directory, task, student, online, training)
+        return outcome.details["resumed_from_step"], load_file(directory / "model.safetensors")
+
+    training.num_train_epochs = 2
+    _, undisturbed = train(tmp_path / "undisturbed")
+    with monkeypatch.context() as patched:
+        patched.setattr(distillation, "DistillationTrainer", KilledTrainer)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed")
+    step, resumed = train(tmp_path / "killed")
+    assert step
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
 
 
 def test_a_student_is_as_large_as_its_flags_say_and_may_know_nothing_of_its_teacher(task, teacher):
@@ -144,8 +175,5 @@ def test_a_student_is_as_large_as_its_flags_say_and_may_know_nothing_of_its_teac
     assert (tuple(table.shape), of_teacher.model.classifier.in_features, of_teacher.layers) == ((80, 4), 3, None)
     assert of_teacher.model.config.id2label == dict(enumerate(task.label_names))
     assert of_teacher.processor.model_input_names == ["input_ids", "attention_mask"]
-    # A training that is resumed builds the student again.
-    first, second = (built_with_seed(0, task, teacher) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
     alone = build_student(StudentConfig("static", student_from_scratch=True), str(teacher), task)
     assert alone.model.get_input_embeddings().weight[:, 32:].any()
