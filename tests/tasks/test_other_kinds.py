@@ -154,8 +154,8 @@ def test_a_killed_training_ends_as_an_undisturbed_one(task, trained_teacher, tra
 
     def train(directory):
         set_seed(0)
-        student, online = StudentConfig("lstm", student_width=8, student_hidden=8), DistillConfig(soft_targets="online")
-        outcome = distill_student(str(trained_teacher), directory, task, student, online, training)
+        student, alone = StudentConfig("lstm", student_width=8, student_hidden=8), DistillConfig(soft_target_weight=0.0)
+        outcome = distill_student(str(trained_teacher), directory, task, student, alone, training)
         return outcome.details["resumed_from_step"], load_file(directory / "model.safetensors")
 
     training.num_train_epochs = 2
