@@ -105,16 +105,15 @@ def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | 
     training: a token that the Hub refuses, a student that is none, what a family's layers do not allow."""
     if settings.training.push_to_hub:
         check_access(run, settings.training)
-    check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
-    student = settings.student.student_model
-    small = student or settings.teacher.teacher_model
-    prune = possible_pruning(task.load_config(small), settings.prune)
+    config = check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
+    prune = possible_pruning(config, settings.prune)
+    student = settings.student.checkpoint
     if read_record(run.directory / "teacher") is None:
         if student is not None:
             task.checked_config(student, settings.student.student_from_scratch)
             check_export(student, task, settings.student.student_from_scratch)
         check_export(settings.teacher.teacher_model, task, settings.teacher.teacher_from_scratch)
-    without_bundle = task.bundle_obstacle(small)
+    without_bundle = task.bundle_obstacle(student or settings.teacher.teacher_model)
     if without_bundle:
         run.state.print(f"bundle: left out, since {without_bundle}; the run ends with ONNX files and a report")
     return prune, without_bundle

@@ -23,7 +23,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.task import Presentation
 from pipelines.onnx.file import OLDER
-from pipelines.report.card import format_model_card, versions_section
+from pipelines.report.card import format_model_card, of_another_kind, python_code, versions_section
 from pipelines.report.markdown import fence
 from pipelines.report.report import REPORT_FILES, read_report
 from pipelines.tasks import task_class
@@ -254,11 +254,14 @@ def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: s
     dtype = "q8" if "onnx/model_quantized.onnx" in files else "fp32"
     parts = [
         "In Python, with transformers (`hf auth login` first while the repository is private):",
-        fence(presentation.in_python(report, repo_id), "python"),
-        "In a browser, where the repository is public, or in Node (`HF_TOKEN` where it is private), with transformers.js "
-        "(`npm install @huggingface/transformers`), which needs no torch:",
-        fence(presentation.in_javascript(report, repo_id, dtype), "js"),
+        python_code(report, presentation, repo_id),
     ]
+    if not of_another_kind(report):
+        parts += [
+            "In a browser, where the repository is public, or in Node (`HF_TOKEN` where it is private), with transformers.js "
+            "(`npm install @huggingface/transformers`), which needs no torch:",
+            fence(presentation.in_javascript(report, repo_id, dtype), "js"),
+        ]
     if any(file.startswith(f"{BUNDLE}/") for file in files):
         shell = f"""
             python3 -m venv .venv && . .venv/bin/activate && pip install huggingface_hub

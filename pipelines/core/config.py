@@ -215,13 +215,30 @@ class TeacherConfig(Checked):
         return {name: value for name, value in asdict(self).items() if name != "allow_weak_teacher"}
 
 
+STUDENT_KINDS = ("lstm", "cnn", "static")
+SIZES = ("student_width", "student_hidden")
+
+
 @dataclass
 class StudentConfig:
     student_model: str | None = flag(
-        None, "A checkpoint to start the student from. Left out: some of the teacher's own layers."
+        None,
+        "A checkpoint to start the student from; or a small model of another kind, for which the teacher prepares the inputs: 'lstm' (texts), "
+        "'cnn' (texts or images) or 'static', the mean of a text's token vectors. A directory of such a name is ./lstm. Left out: some of "
+        "the teacher's own layers.",
     )
     student_from_scratch: bool = flag(
-        False, "Start the student from random weights in the shape of --student_model, as for --teacher_from_scratch."
+        False,
+        "Start the student from random weights in the shape of --student_model, as for --teacher_from_scratch; of another kind, from "
+        "random token vectors instead of the teacher's.",
+    )
+    student_width: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "Width of the token vectors of a student of another kind, or channels of its first convolution. Left out: 128, or 16 channels.",
+    )
+    student_hidden: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "Hidden units of a student of another kind: of an LSTM in each direction, of filters of each size, of a dense layer. Left out: 128.",
     )
     student_layers: str = flag(
         "3",
@@ -235,11 +252,27 @@ class StudentConfig:
             "--student_model, whose shape --student_from_scratch takes",
             None,
         )
+        _check(
+            self.kind is not None or self.student_width is self.student_hidden is None,
+            f"--student_model {', '.join(STUDENT_KINDS)} with --student_width and --student_hidden",
+            self.student_model,
+        )
+
+    @property
+    def kind(self) -> str | None:
+        """What the student is, where it is of another kind than its teacher."""
+        return self.student_model if self.student_model in STUDENT_KINDS else None
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The model that the student starts from, where it is not made of its teacher."""
+        return self.student_model if self.kind is None else None
 
     def describe(self) -> dict[str, Any]:
         """What a student is made of: another model under the same name is another."""
-        of = {} if self.student_model is None else {"student_model_fingerprint": model_fingerprint(self.student_model)}
-        return asdict(self) | of
+        of = {} if self.checkpoint is None else {"student_model_fingerprint": model_fingerprint(self.checkpoint)}
+        made_of = {name: value for name, value in asdict(self).items() if name not in SIZES or value is not None}
+        return made_of | of
 
 
 @dataclass

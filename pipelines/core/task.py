@@ -173,6 +173,10 @@ class Task(Protocol):
 
     lora_settings: dict[str, Any]
     student_head: Head  # what becomes of the head of a --student_model
+    student_kinds: Mapping[str, Any]  # the configs' classes of students of another kind, by their names
+
+    def input_sizes(self, source: str) -> dict[str, Any]:
+        """What of such a config follows from the inputs, which the processor of the model in `source` prepares."""
 
     def load_processor(self, source: str) -> Any:
         """The tokenizer or image processor of a model. Raises InputError where there is none that can be used."""

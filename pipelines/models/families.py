@@ -217,6 +217,8 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "resnet": _RESNET,
 }
 
+OF_ANOTHER_KIND = "pocketformers_"  # how the types of the models in small.py begin
+
 
 def family_of(config: Any) -> Family:
     if config.model_type not in FAMILIES:
@@ -237,7 +239,10 @@ def groups_of(config: Any) -> dict[str, Group]:
 def removable(config: Any) -> dict[str, Group | str]:
     """Of "heads" and "neurons" what can be removed from a model with this config, or the reason why not."""
     if config.model_type not in FAMILIES:
-        return dict.fromkeys(("heads", "neurons"), "where they are is not known of this family")
+        reason = "where they are is not known of this family"
+        if config.model_type.startswith(OF_ANOTHER_KIND):
+            reason = "it is no transformer, and as small as --student_width and --student_hidden make it"
+        return dict.fromkeys(("heads", "neurons"), reason)
     family = family_of(config)
     return {"heads": family.heads, "neurons": family.neurons}
 

@@ -23,6 +23,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.data.sources import check_model
+from pipelines.models import small
 from pipelines.models.families import Group, groups_of, input_axis, layers_of, slices, unit_count, unit_width
 from pipelines.models.loading import load_weights
 
@@ -114,9 +115,8 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(located, trust_remote_code=trust_remote_code)
         name = config.architectures[0]
-        if hasattr(transformers, name):
-            model_class = getattr(transformers, name)
-        else:
+        model_class = getattr(transformers, name, getattr(small, name, None))
+        if model_class is None:
             own = next(path for path in config.auto_map.values() if path.endswith(f".{name}"))
             model_class = get_class_from_dynamic_module(own, located)
     except (AttributeError, StopIteration, TypeError, ValueError) as error:

@@ -1,8 +1,9 @@
-"""Build a student: some of a teacher's layers with its embeddings and head, or a model of its own."""
+"""Build a student: some of a teacher's layers with its embeddings and head, a model of its own, or one of another kind."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,12 +23,44 @@ class Student(NamedTuple):
 
 def build_student(student: StudentConfig, teacher: str, task: Task) -> Student:
     """The student, not yet trained, of the teacher in `teacher`: what `student_model` names, or else the teacher's `student_layers`."""
-    if student.student_model is not None:
-        model = task.load_model(student.student_model, task.student_head, student.student_from_scratch)
-        return Student(model, task.load_processor(student.student_model), None)
+    if student.checkpoint is not None:
+        model = task.load_model(student.checkpoint, task.student_head, student.student_from_scratch)
+        return Student(model, task.load_processor(student.checkpoint), None)
     whole, processor = task.load_model(teacher), task.load_processor(teacher)
+    if student.kind is not None:
+        sizes = {"width": student.student_width, "hidden": student.student_hidden}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        config = kind_of(student.kind, task)(**task.input_sizes(teacher), **given)
+        with tempfile.TemporaryDirectory() as shape:  # as --student_from_scratch takes it
+            config.save_pretrained(shape)
+            processor.save_pretrained(shape)
+            model, processor = task.load_model(shape, "new if other", from_scratch=True), task.load_processor(shape)
+        if not student.student_from_scratch:
+            model.start_from(whole)
+        return Student(model, processor, None)
     layers = layers_to_keep(whole.config, student.student_layers)
     return Student(whole if layers is None else student_from_layers(whole, layers), processor, layers)
+
+
+def kind_of(name: str, task: Task) -> Any:
+    """The class of the config of a student of another kind. Raises InputError where the task has none of this name."""
+    if name not in task.student_kinds:
+        known = f"of {', '.join(task.student_kinds)} or " if task.student_kinds else ""
+        raise InputError(
+            f"expected --student_model {known}with the name of a checkpoint for {task.name}, found {name!r}. A directory of that name is "
+            f"./{name}."
+        )
+    return task.student_kinds[name]
+
+
+def planned_config(student: StudentConfig, teacher: str, task: Task) -> Any:
+    """The config of the student of the teacher in `teacher`, as far as it is known before that is loaded: a kind has its default sizes."""
+    if student.kind is not None:
+        return kind_of(student.kind, task)()
+    if student.checkpoint is not None:
+        return task.load_config(student.checkpoint)
+    config = task.load_config(teacher)
+    return config_of_student(config, layers_to_keep(config, student.student_layers))
 
 
 def layers_to_keep(config: Any, text: str) -> list[int] | None:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter.ort_fusions.erfgelu import fuse_erfgelu
 from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 from onnxscript.rewriter.rules.fusion._rotary_embedding import fuse_partial_rotary_embedding, fuse_rotary_embedding
@@ -48,6 +49,9 @@ def simplify(model: ir.Model) -> dict[str, int]:
     Returns what was done: "residual", additions kept from ONNX Runtime's slow SkipLayerNormalization; "first_token", operators that now
     see only the [CLS] token that the classifier reads.
     """
+    if any(node.op_type == "LSTM" for node in model.graph):
+        # Its gates have another order than torch's; the weights are put in it here, not on every start.
+        fold_constants(model, should_fold=lambda node: True)
     counts = {"residual": _keep_residuals_apart(model.graph), "first_token": _select_first_token_early(model.graph)}
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)

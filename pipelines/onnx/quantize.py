@@ -179,7 +179,7 @@ def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool, block_
 
     config = OnnxRuntimeDynamicConfig(
         # Not Attention, which would become an invalid QAttention, nor Conv, whose ConvInteger is slower than the float kernel.
-        op_types_to_quantize=["MatMul", "Gather"],
+        op_types_to_quantize=["MatMul", "Gather", "LSTM"],
         per_channel=True,
         reduce_range=reduce_range,
         weight_type=QuantType.QInt8,

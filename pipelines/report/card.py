@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
     possible = {"student": "distillation", "pruned": "pruning", "quantized": _bits(report)}
     data = ModelCardData(
         license=teacher["license"],
-        library_name="transformers",
+        library_name=None if of_another_kind(report) else "transformers",
         base_model=teacher["hub_id"],
         datasets=[dataset["hub_id"]] if dataset["hub_id"] else None,
         metrics=list(presentation.hub_metrics.values()),
@@ -86,7 +87,7 @@ def _usage_section(report: dict[str, Any], presentation: Presentation) -> str:
     opened = [stage for stage in own if stage["format"] == "transformers"][-1]
     parts = [
         "In a copy of this directory, with transformers:",
-        fence(presentation.in_python(report, opened["path"]), "python"),
+        python_code(report, presentation, opened["path"]),
     ]
     if opened["name"] == "pruned":
         parts.append(
@@ -100,6 +101,21 @@ def _usage_section(report: dict[str, Any], presentation: Presentation) -> str:
         ]
     parts.append(versions_section(report))
     return "\n\n".join(filter(None, parts))
+
+
+def of_another_kind(report: dict[str, Any]) -> bool:
+    """Whether the student is of a class that transformers does not have."""
+    return report.get("student_kind") is not None
+
+
+def python_code(report: dict[str, Any], presentation: Presentation, model: str) -> str:
+    """The code that predicts with transformers and a model directory, or published model."""
+    code = textwrap.dedent(presentation.in_python(report, model)).strip()
+    if not of_another_kind(report):
+        return fence(code, "python")
+    return fence(f"import pipelines.models.small  # of Pocketformers\n{code}", "python") + (
+        "\n\nThe first line brings the model's class, which transformers does not have. The ONNX files need neither of the two."
+    )
 
 
 def versions_section(report: dict[str, Any], published: Mapping[str, str] | None = None) -> str:

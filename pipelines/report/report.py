@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipelines.core.config import STUDENT_KINDS
 from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError
 from pipelines.core.records import CHECKSUM, checksum, damaged_files, versions, with_checksum
@@ -89,6 +90,8 @@ def build_report(
                 "ratios": {"smaller_than_teacher": _divide(teacher.record["bytes"], stage.record["bytes"])},
             }
         )
+    student = next((stage for stage in stages if stage.name == "student"), teacher)
+    made_of = student.record["made_by"].get("student", {}).get("student_model")
     both = {"student", "student_labels_only"} <= samples.keys()
     source = config.get("teacher_model") or teacher.record["made_by"].get("source")
     dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
@@ -103,6 +106,7 @@ def build_report(
         "delta_to_labels_only": delta("student", "student_labels_only") if both else None,
         "name": Path(run_dir).resolve().name,
         "shipped": shipped.name,
+        "student_kind": made_of if made_of in STUDENT_KINDS else None,
         "quantization": shipped.record["details"].get("scheme"),
         **comparison.report,
         "teacher": _describe_source(source) | {"license": teacher.record["details"].get("license")},

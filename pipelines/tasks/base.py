@@ -93,6 +93,7 @@ class BaseTask(Task):
     demo: str  # the YAML file of its offline demo
     greater_is_better = True
     allow_weak_teacher = False
+    student_kinds: Mapping[str, Any] = {}
 
     @classmethod
     def recognizes(cls, config: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from pipelines.data.remembered import remembered_fingerprint
 from pipelines.edge.bundle import image_probes, verify_predictor
 from pipelines.edge.settings import head_outputs, image_settings
 from pipelines.models.loading import load
+from pipelines.models.small import ImageCnnConfig
 from pipelines.tasks.classification import Classification, ClassifierPresentation
 
 ONE_SIZE = ("vit", "deit", "beit")  # families whose position embeddings are for images of one size
@@ -46,9 +47,11 @@ class ImagePresentation(ClassifierPresentation):
 
     def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
         return f"""
+            import json
+
             import onnxruntime
             from PIL import Image, ImageOps
-            from transformers import AutoConfig, AutoImageProcessor
+            from transformers import AutoImageProcessor
 
             processor = AutoImageProcessor.from_pretrained({json.dumps(directory)}, backend="pil")
             mode = "L" if len(processor.image_mean) == 1 else "RGB"
@@ -56,7 +59,8 @@ class ImagePresentation(ClassifierPresentation):
             inputs = processor(image, return_tensors="np")
             session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
             logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
-            print(AutoConfig.from_pretrained({json.dumps(directory)}).id2label[int(logits[0].argmax())])
+            with open({json.dumps(directory + "/config.json")}) as file:
+                print(json.load(file)["id2label"][str(logits[0].argmax())])
         """
 
     def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
@@ -88,6 +92,7 @@ class ImageClassification(Classification):
     }
     # Most published image models come with a head for ImageNet's thousand classes.
     student_head: Head = "new if other"
+    student_kinds = {"cnn": ImageCnnConfig}
 
     def __init__(
         self, config: DataConfig, augmentation: AugmentConfig | None = None, label: LabelConfig | None = None
@@ -158,8 +163,7 @@ class ImageClassification(Classification):
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model takes what its own image processor makes."""
-        row = {"image": self.data.splits["train"][0]["image"], "labels": 0}
-        found = list(self.collate(self.load_processor(source))([row])["pixel_values"].shape[1:])
+        found = self._shape(source)
         # Position embeddings are for one size; other models take any, and their config says what they were trained on.
         size = config.image_size if config.model_type in ONE_SIZE else found[1:]
         sides = [size, size] if isinstance(size, int) else list(size)
@@ -170,6 +174,15 @@ class ImageClassification(Classification):
                 f"says, found {found}. Correct size and crop_size in its preprocessor_config.json. Of 1 channel are the images of a processor whose "
                 "image_mean and image_std have one number."
             )
+
+    def _shape(self, source: str) -> list[int]:
+        """Channels, height and width of what the image processor of the model in `source` makes."""
+        row = {"image": self.data.splits["train"][0]["image"], "labels": 0}
+        return list(self.collate(self.load_processor(source))([row])["pixel_values"].shape[1:])
+
+    def input_sizes(self, source: str) -> dict[str, Any]:
+        channels, *sides = self._shape(source)
+        return {"num_channels": channels, "image_size": sides}
 
     # ---- Bundle
 

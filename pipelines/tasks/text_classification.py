@@ -28,14 +28,17 @@ class TextClassifierPresentation(TextPresentation, ClassifierPresentation):
     def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
         texts = '["A first text."], ["A second text."]' if is_pair(report) else '["A text."]'
         return f"""
+            import json
+
             import onnxruntime
-            from transformers import AutoConfig, AutoTokenizer
+            from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
             inputs = tokenizer({texts}, truncation=True, max_length={token_limit(report)}, return_tensors="np")
             session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
             logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
-            print(AutoConfig.from_pretrained({json.dumps(directory)}).id2label[int(logits[0].argmax())])
+            with open({json.dumps(directory + "/config.json")}) as file:
+                print(json.load(file)["id2label"][str(logits[0].argmax())])
         """
 
     def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:

@@ -19,6 +19,7 @@ from pipelines.data.text import collate, tokenize, tokenizer_content
 from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
 from pipelines.models.loading import Inputs, check_encoder, has_tokenizer, inputs_of, load_tokenizer
+from pipelines.models.small import LstmConfig, StaticConfig, TextCnnConfig
 from pipelines.tasks.base import BasePresentation, BaseTask
 
 
@@ -51,6 +52,7 @@ class TextTask(BaseTask):
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"
+    student_kinds = {"lstm": LstmConfig, "cnn": TextCnnConfig, "static": StaticConfig}
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -80,10 +82,15 @@ class TextTask(BaseTask):
                 raise InputError(
                     f"expected a tokenizer with a padding token or an end token at {source}, found neither. Set pad_token and save it."
                 )
-        # A decoder, which reads the last token before the padding, and counts positions from the left.
-        if tokenizer.cls_token is None:
+        # A decoder, which reads the last token before the padding, and counts positions from the left; or a student that reads in order.
+        if tokenizer.cls_token is None or type(config) in self.student_kinds.values():
             tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
         return tokenizer
+
+    def input_sizes(self, source: str) -> dict[str, Any]:
+        """The vocabulary of the model in `source`, and its padding."""
+        vocabulary = self.load_config(source).get_text_config().vocab_size
+        return {"vocab_size": vocabulary, "pad_token_id": self.load_processor(source).pad_token_id}
 
     def _inputs(self, config: Any, source: str) -> Inputs:
         return inputs_of(self.auto_class, source, config, trust_remote_code=self.trust_remote_code)

@@ -16,7 +16,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome
 from pipelines.core.task import Task
 from pipelines.models.families import layer_count
-from pipelines.models.students import build_student, config_of_student, layers_to_keep
+from pipelines.models.students import build_student, planned_config
 from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish, source_metrics
 from pipelines.training.soft_targets import WithSoftTargets, check_teacher
@@ -176,15 +176,15 @@ def parse_hidden_state_map(text: str | None, student: Any, teacher: Any) -> list
     return pairs
 
 
-def check_distillation(student: StudentConfig, distill: DistillConfig, teacher: str, task: Task) -> None:
-    """Refuse, before anything is trained, layers that the teacher in `teacher` lacks and hidden states that cannot be paired."""
-    config = task.load_config(teacher)
-    if student.student_model is not None:
-        student_config = task.load_config(student.student_model)
-    else:
-        student_config = config_of_student(config, layers_to_keep(config, student.student_layers))
+def check_distillation(student: StudentConfig, distill: DistillConfig, teacher: str, task: Task) -> Any:
+    """Refuse, before anything is trained, layers that the teacher in `teacher` lacks and hidden states that cannot be paired.
+
+    Returns the config of the student, see planned_config.
+    """
+    config = planned_config(student, teacher, task)
     if distill.hidden_state_weight > 0:
-        parse_hidden_state_map(distill.hidden_state_map, student_config, config)
+        parse_hidden_state_map(distill.hidden_state_map, config, task.load_config(teacher))
+    return config
 
 
 def train_student(
