@@ -20,7 +20,7 @@ from pipelines.models.students import build_student, config_of_student, layers_t
 from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish, source_metrics
 from pipelines.training.soft_targets import WithSoftTargets, check_teacher
-from pipelines.training.trainer import Trainer, train
+from pipelines.training.trainer import OneViewAnEpoch, Trainer, train
 
 PROJECTIONS = "hidden_state_projections"
 TEACHER_LAYERS = "teacher_layers"  # in a student's config: the teacher's layers that its own are copies of
@@ -177,7 +177,13 @@ def parse_hidden_state_map(text: str | None, student: Any, teacher: Any) -> list
 
 
 def check_distillation(student: StudentConfig, distill: DistillConfig, teacher: str, task: Task) -> None:
-    """Refuse, before anything is trained, layers that the teacher in `teacher` lacks and hidden states that cannot be paired."""
+    """Refuse, before anything is trained, layers that the teacher in `teacher` lacks, hidden states that cannot be paired, and views
+    of what is not augmented."""
+    if distill.augmented_views and "augmented_views" not in task.soft_target_settings:
+        raise InputError(
+            "expected images and --random_shift, --random_crop or --random_flip with --augmented_views, found none of these. Pass one, or "
+            "leave --augmented_views out."
+        )
     config = task.load_config(teacher)
     if student.student_model is not None:
         student_config = task.load_config(student.student_model)
@@ -201,24 +207,26 @@ def train_student(
 
     `soft_targets` is the directory of the stored ones; without it, or for hidden states, the teacher runs along (online distillation).
     """
-    features = task.features(processor)["train"]
     with_hidden_states, weight = distill.hidden_state_weight > 0, distill.soft_target_weight
     online = with_hidden_states or (weight > 0 and soft_targets is None)
     # Without a teacher, too, since the report compares student and teacher.
     task.check_teacher_fits(teacher_source, student, processor, online)
     teacher: Any = None
     teacher_processor: Any = None
+    # Stored soft targets are of the examples as they are, or of stored views; the baseline on labels alone is trained as the student is.
+    augment = online or (weight == 0 and distill.soft_targets == "online")
+    features = task.features(processor)["train"] if augment else task.soft_target_features(processor, distill)
     if online:
         teacher_processor = task.load_processor(teacher_source)
         teacher = task.load_model(teacher_source)
         check_teacher(teacher, task, teacher_processor, training.per_device_eval_batch_size)
     elif soft_targets is not None and weight > 0:
         features = WithSoftTargets(features, soft_targets)
+    if views := distill.only(task.soft_target_settings).augmented_views:
+        features = OneViewAnEpoch(features, views)
     pairs = (
         parse_hidden_state_map(distill.hidden_state_map, student.config, teacher.config) if with_hidden_states else []
     )
-    # Stored soft targets are of the examples as they are; the baseline on labels alone is trained as the student is.
-    augment = online or (weight == 0 and distill.soft_targets == "online")
     details = train(
         student,
         task,

@@ -71,6 +71,25 @@ class Filled(torch.utils.data.Dataset):
         return row if index < len(self.examples) else row | {"labels": np.full_like(row["labels"], IGNORED).tolist()}
 
 
+class OneViewAnEpoch(torch.utils.data.Dataset):
+    """Examples that are there `views` times over, one after the other: epoch e has those of view e, and begins again after the last."""
+
+    def __init__(self, examples: Any, views: int) -> None:
+        self.examples, self.views, self.column_names = examples, views, examples.column_names
+        # In shared memory, since a worker of a DataLoader may live for several epochs.
+        self.view = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.views
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.examples[int(self.view) * len(self) + index]
+        return row
+
+    def set_epoch(self, epoch: int) -> None:
+        self.view.fill_(epoch % self.views)
+
+
 class Trainer(transformers.Trainer):
     """transformers' Trainer with one loss rule for all: a sum over examples, divided by their number in the global batch.
 
@@ -172,6 +191,8 @@ class Trainer(transformers.Trainer):
     # ---- Checkpoints
 
     def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
+        if isinstance(self.train_dataset, OneViewAnEpoch):
+            self.train_dataset.set_epoch(keywords["epoch"])  # accelerate does not, where a sampler has epochs, too
         if not self.control.should_training_stop:  # a training may be resumed that had stopped early
             super()._run_epoch(*arguments, **keywords)
 
