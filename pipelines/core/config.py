@@ -425,6 +425,16 @@ class ReportConfig(Checked):
         return {"rounds": self.benchmark_rounds, "threads": self.benchmark_threads, "seconds": self.benchmark_seconds}
 
 
+@dataclass
+class RepeatConfig(Checked):
+    # What is repeated changes nothing in a stage: not a setting of the training.
+    seeds: Count = flag(
+        1,
+        "Repeat all training with this many seeds, from --seed on, and report mean, deviation and intervals over them. The first is the "
+        "run itself; the others, in the directory seeds/ of the run, are neither timed nor bundled.",
+    )
+
+
 # Where it was done and published, what the report names anyway, and a secret: not among the flags that the report lists.
 NOT_RECORDED = ("config", "debug", "demo", "hub_", "output_dir", "push_to_hub", "task", "web_assets")
 
@@ -442,6 +452,7 @@ class Settings(SimpleNamespace):
     quantize: QuantizeConfig
     bundle: BundleConfig
     report: ReportConfig
+    repeat: RepeatConfig
     training: Any  # of the class TrainingArguments
 
 
