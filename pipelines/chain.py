@@ -33,6 +33,7 @@ from pipelines.training.arguments import TrainingArguments, arguments_for
 from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import possible_pruning, prune_and_recover
+from pipelines.training.search import check_search, search_settings, with_found
 from pipelines.training.soft_targets import compute_soft_targets
 
 # The settings of the stages; those of the task come before them.
@@ -95,6 +96,21 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig) -> str:
         soft_targets = run.place("soft_targets")
     learning: dict[str, Any] = {"distributed": True, "training": training, "soft_targets": soft_targets}
 
+    # The settings that are best on the validation split, of so many students of the first seed.
+    if settings.repeat.search_trials:
+        if not repeats:
+            trials = settings.repeat.search_trials
+            run.stage(
+                "search",
+                search_settings,
+                "teacher",
+                trials=trials,
+                student=settings.student,
+                distill=distill,
+                **learning,
+            )
+        distill, learning["training"] = with_found(run.record("search"), distill, training)
+
     # 3. The student starts from the teacher's own layers, so its embeddings and head come trained; or it is another model altogether.
     run.stage("student", distill_student, "teacher", student=settings.student, distill=distill, **learning)
     _check_quality(run, "student", settings)
@@ -133,6 +149,8 @@ def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | 
     if settings.training.push_to_hub:
         check_access(run, settings.training)
     check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
+    if settings.repeat.search_trials:
+        check_search(settings.distill)
     student = settings.student.student_model
     small = student or settings.teacher.teacher_model
     prune = possible_pruning(task.load_config(small), settings.prune)

@@ -433,6 +433,11 @@ class RepeatConfig(Checked):
         "Repeat all training with this many seeds, from --seed on, and report mean, deviation and intervals over them. The first is the "
         "run itself; the others, in the directory seeds/ of the run, are neither timed nor bundled.",
     )
+    search_trials: int = flag(
+        0,
+        "Search for the student's --temperature, --soft_target_weight and --learning_rate by training so many students first, by their score "
+        "on the validation split, and use the best (pip install 'pocketformers[search]'). Soft targets are stored once for all of them.",
+    )
 
 
 # Where it was done and published, what the report names anyway, and a secret: not among the flags that the report lists.

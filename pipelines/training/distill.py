@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ class DistillationTrainer(Trainer):
         if not self.is_fsdp_enabled:  # whose shares are put together first
             remove_projections(self.model)
         return result
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set what a trial of hyperparameter_search suggests: settings of the distillation, too, which are no TrainingArguments."""
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            suggested = {name: value for name, value in trial.params.items() if hasattr(self.distill, name)}
+            self.distill = replace(self.distill, **suggested)
 
     def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor, Any]:
         named = {name: inputs.pop(name) for name in list(inputs) if name.startswith(TEACHER_COLUMN)}
@@ -202,10 +210,12 @@ def train_student(
     training: transformers.TrainingArguments,
     soft_targets: Path | None,
     directory: Path,
+    search: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train `student` in place on the training split, from labels and from the teacher in `teacher_source`; return the details.
 
     `soft_targets` is the directory of the stored ones; without it, or for hidden states, the teacher runs along (online distillation).
+    A `search` is given the trainer instead, see train().
     """
     with_hidden_states, weight = distill.hidden_state_weight > 0, distill.soft_target_weight
     online = with_hidden_states or (weight > 0 and soft_targets is None)
@@ -235,6 +245,7 @@ def train_student(
         directory,
         features,
         DistillationTrainer,
+        search=search,
         train_collate=task.training_collate(processor, teacher_processor, augment),
         distill=distill,
         teacher=teacher,
@@ -255,8 +266,9 @@ def distill_student(
     distill: DistillConfig,
     training: transformers.TrainingArguments,
     soft_targets: Path | None = None,
+    search: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Outcome:
-    """Build a student of the teacher in `source` and train it on the labels and the teacher's logits."""
+    """Build a student of the teacher in `source` and train it on the labels and the teacher's logits; or `search` for its settings."""
     model, processor, layers = build_student(student, source, task)
     vars(model.config).pop(TEACHER_LAYERS, None)  # those of another teacher
     batch_size = training.per_device_eval_batch_size
@@ -264,5 +276,8 @@ def distill_student(
     if layers is not None:
         setattr(model.config, TEACHER_LAYERS, layers)
         details["layers"] = layers
-    details |= train_student(model, processor, task, source, distill, training, soft_targets, directory / CHECKPOINTS)
+    checkpoints = directory / CHECKPOINTS
+    details |= train_student(model, processor, task, source, distill, training, soft_targets, checkpoints, search)
+    if search is not None:
+        return Outcome("settings", details=details)
     return finish(model, task, processor, directory, details, batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -125,11 +125,12 @@ class Trainer(transformers.Trainer):
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
 
-    def train(self, *arguments: Any, **keywords: Any) -> Any:
+    def _inner_training_loop(self, *arguments: Any, **keywords: Any) -> Any:
+        # Not in train(): a search has a new model for each trial by now.
         on_cpu = self.args.device.type == "cpu" and getattr(self.args, "cpu_speedups", False)
         models = [model for model in (self.model, self.teacher) if model is not None]
         with cpu_speedups(*models, all_tokens=self.all_tokens) if on_cpu else nullcontext():
-            return super().train(*arguments, **keywords)
+            return super()._inner_training_loop(*arguments, **keywords)
 
     # ---- The loss
 
@@ -258,12 +259,14 @@ def train(
     directory: Path,
     train_features: Any,
     trainer_class: type[Trainer] = Trainer,
+    search: Callable[[Any], dict[str, Any]] | None = None,
     **trainer_arguments: Any,
 ) -> dict[str, Any]:
     """Train `model` in place on `train_features`; keep checkpoints under `directory` and resume from the last one there.
 
     Returns what is worth recording: steps, losses, the validation score of every epoch, seconds and examples a second. In a training
     that was resumed `train_loss` and the next of `losses` are means of the steps since, as transformers counts them.
+    With `search` the trainer is made, nothing is trained, and what `search(trainer)` returns is returned.
     """
     arguments = copy.copy(training)
     arguments.output_dir = str(directory)
@@ -306,6 +309,8 @@ def train(
         callbacks=callbacks,
         **trainer_arguments,
     )
+    if search is not None:
+        return search(trainer)
     resumed = last_whole_checkpoint(directory)
     whole = copy.deepcopy(model) if trainer.is_fsdp_enabled and trainer.accelerator.is_main_process else None
     result = trainer.train(resume_from_checkpoint=resumed)
