@@ -87,7 +87,7 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig) -> str:
         run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
 
     # 2. Stored, the teacher's logits are computed once, and every epoch of the student and of its recovery reads them. They are of the
-    # examples as they are: a student of augmented images, or of hidden states, needs the teacher beside it (--soft_targets online).
+    # examples as they are, or of so many augmented views of images; a student of hidden states needs the teacher beside it.
     soft_targets = None
     if distill.needs_stored_targets:
         what = distill.only(task.soft_target_settings)

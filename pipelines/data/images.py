@@ -199,15 +199,15 @@ AUGMENTATION_SEED = "augmentation_seed"
 
 
 class AugmentedViews(torch.utils.data.Dataset):
-    """The same examples `views` times over, each row with a seed of its own: its place here. The collator augments an image by that.
+    """The same examples several times over, each row with a seed of its own, by which the collator augments its image: its number, so
+    that view after view has the examples in their order.
 
     So the teacher's stored logits and every process of a student's training are of the same pixels, without a stored image
     (TinyViT: Wu et al., 2022).
     """
 
-    def __init__(self, examples: Any, views: int, seeds: np.ndarray | None = None) -> None:
-        self.examples, self.views = examples, views
-        self.seeds = np.arange(views * len(examples)) if seeds is None else seeds
+    def __init__(self, examples: Any, seeds: np.ndarray) -> None:
+        self.examples, self.seeds = examples, seeds
         self.column_names = [*examples.column_names, AUGMENTATION_SEED]
 
     def __len__(self) -> int:
@@ -219,7 +219,7 @@ class AugmentedViews(torch.utils.data.Dataset):
 
     def select(self, indices: Any) -> AugmentedViews:
         """The rows at these places, as the method of a data set is."""
-        return AugmentedViews(self.examples, self.views, self.seeds[np.asarray(indices)])
+        return AugmentedViews(self.examples, self.seeds[np.asarray(indices)])
 
 
 def augment(image: Image.Image, config: AugmentConfig, seed: int | None = None) -> Image.Image:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -141,7 +142,7 @@ class ImageClassification(Classification):
         if not self.augmentation.any:
             return images
         if distill.augmented_views:
-            return AugmentedViews(images, distill.augmented_views)
+            return AugmentedViews(images, np.arange(distill.augmented_views * len(images)))
         from accelerate import PartialState
 
         note = "images: not augmented here, since stored soft targets are of the images as they are (--augmented_views)"
