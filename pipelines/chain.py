@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pipelines.core.config import (
     DistillConfig,
     PruneConfig,
     QuantizeConfig,
+    RepeatConfig,
     ReportConfig,
     Settings,
     StudentConfig,
@@ -31,6 +33,7 @@ from pipelines.training.arguments import TrainingArguments, arguments_for
 from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import possible_pruning, prune_and_recover
+from pipelines.training.search import check_search, search_settings, with_found
 from pipelines.training.soft_targets import compute_soft_targets
 
 # The settings of the stages; those of the task come before them.
@@ -42,28 +45,71 @@ CHAIN = (
     QuantizeConfig,
     BundleConfig,
     ReportConfig,
+    RepeatConfig,
     TrainingArguments,
 )
 
 
 def compress(settings: Settings, recipe: str) -> None:
     """The chain in a run's directory, a directory inside it for each stage; a finished stage is not rebuilt."""
-    teacher, distill, training = settings.teacher, settings.distill, settings.training
+    training = settings.training
     task = make_task(settings)
     run = Run(training.output_dir, task, training.seed)
     prune, without_bundle = _plan(run, task, settings)
+    shipped = _make_models(run, settings, prune)
+
+    # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
+    bundle = None if without_bundle else run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
+
+    # 8. One seed says little of a small difference: others repeat whatever depends on the seed.
+    others = [run.with_seed(training.seed + number) for number in range(1, settings.repeat.seeds)]
+    for other in others:
+        _make_models(other, settings, prune)
+
+    # 9. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
+    report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size, others)
+    if training.push_to_hub:
+        push_run(run, training)
+    if bundle is not None:
+        run.state.print(next_commands(run.directory, bundle, task.example))
+
+
+def _make_models(run: Run, settings: Settings, prune: PruneConfig) -> str:
+    """The stages up to the model to ship, whose name is returned; of a run that repeats another one only those that a seed changes."""
+    teacher, distill, task, repeats = settings.teacher, settings.distill, run.task, run.first is not None
+    training, quantize = copy.copy(settings.training), settings.quantize
+    training.seed = run.seed
+    shares_teacher = repeats and teacher.teacher_epochs == 0
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
-    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
+    if not shares_teacher:
+        run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
 
     # 2. Stored, the teacher's logits are computed once, and every epoch of the student and of its recovery reads them. They are of the
-    # examples as they are: a student of augmented images, or of hidden states, needs the teacher beside it (--soft_targets online).
+    # examples as they are, or of so many augmented views of images; a student of hidden states needs the teacher beside it.
     soft_targets = None
     if distill.needs_stored_targets:
         what = distill.only(task.soft_target_settings)
-        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=what)
+        if not shares_teacher:
+            run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=what)
+        soft_targets = run.place("soft_targets")
     learning: dict[str, Any] = {"distributed": True, "training": training, "soft_targets": soft_targets}
+
+    # The settings that are best on the validation split, of so many students of the first seed.
+    if settings.repeat.search_trials:
+        if not repeats:
+            trials = settings.repeat.search_trials
+            run.stage(
+                "search",
+                search_settings,
+                "teacher",
+                trials=trials,
+                student=settings.student,
+                distill=distill,
+                **learning,
+            )
+        distill, learning["training"] = with_found(run.record("search"), distill, training)
 
     # 3. The student starts from the teacher's own layers, so its embeddings and head come trained; or it is another model altogether.
     run.stage("student", distill_student, "teacher", student=settings.student, distill=distill, **learning)
@@ -76,28 +122,25 @@ def compress(settings: Settings, recipe: str) -> None:
     # 4. Pruning removes whole heads and neurons, so the ONNX graph is smaller, not just sparser; the teacher helps it to recover.
     small = "student"
     if prune.prune_heads or prune.prune_ffn:
-        recovery = {**learning, "teacher": run.directory / "teacher", "distill": distill}
+        recovery = {**learning, "teacher": run.place("teacher"), "distill": distill}
         small = run.stage("pruned", prune_and_recover, small, prune=prune, **recovery).name
         _check_quality(run, "pruned", settings)
 
     # 5. The teacher in ONNX is the fair baseline: what a user gets without any of this.
-    run.stage("teacher_onnx", export_onnx, "teacher")
+    if not repeats:
+        run.stage("teacher_onnx", export_onnx, "teacher")
     shipped = run.stage("onnx", export_onnx, small).name
 
     # 6. Only what keeps the quality of the exported model is shipped.
-    if settings.quantize.quantization != "none":
-        shipped = run.stage("quantized", quantize_onnx, shipped, quantize=settings.quantize).name
+    if quantize.quantization != "none":
+        if (
+            run.first is not None
+        ):  # the same scheme, also where speed chose it, and whatever it loses is part of the result
+            quantize = copy.copy(quantize)
+            quantize.quantization, quantize.max_quality_drop = run.first.record("quantized")["details"]["scheme"], 1.0
+        shipped = run.stage("quantized", quantize_onnx, shipped, quantize=quantize).name
         _check_quality(run, "quantized", settings)
-
-    # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
-    bundle = None if without_bundle else run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
-
-    # 8. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
-    report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size)
-    if training.push_to_hub:
-        push_run(run, training)
-    if bundle is not None:
-        run.state.print(next_commands(run.directory, bundle, task.example))
+    return shipped
 
 
 def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | None]:
@@ -106,6 +149,8 @@ def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | 
     if settings.training.push_to_hub:
         check_access(run, settings.training)
     config = check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
+    if settings.repeat.search_trials:
+        check_search(settings.distill)
     prune = possible_pruning(config, settings.prune)
     student = settings.student.checkpoint
     if read_record(run.directory / "teacher") is None:
@@ -120,8 +165,8 @@ def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | 
 
 
 def _check_quality(run: Run, name: str, settings: Settings) -> None:
-    """A stage is kept, but what a user would not want of it stops the run."""
-    if run.state.is_main_process:
+    """A stage is kept, but what a user would not want of it stops the run. What another seed loses is part of the result."""
+    if run.state.is_main_process and run.first is None:
         of_teacher = run.record("teacher")["metrics"]["validation"]
         check_stage(run.directory / name, run.task, settings.quantize, teacher=of_teacher)
 

@@ -169,8 +169,8 @@ class LanguageConfig(Checked):
 class AugmentConfig(Checked):
     random_shift: Annotated[float, "below 0.5"] = flag(
         0.0,
-        "Shift every training image by up to this share of its sides at random. This and the next two serve wherever the "
-        "student's soft targets are not stored: in the teacher's fine-tuning, and with --soft_targets online.",
+        "Shift every training image by up to this share of its sides at random. This and the next two serve in the teacher's "
+        "fine-tuning, and in the student's training with --augmented_views or --soft_targets online.",
     )
     random_crop: Annotated[float, "below 0.5"] = flag(
         0.0, "Crop up to this share of every training image's sides at random."
@@ -300,6 +300,11 @@ class DistillConfig(Checked):
         32,
         "Likeliest tokens whose probabilities are stored for each token of text, with the tail mass; for language models.",
     )
+    augmented_views: int = flag(
+        0,
+        "Augmented views of each training image that soft targets are stored of, for --random_shift, --random_crop and --random_flip: the "
+        "student sees one in each epoch, in turn. 0 stores those of the images as they are.",
+    )
     divergence: str = flag(
         "forward_kl",
         "How far the student's distribution is from the teacher's. "
@@ -310,6 +315,18 @@ class DistillConfig(Checked):
         0.5, "Weight of the teacher in the mixture of --divergence jensen_shannon, in (0, 1)."
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            self.augmented_views == 0 or (self.soft_targets == "stored" and self.hidden_state_weight == 0),
+            "stored soft targets with --augmented_views, since an online teacher sees every image augmented anew",
+            "an online teacher",
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What a training depends on; a setting that records of earlier versions lack only where it is set."""
+        return {name: value for name, value in asdict(self).items() if value or name != "augmented_views"}
+
     @property
     def needs_stored_targets(self) -> bool:
         """Whether the teacher's logits are read from disk: hidden states need the teacher itself, which then gives both."""
@@ -319,7 +336,11 @@ class DistillConfig(Checked):
         """The same training without a teacher."""
         # All else of a teacher left out, so that it changes nothing here; but images are augmented as the student's are.
         stored = self.soft_targets == "stored" and self.hidden_state_weight == 0
-        return DistillConfig(soft_target_weight=0.0, soft_targets="stored" if stored else "online")
+        return DistillConfig(
+            soft_target_weight=0.0,
+            soft_targets="stored" if stored else "online",
+            augmented_views=self.augmented_views,
+        )
 
     def only(self, names: Iterable[str]) -> DistillConfig:
         """These settings, all others left at their defaults."""
@@ -437,6 +458,21 @@ class ReportConfig(Checked):
         return {"rounds": self.benchmark_rounds, "threads": self.benchmark_threads, "seconds": self.benchmark_seconds}
 
 
+@dataclass
+class RepeatConfig(Checked):
+    # What is repeated changes nothing in a stage: not a setting of the training.
+    seeds: Count = flag(
+        1,
+        "Repeat all training with this many seeds, from --seed on, and report mean, deviation and intervals over them. The first is the "
+        "run itself; the others, in the directory seeds/ of the run, are neither timed nor bundled.",
+    )
+    search_trials: int = flag(
+        0,
+        "Search for the student's --temperature, --soft_target_weight and --learning_rate by training so many students first, by their score "
+        "on the validation split, and use the best (pip install 'pocketformers[search]'). Soft targets are stored once for all of them.",
+    )
+
+
 # Where it was done and published, what the report names anyway, and a secret: not among the flags that the report lists.
 NOT_RECORDED = ("config", "debug", "demo", "hub_", "output_dir", "push_to_hub", "task", "web_assets")
 
@@ -454,6 +490,7 @@ class Settings(SimpleNamespace):
     quantize: QuantizeConfig
     bundle: BundleConfig
     report: ReportConfig
+    repeat: RepeatConfig
     training: Any  # of the class TrainingArguments
 
 

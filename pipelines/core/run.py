@@ -10,6 +10,7 @@ auto`).
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -87,6 +88,8 @@ class Run:
         use_available_cores()
         quieten_libraries(self.state.is_main_process)
         self.stages: list[str] = []  # those of this run's flags; the directory may hold others of an earlier run
+        self.first: Run | None = None  # of a run that repeats another one with a seed of its own: that one
+        self.prefix = ""  # of its stages' names in what it prints
         if self.state.is_main_process:
             self._task_made_by = task.describe()  # first of all: data that cannot be read leaves the directory as it is
             self._lock = prepare(self.directory, only_stage)
@@ -99,6 +102,18 @@ class Run:
         """Let others work in the directory: an error's traceback would keep the lock as long as it lives itself."""
         if self.state.is_main_process:
             self._lock.release()
+
+    def with_seed(self, seed: int) -> Run:
+        """This run with another seed, in `seeds/<seed>` of its directory and under its lock. A stage that is not made there is this run's."""
+        run = copy.copy(self)
+        run.prefix, run.seed, run.stages, run.first = f"seeds/{seed}/", seed, [], self
+        run.directory = self.directory / run.prefix
+        return run
+
+    def place(self, name: str) -> Path:
+        """The directory of a stage: this run's own, or that of the run that it repeats."""
+        run = self if self.first is None or name in self.stages else self.first
+        return run.directory / name
 
     def stage(
         self, name: str, function: Callable[..., Outcome], source: str, distributed: bool = False, **arguments: Any
@@ -123,7 +138,7 @@ class Run:
 
         with needing_room(name, self.directory):
             if made_by is not None:
-                print(f"{name}: started", flush=True)
+                print(f"{self.prefix}{name}: started", flush=True)
                 self._start(partial, made_by, resumes=distributed)
             self.state.wait_for_everyone()
             started = time.perf_counter()
@@ -139,7 +154,7 @@ class Run:
         return target
 
     def record(self, name: str) -> dict[str, Any]:
-        record = read_record(self.directory / name)
+        record = read_record(self.place(name))
         if record is None:
             raise InputError(
                 f"expected the finished stage {name!r} in {self.directory}, found none. Run that stage first."
@@ -148,14 +163,17 @@ class Run:
 
     def _locate(self, source: str) -> str:
         """An earlier stage of this run by its name; whatever else a source is stays as it was given, a relative path, too."""
-        return str(self.directory / source) if source in self.stages[:-1] else source
+        shared = self.first is not None and source in self.first.stages and source != self.stages[-1]
+        return str(self.place(source)) if source in self.stages[:-1] or shared else source
 
     def _identify(self, source: str) -> str:
         located = Path(self._locate(source))
         record = read_record(located) if located.is_dir() else None
         if record is None:
             return model_fingerprint(source)
-        if located not in [self.directory / name for name in self.stages[:-1]]:  # which were looked at in their turn
+        stages = [self.directory / name for name in self.stages[:-1]]
+        stages += [] if self.first is None else [self.first.directory / name for name in self.first.stages]
+        if located not in stages:  # which were looked at in their turn
             check_files(located, record)
         return fingerprint(record)
 
@@ -187,12 +205,12 @@ class Run:
             reasons.append(f"{', '.join(damaged)} changed since it was written")
         if reasons:
             print(
-                f"{target.name}: redone, because {reasons[0]}"
+                f"{self.prefix}{target.name}: redone, because {reasons[0]}"
                 + (f" (and {len(reasons) - 1} more)" if reasons[1:] else ""),
                 flush=True,
             )
             return False
-        print(f"{target.name}: finished already", flush=True)
+        print(f"{self.prefix}{target.name}: finished already", flush=True)
         return True
 
     def _start(self, partial: Path, made_by: dict[str, Any], resumes: bool) -> None:
@@ -204,7 +222,7 @@ class Run:
             same = False
         if not (same and resumes) and partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir(exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
         (partial / RECORD).unlink(missing_ok=True)
         write_json(unfinished, made_by)
 
@@ -229,7 +247,7 @@ class Run:
         record = with_checksum(record)
         write_json(partial / RECORD, record)
         self._put_in_place(partial, target)
-        print(summary_line(record), flush=True)
+        print(f"{self.prefix}{summary_line(record)}", flush=True)
 
     def _end_commit(self, partial: Path, target: Path, made_by: dict[str, Any]) -> None:
         """Put in place what an interrupted run had written to its end, the record last, so that nothing is trained twice."""

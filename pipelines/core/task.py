@@ -218,6 +218,9 @@ class Task(Protocol):
 
     soft_target_settings: Sequence[str]  # the fields of DistillConfig that stored soft targets depend on
 
+    def soft_target_features(self, processor: Any, distill: DistillConfig) -> Any:
+        """The training examples that soft targets are stored of: those of `features`, or so many augmented views of each."""
+
     def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
         """What is stored of a teacher's outputs: columns `teacher_…`, whose first axis is the examples."""
 

@@ -195,15 +195,43 @@ IMAGES = Kind(
 
 # ---- Batches
 
+AUGMENTATION_SEED = "augmentation_seed"
 
-def augment(image: Image.Image, config: AugmentConfig) -> Image.Image:
-    """The image shifted, cropped and mirrored at random, at its own size; what comes in from outside repeats the border.
 
-    Draws from torch's generator, whose state the Trainer keeps in its checkpoints.
+class AugmentedViews(torch.utils.data.Dataset):
+    """The same examples several times over, each row with a seed of its own, by which the collator augments its image: its number, so
+    that view after view has the examples in their order.
+
+    So the teacher's stored logits and every process of a student's training are of the same pixels, without a stored image
+    (TinyViT: Wu et al., 2022).
+    """
+
+    def __init__(self, examples: Any, seeds: np.ndarray) -> None:
+        self.examples, self.seeds = examples, seeds
+        self.column_names = [*examples.column_names, AUGMENTATION_SEED]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        seed = int(self.seeds[index])
+        return {**self.examples[seed % len(self.examples)], AUGMENTATION_SEED: seed}
+
+    def select(self, indices: Any) -> AugmentedViews:
+        """The rows at these places, as the method of a data set is."""
+        return AugmentedViews(self.examples, self.seeds[np.asarray(indices)])
+
+
+def augment(image: Image.Image, config: AugmentConfig, seed: int | None = None) -> Image.Image:
+    """The image shifted, cropped and mirrored, at its own size; what comes in from outside repeats the border.
+
+    By how much depends on the `seed` alone. Without one it is drawn from torch's generator, whose state the Trainer keeps in its
+    checkpoints.
     """
     if not config.any:
         return image
-    shift_x, shift_y, crop, crop_x, crop_y, flip = torch.rand(6).tolist()
+    draws = torch.rand(6) if seed is None else np.random.default_rng(seed).random(6)
+    shift_x, shift_y, crop, crop_x, crop_y, flip = draws.tolist()
     width, height = image.size
     scale = 1 - config.random_crop * crop  # the share of each side that stays in the picture
     left = width * ((1 - scale) * crop_x + config.random_shift * (2 * shift_x - 1))
@@ -223,13 +251,15 @@ def collate(
     teacher_processor: Any = None,
     augmentation: AugmentConfig | None = None,
     value_range: Sequence[float] | None = None,
+    at_random: bool = True,
 ) -> Collate:
     """A collator of rows with `image`, `labels` and perhaps `teacher_logits`.
 
     `pixel_values` (batch, channels, height, width) are what `processor` makes of the images; with a `teacher_processor`,
     `teacher_pixel_values` are what that makes of the very same images, augmented alike. `value_range` is find_value_range()'s.
+    Images are augmented by their row's seed (see AugmentedViews), those without one `at_random` or not at all.
     """
-    return partial(_collate_rows, processor, teacher_processor, augmentation, value_range)
+    return partial(_collate_rows, processor, teacher_processor, augmentation, value_range, at_random)
 
 
 def _collate_rows(
@@ -237,16 +267,21 @@ def _collate_rows(
     teacher_processor: Any,
     augmentation: AugmentConfig | None,
     value_range: Sequence[float] | None,
+    at_random: bool,
     rows: list[dict[str, Any]],
 ) -> dict[str, Tensor]:
     # At module level, so that the workers of a DataLoader can receive it pickled.
     images = [read_image(row["image"], value_range) for row in rows]
     if augmentation is not None:
-        images = [augment(image, augmentation) for image in images]
+        seeds = [row.get(AUGMENTATION_SEED) for row in rows]
+        images = [
+            image if seed is None and not at_random else augment(image, augmentation, seed)
+            for image, seed in zip(images, seeds, strict=True)
+        ]
     batch = {"pixel_values": _pixel_values(processor, images)}
     if teacher_processor is not None:
         batch["teacher_pixel_values"] = _pixel_values(teacher_processor, images)
-    for name in rows[0].keys() - {"image"}:
+    for name in rows[0].keys() - {"image", AUGMENTATION_SEED}:
         batch[name] = torch.as_tensor(np.asarray([row[name] for row in rows]))
         if batch[name].is_floating_point():
             batch[name] = batch[name].float()

@@ -18,6 +18,7 @@ from pipelines.report.pages import (
     stage_of,
     tested_on,
 )
+from pipelines.report.seeds import seeds_section
 
 
 def format_model_card(report: dict[str, Any], presentation: Presentation, usage: str | None = None) -> str:
@@ -64,6 +65,7 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
             usage or _usage_section(report, presentation),
             "## Results",
             results_section(report, presentation),
+            *seeds_section(report, presentation),
             "## What compression broke",
             losses_section(report, presentation, listed=5),
             "## Data",

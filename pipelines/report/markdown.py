@@ -7,6 +7,7 @@ import re
 import textwrap
 from typing import Any
 
+from pipelines.core.task import Presentation
 from pipelines.onnx.measure import carries
 
 CLIPPED_TEXT = 200
@@ -62,6 +63,17 @@ def interval(delta: dict[str, Any], digits: int = 3, prefix: str = "") -> str:
     """A delta with its interval, or without where it has none."""
     value, low, high = (number(delta[key], f"+.{digits}f") for key in ("value", "low", "high"))
     return value if delta["low"] is None else f"{value} ({prefix}{low} to {high})"
+
+
+def describe_delta(delta: dict[str, Any], report: dict[str, Any], presentation: Presentation) -> str:
+    """A delta with its interval, and what that means."""
+    if delta["low"] is None:
+        verdict = f"too few test {presentation.unit} to tell whether it is more than chance"
+    elif delta["low"] <= 0 <= delta["high"]:
+        verdict = "no measurable difference"
+    else:
+        verdict = "a measurable gain" if (delta["low"] > 0) == report["greater_is_better"] else "a measurable loss"
+    return f"{interval(delta, presentation.digits, '95 % interval ')}: {verdict}"
 
 
 def spread(ratio: dict[str, float]) -> str:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.core.task import Presentation
-from pipelines.report.markdown import count, escape, fence, interval, markdown_table, number, settings, spread
+from pipelines.report.markdown import (
+    count,
+    describe_delta,
+    escape,
+    fence,
+    interval,
+    markdown_table,
+    number,
+    settings,
+    spread,
+)
+from pipelines.report.seeds import seeds_section, seeds_sentences
 
 TEACHER = "teacher"
 # Rows to compare with; what is shipped is never one of them.
@@ -32,6 +43,7 @@ def format_markdown(report: dict[str, Any], presentation: Presentation) -> str:
             f"# {escape(report['name'])}: what compression kept and what it broke",
             escape(conclusion(report, presentation), None),
             results_section(report, presentation),
+            *seeds_section(report, presentation),
             "## What compression broke",
             losses_section(report, presentation, listed=20),
             "## Data",
@@ -113,23 +125,14 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
         f"Its {name} is {after} on {tested_on(report, presentation)}, the teacher's {before}.",
         f"The delta is {describe_delta(shipped['delta'], report, presentation)}.",
     ]
-    if report["delta_to_labels_only"]:
+    if report.get("seeds"):
+        sentences += seeds_sentences(report, presentation)
+    elif report["delta_to_labels_only"]:
         delta = describe_delta(report["delta_to_labels_only"], report, presentation)
         sentences.append(
             f"Against the same student trained on labels only, the teacher changed the student's {name} by {delta}."
         )
     return " ".join(sentences)
-
-
-def describe_delta(delta: dict[str, Any], report: dict[str, Any], presentation: Presentation) -> str:
-    """A delta with its interval, and what that means."""
-    if delta["low"] is None:
-        verdict = f"too few test {presentation.unit} to tell whether it is more than chance"
-    elif delta["low"] <= 0 <= delta["high"]:
-        verdict = "no measurable difference"
-    else:
-        verdict = "a measurable gain" if (delta["low"] > 0) == report["greater_is_better"] else "a measurable loss"
-    return f"{interval(delta, presentation.digits, '95 % interval ')}: {verdict}"
 
 
 def results_section(report: dict[str, Any], presentation: Presentation) -> str:

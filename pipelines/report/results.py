@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipelines.models.removal import load_model
 from pipelines.onnx.export import ONNX_FILE
 from pipelines.onnx.measure import Subject, measure, paired_ratios
 from pipelines.onnx.predict import predict_onnx
-from pipelines.report.pages import TEACHER, format_summary
+from pipelines.report.pages import BASELINES, TEACHER, format_summary
 from pipelines.report.report import (
     add_timings,
     build_report,
@@ -30,14 +31,23 @@ from pipelines.report.report import (
     shipped_stage,
     write_report,
 )
+from pipelines.report.seeds import over_seeds
 
+LABELS_ONLY = "student_labels_only"
 STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
 
 
-def report_run(run: Run, recipe: str, config: ReportConfig, given: dict[str, Any], batch_size: int = 32) -> None:
+def report_run(
+    run: Run,
+    recipe: str,
+    config: ReportConfig,
+    given: dict[str, Any],
+    batch_size: int = 32,
+    others: Sequence[Run] = (),
+) -> None:
     """Write the report of the stages this run went through, unless it is there and of these very stages; print its table.
 
-    Only the main process works; this is the only reader of the test split. Torch models are scored in batches of `batch_size`.
+    `others` are the same run with other seeds, which are scored, not timed. Only the main process works; this is the only reader of the test split. Torch models are scored in batches of `batch_size`.
     """
     if not run.state.is_main_process:
         return
@@ -50,10 +60,15 @@ def report_run(run: Run, recipe: str, config: ReportConfig, given: dict[str, Any
         "task": task.describe(),
         "flags": given,
     }
+    if others:
+        made_by["seeds"] = {
+            other.seed: {name: fingerprint(other.record(name)) for name in STAGES if name in other.stages}
+            for other in others
+        }
     made_by = json.loads(json.dumps(made_by, default=str))
     report, changed = read_report(run.directory)
     if changed or report["made_by"] != made_by:
-        report = _score_and_time(run, records, recipe, config, given, batch_size)
+        report = _score_and_time(run, records, recipe, config, given, batch_size, others)
         report["made_by"] = made_by
         _write(run, report)
     else:
@@ -93,12 +108,29 @@ def _write(run: Run, report: dict[str, Any]) -> None:
     print(format_summary(report, run.task.presentation), flush=True)
 
 
+def finished_seeds(run: Run) -> list[Run]:
+    """The same run with other seeds, as far as they have all its stages that a seed changes."""
+    others = []
+    for path in sorted((run.directory / "seeds").glob("[0-9]*")):
+        other = run.with_seed(int(path.name))
+        other.stages = finished_stages(other)
+        missing = {*run.stages} - {*other.stages, *BASELINES, TEACHER}
+        if not missing and other.stages:
+            others.append(other)
+        else:
+            print(
+                f"{other.prefix}: left out, because it lacks {', '.join(sorted(missing)) or 'every stage'}", flush=True
+            )
+    return others
+
+
 def finished_stages(run: Any) -> list[str]:
     """The stages in a run's directory that belong together: each made of what its source is now.
 
     Raises InputError where one was made of other data than the run's, which would be scored on another test split, or was changed since.
     """
     found: list[str] = []
+    run.stages = found
     left_out: list[str] = []
     for name in STAGES:
         record = read_record(run.directory / name)
@@ -114,7 +146,7 @@ def finished_stages(run: Any) -> list[str]:
                 "flags of that run; report.md ends with them."
             )
         check_files(run.directory / name, record)
-        source = read_record(run.directory / made_by["source"])
+        source = read_record(run.place(made_by["source"]))
         outlived = source is not None and fingerprint(source) != made_by["source_fingerprint"]
         if outlived or made_by["source"] in left_out:
             print(
@@ -134,20 +166,38 @@ def _score_and_time(
     config: ReportConfig,
     given: dict[str, Any],
     batch_size: int,
+    others: Sequence[Run],
 ) -> dict[str, Any]:
     task: Task = run.task
-    results = []
-    for name, record in records.items():
-        predictions = _predict(run.directory / name, record["format"], task, batch_size)
-        results.append(StageResult(name, name, record["format"], predictions, record, timing={}))
+    results = [_score(run, name, batch_size) for name in records]
     # Before the timing, which takes minutes: a model whose predictions are not finite is refused here.
     processor = task.load_processor(str(run.directory / TEACHER))
-    comparison = task.compare(results, processor, shipped_stage(results).name)
+    shipped = shipped_stage(results).name
+    comparison = task.compare(results, processor, shipped)
+    comparisons = {records[shipped]["made_by"]["seed"]: comparison}
+    for other in others:
+        own = [
+            result if other.place(result.name) == run.place(result.name) else _score(other, result.name, batch_size)
+            for result in results
+            if result.name == TEACHER or result.name in other.stages
+        ]
+        comparisons[other.seed] = task.compare(own, processor, shipped)
     timings = _time({name: run.directory / name for name in records}, task, "test", config)
     for result in results:
         result.timing = timings[result.name]
     environment = describe_environment(run.seed)
-    return build_report(run.directory, task, results, comparison, recipe=recipe, environment=environment, config=given)
+    report = build_report(
+        run.directory, task, results, comparison, recipe=recipe, environment=environment, config=given
+    )
+    if others:
+        report["seeds"] = over_seeds(comparisons, task.primary_metric, [(shipped, TEACHER), ("student", LABELS_ONLY)])
+    return report
+
+
+def _score(run: Run, name: str, batch_size: int) -> StageResult:
+    record = run.record(name)
+    predictions = _predict(run.place(name), record["format"], run.task, batch_size)
+    return StageResult(name, name, record["format"], predictions, record, timing={})
 
 
 def _predict(directory: Path, form: str, task: Task, batch_size: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pipelines.core.config import DataConfig
+from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.sources import resolve
 from pipelines.core.task import Arrays, Collate, Head, Predict, StageResult, Task, Workload
@@ -170,6 +170,10 @@ class BaseTask(Task):
     def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
         """The collator for training, where an online teacher reads the student's own inputs. Nothing is augmented."""
         return self.collate(processor)
+
+    def soft_target_features(self, processor: Any, distill: DistillConfig) -> Any:
+        """The training examples as they are."""
+        return self.features(processor)["train"]
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model has a position for every token of a text."""

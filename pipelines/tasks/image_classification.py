@@ -10,14 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from pipelines.core.config import AugmentConfig, DataConfig, LabelConfig
+from pipelines.core.config import AugmentConfig, DataConfig, DistillConfig, LabelConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import Collate, Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
-from pipelines.data.images import IMAGES, collate, find_value_range
+from pipelines.data.images import IMAGES, AugmentedViews, collate, find_value_range
 from pipelines.data.references import read_classes
 from pipelines.data.remembered import remembered_fingerprint
 from pipelines.edge.bundle import image_probes, verify_predictor
@@ -101,6 +102,8 @@ class ImageClassification(Classification):
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         self.config = config
         self.augmentation = AugmentConfig() if augmentation is None else augmentation
+        if self.augmentation.any:
+            self.soft_target_settings = ("augmented_views",)
         self.weigh_classes(label)
 
     def load_data(self) -> Examples:
@@ -138,17 +141,25 @@ class ImageClassification(Classification):
         """The splits with encoded images, whatever the processor: the collator decodes them, since pixels fill any disk."""
         return self.data.splits.rename_column("label", "labels")
 
+    def soft_target_features(self, processor: Any, distill: DistillConfig) -> Any:
+        """The training images that soft targets are stored of: as they are, or so many augmented views of each."""
+        images = self.features(processor)["train"]
+        if not self.augmentation.any:
+            return images
+        if distill.augmented_views:
+            return AugmentedViews(images, np.arange(distill.augmented_views * len(images)))
+        from accelerate import PartialState
+
+        note = "images: not augmented here, since stored soft targets are of the images as they are (--augmented_views)"
+        PartialState().print(note, flush=True)
+        return images
+
     def collate(self, processor: Any) -> Collate:
-        return collate(processor, value_range=self.value_range)
+        return self.training_collate(processor)
 
     def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
         """The collator for training: images augmented if asked, the same ones for an online teacher, by its own processor."""
-        if self.augmentation.any and not augment:
-            from accelerate import PartialState
-
-            note = "images: not augmented here, since stored soft targets are of the images as they are (--soft_targets online)"
-            PartialState().print(note, flush=True)
-        return collate(processor, teacher_processor, self.augmentation if augment else None, self.value_range)
+        return collate(processor, teacher_processor, self.augmentation, self.value_range, at_random=augment)
 
     def test_texts(self) -> list[str]:
         """The test examples by name: a file's own, or else their number in the test split."""

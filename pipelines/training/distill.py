@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pipelines.models.students import build_student, planned_config
 from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish, source_metrics
 from pipelines.training.soft_targets import WithSoftTargets, check_teacher
-from pipelines.training.trainer import Trainer, train
+from pipelines.training.trainer import OneViewAnEpoch, Trainer, train
 
 PROJECTIONS = "hidden_state_projections"
 TEACHER_LAYERS = "teacher_layers"  # in a student's config: the teacher's layers that its own are copies of
@@ -75,6 +76,13 @@ class DistillationTrainer(Trainer):
         if not self.is_fsdp_enabled:  # whose shares are put together first
             remove_projections(self.model)
         return result
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set what a trial of hyperparameter_search suggests: settings of the distillation, too, which are no TrainingArguments."""
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            suggested = {name: value for name, value in trial.params.items() if hasattr(self.distill, name)}
+            self.distill = replace(self.distill, **suggested)
 
     def summed_loss(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor, Any]:
         named = {name: inputs.pop(name) for name in list(inputs) if name.startswith(TEACHER_COLUMN)}
@@ -177,10 +185,16 @@ def parse_hidden_state_map(text: str | None, student: Any, teacher: Any) -> list
 
 
 def check_distillation(student: StudentConfig, distill: DistillConfig, teacher: str, task: Task) -> Any:
-    """Refuse, before anything is trained, layers that the teacher in `teacher` lacks and hidden states that cannot be paired.
+    """Refuse, before anything is trained, layers that the teacher in `teacher` lacks, hidden states that cannot be paired, and views
+    of what is not augmented.
 
     Returns the config of the student, see planned_config.
     """
+    if distill.augmented_views and "augmented_views" not in task.soft_target_settings:
+        raise InputError(
+            "expected images and --random_shift, --random_crop or --random_flip with --augmented_views, found none of these. Pass one, or "
+            "leave --augmented_views out."
+        )
     config = planned_config(student, teacher, task)
     if distill.hidden_state_weight > 0:
         parse_hidden_state_map(distill.hidden_state_map, config, task.load_config(teacher))
@@ -196,29 +210,33 @@ def train_student(
     training: transformers.TrainingArguments,
     soft_targets: Path | None,
     directory: Path,
+    search: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train `student` in place on the training split, from labels and from the teacher in `teacher_source`; return the details.
 
     `soft_targets` is the directory of the stored ones; without it, or for hidden states, the teacher runs along (online distillation).
+    A `search` is given the trainer instead, see train().
     """
-    features = task.features(processor)["train"]
     with_hidden_states, weight = distill.hidden_state_weight > 0, distill.soft_target_weight
     online = with_hidden_states or (weight > 0 and soft_targets is None)
     # Without a teacher, too, since the report compares student and teacher.
     task.check_teacher_fits(teacher_source, student, processor, online)
     teacher: Any = None
     teacher_processor: Any = None
+    # Stored soft targets are of the examples as they are, or of stored views; the baseline on labels alone is trained as the student is.
+    augment = online or (weight == 0 and distill.soft_targets == "online")
+    features = task.features(processor)["train"] if augment else task.soft_target_features(processor, distill)
     if online:
         teacher_processor = task.load_processor(teacher_source)
         teacher = task.load_model(teacher_source)
         check_teacher(teacher, task, teacher_processor, training.per_device_eval_batch_size)
     elif soft_targets is not None and weight > 0:
         features = WithSoftTargets(features, soft_targets)
+    if views := distill.only(task.soft_target_settings).augmented_views:
+        features = OneViewAnEpoch(features, views)
     pairs = (
         parse_hidden_state_map(distill.hidden_state_map, student.config, teacher.config) if with_hidden_states else []
     )
-    # Stored soft targets are of the examples as they are; the baseline on labels alone is trained as the student is.
-    augment = online or (weight == 0 and distill.soft_targets == "online")
     details = train(
         student,
         task,
@@ -227,6 +245,7 @@ def train_student(
         directory,
         features,
         DistillationTrainer,
+        search=search,
         train_collate=task.training_collate(processor, teacher_processor, augment),
         distill=distill,
         teacher=teacher,
@@ -247,8 +266,9 @@ def distill_student(
     distill: DistillConfig,
     training: transformers.TrainingArguments,
     soft_targets: Path | None = None,
+    search: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Outcome:
-    """Build a student of the teacher in `source` and train it on the labels and the teacher's logits."""
+    """Build a student of the teacher in `source` and train it on the labels and the teacher's logits; or `search` for its settings."""
     model, processor, layers = build_student(student, source, task)
     vars(model.config).pop(TEACHER_LAYERS, None)  # those of another teacher
     batch_size = training.per_device_eval_batch_size
@@ -256,5 +276,8 @@ def distill_student(
     if layers is not None:
         setattr(model.config, TEACHER_LAYERS, layers)
         details["layers"] = layers
-    details |= train_student(model, processor, task, source, distill, training, soft_targets, directory / CHECKPOINTS)
+    checkpoints = directory / CHECKPOINTS
+    details |= train_student(model, processor, task, source, distill, training, soft_targets, checkpoints, search)
+    if search is not None:
+        return Outcome("settings", details=details)
     return finish(model, task, processor, directory, details, batch_size)

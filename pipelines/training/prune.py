@@ -233,9 +233,10 @@ def _importance(
     soft_targets: Path | None,
 ) -> dict[str, list[np.ndarray]]:
     """Importance by the loss of the recovery, of --prune_samples training examples: with soft targets that are stored, or the teacher's."""
-    features: Any = task.features(processor)["train"]
-    if soft_targets is not None:
-        features = WithSoftTargets(features, soft_targets)
+    if soft_targets is None:
+        features: Any = task.features(processor)["train"]
+    else:
+        features = WithSoftTargets(task.soft_target_features(processor, distill), soft_targets)
     chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
     loss = training_loss(model, processor, task, distill, teacher if soft_targets is None else None)
     batch_size = training.per_device_train_batch_size

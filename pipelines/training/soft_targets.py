@@ -49,7 +49,7 @@ def compute_soft_targets(
     """
     processor = task.load_processor(source)
     teacher = task.load_model(source).eval().to(PartialState().device)
-    features, collate = task.features(processor)["train"], task.collate(processor)
+    features, collate = task.soft_target_features(processor, distill), task.collate(processor)
     metrics = check_teacher(teacher, task, processor, batch_size)
 
     def of_batch(batch: dict[str, Any]) -> Tensors:

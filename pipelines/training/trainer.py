@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,25 @@ class Filled(torch.utils.data.Dataset):
         return row if index < len(self.examples) else row | {"labels": np.full_like(row["labels"], IGNORED).tolist()}
 
 
+class OneViewAnEpoch(torch.utils.data.Dataset):
+    """Examples that are there `views` times over, one after the other: epoch e has those of view e, and begins again after the last."""
+
+    def __init__(self, examples: Any, views: int) -> None:
+        self.examples, self.views, self.column_names = examples, views, examples.column_names
+        # In shared memory, since a worker of a DataLoader may live for several epochs.
+        self.view = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.views
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.examples[int(self.view) * len(self) + index]
+        return row
+
+    def set_epoch(self, epoch: int) -> None:
+        self.view.fill_(epoch % self.views)
+
+
 class Trainer(transformers.Trainer):
     """transformers' Trainer with one loss rule for all: a sum over examples, divided by their number in the global batch.
 
@@ -106,11 +125,12 @@ class Trainer(transformers.Trainer):
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
 
-    def train(self, *arguments: Any, **keywords: Any) -> Any:
+    def _inner_training_loop(self, *arguments: Any, **keywords: Any) -> Any:
+        # Not in train(): a search has a new model for each trial by now.
         on_cpu = self.args.device.type == "cpu" and getattr(self.args, "cpu_speedups", False)
         models = [model for model in (self.model, self.teacher) if model is not None]
         with cpu_speedups(*models, all_tokens=self.all_tokens) if on_cpu else nullcontext():
-            return super().train(*arguments, **keywords)
+            return super()._inner_training_loop(*arguments, **keywords)
 
     # ---- The loss
 
@@ -172,6 +192,8 @@ class Trainer(transformers.Trainer):
     # ---- Checkpoints
 
     def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
+        if isinstance(self.train_dataset, OneViewAnEpoch):
+            self.train_dataset.set_epoch(keywords["epoch"])  # accelerate does not, where a sampler has epochs, too
         if not self.control.should_training_stop:  # a training may be resumed that had stopped early
             super()._run_epoch(*arguments, **keywords)
 
@@ -237,12 +259,14 @@ def train(
     directory: Path,
     train_features: Any,
     trainer_class: type[Trainer] = Trainer,
+    search: Callable[[Any], dict[str, Any]] | None = None,
     **trainer_arguments: Any,
 ) -> dict[str, Any]:
     """Train `model` in place on `train_features`; keep checkpoints under `directory` and resume from the last one there.
 
     Returns what is worth recording: steps, losses, the validation score of every epoch, seconds and examples a second. In a training
     that was resumed `train_loss` and the next of `losses` are means of the steps since, as transformers counts them.
+    With `search` the trainer is made, nothing is trained, and what `search(trainer)` returns is returned.
     """
     arguments = copy.copy(training)
     arguments.output_dir = str(directory)
@@ -285,6 +309,8 @@ def train(
         callbacks=callbacks,
         **trainer_arguments,
     )
+    if search is not None:
+        return search(trainer)
     resumed = last_whole_checkpoint(directory)
     whole = copy.deepcopy(model) if trainer.is_fsdp_enabled and trainer.accelerator.is_main_process else None
     result = trainer.train(resume_from_checkpoint=resumed)

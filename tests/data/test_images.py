@@ -515,6 +515,8 @@ def test_augmentation_shifts_crops_and_mirrors_at_the_images_own_size():
     once = augment(image, AugmentConfig(random_shift=0.25)).tobytes()
     torch.manual_seed(3)
     assert augment(image, AugmentConfig(random_shift=0.25)).tobytes() == once
+    by_seed = [augment(image, AugmentConfig(random_shift=0.25), seed).tobytes() for seed in (1, 2, 1)]
+    assert by_seed[0] == by_seed[2] != by_seed[1]
     with pytest.raises(InputError, match="random_shift"):
         AugmentConfig(random_shift=0.5)
 
@@ -678,6 +680,7 @@ def test_images_are_augmented_for_the_teacher_and_online_but_not_beside_stored_a
     assert not torch.equal(task.training_collate(image_processor, augment=True)(rows)["pixel_values"], plain)
     assert capsys.readouterr().out == ""
     assert torch.equal(task.training_collate(image_processor, augment=False)(rows)["pixel_values"], plain)
+    assert task.soft_target_features(image_processor, DistillConfig())[0] == rows[0]
     assert "not augmented" in capsys.readouterr().out
     assert task.describe() != ImageClassification(DataConfig(dataset=str(image_folder))).describe()
 
