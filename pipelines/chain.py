@@ -53,16 +53,22 @@ def compress(settings: Settings, recipe: str) -> None:
     run = Run(training.output_dir, task, training.seed)
     prune, without_bundle = _plan(run, task, settings)
 
-    # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
+    # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0). The student is made of the first of several.
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
-    run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
+    teachers = {f"_{number}" if number > 1 else "": one for number, one in enumerate(teacher.each(), start=1)}
+    for suffix, one in teachers.items():
+        run.stage(f"teacher{suffix}", fine_tune, one.teacher_model, distributed=True, teacher=one, training=teaching)
 
     # 2. Stored, the teacher's logits are computed once, and every epoch of the student and of its recovery reads them. They are of the
     # examples as they are: a student of augmented images, or of hidden states, needs the teacher beside it (--soft_targets online).
-    soft_targets = None
+    soft_targets: Path | list[Path] | None = None
     if distill.needs_stored_targets:
-        what = distill.only(task.soft_target_settings)
-        soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=what)
+        storing: dict[str, Any] = {"distributed": True, "distill": distill.only(task.soft_target_settings)}
+        stored = [
+            run.stage(f"soft_targets{suffix}", compute_soft_targets, f"teacher{suffix}", **storing)
+            for suffix in teachers
+        ]
+        soft_targets = stored if len(stored) > 1 else stored[0]
     learning: dict[str, Any] = {"distributed": True, "training": training, "soft_targets": soft_targets}
 
     # 3. The student starts from the teacher's own layers, so its embeddings and head come trained; or it is another model altogether.
@@ -105,15 +111,18 @@ def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | 
     training: a token that the Hub refuses, a student that is none, what a family's layers do not allow."""
     if settings.training.push_to_hub:
         check_access(run, settings.training)
-    check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
+    teacher = settings.teacher
+    check_distillation(settings.student, settings.distill, teacher.teacher_model, task, teacher.more_teachers)
     student = settings.student.student_model
-    small = student or settings.teacher.teacher_model
+    small = student or teacher.teacher_model
     prune = possible_pruning(task.load_config(small), settings.prune)
     if read_record(run.directory / "teacher") is None:
         if student is not None:
             task.checked_config(student, settings.student.student_from_scratch)
             check_export(student, task, settings.student.student_from_scratch)
-        check_export(settings.teacher.teacher_model, task, settings.teacher.teacher_from_scratch)
+        for other in teacher.more_teachers:
+            task.checked_config(other, teacher.teacher_from_scratch)
+        check_export(teacher.teacher_model, task, teacher.teacher_from_scratch)
     without_bundle = task.bundle_obstacle(small)
     if without_bundle:
         run.state.print(f"bundle: left out, since {without_bundle}; the run ends with ONNX files and a report")

@@ -91,6 +91,9 @@ def build_report(
         )
     both = {"student", "student_labels_only"} <= samples.keys()
     source = config.get("teacher_model") or teacher.record["made_by"].get("source")
+    source = (
+        source[0] if isinstance(source, list) else source
+    )  # of several teachers the one that the student is made of
     dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
     report = {
         "recipe": recipe,

@@ -31,7 +31,8 @@ from pipelines.report.report import (
     write_report,
 )
 
-STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
+MORE_TEACHERS = tuple(f"teacher_{number}" for number in range(2, 10))  # of a student of several
+STAGES = ("teacher", *MORE_TEACHERS, "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
 
 
 def report_run(run: Run, recipe: str, config: ReportConfig, given: dict[str, Any], batch_size: int = 32) -> None:
