@@ -138,9 +138,10 @@ class DistillationTrainer(Trainer):
         teacher: Any,
         vectors: tuple[list[Tensor], list[Tensor]],
         weigh: Callable[[int], Tensor],
-    ) -> Any:
+    ) -> Tensor:
         """The losses of hidden states, attention maps and relations, each the mean over its pairs, by their weights."""
-        distill, loss = self.distill, 0.0
+        distill = self.distill
+        loss = torch.zeros((), device=self.args.device)
         if distill.hidden_state_weight > 0:
             states = [
                 (student.hidden_states[left], teacher.hidden_states[right]) for left, right in self.hidden_state_map

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines.core.divergences import DIVERGENCES, kl
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Tensors
+from pipelines.core.task import IGNORED, Task, Tensors
 
 if TYPE_CHECKING:
     from pipelines.core.config import DistillConfig
@@ -235,7 +235,9 @@ class NextTokenLoss(ClassifierLoss):
             )
 
 
-def teachers_loss(task: Any, outputs: Tensors, teachers: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
+def teachers_loss(
+    task: Task | ClassifierLoss, outputs: Tensors, teachers: Tensors, labels: Tensor, distill: DistillConfig
+) -> Tensor:
     """The task's soft_loss of one teacher or of several, the names of whose soft targets end in _2, _3, …
 
     Of several it is that of the mean of their logits, which is the geometric mean of their distributions (Hinton et al., 2015), or the mean
@@ -248,7 +250,7 @@ def teachers_loss(task: Any, outputs: Tensors, teachers: Tensors, labels: Tensor
     targets = list(each.values())
     if len(targets) > 1 and distill.combine_teachers == "mean":
         targets = [{name: torch.stack([one[name] for one in targets]).mean(dim=0) for name in targets[0]}]
-    return sum(task.soft_loss(outputs, one, labels, distill) for one in targets) / len(targets)  # type: ignore[return-value]
+    return sum(task.soft_loss(outputs, one, labels, distill) for one in targets) / len(targets)
 
 
 def losses_of(model: Any) -> ClassifierLoss:
