@@ -152,6 +152,8 @@ def _without_folders(value: Any) -> Any:
     """The same value with absolute paths cut to their last part: whose folder it lies in is nobody else's business."""
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
     is_path = isinstance(value, (str, Path)) and (Path(value).is_absolute() or str(value).startswith("~/"))
     return f"<local>/{Path(value).name}" if is_path else value
 
