@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_config
+from conftest import tiny_config, tiny_model
 from pipelines.cli import main
 from pipelines.core.command import parse_config
 from pipelines.core.config import DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
-from pipelines.training.distill import distill_student
+from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.soft_targets import compute_soft_targets, with_soft_targets
 
@@ -177,3 +177,37 @@ def test_the_verb_distill_takes_several_teachers_and_what_was_stored_of_them(
         distill("--output_dir", str(tmp_path / "turned"), "--soft_target_dir", *reversed(stored))
     with pytest.raises(InputError, match="as many directories"):
         distill("--output_dir", str(tmp_path / "one"), "--soft_target_dir", stored[0])
+
+
+def test_language_models_teach_each_their_likeliest_tokens(language_teacher, language_task, training, tmp_path):
+    stored = [tmp_path / "one", tmp_path / "two"]
+    for directory in stored:
+        directory.mkdir()
+        what = DistillConfig(soft_target_top_k=8, standardize_logits=True)
+        compute_soft_targets(str(language_teacher), directory, language_task, what)
+    distill = DistillConfig(combine_teachers="each", standardize_logits=True)
+    training.max_steps = 2
+    student, settings = StudentConfig(student_layers="2"), (distill, training)
+    learnt = [
+        distill_student(str(language_teacher), tmp_path / name, language_task, student, *settings, targets).details
+        for name, targets in (("student", stored), ("of_one", stored[0]))
+    ]
+    # Two teachers that are the same one.
+    assert learnt[0]["train_loss"] == pytest.approx(learnt[1]["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["language", "image"])
+def test_attention_and_relations_of_other_tasks(kind, request, training, tmp_path, image_processor, monkeypatch):
+    if kind == "language":
+        task, source = (request.getfixturevalue(f"language_{name}") for name in ("task", "teacher"))
+    else:
+        task, source = request.getfixturevalue("image_task"), tmp_path / "vit"
+        tiny_model("vit").save_pretrained(source)
+        image_processor.save_pretrained(source)
+        monkeypatch.setattr(task, "allow_weak_teacher", True)
+    distill = DistillConfig(attention_weight=1.0, relation_weight=1.0, hidden_state_weight=0.1)
+    training.max_steps, student = 2, StudentConfig(student_layers="2")
+    check_distillation(student, distill, str(source), task)
+    outcome = distill_student(str(source), tmp_path / "student", task, student, distill, training)
+    assert outcome.details["soft_targets"] == "online"
+    assert np.isfinite(outcome.details["train_loss"])
