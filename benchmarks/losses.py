@@ -29,7 +29,7 @@ from pipelines.tasks import DEFAULT_TASK, TASKS, TaskConfig, make_task, task_cla
 from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.soft_targets import compute_soft_targets
 
-# What each changes in the settings. The weights of what is inside the teacher make its loss about as large as that of the logits.
+# What each changes in the settings. What is inside MiniLM is 0.05 to 0.3 away from a student of 3 of its layers by these losses, before any training.
 LOSSES: dict[str, dict[str, Any]] = {
     "labels": {},
     "forward_kl": {"divergence": "forward_kl"},
