@@ -81,19 +81,24 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig) -> str:
     training.seed = run.seed
     shares_teacher = repeats and teacher.teacher_epochs == 0
 
-    # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
+    # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0). The student is made of the first of several.
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
+    teachers = {f"_{number}" if number > 1 else "": one for number, one in enumerate(teacher.each(), start=1)}
     if not shares_teacher:
-        run.stage("teacher", fine_tune, teacher.teacher_model, distributed=True, teacher=teacher, training=teaching)
+        for suffix, one in teachers.items():
+            run.stage(
+                f"teacher{suffix}", fine_tune, one.teacher_model, distributed=True, teacher=one, training=teaching
+            )
 
     # 2. Stored, the teacher's logits are computed once, and every epoch of the student and of its recovery reads them. They are of the
     # examples as they are, or of so many augmented views of images; a student of hidden states needs the teacher beside it.
-    soft_targets = None
+    soft_targets: Path | list[Path] | None = None
     if distill.needs_stored_targets:
-        what = distill.only(task.soft_target_settings)
-        if not shares_teacher:
-            run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=what)
-        soft_targets = run.place("soft_targets")
+        storing: dict[str, Any] = {"distributed": True, "distill": distill.only(task.soft_target_settings)}
+        for suffix in teachers if not shares_teacher else ():
+            run.stage(f"soft_targets{suffix}", compute_soft_targets, f"teacher{suffix}", **storing)
+        stored = [run.place(f"soft_targets{suffix}") for suffix in teachers]
+        soft_targets = stored if len(stored) > 1 else stored[0]
     learning: dict[str, Any] = {"distributed": True, "training": training, "soft_targets": soft_targets}
 
     # The settings that are best on the validation split, of so many students of the first seed.
@@ -148,7 +153,8 @@ def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | 
     training: a token that the Hub refuses, a student that is none, what a family's layers do not allow."""
     if settings.training.push_to_hub:
         check_access(run, settings.training)
-    config = check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
+    teacher = settings.teacher
+    config = check_distillation(settings.student, settings.distill, teacher.teacher_model, task, teacher.more_teachers)
     if settings.repeat.search_trials:
         check_search(settings.distill)
     prune = possible_pruning(config, settings.prune)
@@ -157,8 +163,10 @@ def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | 
         if student is not None:
             task.checked_config(student, settings.student.student_from_scratch)
             check_export(student, task, settings.student.student_from_scratch)
-        check_export(settings.teacher.teacher_model, task, settings.teacher.teacher_from_scratch)
-    without_bundle = task.bundle_obstacle(student or settings.teacher.teacher_model)
+        for other in teacher.more_teachers:
+            task.checked_config(other, teacher.teacher_from_scratch)
+        check_export(teacher.teacher_model, task, teacher.teacher_from_scratch)
+    without_bundle = task.bundle_obstacle(student or teacher.teacher_model)
     if without_bundle:
         run.state.print(f"bundle: left out, since {without_bundle}; the run ends with ONNX files and a report")
     return prune, without_bundle

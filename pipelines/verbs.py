@@ -20,6 +20,7 @@ from pipelines.core.config import (
     BundleConfig,
     DistillConfig,
     GateConfig,
+    OneOrMore,
     PruneConfig,
     QuantizeConfig,
     ReportConfig,
@@ -54,7 +55,7 @@ from pipelines.report.results import (
 )
 from pipelines.tasks import TaskConfig, make_task, task_class
 from pipelines.training.arguments import TrainingArguments, arguments_for
-from pipelines.training.distill import check_distillation, distill_student
+from pipelines.training.distill import check_distillation, check_losses, distill_student
 from pipelines.training.fine_tune import fine_tune as fine_tune_model
 from pipelines.training.prune import checked_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
@@ -81,8 +82,10 @@ class ModelsConfig:
 class SoftTargetConfig:
     soft_target_dir: str | None = flag(
         None,
-        "What the verb soft-targets wrote for this teacher and this data. Left out, with --soft_targets stored: computed first, into "
-        "the directory <output_dir>_soft_targets.",
+        "What the verb soft-targets wrote for this teacher and this data; of several teachers one directory each. Left out, with "
+        "--soft_targets stored: computed first, into the directory <output_dir>_soft_targets.",
+        nargs="+",
+        action=OneOrMore,
     )
 
 
@@ -122,22 +125,23 @@ def compress(settings: Settings) -> None:
 
 
 def fine_tune(settings: Settings) -> Path:
-    teacher, training = settings.teacher, settings.training
+    teacher, training = _one_teacher(settings), settings.training
     arguments = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
     learning = {"distributed": True, "teacher": teacher, "training": arguments}
     return _stage(make_task(settings), training, fine_tune_model, teacher.teacher_model, **learning)
 
 
 def soft_targets(settings: Settings) -> Path:
-    return _store_soft_targets(make_task(settings), settings, settings.output)
+    return _store_soft_targets(make_task(settings), settings, _one_teacher(settings).teacher_model, settings.output)
 
 
 def distill(settings: Settings) -> Path:
     task, training = make_task(settings), settings.training
-    check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
+    teacher = settings.teacher
+    check_distillation(settings.student, settings.distill, teacher.teacher_model, task, teacher.more_teachers)
     learning = {"distributed": True, "distill": settings.distill, "training": training, "student": settings.student}
     learning["soft_targets"] = _soft_targets(task, settings)
-    student = _stage(task, training, distill_student, settings.teacher.teacher_model, **learning)
+    student = _stage(task, training, distill_student, teacher.teacher_model, **learning)
     # A student alone may be a first try, whose scores are what somebody wants to see.
     try:
         return _checked(student, task, settings)
@@ -148,6 +152,7 @@ def distill(settings: Settings) -> Path:
 
 def prune(settings: Settings) -> Path:
     task, training, source = make_task(settings), settings.training, _source(settings)
+    check_losses(settings.distill, task, settings.teacher.more_teachers)
     task.load_model(source)  # one that cannot be used is refused now, not after the soft targets are computed
     learning = {"distributed": True, "distill": settings.distill, "training": training}
     learning["prune"] = checked_pruning(task.load_config(source), settings.prune, source)
@@ -272,24 +277,47 @@ def _run_directory(output_dir: str | None) -> Path:
     return Path(output_dir)
 
 
-def _store_soft_targets(task: Task, settings: Settings, output: Any) -> Path:
-    distill, teacher = settings.distill.only(task.soft_target_settings), settings.teacher.teacher_model
+def _one_teacher(settings: Settings) -> TeacherConfig:
+    if settings.teacher.more_teachers:
+        raise InputError(
+            f"expected one --teacher_model for this command, found {1 + len(settings.teacher.more_teachers)}. Run it once for each."
+        )
+    return settings.teacher
+
+
+def _store_soft_targets(task: Task, settings: Settings, teacher: str, output: Any) -> Path:
+    distill = settings.distill.only(task.soft_target_settings)
     return _stage(task, output, compute_soft_targets, teacher, distributed=True, distill=distill)
 
 
-def _soft_targets(task: Task, settings: Settings) -> Path | None:
-    """The directory of the stored soft targets that a training needs: the one given, once it fits the data, or one that is made first."""
-    given = settings.softtarget.soft_target_dir
+def _soft_targets(task: Task, settings: Settings) -> Path | list[Path] | None:
+    """The directories of the stored soft targets that a training needs, of each teacher one: given, or made first."""
     if not settings.distill.needs_stored_targets:
         return None
+    teachers, given = settings.teacher.each(), settings.softtarget.soft_target_dir
+    directories = given if isinstance(given, list) else [given] * (len(teachers) if given is None else 1)
+    if len(directories) != len(teachers):
+        raise InputError(
+            f"expected as many directories as --soft_target_dir as teachers, {len(teachers)}, found {len(directories)}. Pass one for each "
+            "--teacher_model, in the same order, or leave it out."
+        )
+    found = [
+        _soft_targets_of(task, settings, one.teacher_model, directory, "" if number == 1 else f"_{number}")
+        for number, (one, directory) in enumerate(zip(teachers, directories, strict=True), start=1)
+    ]
+    return found if len(found) > 1 else found[0]
+
+
+def _soft_targets_of(task: Task, settings: Settings, teacher: str, given: str | None, suffix: str) -> Path:
+    """The directory of a teacher's stored soft targets: the one given, once it fits the data, or one that is made first."""
     if given is None:
         target = Path(settings.training.output_dir).absolute()
-        beside = OutputConfig(str(target.with_name(f"{target.name}_soft_targets")), settings.training.seed)
+        beside = OutputConfig(str(target.with_name(f"{target.name}_soft_targets{suffix}")), settings.training.seed)
         PartialState().print(
             f"soft targets: stored in {beside.output_dir}, for other trainings, too (--soft_target_dir). With --soft_targets online the "
             "teacher runs beside the student instead."
         )
-        return _store_soft_targets(task, settings, beside)
+        return _store_soft_targets(task, settings, teacher, beside)
     record = read_record(Path(given))
     if record is None or record["format"] != "soft targets":
         raise InputError(
@@ -297,7 +325,6 @@ def _soft_targets(task: Task, settings: Settings) -> Path | None:
             "--soft_target_dir out."
         )
     check_files(Path(given), record)
-    teacher = settings.teacher.teacher_model
     made = read_record(Path(teacher)) if Path(teacher).is_dir() else None
     now = {
         "task": task.describe(),

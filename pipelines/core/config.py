@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import difflib
 import math
 import operator
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Annotated, Any, get_type_hints
 
@@ -182,10 +183,21 @@ class AugmentConfig(Checked):
         return self.random_shift > 0 or self.random_crop > 0 or self.random_flip
 
 
+class OneOrMore(argparse.Action):
+    """One value stays what it was before there could be several of them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 @dataclass
 class TeacherConfig(Checked):
     teacher_model: str = flag(
-        "google-bert/bert-base-uncased", "The model to fine-tune, or one already fine-tuned on this task."
+        "google-bert/bert-base-uncased",
+        "The model to fine-tune, or one already fine-tuned on this task. Several: a student of all of them, which is made of the first one's "
+        "layers; their tokenizers may differ.",
+        nargs="+",
+        action=OneOrMore,
     )
     teacher_epochs: float = flag(
         3.0, "Epochs of fine-tuning; 0 uses the teacher as it is, which needs a head for exactly these labels."
@@ -201,8 +213,11 @@ class TeacherConfig(Checked):
         False,
         "Go on with a teacher that does no better than guessing, for a smoke run: such a teacher has nothing to teach.",
     )
+    more_teachers: list[str] = field(default_factory=list, init=False)  # the models after the first of --teacher_model
 
     def __post_init__(self) -> None:
+        if isinstance(self.teacher_model, list):
+            self.teacher_model, *self.more_teachers = self.teacher_model
         super().__post_init__()
         _check(
             self.teacher_epochs > 0 or not self.teacher_from_scratch,
@@ -210,9 +225,15 @@ class TeacherConfig(Checked):
             self.teacher_epochs,
         )
 
+    def each(self) -> list[TeacherConfig]:
+        """The settings of each of several teachers."""
+        return [replace(self, teacher_model=model) for model in (self.teacher_model, *self.more_teachers)]
+
     def describe(self) -> dict[str, Any]:
-        """What a teacher depends on: whether a weak one is allowed changes nothing in it."""
-        return {name: value for name, value in asdict(self).items() if name != "allow_weak_teacher"}
+        """What a teacher depends on: neither on others, nor on whether a weak one is allowed."""
+        return {
+            name: value for name, value in asdict(self).items() if name not in ("allow_weak_teacher", "more_teachers")
+        }
 
 
 STUDENT_KINDS = ("lstm", "cnn", "static")
@@ -275,6 +296,12 @@ class StudentConfig:
         return made_of | of
 
 
+# Settings of the distillation that came later: at their defaults they are in no record.
+LATER = frozenset(
+    "hidden_state_loss attention_weight relation_weight relation_heads standardize_logits combine_teachers augmented_views".split()
+)
+
+
 @dataclass
 class DistillConfig(Checked):
     temperature: Positive = flag(2.0, "Temperature of the soft targets.")
@@ -290,6 +317,25 @@ class DistillConfig(Checked):
         "Which teacher hidden state each student hidden state is drawn to, such as 1:2,2:4,3:6; 0 is the embeddings. "
         "Left out: that of the layer it is a copy of; of another student, spread evenly.",
         metavar="1:2,2:4",
+    )
+    hidden_state_loss: str = flag(
+        "squared_error",
+        "The distance of two hidden states: their 'squared_error', a mean over the width, or 1 minus their 'cosine'.",
+        choices=["squared_error", "cosine"],
+    )
+    attention_weight: float = flag(
+        0.0,
+        "Weight of the squared distance of attention maps, of the layers that --hidden_state_map pairs; above 0 the teacher runs along.",
+    )
+    relation_weight: float = flag(
+        0.0,
+        "Weight of the MiniLMv2 loss: of the relations among all queries, among all keys and among all values, of the last pair of layers of "
+        "--hidden_state_map; above 0 the teacher runs along.",
+    )
+    relation_heads: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "Heads that queries, keys and values are cut into for --relation_weight, whatever heads the models have. Left out: those of the "
+        "teacher, or as many of them as divide the widths of both.",
     )
     soft_targets: str = flag(
         "stored",
@@ -312,30 +358,47 @@ class DistillConfig(Checked):
         choices=list(DIVERGENCES),
     )
     beta: Annotated[float, "above 0", "below 1"] = flag(
-        0.5, "Weight of the teacher in the mixture of --divergence jensen_shannon, in (0, 1)."
+        0.5,
+        "The β of --divergence, in (0, 1): of jensen_shannon the teacher's weight in the mixture, of decoupled that of the other classes.",
+    )
+    standardize_logits: bool = flag(
+        False,
+        "Give the logits of teacher and student a mean of 0 and a standard deviation of 1 over the classes first (Sun et al., 2024).",
+    )
+    combine_teachers: str = flag(
+        "mean",
+        "What several teachers teach: the 'mean' of their logits, or 'each' its own, the mean of the losses; with forward_kl that is the mean "
+        "of their probabilities.",
+        choices=["mean", "each"],
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(
-            self.augmented_views == 0 or (self.soft_targets == "stored" and self.hidden_state_weight == 0),
+            self.augmented_views == 0 or (self.soft_targets == "stored" and not self.needs_teacher),
             "stored soft targets with --augmented_views, since an online teacher sees every image augmented anew",
             "an online teacher",
         )
 
-    def describe(self) -> dict[str, Any]:
-        """What a training depends on; a setting that records of earlier versions lack only where it is set."""
-        return {name: value for name, value in asdict(self).items() if value or name != "augmented_views"}
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher runs along, since what is inside it is not stored."""
+        return max(self.hidden_state_weight, self.attention_weight, self.relation_weight) > 0
 
     @property
     def needs_stored_targets(self) -> bool:
-        """Whether the teacher's logits are read from disk: hidden states need the teacher itself, which then gives both."""
-        return self.soft_targets == "stored" and self.soft_target_weight > 0 and self.hidden_state_weight == 0
+        """Whether the teacher's logits are read from disk: one that runs along gives them itself."""
+        return self.soft_targets == "stored" and self.soft_target_weight > 0 and not self.needs_teacher
+
+    def describe(self) -> dict[str, Any]:
+        """What a student depends on; settings that came later are left out at their defaults, so that earlier records stay valid."""
+        defaults = asdict(DistillConfig())
+        return {name: value for name, value in asdict(self).items() if name not in LATER or value != defaults[name]}
 
     def labels_only(self) -> DistillConfig:
         """The same training without a teacher."""
         # All else of a teacher left out, so that it changes nothing here; but images are augmented as the student's are.
-        stored = self.soft_targets == "stored" and self.hidden_state_weight == 0
+        stored = self.soft_targets == "stored" and not self.needs_teacher
         return DistillConfig(
             soft_target_weight=0.0,
             soft_targets="stored" if stored else "online",

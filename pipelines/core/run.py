@@ -120,7 +120,7 @@ class Run:
     ) -> Path:
         """Make the directory `name` with `function(source, directory, task, **arguments)`, unless it is there and still what it would be.
 
-        `source`, and every argument that is a Path, names an earlier stage's directory in this run or a model elsewhere.
+        `source`, and every argument that is a Path or has some, names an earlier stage's directory in this run or a model elsewhere.
         `distributed` stages run on every process, and go on where an interrupted attempt stopped (checkpoints, shards); the others run
         on the main process while the rest wait, and start anew.
         """
@@ -180,10 +180,13 @@ class Run:
     def _made_by(
         self, name: str, function: Callable[..., Outcome], source: str, arguments: dict[str, Any]
     ) -> dict[str, Any]:
-        settings = {
-            key: self._identify(str(value)) if isinstance(value, Path) else describe(value)
-            for key, value in arguments.items()
-        }
+
+        def identify(value: Any) -> Any:
+            if isinstance(value, list):
+                return [identify(one) for one in value]
+            return self._identify(str(value)) if isinstance(value, Path) else describe(value)
+
+        settings = {key: identify(value) for key, value in arguments.items()}
         made_by = {
             "function": f"{function.__module__}.{function.__qualname__}",
             "version": pipelines.__version__,

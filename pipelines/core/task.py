@@ -224,12 +224,16 @@ class Task(Protocol):
     def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
         """What is stored of a teacher's outputs: columns `teacher_…`, whose first axis is the examples."""
 
+    def check_soft_loss(self, distill: DistillConfig, teachers: int = 1) -> None:
+        """Raise InputError for settings of the soft targets, or a number of teachers, that this task's loss cannot do."""
+
     def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
         """The loss against the teacher, summed: `teacher` are its outputs (online), `teacher_` before their names, or its stored soft
         targets."""
 
-    def hidden_state_loss(self, student: Tensor, teacher: Tensor, inputs: Tensors, labels: Tensor) -> Tensor:
-        """The loss of one pair of hidden states (batch, tokens, width), summed as the other losses are."""
+    def token_weights(self, inputs: Tensors, labels: Tensor, tokens: int) -> Tensor:
+        """What each token (batch, tokens) counts in the losses of hidden states and attention: together 1 an example, or 1 each where the
+        labels are tokens; 0 for padding."""
 
     # ---- Scores
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -224,8 +224,8 @@ def family_of(config: Any) -> Family:
     if config.model_type not in FAMILIES:
         raise InputError(
             f"expected a model of the families {', '.join(sorted(FAMILIES))}, whose layers and heads can be told apart, found "
-            f"{config.model_type!r}. Use one of them, or leave pruning (--prune_heads 0 --prune_ffn 0) and hidden states "
-            "(--hidden_state_weight 0) out."
+            f"{config.model_type!r}. Use one of them, or leave pruning (--prune_heads 0 --prune_ffn 0) and what is inside the teacher "
+            "(--hidden_state_weight 0 --attention_weight 0 --relation_weight 0) out."
         )
     family = FAMILIES[config.model_type]
     return family if isinstance(family, Family) else family(config)
@@ -267,7 +267,7 @@ def layer_count(config: Any) -> int:
     if len(depths) > 1:
         raise InputError(
             f"expected a model with hidden states of one width, found {config.model_type!r}, whose stages have their own. Leave hidden "
-            "states out (--hidden_state_weight 0)."
+            "states, attention and relations out (--hidden_state_weight 0 --attention_weight 0 --relation_weight 0)."
         )
     return depths[0]
 
@@ -341,8 +341,7 @@ def slices(layer: nn.Module, group: Group) -> Iterator[tuple[str, int, Tensor]]:
         except AttributeError:
             continue
         axis = 1 - input_axis(linear)
-        shares = [attrgetter(part)(layer) if isinstance(part, str) else part for part in outputs.parts]
-        widths = [linear.weight.shape[axis] // units * share // sum(shares) for share in shares]
+        widths = part_widths(layer, outputs, linear.weight.shape[axis] // units)
         starts = [units * sum(widths[:part]) for part in range(len(widths))]
         parts = [_consecutive(start, units, width) for start, width in zip(starts, widths, strict=True)]
         indices = torch.cat(parts, dim=1)
@@ -355,6 +354,46 @@ def slices(layer: nn.Module, group: Group) -> Iterator[tuple[str, int, Tensor]]:
         with suppress(AttributeError):
             shape = layer.get_parameter(table).shape
             yield table, len(shape) - 1, _consecutive(0, units, shape[-1] // units)
+
+
+def part_widths(layer: nn.Module, outputs: Outputs, width: int) -> list[int]:
+    """How many of the `width` outputs that a unit has are of each part."""
+    shares = [attrgetter(part)(layer) if isinstance(part, str) else part for part in outputs.parts]
+    return [width * share // sum(shares) for share in shares]
+
+
+@contextmanager
+def queries_keys_values(model: Any, layer: int) -> Iterator[list[Tensor]]:
+    """A list that has the queries, keys and values (batch, tokens, width) of one layer once the model ran while this lasts and it is over.
+
+    They are the outputs of the linear maps, the heads side by side, before rotary positions. Of families whose heads can be removed.
+    """
+    group = family_of(model.config).heads
+    assert isinstance(group, Group)
+    layers = layers_of(model)
+    own, call = layers[layer % len(layers)], layer // len(layers)  # ALBERT uses its layer several times
+    units, attended = unit_count(own, group), unit_count(own, group) * unit_width(own, group)
+    calls: list[list[Tensor]] = []
+    hooks = []
+    for outputs in group.outputs[:3]:
+        with suppress(AttributeError):  # a map of positions, which some DeBERTas lack
+            module = own.get_submodule(outputs.path)
+            calls.append([])
+            hooks.append(module.register_forward_hook(lambda _, inputs, output, to=calls[-1]: to.append(output)))
+    found: list[Tensor] = []
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first = calls[0][call]
+    if len(group.outputs[0].parts) > 1:  # packed one after the other
+        widths = part_widths(own, group.outputs[0], first.shape[-1] // units)
+        found += first.split([units * width for width in widths], dim=-1)
+    elif first.shape[-1] == 3 * attended:  # packed within each head
+        found += [part.flatten(-2) for part in first.unflatten(-1, (units, -1)).chunk(3, dim=-1)]
+    else:
+        found += [outputs[call] for outputs in calls]
 
 
 def _consecutive(start: int, units: int, width: int) -> Tensor:

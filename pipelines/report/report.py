@@ -94,6 +94,9 @@ def build_report(
     made_of = student.record["made_by"].get("student", {}).get("student_model")
     both = {"student", "student_labels_only"} <= samples.keys()
     source = config.get("teacher_model") or teacher.record["made_by"].get("source")
+    source = (
+        source[0] if isinstance(source, list) else source
+    )  # of several teachers the one that the student is made of
     dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
     report = {
         "recipe": recipe,
@@ -153,6 +156,8 @@ def _without_folders(value: Any) -> Any:
     """The same value with absolute paths cut to their last part: whose folder it lies in is nobody else's business."""
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
     is_path = isinstance(value, (str, Path)) and (Path(value).is_absolute() or str(value).startswith("~/"))
     return f"<local>/{Path(value).name}" if is_path else value
 

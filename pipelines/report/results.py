@@ -34,7 +34,8 @@ from pipelines.report.report import (
 from pipelines.report.seeds import over_seeds
 
 LABELS_ONLY = "student_labels_only"
-STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
+MORE_TEACHERS = tuple(f"teacher_{number}" for number in range(2, 10))  # of a student of several
+STAGES = ("teacher", *MORE_TEACHERS, "teacher_onnx", "student", LABELS_ONLY, "pruned", "onnx", "quantized")
 
 
 def report_run(

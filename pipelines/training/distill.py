@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from inspect import signature
+from math import gcd
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,11 +20,12 @@ from pipelines.core.config import DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome
 from pipelines.core.task import Task
-from pipelines.models.families import layer_count
+from pipelines.models.families import layer_count, queries_keys_values, removable
 from pipelines.models.students import build_student, planned_config
 from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish, source_metrics
-from pipelines.training.soft_targets import WithSoftTargets, check_teacher
+from pipelines.training.losses import attention_loss, hidden_state_loss, relation_loss, teachers_loss
+from pipelines.training.soft_targets import check_teacher, with_soft_targets
 from pipelines.training.trainer import OneViewAnEpoch, Trainer, train
 
 PROJECTIONS = "hidden_state_projections"
@@ -30,7 +35,8 @@ TEACHER_COLUMN = "teacher_"  # how the names of a batch's columns begin that are
 
 class DistillationTrainer(Trainer):
     """A transformers.Trainer whose loss is `(1 - soft_target_weight)` times that of the labels plus `soft_target_weight` times the
-    divergence from the teacher's logits at a `temperature`, plus `hidden_state_weight` times the distance of hidden states.
+    divergence from the teacher's logits at a `temperature`, plus `hidden_state_weight` times the distance of hidden states, and the like for
+    attention maps and relations.
 
     The teacher is a model (online distillation), or its logits are a column `teacher_logits` of the training data (stored soft targets).
     Without a `task` student and teacher have an output `logits` and read the same inputs. The other settings are those of DistillConfig, which
@@ -59,12 +65,15 @@ class DistillationTrainer(Trainer):
         )
         student: Any = arguments[0] if arguments else keywords.get("model")
         self.hidden_state_map: list[tuple[int, int]] = []
-        if self.distill.hidden_state_weight > 0:
+        if self.distill.needs_teacher:
             if teacher is None:
-                raise InputError("expected a teacher for --hidden_state_weight above 0, found none. Pass the model.")
+                raise InputError(
+                    "expected a teacher for --hidden_state_weight, --attention_weight or --relation_weight above 0, found none. Pass the model."
+                )
             if hidden_state_map is None or isinstance(hidden_state_map, str):
-                hidden_state_map = parse_hidden_state_map(hidden_state_map, student.config, teacher.config)
+                hidden_state_map = pairs_of(self.distill, student.config, teacher.config, hidden_state_map)
             self.hidden_state_map = list(hidden_state_map)
+        if self.distill.hidden_state_weight > 0:
             add_projections(student, teacher, len(self.hidden_state_map))
         super().__init__(*arguments, **keywords)
         self.all_tokens = bool(self.hidden_state_map)
@@ -72,7 +81,8 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device) if teacher is not None else None
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
-        result = super().train(*arguments, **keywords)
+        with eager_attention(self.model, self.teacher) if self.distill.attention_weight > 0 else nullcontext():
+            result = super().train(*arguments, **keywords)
         if not self.is_fsdp_enabled:  # whose shares are put together first
             remove_projections(self.model)
         return result
@@ -89,12 +99,16 @@ class DistillationTrainer(Trainer):
         if not model.training:  # an evaluation: the labels alone, and no hidden states to gather
             return super().summed_loss(model, inputs, labels)
 
-        asked = {"output_hidden_states": True} if self.all_tokens else {}
-        found = model(**inputs, **asked)
+        asked = {}
+        if self.distill.hidden_state_weight > 0:
+            asked["output_hidden_states"] = True
+        if self.distill.attention_weight > 0:
+            asked["output_attentions"] = True
+        with self._vectors(self.accelerator.unwrap_model(model), 0) as vectors:
+            found = model(**inputs, **asked)
         outputs = self.task.outputs(found)
         loss, count = self.task.label_loss(outputs, labels, self.args.label_smoothing_factor)
         teacher: dict[str, Any] = named
-        from_teacher: Any = None
         if self.teacher is not None:
             # A teacher with a processor of its own: the collator adds what that makes of the same examples.
             taken = signature(self.teacher.forward).parameters
@@ -103,7 +117,7 @@ class DistillationTrainer(Trainer):
                 for column, values in named.items()
                 if (name := column.removeprefix(TEACHER_COLUMN)) in taken
             }
-            with torch.no_grad():
+            with torch.no_grad(), self._vectors(self.teacher, 1) as teacher_vectors:
                 from_teacher = self.teacher(**(own or inputs), **asked)
             teacher = {TEACHER_COLUMN + name: values for name, values in self.task.outputs(from_teacher).items()}
         weight = self.distill.soft_target_weight
@@ -113,31 +127,88 @@ class DistillationTrainer(Trainer):
                     f"expected a teacher, or a column teacher_logits in the batches, found {', '.join(inputs)}. Pass teacher=model, or "
                     "keep the column (a collator of your own must make a tensor of it)."
                 )
-            loss = (1 - weight) * loss + weight * self.task.soft_loss(outputs, teacher, labels, self.distill)
+            loss = (1 - weight) * loss + weight * teachers_loss(self.task, outputs, teacher, labels, self.distill)
         if self.hidden_state_map:
-            hidden = self._hidden_state_loss(model, found.hidden_states, from_teacher.hidden_states, inputs, labels)
-            loss = loss + self.distill.hidden_state_weight * hidden
+            weigh = partial(self.task.token_weights, inputs, labels)
+            loss = loss + self._inner_loss(model, found, from_teacher, (vectors, teacher_vectors), weigh)
         return loss, count, outputs
 
-    def _hidden_state_loss(self, model: Any, student: Any, teacher: Any, inputs: dict[str, Any], labels: Tensor) -> Any:
-        """The mean of the losses of all pairs of hidden states."""
-        maps = getattr(self.accelerator.unwrap_model(model), PROJECTIONS, None)
-        losses = []
-        for index, (left, right) in enumerate(self.hidden_state_map):
-            if student[left].shape[:2] != teacher[right].shape[:2]:
-                raise InputError(
-                    f"expected hidden states of as many positions from teacher and student, found {teacher[right].shape[1]} and "
-                    f"{student[left].shape[1]}. Use --hidden_state_weight 0, or a student with the teacher's image and patch size."
-                )
-            projected = student[left] if maps is None else maps[index](student[left])
-            losses.append(self.task.hidden_state_loss(projected, teacher[right], inputs, labels))
-        return sum(losses) / len(losses)
+    def _vectors(self, model: Any, side: int) -> AbstractContextManager[list[Tensor]]:
+        """What collects the queries, keys and values of one layer of the student (`side` 0) or the teacher (1), where they are needed."""
+        if self.distill.relation_weight == 0:
+            return nullcontext([])
+        return queries_keys_values(model, layer_pairs(self.hidden_state_map)[-1][side])
+
+    def _inner_loss(
+        self,
+        model: Any,
+        student: Any,
+        teacher: Any,
+        vectors: tuple[list[Tensor], list[Tensor]],
+        weigh: Callable[[int], Tensor],
+    ) -> Tensor:
+        """The losses of hidden states, attention maps and relations, each the mean over its pairs, by their weights."""
+        distill = self.distill
+        loss = torch.zeros((), device=self.args.device)
+        if distill.hidden_state_weight > 0:
+            states = [
+                (student.hidden_states[left], teacher.hidden_states[right]) for left, right in self.hidden_state_map
+            ]
+            maps = getattr(self.accelerator.unwrap_model(model), PROJECTIONS, None)
+            if maps is not None:
+                states = [(project(left), right) for project, (left, right) in zip(maps, states, strict=True)]
+            of_pair = partial(hidden_state_loss, kind=distill.hidden_state_loss)
+            loss += distill.hidden_state_weight * _mean_loss(of_pair, states, weigh, axis=1)
+        if distill.attention_weight > 0:
+            attention = [
+                (student.attentions[left], teacher.attentions[right])
+                for left, right in layer_pairs(self.hidden_state_map)
+            ]
+            loss += distill.attention_weight * _mean_loss(attention_loss, attention, weigh, axis=2)
+        if distill.relation_weight > 0:
+            widths = [one.shape[-1] for both in vectors for one in both]
+            heads = gcd(distill.relation_heads or self.teacher.config.num_attention_heads, *widths)
+            of_vectors = partial(relation_loss, heads=heads)
+            loss += distill.relation_weight * _mean_loss(of_vectors, list(zip(*vectors, strict=True)), weigh, axis=1)
+        return loss
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = getattr(self.train_dataset, "column_names", None) or []
         known: Any = self._signature_columns
         known += [name for name in columns if name.startswith(TEACHER_COLUMN) and name not in known]
+
+
+def _mean_loss(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    weigh: Callable[[int], Tensor],
+    axis: int,
+) -> Tensor:
+    """The mean of `loss` over pairs of student's and teacher's tensors, which have their tokens on an axis."""
+    losses = []
+    for student, teacher in pairs:
+        if student.shape[axis] != teacher.shape[axis]:
+            raise InputError(
+                f"expected hidden states of as many positions from teacher and student, found {teacher.shape[axis]} and "
+                f"{student.shape[axis]}. Use --hidden_state_weight 0 --attention_weight 0 --relation_weight 0, or a student with the teacher's "
+                "image and patch size."
+            )
+        losses.append(loss(student, teacher, weigh(student.shape[axis])))
+    return torch.stack(losses).mean()
+
+
+@contextmanager
+def eager_attention(*models: Any) -> Iterator[None]:
+    """While it lasts, the models compute attention as maps, which faster implementations do not have."""
+    usual = [model.config._attn_implementation for model in models]
+    for model in models:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for model, implementation in zip(models, usual, strict=True):
+            model.set_attn_implementation(implementation)
 
 
 def add_projections(student: Any, teacher: Any, count: int) -> None:
@@ -184,21 +255,66 @@ def parse_hidden_state_map(text: str | None, student: Any, teacher: Any) -> list
     return pairs
 
 
-def check_distillation(student: StudentConfig, distill: DistillConfig, teacher: str, task: Task) -> Any:
-    """Refuse, before anything is trained, layers that the teacher in `teacher` lacks, hidden states that cannot be paired, and views
-    of what is not augmented.
+def layer_pairs(hidden_state_map: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pairs (student layer, teacher layer) whose outputs are the paired hidden states."""
+    return [(left - 1, right - 1) for left, right in hidden_state_map if left and right]
+
+
+def pairs_of(distill: DistillConfig, student: Any, teacher: Any, text: str | None = None) -> list[tuple[int, int]]:
+    """The hidden states that are paired (`text`, or else --hidden_state_map), of the configs of student and teacher; raises InputError where
+    what --attention_weight and --relation_weight compare is not there."""
+    pairs = parse_hidden_state_map(text or distill.hidden_state_map, student, teacher)
+    if max(distill.attention_weight, distill.relation_weight) > 0 and not layer_pairs(pairs):
+        raise InputError(
+            "expected a pair of layers in --hidden_state_map for --attention_weight and --relation_weight, found embeddings alone (0). Add "
+            f"{layer_count(student)}:{layer_count(teacher)}."
+        )
+    for config in (student, teacher) if distill.relation_weight > 0 else ():
+        heads = removable(config)["heads"]
+        if isinstance(heads, str):
+            raise InputError(
+                "expected models whose queries, keys and values can be told apart by heads for --relation_weight, found "
+                f"{config.model_type!r}: {heads}. Use --relation_weight 0."
+            )
+        if config.hidden_size % (distill.relation_heads or 1):
+            raise InputError(
+                f"expected --relation_heads that divide {config.hidden_size}, the width of {config.model_type!r}, found "
+                f"{distill.relation_heads}. Leave it out: then they are the teacher's heads."
+            )
+    return pairs
+
+
+def check_distillation(
+    student: StudentConfig, distill: DistillConfig, teacher: str, task: Task, more_teachers: Sequence[str] = ()
+) -> Any:
+    """Refuse, before anything is trained, layers that the teacher in `teacher` lacks, losses that the task or the models do not have,
+    several teachers where there can be but one, and views of what is not augmented.
 
     Returns the config of the student, see planned_config.
     """
+    config = planned_config(student, teacher, task)
+    if distill.needs_teacher:
+        pairs_of(distill, config, task.load_config(teacher))
+    check_losses(distill, task, more_teachers)
+    processor = task.load_processor(student.checkpoint or teacher) if more_teachers else None
+    for other in more_teachers:
+        task.check_teacher_fits(other, SimpleNamespace(config=config), processor, online=False)
+    return config
+
+
+def check_losses(distill: DistillConfig, task: Task, more_teachers: Sequence[str] = ()) -> None:
+    """Raise InputError for losses that the task does not have, or not of several teachers."""
+    task.check_soft_loss(distill, 1 + len(more_teachers))
     if distill.augmented_views and "augmented_views" not in task.soft_target_settings:
         raise InputError(
             "expected images and --random_shift, --random_crop or --random_flip with --augmented_views, found none of these. Pass one, or "
             "leave --augmented_views out."
         )
-    config = planned_config(student, teacher, task)
-    if distill.hidden_state_weight > 0:
-        parse_hidden_state_map(distill.hidden_state_map, config, task.load_config(teacher))
-    return config
+    if more_teachers and not distill.needs_stored_targets:
+        raise InputError(
+            f"expected one --teacher_model where the teacher runs beside the student, found {1 + len(more_teachers)}. Pass --soft_targets stored, "
+            "a --soft_target_weight above 0, and no weight of hidden states, attention or relations; or one teacher."
+        )
 
 
 def train_student(
@@ -208,17 +324,17 @@ def train_student(
     teacher_source: str,
     distill: DistillConfig,
     training: transformers.TrainingArguments,
-    soft_targets: Path | None,
+    soft_targets: Path | list[Path] | None,
     directory: Path,
     search: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train `student` in place on the training split, from labels and from the teacher in `teacher_source`; return the details.
 
-    `soft_targets` is the directory of the stored ones; without it, or for hidden states, the teacher runs along (online distillation).
-    A `search` is given the trainer instead, see train().
+    `soft_targets` is the directory of the stored ones, of several teachers one each; without it, or for hidden states, attention and
+    relations, the teacher runs along (online distillation). A `search` is given the trainer instead, see train().
     """
-    with_hidden_states, weight = distill.hidden_state_weight > 0, distill.soft_target_weight
-    online = with_hidden_states or (weight > 0 and soft_targets is None)
+    weight = distill.soft_target_weight
+    online = distill.needs_teacher or (weight > 0 and soft_targets is None)
     # Without a teacher, too, since the report compares student and teacher.
     task.check_teacher_fits(teacher_source, student, processor, online)
     teacher: Any = None
@@ -231,12 +347,10 @@ def train_student(
         teacher = task.load_model(teacher_source)
         check_teacher(teacher, task, teacher_processor, training.per_device_eval_batch_size)
     elif soft_targets is not None and weight > 0:
-        features = WithSoftTargets(features, soft_targets)
+        features = with_soft_targets(features, soft_targets)
     if views := distill.only(task.soft_target_settings).augmented_views:
         features = OneViewAnEpoch(features, views)
-    pairs = (
-        parse_hidden_state_map(distill.hidden_state_map, student.config, teacher.config) if with_hidden_states else []
-    )
+    pairs = pairs_of(distill, student.config, teacher.config) if distill.needs_teacher else []
     details = train(
         student,
         task,
@@ -265,10 +379,11 @@ def distill_student(
     student: StudentConfig,
     distill: DistillConfig,
     training: transformers.TrainingArguments,
-    soft_targets: Path | None = None,
+    soft_targets: Path | list[Path] | None = None,
     search: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Outcome:
-    """Build a student of the teacher in `source` and train it on the labels and the teacher's logits; or `search` for its settings."""
+    """Build a student of the teacher in `source` and train it on the labels and the logits of the teacher, or of several; or `search` for
+    its settings."""
     model, processor, layers = build_student(student, source, task)
     vars(model.config).pop(TEACHER_LAYERS, None)  # those of another teacher
     batch_size = training.per_device_eval_batch_size

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.core.divergences import DIVERGENCES
+from pipelines.core.divergences import DIVERGENCES, kl
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Tensors
+from pipelines.core.task import IGNORED, Task, Tensors
 
 if TYPE_CHECKING:
     from pipelines.core.config import DistillConfig
@@ -41,6 +41,14 @@ def cross_entropy(
     return losses if class_weights is None else (losses * class_weights.to(losses)[labels.clamp(min=0)]).sum()
 
 
+def standardize(logits: Tensor) -> Tensor:
+    """Logits (…, labels) with a mean of 0 and a standard deviation of 1 over the labels, in float32 (Sun et al., 2024).
+
+    A student then learns in which order and how far apart its teacher ranks the labels, not how large the teacher's logits are.
+    """
+    return F.layer_norm(logits.float(), logits.shape[-1:], eps=1e-12)
+
+
 def soft_target_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -48,11 +56,13 @@ def soft_target_loss(
     valid: Tensor,
     kind: str = "forward_kl",
     beta: float = 0.5,
+    target: Tensor | None = None,
 ) -> Tensor:
     """T² times the summed divergence of the teacher's and the student's distribution at temperature T (Hinton et al., 2015).
 
-    Logits are (…, labels), `valid` (…) is true where a position counts. The gradient of soft targets shrinks as 1/T², so the
-    factor keeps it comparable to that of the labels. Computed in float32.
+    Logits are (…, labels), `valid` (…) is true where a position counts, and `target` (…), the class of the label, may be IGNORED where
+    there is none: that is the teacher's likeliest class then. The gradient of soft targets shrinks as 1/T², so the factor keeps it
+    comparable to that of the labels. Computed in float32.
     """
     if student_logits.shape != teacher_logits.shape:
         raise InputError(
@@ -60,9 +70,12 @@ def soft_target_loss(
             "Take a teacher with the student's labels, or vocabulary, and the same inputs."
         )
     # Positions that do not count are left out, not multiplied by 0: of padding even the logits may be infinite.
-    teacher = F.log_softmax(teacher_logits[valid].float() / temperature, dim=-1)
-    student = F.log_softmax(student_logits[valid].float() / temperature, dim=-1)
-    return temperature**2 * DIVERGENCES[kind](teacher, student, beta).sum()
+    teacher, student = teacher_logits[valid].float() / temperature, student_logits[valid].float() / temperature
+    if target is not None:
+        target = torch.where(target[valid] == IGNORED, teacher.argmax(dim=-1), target[valid])
+    if kind != "squared_error":
+        teacher, student = F.log_softmax(teacher, dim=-1), F.log_softmax(student, dim=-1)
+    return temperature**2 * DIVERGENCES[kind](teacher, student, beta, target).sum()
 
 
 def top_k_targets(teacher_logits: Tensor, count: int, temperature: float) -> Tensors:
@@ -99,16 +112,50 @@ def top_k_loss(
     return temperature**2 * DIVERGENCES[kind](teacher_top, student_top, beta).sum()
 
 
-def hidden_state_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean squared difference of two hidden states (batch, tokens, width), averaged over an example's valid tokens, summed over examples.
+# The losses of tokens: `weights` (batch, tokens) are what each token counts, 0 for padding; see ClassifierLoss.token_weights.
 
-    `valid` (batch, tokens) is 1 where a token counts, for instance the attention mask (as in TinyBERT; Jiao et al., 2020).
+
+def hidden_state_loss(student: Tensor, teacher: Tensor, weights: Tensor, kind: str = "squared_error") -> Tensor:
+    """The distance of two hidden states (batch, tokens, width), summed over tokens by their weights.
+
+    Of each token it is the mean squared difference (as in TinyBERT; Jiao et al., 2020), or with `kind` cosine 1 minus the cosine of the
+    angle between the two (as in DistilBERT; Sanh et al., 2019).
     """
-    squares = (student.float() - teacher.float()).pow(2).mean(dim=-1)
-    if valid is None:
-        return squares.mean(dim=-1).sum()
-    weights = valid.to(squares.dtype)
-    return ((squares * weights).sum(dim=-1) / weights.sum(dim=-1).clamp(min=1)).sum()
+    if kind == "cosine":
+        distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+    else:
+        distance = (student.float() - teacher.float()).pow(2).mean(dim=-1)
+    return (distance * weights).sum()
+
+
+def attention_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """The squared distance of two attention maps (batch, heads, tokens, tokens) of probabilities, summed over queries by their weights.
+
+    Of each query it is the sum over the keys, averaged over the heads (as in TinyBERT; Jiao et al., 2020, with probabilities in place of
+    scores, so that it does not depend on the length). Where the two have different numbers of heads, the mean over the heads is compared, as
+    Zagoruyko & Komodakis (2017) sum over channels.
+    """
+    student, teacher = student.float(), teacher.float()
+    if student.shape[1] != teacher.shape[1]:
+        student, teacher = student.mean(dim=1, keepdim=True), teacher.mean(dim=1, keepdim=True)
+    return ((student - teacher).pow(2).sum(dim=-1).mean(dim=1) * weights).sum()
+
+
+def relation_loss(student: Tensor, teacher: Tensor, weights: Tensor, heads: int) -> Tensor:
+    """KL(teacher ‖ student) of the self-attention relations of vectors (batch, tokens, width), summed over tokens by their weights.
+
+    The vectors are queries, or keys, or values, all heads side by side. They are cut into as many `heads` on both sides, whatever heads and
+    widths the models have; a relation is the softmax of their scaled dot products (MiniLMv2; Wang et al., 2021), averaged over the heads.
+    """
+
+    def relations(vectors: Tensor) -> Tensor:
+        parts = vectors.float().unflatten(-1, (heads, -1)).transpose(1, 2)  # (batch, heads, tokens, width of a head)
+        products = parts @ parts.transpose(-1, -2) / parts.shape[-1] ** 0.5
+        # Finite, since of an example that does not count all tokens are left out.
+        return F.log_softmax(products.masked_fill((weights == 0)[:, None, None], -1e9), dim=-1)
+
+    divergence = kl(relations(teacher), relations(student)).mean(dim=1)
+    return (divergence * weights).sum()
 
 
 class ClassifierLoss:
@@ -130,31 +177,38 @@ class ClassifierLoss:
     def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
         return {"teacher_logits": outputs["logits"].float()}
 
+    def check_soft_loss(self, distill: DistillConfig, teachers: int = 1) -> None:
+        """Nothing: a classifier's logits, which are stored as they are, serve every loss."""
+
     def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
+        logits = standardize(outputs["logits"]) if distill.standardize_logits else outputs["logits"]
         settings = (distill.temperature, labels.ne(IGNORED), distill.divergence, distill.beta)
         if "teacher_ids" in teacher:
-            return top_k_loss(outputs["logits"], teacher, *settings)
-        return soft_target_loss(outputs["logits"], teacher["teacher_logits"], *settings)
+            return top_k_loss(logits, teacher, *settings)
+        from_teacher = teacher["teacher_logits"]
+        if distill.standardize_logits:
+            from_teacher = standardize(from_teacher)
+        return soft_target_loss(logits, from_teacher, *settings, target=labels)
 
-    def hidden_state_loss(self, student: Tensor, teacher: Tensor, inputs: Tensors, labels: Tensor) -> Tensor:
-        counted = labels.ne(IGNORED)  # examples without a label only fill up a batch
+    def token_weights(self, inputs: Tensors, labels: Tensor, tokens: int) -> Tensor:
+        counted = labels.ne(IGNORED).float()  # examples without a label only fill up a batch
         if labels.dim() > 1:  # the other losses are one per token, too
-            return hidden_state_loss(student[counted][:, None], teacher[counted][:, None])
-        mask = inputs.get("attention_mask")
-        return hidden_state_loss(student[counted], teacher[counted], None if mask is None else mask[counted])
+            return counted
+        mask = inputs.get("attention_mask", counted.new_ones(len(labels), tokens))
+        return counted[:, None] * mask / mask.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 class NextTokenLoss(ClassifierLoss):
     """The losses of a causal language model: its logits (batch, tokens, vocabulary) at one position are about the next."""
 
-    soft_target_settings: Sequence[str] = ("temperature", "soft_target_top_k")
+    soft_target_settings: Sequence[str] = ("temperature", "soft_target_top_k", "standardize_logits")
 
     def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         return super().label_loss({"logits": outputs["logits"][:, :-1]}, labels[:, 1:], label_smoothing)
 
     def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
         """Of all logits there are thousands for every token, so the likeliest tokens are stored, and the mass of all others."""
-        logits = outputs["logits"]
+        logits = standardize(outputs["logits"]) if distill.standardize_logits else outputs["logits"]
         classes = logits.shape[-1]
         targets = top_k_targets(logits, min(distill.soft_target_top_k, classes - 1), distill.temperature)
         targets["teacher_ids"] = targets["teacher_ids"].to(torch.uint16 if classes <= 2**16 else torch.int32)
@@ -164,8 +218,39 @@ class NextTokenLoss(ClassifierLoss):
         shifted = {name: column[:, :-1] for name, column in teacher.items()}
         return super().soft_loss({"logits": outputs["logits"][:, :-1]}, shifted, labels[:, 1:], distill)
 
-    def hidden_state_loss(self, student: Tensor, teacher: Tensor, inputs: Tensors, labels: Tensor) -> Tensor:
-        return super().hidden_state_loss(student[:, :-1], teacher[:, :-1], inputs, labels[:, 1:])
+    def token_weights(self, inputs: Tensors, labels: Tensor, tokens: int) -> Tensor:
+        return super().token_weights(inputs, F.pad(labels[:, 1:], (0, 1), value=IGNORED), tokens)
+
+    def check_soft_loss(self, distill: DistillConfig, teachers: int = 1) -> None:
+        """Raise InputError for what the likeliest tokens, which are all that is stored, do not tell."""
+        if distill.needs_stored_targets and distill.divergence in ("squared_error", "decoupled"):
+            raise InputError(
+                f"expected --divergence forward_kl, reverse_kl or jensen_shannon with stored soft targets of a language model, found "
+                f"{distill.divergence}: it needs the logits of all tokens, of which only the likeliest are stored. Pass --soft_targets online."
+            )
+        if teachers > 1 and distill.combine_teachers == "mean":
+            raise InputError(
+                f"expected --combine_teachers each for a language model, found mean with {teachers} teachers: the tokens that each finds "
+                "likeliest, which are all that is stored, are others. Pass --combine_teachers each."
+            )
+
+
+def teachers_loss(
+    task: Task | ClassifierLoss, outputs: Tensors, teachers: Tensors, labels: Tensor, distill: DistillConfig
+) -> Tensor:
+    """The task's soft_loss of one teacher or of several, the names of whose soft targets end in _2, _3, …
+
+    Of several it is that of the mean of their logits, which is the geometric mean of their distributions (Hinton et al., 2015), or the mean
+    of the losses of each, which with forward KL has the gradient of the mean of the distributions.
+    """
+    each: dict[str, Tensors] = {}
+    for name, values in teachers.items():
+        own, _, number = name.rpartition("_")
+        each.setdefault(number if number.isdigit() else "", {})[own if number.isdigit() else name] = values
+    targets = list(each.values())
+    if len(targets) > 1 and distill.combine_teachers == "mean":
+        targets = [{name: torch.stack([one[name] for one in targets]).mean(dim=0) for name in targets[0]}]
+    return sum(task.soft_loss(outputs, one, labels, distill) for one in targets) / len(targets)
 
 
 def losses_of(model: Any) -> ClassifierLoss:

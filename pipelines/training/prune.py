@@ -27,7 +27,8 @@ from pipelines.training.arguments import arguments_for
 from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write_checksums
 from pipelines.training.distill import TEACHER_COLUMN, train_student
 from pipelines.training.fine_tune import save, source_metrics, validation_metrics
-from pipelines.training.soft_targets import WithSoftTargets
+from pipelines.training.losses import teachers_loss
+from pipelines.training.soft_targets import with_soft_targets
 from pipelines.training.trainer import count_parameters
 
 STEPS = "steps.json"  # beside the weights that a step left: what the steps before it did
@@ -86,7 +87,7 @@ def measure_importance(
 def training_loss(
     model: Any, processor: Any, task: Task, distill: DistillConfig, teacher: str | None
 ) -> Callable[[list[dict[str, Any]]], Tensor]:
-    """The loss that the model recovers with, as a function of rows of the features, summed over examples; without the hidden states' part.
+    """The loss that the model recovers with, as a function of rows of the features, summed over examples; without the part of what is inside the teacher.
 
     With `teacher` that model predicts soft targets for the rows; without, they are columns of the rows, stored by the teacher.
     """
@@ -114,7 +115,7 @@ def training_loss(
             with torch.no_grad():
                 from_teacher = task.outputs(teacher_model(**teacher_batch))
             soft_targets = {TEACHER_COLUMN + name: values for name, values in from_teacher.items()}
-        return (1 - weight) * label_loss + weight * task.soft_loss(outputs, soft_targets, labels, distill)
+        return (1 - weight) * label_loss + weight * teachers_loss(task, outputs, soft_targets, labels, distill)
 
     return loss
 
@@ -169,7 +170,7 @@ def prune_and_recover(
     prune: PruneConfig,
     distill: DistillConfig,
     training: transformers.TrainingArguments,
-    soft_targets: Path | None = None,
+    soft_targets: Path | list[Path] | None = None,
 ) -> Outcome:
     """Remove the least important heads and neurons of the student in `source`, in steps, recovering by distillation after each.
 
@@ -230,13 +231,13 @@ def _importance(
     prune: PruneConfig,
     distill: DistillConfig,
     training: transformers.TrainingArguments,
-    soft_targets: Path | None,
+    soft_targets: Path | list[Path] | None,
 ) -> dict[str, list[np.ndarray]]:
     """Importance by the loss of the recovery, of --prune_samples training examples: with soft targets that are stored, or the teacher's."""
     if soft_targets is None:
         features: Any = task.features(processor)["train"]
     else:
-        features = WithSoftTargets(task.soft_target_features(processor, distill), soft_targets)
+        features = with_soft_targets(task.soft_target_features(processor, distill), soft_targets)
     chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
     loss = training_loss(model, processor, task, distill, teacher if soft_targets is None else None)
     batch_size = training.per_device_train_batch_size

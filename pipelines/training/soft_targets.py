@@ -159,11 +159,12 @@ def _open(path: Path, sha256: str) -> Any:
 class WithSoftTargets(torch.utils.data.Dataset):
     """Training examples, each with its stored soft targets as further columns, which stay on disk until they are read."""
 
-    def __init__(self, features: Any, directory: Path, rows: np.ndarray | None = None) -> None:
-        """`rows`, where given, are the numbers that the examples of `features` have in the whole training split."""
+    def __init__(self, features: Any, directory: Path, rows: np.ndarray | None = None, suffix: str = "") -> None:
+        """`rows`, where given, are the numbers that the examples of `features` have in the whole training split; the names of the columns
+        end in `suffix`."""
         from safetensors import safe_open
 
-        self.features, self.directory, self.rows = features, directory, rows
+        self.features, self.directory, self.rows, self.suffix = features, directory, rows, suffix
         self.shards: list[tuple[Path, str]] = []
         examples = []
         for path in sorted(directory.glob(SHARD.format(0).replace("00000", "*"))):
@@ -172,7 +173,7 @@ class WithSoftTargets(torch.utils.data.Dataset):
                 self.shards.append((path, shard.metadata()["sha256"]))
                 examples.append(shard.get_slice(self.columns[0]).get_shape()[0])
         self.shard_examples = examples[0]
-        self.column_names = [*features.column_names, *self.columns]
+        self.column_names = [*features.column_names, *(name + suffix for name in self.columns)]
         assert rows is not None or sum(examples) == len(features), "the record keys soft targets by the data"
 
     def __len__(self) -> int:
@@ -184,9 +185,17 @@ class WithSoftTargets(torch.utils.data.Dataset):
         row = int(index) if self.rows is None else int(self.rows[index])
         shard, place = divmod(row, self.shard_examples)
         opened = _open(*self.shards[shard])
-        return {**self.features[int(index)], **{name: opened.get_slice(name)[place] for name in self.columns}}
+        targets = {name + self.suffix: opened.get_slice(name)[place] for name in self.columns}
+        return {**self.features[int(index)], **targets}
 
     def select(self, indices: Any) -> WithSoftTargets:
         """The examples at these places, as the method of a data set is."""
         rows = np.asarray(indices) if self.rows is None else self.rows[indices]
-        return WithSoftTargets(self.features.select(indices), self.directory, rows)
+        return WithSoftTargets(self.features.select(indices), self.directory, rows, self.suffix)
+
+
+def with_soft_targets(features: Any, directories: Path | list[Path]) -> Any:
+    """Training examples with the stored soft targets of one teacher, or of several: the columns of the second one end in _2."""
+    for number, directory in enumerate([directories] if isinstance(directories, Path) else directories, start=1):
+        features = WithSoftTargets(features, directory, suffix="" if number == 1 else f"_{number}")
+    return features

@@ -23,6 +23,7 @@ from pipelines.models.families import (
     groups_of,
     layer_count,
     layers_of,
+    queries_keys_values,
     removable,
     unit_count,
     unit_width,
@@ -264,3 +265,43 @@ def test_layers_without_rotary_positions_stay_without():
     assert teacher.config.no_rope_layers == [1, 0, 1, 0]
     student = student_from_layers(teacher, [1, 2])
     assert [layer.self_attn.use_rope for layer in layers_of(student)] == [0, 1]
+
+
+# Queries and keys in these are compared as the maps give them, once rotary positions are all 0.
+PLAIN = {"bert", "distilbert", "albert", "modernbert", "gpt2", "gptj", "gpt_neox", "opt", "llama", "phi3", "vit"}
+
+
+@pytest.mark.parametrize(
+    "model_type", sorted({*FAMILIES} - {"mpnet", "convnext", "convnextv2", "resnet", "swin", "deberta"})
+)
+def test_queries_keys_and_values_are_those_that_attention_is_computed_from(model_type):
+    """Of the last layer: the values that the maps weigh are what the output map reads, and the maps follow from queries and keys."""
+    model, inputs = make(model_type)
+    inputs.pop("attention_mask", None)
+    if "rope" in str(model.config) or model_type in ("gptj", "gpt_neox"):
+        inputs["position_ids"] = torch.zeros_like(inputs["input_ids"])
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+    layer = layers_of(model)[-1]
+    group: Any = family_of(model.config).heads
+    read: list[torch.Tensor] = []
+    layer.get_submodule(group.input).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    with torch.no_grad(), queries_keys_values(model, 3) as found:
+        maps = model(**inputs, output_attentions=True).attentions[3]
+    queries, keys, values = found
+    heads, units = maps.shape[1], unit_count(layer, group)
+    width = queries.shape[-1] // heads
+
+    def split(vectors: torch.Tensor) -> torch.Tensor:
+        """(batch, heads, tokens, width); query heads that share a key are beside one another."""
+        own = vectors.unflatten(-1, (-1, width)).transpose(1, 2)
+        assert own.shape[1] in (heads, units)
+        return own.repeat_interleave(heads // own.shape[1], dim=1)
+
+    torch.testing.assert_close((maps @ split(values)).transpose(1, 2).flatten(-2), read[-1].view(queries.shape))
+    if model_type in PLAIN:
+        scores = split(queries) @ split(keys).transpose(-1, -2) / width**0.5
+        if model_type in DECODERS:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+        torch.testing.assert_close(scores.softmax(-1), maps, atol=1e-5, rtol=1e-4)
+    assert not layer.get_submodule(group.outputs[0].path)._forward_hooks

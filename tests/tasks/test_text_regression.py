@@ -170,3 +170,10 @@ def test_the_whole_chain(pair, pretrained, tmp_path, monkeypatch, capsys):
     texts = {"text": inputs[1], "text_pair": inputs[2]} if pair else inputs[0]
     stock = pipeline("text-classification", model=str(run / "pruned"))(texts)
     assert (stock[0] if isinstance(stock, list) else stock)["score"] == pytest.approx(score, abs=5)
+
+
+def test_settings_of_distributions_are_refused_for_scores(scored):
+    for settings in ({"divergence": "decoupled"}, {"divergence": "reverse_kl"}, {"standardize_logits": True}):
+        with pytest.raises(InputError, match="squared error"):
+            scored.check_soft_loss(DistillConfig(**settings))
+    scored.check_soft_loss(DistillConfig(divergence="squared_error"), teachers=2)

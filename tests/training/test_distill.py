@@ -9,13 +9,20 @@ import pytest
 import torch
 
 from conftest import example_inputs, tiny_config, tiny_language_model, tiny_model
-from pipelines.core.config import DistillConfig, StudentConfig
+from pipelines.core.config import DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe, differences
 from pipelines.models.loading import label_order
 from pipelines.models.students import parse_layers, student_from_layers
 from pipelines.training import fine_tune
-from pipelines.training.distill import DistillationTrainer, distill_student, parse_hidden_state_map, train_student
+from pipelines.training.distill import (
+    DistillationTrainer,
+    check_distillation,
+    distill_student,
+    eager_attention,
+    parse_hidden_state_map,
+    train_student,
+)
 from pipelines.training.soft_targets import WithSoftTargets, compute_soft_targets
 
 
@@ -156,6 +163,108 @@ def test_the_loss_is_the_weighted_sum_of_labels_soft_targets_and_hidden_states(
         squares = ((from_student.hidden_states[left] - from_teacher.hidden_states[right]) ** 2).mean(dim=-1).numpy()
         hidden += ((squares * mask).sum(axis=1) / mask.sum(axis=1)).mean() / 2
     assert found == pytest.approx(0.4 * hard + 0.6 * soft + 0.5 * hidden, rel=1e-4)
+
+
+def test_the_loss_adds_attention_maps_and_relations(trained_teacher, task, tokenizer, training):
+    """Written out with NumPy: maps from the models' own eager attention, relations from the maps of queries, keys and values."""
+    distill = DistillConfig(soft_target_weight=0.0, attention_weight=0.7, relation_weight=0.3, relation_heads=8)
+    teacher, student = task.load_model(str(trained_teacher)), tiny_model(seed=6)
+    pairs = [(1, 2), (3, 4)]
+    trainer = trainer_for(student, task, tokenizer, training, distill=distill, teacher=teacher, hidden_state_map=pairs)
+    features = task.features(tokenizer)["train"]
+    batch = task.collate(tokenizer)([features[i] for i in range(8)])
+    with eager_attention(student, teacher):
+        found = trainer.compute_loss(student, batch).item()
+        assert {student.config._attn_implementation, teacher.config._attn_implementation} == {"eager"}
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.no_grad():
+            outputs = [
+                model(**inputs, output_attentions=True, output_hidden_states=True) for model in (student, teacher)
+            ]
+    assert {student.config._attn_implementation, teacher.config._attn_implementation} == {"sdpa"}
+    mask = batch["attention_mask"].numpy().astype(bool)
+    hard = torch.nn.functional.cross_entropy(outputs[0].logits, batch["labels"]).item()
+    attention = 0.0
+    for left, right in pairs:
+        maps = outputs[0].attentions[left - 1].numpy(), outputs[1].attentions[right - 1].numpy()
+        distance = ((maps[0] - maps[1]) ** 2).sum(axis=-1).mean(axis=1)
+        attention += np.mean([one[valid].mean() for one, valid in zip(distance, mask, strict=True)]) / 2
+
+    def relations(model, output, layer, name, row):
+        states = output.hidden_states[layer - 1][row][mask[row]]
+        linear = getattr(model.bert.encoder.layer[layer - 1].attention.self, name)
+        vectors = (states @ linear.weight.T + linear.bias).detach().numpy()
+        for head in range(8):
+            own = vectors[:, head * 4 : (head + 1) * 4]
+            exponentials = np.exp(own @ own.T / 2)
+            yield exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+    divergences = []
+    for name in ("query", "key", "value"):
+        for row in range(8):
+            (left, right), (small, large) = pairs[-1], outputs
+            of_teacher, of_student = (
+                relations(teacher, large, right, name, row),
+                relations(student, small, left, name, row),
+            )
+            heads = zip(of_teacher, of_student, strict=True)
+            divergences.append(np.mean([(p * np.log(p / q)).sum(axis=-1).mean() for p, q in heads]))
+    assert found == pytest.approx(hard + 0.7 * attention + 0.3 * np.mean(divergences), rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"hidden_size": 16, "num_attention_heads": 2}])
+def test_a_student_of_any_width_and_heads_learns_from_inside_the_teacher(
+    changes, trained_teacher, task, tokenizer, training, tmp_path
+):
+    student = tiny_model(seed=3, **changes)
+    distill = DistillConfig(
+        soft_target_weight=0.5,
+        hidden_state_weight=1.0,
+        hidden_state_loss="cosine",
+        attention_weight=1.0,
+        relation_weight=1.0,
+    )
+    training.num_train_epochs, training.logging_steps = 3, 4
+    details = train_student(
+        student, tokenizer, task, str(trained_teacher), distill, training, None, tmp_path / "checkpoints"
+    )
+    assert details["soft_targets"] == "online"
+    assert details["hidden_state_map"] == [[1, 1], [2, 2], [3, 3], [4, 4]]
+    assert details["losses"][-1]["loss"] < details["losses"][0]["loss"]
+    assert student.config._attn_implementation == "sdpa"
+
+
+def test_what_cannot_be_compared_is_refused_before_any_training(task, teacher, tmp_path):
+    mpnet = tmp_path / "mpnet"
+    tiny_config("mpnet").save_pretrained(mpnet)
+    student, relations = StudentConfig(student_layers="2"), {"relation_weight": 1.0}
+    refused = {
+        "mpnet": (StudentConfig(student_model=str(mpnet)), relations),
+        "relation_heads that divide 32": (student, {**relations, "relation_heads": 5}),
+        "embeddings alone": (student, {"attention_weight": 1.0, "hidden_state_map": "0:0"}),
+    }
+    for message, (student, settings) in refused.items():
+        with pytest.raises(InputError, match=message):
+            check_distillation(student, DistillConfig(**settings), str(teacher), task)
+    with pytest.raises(InputError, match="one --teacher_model"):
+        check_distillation(student, DistillConfig(soft_targets="online"), str(teacher), task, [str(teacher)])
+    check_distillation(student, DistillConfig(), str(teacher), task, [str(teacher)])
+
+
+def test_a_setting_at_its_default_is_in_no_record():
+    """Records of before there were these settings stay valid."""
+    assert list(describe(DistillConfig())) == [
+        "temperature",
+        "soft_target_weight",
+        "hidden_state_weight",
+        "hidden_state_map",
+        "soft_targets",
+        "soft_target_top_k",
+        "divergence",
+        "beta",
+    ]
+    assert describe(DistillConfig(relation_weight=0.5))["relation_weight"] == 0.5
+    assert "more_teachers" not in describe(TeacherConfig(["a", "b"]))
 
 
 def test_a_narrower_student_learns_projections_that_are_not_saved(trained_teacher, task, tokenizer, training, tmp_path):

@@ -7,13 +7,19 @@ import pytest
 import torch
 
 from pipelines.core.config import DistillConfig
+from pipelines.core.errors import InputError
 from pipelines.training.losses import (
     TOP_K_COLUMNS,
     ClassifierLoss,
+    NextTokenLoss,
+    attention_loss,
     cross_entropy,
     hidden_state_loss,
     losses_of,
+    relation_loss,
     soft_target_loss,
+    standardize,
+    teachers_loss,
     top_k_loss,
     top_k_targets,
 )
@@ -87,19 +93,190 @@ def test_equal_logits_cost_nothing(logits):
     )
 
 
-def test_hidden_state_loss_averages_valid_tokens_and_sums_examples():
+def tokens_of(*, masked=True):
+    """Random states of student and teacher (2 examples, 3 tokens, 8 wide), and what each token counts: the second example has but one."""
     generator = np.random.default_rng(1)
-    student, teacher = generator.normal(size=(2, 3, 4)), generator.normal(size=(2, 3, 4))
-    mask = np.array([[1, 1, 1], [1, 0, 0]])
-    squares = ((student - teacher) ** 2).mean(axis=-1)
-    expected = squares[0].mean() + squares[1, 0]
-    found = hidden_state_loss(torch.tensor(student), torch.tensor(teacher), torch.tensor(mask))
+    states = [generator.normal(size=(2, 3, 8)).astype(np.float32) for _ in range(2)]
+    return *states, np.array([[1, 1, 1], [1, 0, 0]]) / [[3], [1]]
+
+
+@pytest.mark.parametrize("kind", ["squared_error", "cosine"])
+def test_hidden_state_loss_averages_valid_tokens_and_sums_examples(kind):
+    student, teacher, weights = tokens_of()
+    if kind == "cosine":
+        norms = np.linalg.norm(student, axis=-1) * np.linalg.norm(teacher, axis=-1)
+        distance = 1 - np.einsum("btw,btw->bt", student, teacher) / norms
+    else:
+        distance = ((student - teacher) ** 2).mean(axis=-1)
+    expected = distance[0].mean() + distance[1, 0]
+    found = hidden_state_loss(torch.tensor(student), torch.tensor(teacher), torch.tensor(weights), kind)
     assert found.item() == pytest.approx(expected, rel=1e-5)
     # What padding holds must not matter.
     teacher[1, 1:] = 1e3
-    assert hidden_state_loss(torch.tensor(student), torch.tensor(teacher), torch.tensor(mask)).item() == pytest.approx(
-        expected, rel=1e-5
-    )
+    again = hidden_state_loss(torch.tensor(student), torch.tensor(teacher), torch.tensor(weights), kind)
+    assert again.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_loss_is_the_squared_distance_of_the_maps(heads):
+    generator = np.random.default_rng(2)
+    student, teacher = (softmax(generator.normal(size=(2, n, 3, 3))) for n in (heads, 4))
+    _, _, weights = tokens_of()
+    if heads != 4:  # other numbers of heads: their means
+        left, right = student.mean(axis=1, keepdims=True), teacher.mean(axis=1, keepdims=True)
+    else:
+        left, right = student, teacher
+    expected = 0.0
+    for example, query in [(0, 0), (0, 1), (0, 2), (1, 0)]:
+        one = np.mean([((a - b) ** 2)[query].sum() for a, b in zip(left[example], right[example], strict=True)])
+        expected += one * weights[example, query]
+    found = attention_loss(torch.tensor(student), torch.tensor(teacher), torch.tensor(weights))
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_relation_loss_is_the_kl_of_scaled_products_within_relation_heads():
+    """With a student of another width; written head by head and token by token."""
+    student, _, weights = tokens_of()
+    teacher = np.random.default_rng(3).normal(size=(2, 3, 12)).astype(np.float32)
+    expected = 0.0
+    for example, tokens in [(0, 3), (1, 1)]:
+        for head in range(4):
+            probabilities = []
+            for vectors in (teacher, student):
+                width = vectors.shape[-1] // 4
+                own = vectors[example, :tokens, head * width : (head + 1) * width]
+                probabilities.append(softmax(own @ own.T / np.sqrt(width)))
+            p, q = probabilities
+            expected += (p * np.log(p / q)).sum() / tokens / 4
+    found = relation_loss(torch.tensor(student), torch.tensor(teacher), torch.tensor(weights), heads=4)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    teacher[1, 1:] = 50
+    again = relation_loss(torch.tensor(student), torch.tensor(teacher), torch.tensor(weights), heads=4)
+    assert again.item() == pytest.approx(expected, rel=1e-5)
+    nothing = relation_loss(torch.tensor(student), torch.tensor(teacher), torch.zeros(2, 3), heads=4)
+    assert nothing.item() == 0  # a batch of nothing but fillers
+
+
+def test_tokens_count_one_an_example_or_one_each_where_labels_are_tokens():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    labels = torch.tensor([2, 0, -100])
+    found = ClassifierLoss().token_weights({"attention_mask": mask}, labels, 4)
+    np.testing.assert_allclose(found, [[0.25] * 4, [0.5, 0.5, 0, 0], [0] * 4])
+    np.testing.assert_allclose(ClassifierLoss().token_weights({}, labels, 2), [[0.5] * 2, [0.5] * 2, [0] * 2])
+    tokens = torch.tensor([[5, 6, 7], [-100, 8, -100]])
+    np.testing.assert_allclose(NextTokenLoss().token_weights({}, tokens, 3), [[1, 1, 0], [1, 0, 0]])
+
+
+def test_squared_error_is_that_of_the_logits_whatever_the_temperature(logits):
+    student, teacher, _ = logits
+    expected = ((student - teacher) ** 2).mean(axis=-1).sum()
+    for temperature in (1.0, 3.0):
+        found = soft_target_loss(torch.tensor(student), torch.tensor(teacher), temperature, EVERY, "squared_error")
+        assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("beta", [0.5, 8 / 9])
+def test_decoupled_loss_weighs_the_labels_class_and_the_others_apart(logits, temperature, beta):
+    student, teacher, labels = logits
+    p, q = softmax(teacher / temperature), softmax(student / temperature)
+    rows = np.arange(6)
+
+    def expected(labels):
+        target, student_target = p[rows, labels], q[rows, labels]
+        of_target = target * np.log(target / student_target)
+        of_target += (1 - target) * np.log((1 - target) / (1 - student_target))
+        others = np.array([np.delete(one, label) / (1 - one[label]) for one, label in zip(p, labels, strict=True)])
+        student_others = np.array(
+            [np.delete(one, label) / (1 - one[label]) for one, label in zip(q, labels, strict=True)]
+        )
+        of_others = (others * np.log(others / student_others)).sum(axis=-1)
+        # The two parts are those of plain KL, which weighs the second by 1 - the probability of the label's class.
+        np.testing.assert_allclose(of_target + (1 - target) * of_others, (p * np.log(p / q)).sum(axis=-1))
+        return temperature**2 * ((1 - beta) * of_target + beta * of_others).sum()
+
+    def found(labels):
+        given = torch.tensor(student, requires_grad=True)
+        target = torch.tensor(labels)
+        loss = soft_target_loss(given, torch.tensor(teacher), temperature, EVERY, "decoupled", beta, target)
+        (gradient,) = torch.autograd.grad(loss, given)
+        assert gradient.isfinite().all()
+        return loss.item()
+
+    assert found(labels) == pytest.approx(expected(labels), rel=1e-4)
+    # A row without a label has its teacher's likeliest class.
+    unlabelled, likeliest = labels.copy(), labels.copy()
+    unlabelled[[1, 4]], likeliest[[1, 4]] = -100, teacher.argmax(axis=-1)[[1, 4]]
+    assert found(unlabelled) == pytest.approx(expected(likeliest), rel=1e-4)
+
+
+def test_standardized_logits_have_neither_mean_nor_size(logits):
+    student, teacher, labels = logits
+    scaled = [(one - one.mean(axis=-1, keepdims=True)) / one.std(axis=-1, keepdims=True) for one in (student, teacher)]
+    np.testing.assert_allclose(standardize(torch.tensor(student)), scaled[0], rtol=1e-5)
+    p, q = softmax(scaled[1] / 2), softmax(scaled[0] / 2)
+    distill = DistillConfig(standardize_logits=True)
+    stored = {"teacher_logits": torch.tensor(teacher) * 10 + 3}
+    found = ClassifierLoss().soft_loss({"logits": torch.tensor(student)}, stored, torch.tensor(labels), distill)
+    assert found.item() == pytest.approx(4 * (p * np.log(p / q)).sum(), rel=1e-4)
+    constant = torch.zeros(6, 4, requires_grad=True)
+    ClassifierLoss().soft_loss({"logits": constant}, stored, torch.tensor(labels), distill).backward()
+    assert constant.grad is not None
+    assert constant.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "squared_error", "decoupled"])
+@pytest.mark.parametrize("combine", ["mean", "each"])
+def test_several_teachers_teach_the_mean_of_their_logits_or_each_its_own(logits, divergence, combine):
+    student, teacher, labels = (torch.tensor(one) for one in logits)
+    other = torch.tensor(np.random.default_rng(5).normal(size=(6, 4)) * 2)
+    distill = DistillConfig(divergence=divergence, combine_teachers=combine)
+    losses, outputs = ClassifierLoss(), {"logits": student}
+
+    def of(one):
+        return losses.soft_loss(outputs, {"teacher_logits": one}, labels, distill).item()
+
+    both = {"teacher_logits": teacher, "teacher_logits_2": other}
+    found = teachers_loss(losses, outputs, both, labels, distill).item()
+    expected = of((teacher + other) / 2) if combine == "mean" else (of(teacher) + of(other)) / 2
+    assert found == pytest.approx(expected, rel=1e-6)
+    alone = teachers_loss(losses, outputs, {"teacher_logits": teacher}, labels, distill)
+    assert alone.item() == of(teacher)
+
+
+def test_each_teachers_forward_kl_has_the_gradient_of_their_mean_distribution(logits):
+    student, teacher, labels = logits
+    other = np.random.default_rng(5).normal(size=(6, 4)) * 2
+    given = torch.tensor(student, requires_grad=True)
+    both = {"teacher_logits": torch.tensor(teacher), "teacher_logits_2": torch.tensor(other)}
+    distill = DistillConfig(combine_teachers="each")
+    loss = teachers_loss(ClassifierLoss(), {"logits": given}, both, torch.tensor(labels), distill)
+    (gradient,) = torch.autograd.grad(loss, given)
+    mean = (softmax(teacher / 2) + softmax(other / 2)) / 2
+    np.testing.assert_allclose(gradient, 2 * (softmax(student / 2) - mean), rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_likeliest_tokens_do_not_tell_is_refused():
+    losses = NextTokenLoss()
+    for divergence in ("squared_error", "decoupled"):
+        with pytest.raises(InputError, match="--soft_targets online"):
+            losses.check_soft_loss(DistillConfig(divergence=divergence))
+        losses.check_soft_loss(DistillConfig(divergence=divergence, soft_targets="online"))
+    with pytest.raises(InputError, match="--combine_teachers each"):
+        losses.check_soft_loss(DistillConfig(), teachers=2)
+    losses.check_soft_loss(DistillConfig(combine_teachers="each", standardize_logits=True), teachers=2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"standardize_logits": True}, {"divergence": "jensen_shannon"}])
+def test_the_likeliest_tokens_of_all_classes_are_the_whole_loss(settings):
+    torch.manual_seed(0)
+    outputs, teacher = {"logits": torch.randn(2, 5, 9) * 3}, {"logits": torch.randn(2, 5, 9) * 3}
+    labels, losses = torch.randint(0, 9, (2, 5)), NextTokenLoss()
+    distill = DistillConfig(soft_target_top_k=8, **settings)
+    stored = losses.soft_targets(teacher, distill)
+    stored["teacher_ids"] = stored["teacher_ids"].long()
+    online = losses.soft_loss(outputs, {"teacher_logits": teacher["logits"]}, labels, distill)
+    assert losses.soft_loss(outputs, stored, labels, distill).item() == pytest.approx(online.item(), rel=1e-4)
 
 
 def test_both_losses_leave_out_ignored_labels(logits):
