@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipelines.core.config import (
     Settings,
     StudentConfig,
     TeacherConfig,
+    TransferConfig,
 )
 from pipelines.core.quality import check_stage
 from pipelines.core.records import read_record
@@ -32,12 +34,14 @@ from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import possible_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
+from pipelines.training.transfer import check_transfer
 
 # The settings of the stages; those of the task come before them.
 CHAIN = (
     TeacherConfig,
     StudentConfig,
     DistillConfig,
+    TransferConfig,
     PruneConfig,
     QuantizeConfig,
     BundleConfig,
@@ -51,6 +55,8 @@ def compress(settings: Settings, recipe: str) -> None:
     teacher, distill, training = settings.teacher, settings.distill, settings.training
     task = make_task(settings)
     run = Run(training.output_dir, task, training.seed)
+    transfer = task.transfer_set(settings.transfer)
+    check_transfer(transfer, distill)
     prune, without_bundle = _plan(run, task, settings)
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0).
@@ -63,7 +69,13 @@ def compress(settings: Settings, recipe: str) -> None:
     if distill.needs_stored_targets:
         what = distill.only(task.soft_target_settings)
         soft_targets = run.stage("soft_targets", compute_soft_targets, "teacher", distributed=True, distill=what)
+        # The unlabelled examples have no other labels than the teacher's.
+        if transfer is not None:
+            storing: dict[str, Any] = {"distributed": True, "distill": what, "transfer": replace(transfer, ratio=None)}
+            stored = run.stage("transfer_soft_targets", compute_soft_targets, "teacher", **storing)
+            transfer = replace(transfer, soft_targets=stored)
     learning: dict[str, Any] = {"distributed": True, "training": training, "soft_targets": soft_targets}
+    learning["transfer"] = transfer
 
     # 3. The student starts from the teacher's own layers, so its embeddings and head come trained; or it is another model altogether.
     run.stage("student", distill_student, "teacher", student=settings.student, distill=distill, **learning)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipelines.core.config import (
     Settings,
     StudentConfig,
     TeacherConfig,
+    TransferConfig,
     flag,
     make_settings,
 )
@@ -37,7 +38,7 @@ from pipelines.core.quality import check_stage
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.run import MARKER, Run
 from pipelines.core.sources import model_fingerprint, resolve
-from pipelines.core.task import Task
+from pipelines.core.task import Task, TransferSet
 from pipelines.doctor import diagnose
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import push as push_run
@@ -51,6 +52,7 @@ from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune as fine_tune_model
 from pipelines.training.prune import checked_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
+from pipelines.training.transfer import check_transfer
 
 
 @dataclass
@@ -75,7 +77,7 @@ class SoftTargetConfig:
     soft_target_dir: str | None = flag(
         None,
         "What the verb soft-targets wrote for this teacher and this data. Left out, with --soft_targets stored: computed first, into "
-        "the directory <output_dir>_soft_targets.",
+        "the directory <output_dir>_soft_targets. Those of --transfer_dataset are beside it, in <soft_target_dir>_transfer.",
     )
 
 
@@ -122,14 +124,19 @@ def fine_tune(settings: Settings) -> Path:
 
 
 def soft_targets(settings: Settings) -> Path:
-    return _store_soft_targets(make_task(settings), settings, settings.output)
+    task = make_task(settings)
+    transfer = task.transfer_set(settings.transfer)
+    directory = _store_soft_targets(task, settings, settings.output)
+    if transfer is not None:
+        _store_transfer(task, settings, directory, settings.output.seed, transfer)
+    return directory
 
 
 def distill(settings: Settings) -> Path:
     task, training = make_task(settings), settings.training
     check_distillation(settings.student, settings.distill, settings.teacher.teacher_model, task)
     learning = {"distributed": True, "distill": settings.distill, "training": training, "student": settings.student}
-    learning["soft_targets"] = _soft_targets(task, settings)
+    learning |= _teaching(task, settings)
     student = _stage(task, training, distill_student, settings.teacher.teacher_model, **learning)
     # A student alone may be a first try, whose scores are what somebody wants to see.
     try:
@@ -145,7 +152,7 @@ def prune(settings: Settings) -> Path:
     learning = {"distributed": True, "distill": settings.distill, "training": training}
     learning["prune"] = checked_pruning(task.load_config(source), settings.prune, source)
     learning["teacher"] = Path(resolve(settings.teacher.teacher_model))
-    learning["soft_targets"] = _soft_targets(task, settings)
+    learning |= _teaching(task, settings)
     return _checked(_stage(task, training, prune_and_recover, source, **learning), task, settings)
 
 
@@ -208,12 +215,12 @@ def push(settings: Settings) -> None:
         held.release()
 
 
-LEARNING = (TaskConfig, TeacherConfig, DistillConfig, GateConfig, SoftTargetConfig, TrainingArguments)
+LEARNING = (TaskConfig, TeacherConfig, DistillConfig, TransferConfig, GateConfig, SoftTargetConfig, TrainingArguments)
 # Each verb's function and its dataclasses; where TaskConfig stands, those of the task come, too.
 VERBS: dict[str, tuple[Callable[[Settings], Any], tuple[type, ...]]] = {
     "compress": (compress, (DemoConfig, TaskConfig, *CHAIN)),
     "fine-tune": (fine_tune, (TaskConfig, TeacherConfig, TrainingArguments)),
-    "soft-targets": (soft_targets, (TaskConfig, TeacherConfig, DistillConfig, OutputConfig)),
+    "soft-targets": (soft_targets, (TaskConfig, TeacherConfig, DistillConfig, TransferConfig, OutputConfig)),
     "distill": (distill, (StudentConfig, *LEARNING)),
     "prune": (prune, (ModelConfig, PruneConfig, *LEARNING)),
     "export": (export, (ModelConfig, TaskConfig, OutputConfig)),
@@ -268,6 +275,25 @@ def _run_directory(output_dir: str | None) -> Path:
 def _store_soft_targets(task: Task, settings: Settings, output: Any) -> Path:
     distill, teacher = settings.distill.only(task.soft_target_settings), settings.teacher.teacher_model
     return _stage(task, output, compute_soft_targets, teacher, distributed=True, distill=distill)
+
+
+def _store_transfer(task: Task, settings: Settings, beside: Path, seed: int, transfer: TransferSet) -> Path:
+    """The soft targets of a transfer set, computed unless they are there."""
+    distill, teacher = settings.distill.only(task.soft_target_settings), settings.teacher.teacher_model
+    output = OutputConfig(str(beside.with_name(f"{beside.name}_transfer")), seed)
+    storing = {"distill": distill, "transfer": replace(transfer, ratio=None)}
+    return _stage(task, output, compute_soft_targets, teacher, distributed=True, **storing)
+
+
+def _teaching(task: Task, settings: Settings) -> dict[str, Any]:
+    """What a training learns from beside the labels: the stored soft targets, and the transfer set."""
+    transfer = task.transfer_set(settings.transfer)
+    check_transfer(transfer, settings.distill)
+    directory = _soft_targets(task, settings)
+    if transfer is not None and directory is not None:
+        stored = _store_transfer(task, settings, directory.absolute(), settings.training.seed, transfer)
+        transfer = replace(transfer, soft_targets=stored)
+    return {"soft_targets": directory, "transfer": transfer}
 
 
 def _soft_targets(task: Task, settings: Settings) -> Path | None:

@@ -237,7 +237,7 @@ def test_compress_has_the_flags_of_its_task_and_runs_its_demo(stage, compressed,
     assert stage("compress", "--config", str(file))[0] == 0
     (text, recipe), (image, _), (language, _) = compressed
     assert recipe == "compress"
-    assert (text.task.task, text.training.output_dir) == ("text-classification", "runs/bert_bbc_news")
+    assert (text.task.task, text.training.output_dir) == ("text-classification", "runs/bert_bbc_headlines")
     assert Path(image.teacher.teacher_model).is_dir()
     assert image.augment.random_flip
     assert (language.data.dataset, language.language.vocabulary_size) == ("texts.txt", 500)

@@ -91,6 +91,7 @@ def build_report(
         )
     both = {"student", "student_labels_only"} <= samples.keys()
     source = config.get("teacher_model") or teacher.record["made_by"].get("source")
+    transfer = {key: value for stage in stages for key, value in stage.record["details"].items() if key == "transfer"}
     dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
     report = {
         "recipe": recipe,
@@ -107,7 +108,7 @@ def build_report(
         **comparison.report,
         "teacher": _describe_source(source) | {"license": teacher.record["details"].get("license")},
         "dataset": _describe_source(dataset) | {"config": configuration},
-        "data": _without_folders(task.details),
+        "data": _without_folders(task.details | transfer),
         "config": _without_folders(config),
     }
     add_timings(report, {stage.name: stage.timing for stage in stages})

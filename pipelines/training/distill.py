@@ -7,6 +7,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from pipelines.core.config import DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome
-from pipelines.core.task import Task
+from pipelines.core.task import Task, TransferSet
 from pipelines.models.families import layer_count
 from pipelines.models.students import build_student, config_of_student, layers_to_keep
 from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish, source_metrics
-from pipelines.training.soft_targets import WithSoftTargets, check_teacher
+from pipelines.training.soft_targets import WithSoftTargets, check_teacher, with_transfer
 from pipelines.training.trainer import Trainer, train
+from pipelines.training.transfer import own_labels
 
 PROJECTIONS = "hidden_state_projections"
 TEACHER_LAYERS = "teacher_layers"  # in a student's config: the teacher's layers that its own are copies of
@@ -84,7 +86,8 @@ class DistillationTrainer(Trainer):
         asked = {"output_hidden_states": True} if self.all_tokens else {}
         found = model(**inputs, **asked)
         outputs = self.task.outputs(found)
-        loss, count = self.task.label_loss(outputs, labels, self.args.label_smoothing_factor)
+        loss, count = self.task.label_loss(outputs, own_labels(labels), self.args.label_smoothing_factor)
+        loss = loss * self.rows_per_label  # all will be divided by the number of rows
         teacher: dict[str, Any] = named
         from_teacher: Any = None
         if self.teacher is not None:
@@ -196,10 +199,12 @@ def train_student(
     training: transformers.TrainingArguments,
     soft_targets: Path | None,
     directory: Path,
+    transfer: TransferSet | None = None,
 ) -> dict[str, Any]:
     """Train `student` in place on the training split, from labels and from the teacher in `teacher_source`; return the details.
 
     `soft_targets` is the directory of the stored ones; without it, or for hidden states, the teacher runs along (online distillation).
+    Examples of a `transfer` set have no labels; a student that learns from labels alone takes as many steps without them.
     """
     features = task.features(processor)["train"]
     with_hidden_states, weight = distill.hidden_state_weight > 0, distill.soft_target_weight
@@ -219,6 +224,14 @@ def train_student(
     )
     # Stored soft targets are of the examples as they are; the baseline on labels alone is trained as the student is.
     augment = online or (weight == 0 and distill.soft_targets == "online")
+    of_transfer: dict[str, Any] = {}
+    if transfer is not None:
+        mixed = with_transfer(features, transfer, task, processor)
+        of_transfer["examples_per_epoch"] = mixed.in_epoch
+        if online or weight > 0:
+            features, of_transfer["transfer"] = mixed, transfer.load().details
+        else:
+            features = features.select(np.resize(np.arange(len(features)), mixed.in_epoch))
     details = train(
         student,
         task,
@@ -233,6 +246,7 @@ def train_student(
         hidden_state_map=pairs,
     )
     remove_projections(student)
+    details |= of_transfer
     details["soft_targets"] = "none" if weight == 0 else "online" if online else "stored"
     if pairs:
         details["hidden_state_map"] = [list(pair) for pair in pairs]
@@ -247,6 +261,7 @@ def distill_student(
     distill: DistillConfig,
     training: transformers.TrainingArguments,
     soft_targets: Path | None = None,
+    transfer: TransferSet | None = None,
 ) -> Outcome:
     """Build a student of the teacher in `source` and train it on the labels and the teacher's logits."""
     model, processor, layers = build_student(student, source, task)
@@ -256,5 +271,6 @@ def distill_student(
     if layers is not None:
         setattr(model.config, TEACHER_LAYERS, layers)
         details["layers"] = layers
-    details |= train_student(model, processor, task, source, distill, training, soft_targets, directory / CHECKPOINTS)
+    checkpoints = directory / CHECKPOINTS
+    details |= train_student(model, processor, task, source, distill, training, soft_targets, checkpoints, transfer)
     return finish(model, task, processor, directory, details, batch_size)
