@@ -127,7 +127,7 @@ def check_finite(arrays: Arrays, first: int) -> None:
         if bad.any():
             rows = (first + np.flatnonzero(bad.reshape(len(values), -1).any(axis=1))).tolist()
             raise InputError(
-                f"expected finite soft targets, found NaN or infinity in {name} for {len(rows)} examples, row {rows[0]} of the "
+                f"expected finite soft targets, found NaN or infinity in {name} for {len(rows)} training examples, row {rows[0]} of the "
                 "training split or transfer set first. Use another teacher, or one trained with a smaller --teacher_learning_rate."
             )
 
