@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shlex
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from pipelines.core.config import (
     Settings,
     StudentConfig,
     TeacherConfig,
+    TransferConfig,
 )
 from pipelines.core.quality import check_stage
 from pipelines.core.records import read_record
 from pipelines.core.run import Run
-from pipelines.core.task import Task
+from pipelines.core.task import Task, TransferSet
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import check_access, push_run
 from pipelines.onnx.export import check_export, export_onnx
@@ -35,12 +38,14 @@ from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import possible_pruning, prune_and_recover
 from pipelines.training.search import check_search, search_settings, with_found
 from pipelines.training.soft_targets import compute_soft_targets
+from pipelines.training.transfer import check_transfer
 
 # The settings of the stages; those of the task come before them.
 CHAIN = (
     TeacherConfig,
     StudentConfig,
     DistillConfig,
+    TransferConfig,
     PruneConfig,
     QuantizeConfig,
     BundleConfig,
@@ -55,8 +60,10 @@ def compress(settings: Settings, recipe: str) -> None:
     training = settings.training
     task = make_task(settings)
     run = Run(training.output_dir, task, training.seed)
+    transfer = task.transfer_set(settings.transfer)
+    check_transfer(transfer, settings.distill)
     prune, without_bundle = _plan(run, task, settings)
-    shipped = _make_models(run, settings, prune)
+    shipped = _make_models(run, settings, prune, transfer)
 
     # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
     bundle = None if without_bundle else run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
@@ -64,7 +71,7 @@ def compress(settings: Settings, recipe: str) -> None:
     # 8. One seed says little of a small difference: others repeat whatever depends on the seed.
     others = [run.with_seed(training.seed + number) for number in range(1, settings.repeat.seeds)]
     for other in others:
-        _make_models(other, settings, prune)
+        _make_models(other, settings, prune, transfer)
 
     # 9. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
     report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size, others)
@@ -74,7 +81,7 @@ def compress(settings: Settings, recipe: str) -> None:
         run.state.print(next_commands(run.directory, bundle, task.example))
 
 
-def _make_models(run: Run, settings: Settings, prune: PruneConfig) -> str:
+def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: TransferSet | None) -> str:
     """The stages up to the model to ship, whose name is returned; of a run that repeats another one only those that a seed changes."""
     teacher, distill, task, repeats = settings.teacher, settings.distill, run.task, run.first is not None
     training, quantize = copy.copy(settings.training), settings.quantize
@@ -97,9 +104,15 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig) -> str:
         storing: dict[str, Any] = {"distributed": True, "distill": distill.only(task.soft_target_settings)}
         for suffix in teachers if not shares_teacher else ():
             run.stage(f"soft_targets{suffix}", compute_soft_targets, f"teacher{suffix}", **storing)
-        stored = [run.place(f"soft_targets{suffix}") for suffix in teachers]
-        soft_targets = stored if len(stored) > 1 else stored[0]
-    learning: dict[str, Any] = {"distributed": True, "training": training, "soft_targets": soft_targets}
+        soft_targets = _places(run, "soft_targets", teachers)
+        # Unlabelled examples have no other labels than the teacher's.
+        if transfer is not None:
+            storing["transfer"] = replace(transfer, ratio=None)
+            for suffix in teachers if not shares_teacher else ():
+                run.stage(f"transfer_soft_targets{suffix}", compute_soft_targets, f"teacher{suffix}", **storing)
+            transfer = replace(transfer, soft_targets=_places(run, "transfer_soft_targets", teachers))
+    learning: dict[str, Any] = {"distributed": True, "training": training}
+    learning |= {"soft_targets": soft_targets, "transfer": transfer}
 
     # The settings that are best on the validation split, of so many students of the first seed.
     if settings.repeat.search_trials:
@@ -146,6 +159,12 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig) -> str:
         shipped = run.stage("quantized", quantize_onnx, shipped, quantize=quantize).name
         _check_quality(run, "quantized", settings)
     return shipped
+
+
+def _places(run: Run, name: str, suffixes: Iterable[str]) -> Path | list[Path]:
+    """The directories of a stage that is made for each of several teachers; of one teacher it is one."""
+    found = [run.place(name + suffix) for suffix in suffixes]
+    return found if len(found) > 1 else found[0]
 
 
 def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | None]:

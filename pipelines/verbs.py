@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pipelines.core.config import (
     Settings,
     StudentConfig,
     TeacherConfig,
+    TransferConfig,
     flag,
     make_settings,
 )
@@ -38,7 +39,7 @@ from pipelines.core.quality import check_stage
 from pipelines.core.records import check_files, fingerprint, read_record
 from pipelines.core.run import MARKER, Run
 from pipelines.core.sources import model_fingerprint, resolve
-from pipelines.core.task import Task
+from pipelines.core.task import Task, TransferSet
 from pipelines.doctor import diagnose
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import push as push_run
@@ -59,6 +60,7 @@ from pipelines.training.distill import check_distillation, check_losses, distill
 from pipelines.training.fine_tune import fine_tune as fine_tune_model
 from pipelines.training.prune import checked_pruning, prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
+from pipelines.training.transfer import check_transfer
 
 
 @dataclass
@@ -83,7 +85,8 @@ class SoftTargetConfig:
     soft_target_dir: str | None = flag(
         None,
         "What the verb soft-targets wrote for this teacher and this data; of several teachers one directory each. Left out, with "
-        "--soft_targets stored: computed first, into the directory <output_dir>_soft_targets.",
+        "--soft_targets stored: computed first, into the directory <output_dir>_soft_targets. Those of --transfer_dataset are beside it, in "
+        "<soft_target_dir>_transfer.",
         nargs="+",
         action=OneOrMore,
     )
@@ -132,7 +135,12 @@ def fine_tune(settings: Settings) -> Path:
 
 
 def soft_targets(settings: Settings) -> Path:
-    return _store_soft_targets(make_task(settings), settings, _one_teacher(settings).teacher_model, settings.output)
+    task, teacher = make_task(settings), _one_teacher(settings).teacher_model
+    transfer = task.transfer_set(settings.transfer)
+    directory = _store_soft_targets(task, settings, teacher, settings.output)
+    if transfer is not None:
+        _store_transfer(task, settings, teacher, directory, settings.output.seed, transfer)
+    return directory
 
 
 def distill(settings: Settings) -> Path:
@@ -140,7 +148,7 @@ def distill(settings: Settings) -> Path:
     teacher = settings.teacher
     check_distillation(settings.student, settings.distill, teacher.teacher_model, task, teacher.more_teachers)
     learning = {"distributed": True, "distill": settings.distill, "training": training, "student": settings.student}
-    learning["soft_targets"] = _soft_targets(task, settings)
+    learning |= _teaching(task, settings)
     student = _stage(task, training, distill_student, teacher.teacher_model, **learning)
     # A student alone may be a first try, whose scores are what somebody wants to see.
     try:
@@ -157,7 +165,7 @@ def prune(settings: Settings) -> Path:
     learning = {"distributed": True, "distill": settings.distill, "training": training}
     learning["prune"] = checked_pruning(task.load_config(source), settings.prune, source)
     learning["teacher"] = Path(resolve(settings.teacher.teacher_model))
-    learning["soft_targets"] = _soft_targets(task, settings)
+    learning |= _teaching(task, settings)
     return _checked(_stage(task, training, prune_and_recover, source, **learning), task, settings)
 
 
@@ -220,12 +228,12 @@ def push(settings: Settings) -> None:
         held.release()
 
 
-LEARNING = (TaskConfig, TeacherConfig, DistillConfig, GateConfig, SoftTargetConfig, TrainingArguments)
+LEARNING = (TaskConfig, TeacherConfig, DistillConfig, TransferConfig, GateConfig, SoftTargetConfig, TrainingArguments)
 # Each verb's function and its dataclasses; where TaskConfig stands, those of the task come, too.
 VERBS: dict[str, tuple[Callable[[Settings], Any], tuple[type, ...]]] = {
     "compress": (compress, (DemoConfig, TaskConfig, *CHAIN)),
     "fine-tune": (fine_tune, (TaskConfig, TeacherConfig, TrainingArguments)),
-    "soft-targets": (soft_targets, (TaskConfig, TeacherConfig, DistillConfig, OutputConfig)),
+    "soft-targets": (soft_targets, (TaskConfig, TeacherConfig, DistillConfig, TransferConfig, OutputConfig)),
     "distill": (distill, (StudentConfig, *LEARNING)),
     "prune": (prune, (ModelConfig, PruneConfig, *LEARNING)),
     "export": (export, (ModelConfig, TaskConfig, OutputConfig)),
@@ -290,10 +298,38 @@ def _store_soft_targets(task: Task, settings: Settings, teacher: str, output: An
     return _stage(task, output, compute_soft_targets, teacher, distributed=True, distill=distill)
 
 
-def _soft_targets(task: Task, settings: Settings) -> Path | list[Path] | None:
+def _store_transfer(
+    task: Task, settings: Settings, teacher: str, beside: Path, seed: int, transfer: TransferSet
+) -> Path:
+    """The soft targets of a transfer set, computed unless they are there."""
+    output = OutputConfig(str(beside.with_name(f"{beside.name}_transfer")), seed)
+    storing = {"distill": settings.distill.only(task.soft_target_settings), "transfer": replace(transfer, ratio=None)}
+    return _stage(task, output, compute_soft_targets, teacher, distributed=True, **storing)
+
+
+def _teaching(task: Task, settings: Settings) -> dict[str, Any]:
+    """What a training learns from beside the labels: the stored soft targets, and the transfer set."""
+    transfer, seed = task.transfer_set(settings.transfer), settings.training.seed
+    check_transfer(transfer, settings.distill)
+    found = _soft_targets(task, settings)
+    if transfer is not None and found:
+        teachers = [one.teacher_model for one in settings.teacher.each()]
+        stored = [
+            _store_transfer(task, settings, teacher, directory.absolute(), seed, transfer)
+            for teacher, directory in zip(teachers, found, strict=True)
+        ]
+        transfer = replace(transfer, soft_targets=_one_or_more(stored))
+    return {"soft_targets": _one_or_more(found), "transfer": transfer}
+
+
+def _one_or_more(directories: list[Path]) -> Path | list[Path] | None:
+    return directories if len(directories) > 1 else next(iter(directories), None)
+
+
+def _soft_targets(task: Task, settings: Settings) -> list[Path]:
     """The directories of the stored soft targets that a training needs, of each teacher one: given, or made first."""
     if not settings.distill.needs_stored_targets:
-        return None
+        return []
     teachers, given = settings.teacher.each(), settings.softtarget.soft_target_dir
     directories = given if isinstance(given, list) else [given] * (len(teachers) if given is None else 1)
     if len(directories) != len(teachers):
@@ -301,11 +337,10 @@ def _soft_targets(task: Task, settings: Settings) -> Path | list[Path] | None:
             f"expected as many directories as --soft_target_dir as teachers, {len(teachers)}, found {len(directories)}. Pass one for each "
             "--teacher_model, in the same order, or leave it out."
         )
-    found = [
+    return [
         _soft_targets_of(task, settings, one.teacher_model, directory, "" if number == 1 else f"_{number}")
         for number, (one, directory) in enumerate(zip(teachers, directories, strict=True), start=1)
     ]
-    return found if len(found) > 1 else found[0]
 
 
 def _soft_targets_of(task: Task, settings: Settings, teacher: str, given: str | None, suffix: str) -> Path:

@@ -15,7 +15,7 @@ from pipelines.chain import compress, read_settings
 from pipelines.core.command import run_main
 
 TASK = "text-classification"
-DEMO = Path(__file__).parent / "configs" / "bert_bbc_news.yaml"
+DEMO = Path(__file__).parent / "configs" / "bert_bbc_headlines.yaml"
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import pipelines
+from conftest import make_texts
 from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.errors import InputError
@@ -237,7 +238,7 @@ def test_compress_has_the_flags_of_its_task_and_runs_its_demo(stage, compressed,
     assert stage("compress", "--config", str(file))[0] == 0
     (text, recipe), (image, _), (language, _) = compressed
     assert recipe == "compress"
-    assert (text.task.task, text.training.output_dir) == ("text-classification", "runs/bert_bbc_news")
+    assert (text.task.task, text.training.output_dir) == ("text-classification", "runs/bert_bbc_headlines")
     assert Path(image.teacher.teacher_model).is_dir()
     assert image.augment.random_flip
     assert (language.data.dataset, language.language.vocabulary_size) == ("texts.txt", 500)
@@ -271,6 +272,37 @@ def test_a_wheel_has_what_a_clone_has(tmp_path):
     assert len(shipped) > 9
     assert shipped <= names
     assert {name.split("/")[0] for name in names} <= {"pipelines", wheel.name.split("-py3")[0] + ".dist-info"}
+
+
+def test_the_verbs_that_learn_from_a_teacher_take_a_transfer_set(stage, trained_teacher, csv_file, tmp_path):
+    """Its soft targets are beside the others, computed once, whoever asks for them first."""
+    unlabelled = tmp_path / "unlabelled.csv"
+    unlabelled.write_text("text\n" + "\n".join(text for text, _ in make_texts(30, seed=5)) + "\n")
+    flags = ["--dataset", str(csv_file), "--max_length", "32", "--max_samples_per_class", "6"]
+    flags += ["--teacher_model", str(trained_teacher), "--transfer_dataset", str(unlabelled)]
+    targets, student, pruned = (str(tmp_path / name) for name in ("targets", "student", "pruned"))
+    assert stage("soft-targets", *flags, "--output_dir", targets)[0] == 0
+    stored = record(tmp_path / "targets_transfer")
+    assert stored["details"]["examples"] == stored["details"]["transfer"]["rows_read"] == 30
+    learn = [*flags, *TRAIN, "--soft_target_dir", targets, "--transfer_ratio", "1", "--max_quality_drop", "1"]
+    status, said, errors = stage("distill", *learn, "--student_layers", "2", "--output_dir", student)
+    assert status == 0, errors
+    assert "targets_transfer: finished already" in said
+    made = record(tmp_path / "student")
+    assert made["made_by"]["transfer"]["transfer_ratio"] == 1
+    assert made["details"]["examples_per_epoch"] == 36
+    status, said, errors = stage("prune", "--model", student, *learn, "--prune_epochs", "1", "--output_dir", pruned)
+    assert status == 0, errors
+    assert record(tmp_path / "pruned")["details"]["steps"][0]["recovery"]["transfer"]["examples"] == 30
+    # Another transfer set is another student.
+    unlabelled.write_text(unlabelled.read_text() + "one more of the new\n")
+    status, said, errors = stage("distill", *learn, "--student_layers", "2", "--output_dir", student)
+    assert status == 0, errors
+    assert "targets_transfer: redone, because transfer.examples changed" in said
+    assert "student: redone, because transfer.examples changed" in said
+    status, _, errors = stage("distill", *learn, "--soft_target_weight", "0", "--output_dir", student)
+    assert status == 1
+    assert "--soft_target_weight above 0 with --transfer_dataset" in errors
 
 
 @pytest.mark.parametrize("name", ["export", "quantize", "prune", "benchmark", "report", "verify"])

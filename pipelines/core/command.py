@@ -8,13 +8,21 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from pipelines.core.config import NOT_RECORDED, Settings, did_you_mean, make_settings
+from pipelines.core.config import (
+    NOT_RECORDED,
+    DataConfig,
+    Settings,
+    TransferConfig,
+    did_you_mean,
+    make_settings,
+)
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.processes import exit_with, first_failure, lost_process
 
@@ -30,7 +38,8 @@ def parse_config(
 ) -> Settings:
     """Read the dataclasses `kinds` from the YAML file named by `--config` (else `default_config`), then from the flags.
 
-    The file is read as the flags that it stands for, before those of the command line. Raises InputError for a file that is missing or
+    The file is read as the flags that it stands for, before those of the command line. What `default_config` says of its own data set
+    is left out where a flag names another one. Raises InputError for a file that is missing or
     malformed, an unknown key or a bad value in it; a bad flag exits with status 2 as argparse does. With `only` these few settings are
     looked up ahead of the others, whose flags and keys are left alone.
     """
@@ -43,6 +52,9 @@ def parse_config(
         hint = did_you_mean([f"--{word.strip('_')}" for word in words], [f"--{flag}" for flag in flags])
         parser.error(f"unknown flags: {' '.join(unknown)}.{hint}")
     in_file = [] if named.config is None else _read_file(Path(named.config), flags, only)
+    if named.config is default_config and getattr(named, "dataset", None) is not None:
+        of_data = tuple(f"--{one.name}=" for kind in (DataConfig, TransferConfig) for one in fields(kind))
+        in_file = [word for word in in_file if not word.startswith(of_data)]
     parser.exit_on_error = False
     try:
         values = vars(parser.parse_known_args([*in_file, *argv])[0])

@@ -81,6 +81,11 @@ class DataConfig(Checked):
     )
     text_column: str = flag("text", "The column with the text.")
     text_pair_column: str | None = flag(None, "The column with the second text, for sentence pairs.")
+    text_part: str = flag(
+        "whole",
+        "What of each text is read: all of it, or its first line that is not blank, such as the headline of an article.",
+        choices=["whole", "first_line"],
+    )
     image_column: str = flag("image", "The column with the image.")
     label_column: str = flag("label", "The column with the class, or with the score where the task is one of scores.")
     separator: str | None = flag(
@@ -102,6 +107,11 @@ class DataConfig(Checked):
     max_train_samples: Annotated[int | None, "at least 1"] = flag(None, "Use at most this many training examples.")
     max_eval_samples: Annotated[int | None, "at least 1"] = flag(
         None, "Use at most this many validation and this many test examples."
+    )
+    max_samples_per_class: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "Use at most this many training and this many validation examples of each class, chosen at random by --split_seed. The others "
+        "can be a transfer set.",
     )
     validation_size: Annotated[float, "above 0", "below 0.9"] = flag(
         0.1, "Share of the examples cut off for validation where the data set has no such split."
@@ -127,6 +137,32 @@ class DataConfig(Checked):
                 self.encoding = "utf-8-sig"  # the same, with or without a byte order mark
         except LookupError as error:
             raise InputError(f"expected an encoding of Python as --encoding, such as cp1252, found: {error}") from error
+
+
+@dataclass
+class TransferConfig(Checked):
+    transfer_dataset: str | None = flag(
+        None,
+        "Unlabelled examples that the teacher labels for the student, beside the labelled ones: whatever --dataset takes, also a text file "
+        "or a folder of texts or images without classes. Labels in it are not read.",
+    )
+    transfer_dataset_config: str | None = flag(None, "The configuration of the Hub data set --transfer_dataset.")
+    transfer_column: str | None = flag(
+        None, "Its column with the text or image. Left out: that of --text_column or --image_column."
+    )
+    transfer_sentences: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "Cut each of its texts into sentences, and take at most this many of it: the first ones of 20 characters and more; a headline is "
+        "one. Left out: its texts are read as --text_part says.",
+    )
+    transfer_ratio: Annotated[float | None, "above 0"] = flag(
+        None, "Its examples in an epoch, other ones each time, for each labelled example. Left out: all in every epoch."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = [name for name, value in asdict(self).items() if value is not None and self.transfer_dataset is None]
+        _check(not alone, f"--transfer_dataset with --{' --'.join(alone)}", None)
 
 
 @dataclass
@@ -549,6 +585,7 @@ class Settings(SimpleNamespace):
     teacher: TeacherConfig
     student: StudentConfig
     distill: DistillConfig
+    transfer: TransferConfig
     prune: PruneConfig
     quantize: QuantizeConfig
     bundle: BundleConfig

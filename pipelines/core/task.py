@@ -16,9 +16,11 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from pipelines.core.config import DataConfig, DistillConfig
+    from pipelines.core.config import DataConfig, DistillConfig, TransferConfig
 
 IGNORED = -100  # a label that takes no part in the loss, as everywhere in transformers
+UNLABELLED = -101  # the label of what counts in the loss against the teacher alone: the transfer set
+TRANSFER = "transfer"  # its split
 
 # What becomes of a checkpoint's head: it must be for exactly the task's labels, or a fresh one is made where the checkpoint has
 # none, or also where it has one for other labels.
@@ -44,6 +46,21 @@ class Graph:
     inputs: dict[str, Any]
     dynamic_axes: dict[str, dict[int, str]]
     outputs: list[str]
+
+
+@dataclass
+class TransferSet:
+    """Unlabelled examples that the teacher labels for the student, read when somebody first asks for them."""
+
+    identity: Callable[[], str]  # a hash of the examples
+    load: Callable[[], Any]  # the examples (pipelines.data.examples.Examples) with the one split TRANSFER
+    ratio: float | None = None  # how many of them in an epoch for each labelled example; None: all
+    soft_targets: Path | list[Path] | None = (
+        None  # where the teacher's, or each teacher's, are stored; None: it runs along
+    )
+
+    def describe(self) -> dict[str, Any]:
+        return {"examples": self.identity()} | ({} if self.ratio is None else {"transfer_ratio": self.ratio})
 
 
 @dataclass
@@ -160,8 +177,12 @@ class Task(Protocol):
     def details(self) -> dict[str, Any]:
         """How the splits came about, for the report, ready for JSON."""
 
-    def features(self, processor: Any) -> Mapping[str, Any]:
-        """The splits as a model of this processor reads them; column `labels` holds the references, `length` (texts) the tokens."""
+    def transfer_set(self, transfer: TransferConfig) -> TransferSet | None:
+        """The unlabelled examples that the settings name, None where they name none."""
+
+    def features(self, processor: Any, data: Any = None) -> Mapping[str, Any]:
+        """The splits, or those of other `data`, as a model of this processor reads them; column `labels` holds the references, `length`
+        (texts) the tokens."""
 
     def collate(self, processor: Any) -> Collate:
         """What makes a batch of rows of the features: tensors, `labels` among them."""

@@ -43,14 +43,14 @@ def load_documents(config: DataConfig, language: LanguageConfig) -> TextData:
 
     Raises InputError where the data cannot be read or leaves a split without text.
     """
-    source = _load(config, language)
+    source = load_texts(config, language.document_start)
     roles = choose_splits(source.splits, config, lambda split: config.text_column in split.column_names)
     given: dict[str, Given] = {}
     empty = 0
     for role, name in roles.items():
         if name is None:
             continue
-        documents = list(_documents(source.splits[name], name, config, language.document_start))
+        documents = list(documents_of(source.splits[name], name, config, language.document_start))
         contents = content([(document,) for document in documents])
         texts = [document for document, found in zip(documents, contents, strict=True) if found is not None]
         empty += len(documents) - len(texts)
@@ -61,21 +61,21 @@ def load_documents(config: DataConfig, language: LanguageConfig) -> TextData:
             )
         hashes = np.array([[hash_of(part) for part in found] for found in contents if found is not None], np.uint64)
         # Documents have no classes: all are of one.
-        given[role] = Given(name, _rows("text", texts), hashes, np.zeros(len(texts), np.int64))
+        given[role] = Given(name, rows_of("text", texts), hashes, np.zeros(len(texts), np.int64))
     examples = split_examples(given, config, "texts", source.details)
     text_bytes = {role: sum(len(text.encode()) for text in split["text"]) for role, split in examples.splits.items()}
     details = examples.details | {"bytes": text_bytes, "empty_removed": empty}
     details["documents"] = details.pop("examples")
     del details["conflicting_labels"]
-    return TextData(examples.splits, details, examples.fingerprint, text_bytes=text_bytes)
+    return TextData(examples.splits, details, examples.fingerprint, hashes=examples.hashes, text_bytes=text_bytes)
 
 
-def _rows(column: str, texts: Iterable[str]) -> datasets.Dataset:
+def rows_of(column: str, texts: Iterable[str]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({column: list(texts)}, datasets.Features({column: datasets.Value("string")}))
 
 
-def _load(config: DataConfig, language: LanguageConfig) -> Source:
-    """Files and folders of plain text; everything else as for classification."""
+def load_texts(config: DataConfig, document_start: str | None = None) -> Source:
+    """Texts without labels: files and folders of plain text; everything else as for classification."""
     path = Path(resolve(config.dataset)) if config.dataset is not None else Path()
     is_folder = path.is_absolute() and path.is_dir()
     entries = [entry for entry in visible(path) if entry.is_file()] if is_folder else [path]
@@ -92,8 +92,8 @@ def _load(config: DataConfig, language: LanguageConfig) -> Source:
     splits = {}
     for split, table in read.items():
         whole = is_folder and not named  # one document a file
-        parts = ([row["text"]] if whole else _parts(row, language.document_start) for row in table)
-        splits[split] = _rows(config.text_column, chain.from_iterable(parts))
+        parts = ([row["text"]] if whole else _parts(row, document_start) for row in table)
+        splits[split] = rows_of(config.text_column, chain.from_iterable(parts))
     return Source(splits, details=how_read(read.values()))
 
 
@@ -115,7 +115,7 @@ def _parts(file: dict[str, str], document_start: str | None) -> list[str]:
     return documents
 
 
-def _documents(split: datasets.Dataset, name: str, config: DataConfig, document_start: str | None) -> Iterator[str]:
+def documents_of(split: datasets.Dataset, name: str, config: DataConfig, document_start: str | None) -> Iterator[str]:
     """The documents of a split: its rows, or runs of rows of which the first matches `document_start`."""
     column = prepared(split, name, config, TEXTS, labelled=False)[config.text_column]
     texts = (value or "" for value in column)

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
@@ -36,6 +37,7 @@ class Examples:
     details: dict[str, Any]
     fingerprint: str
     label_names: list[str] = field(default_factory=list)
+    hashes: dict[str, np.ndarray] = field(default_factory=dict)  # by split (rows,) uint64, equal where two examples are
 
 
 @dataclass
@@ -72,10 +74,18 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
     hashes, dropped = {}, {}
     for name, split in used.items():
         columns = list(kind.columns_of(config).values())
-        key = [config.dataset_config, config.label_column, name, columns, config.separator, config.encoding]
-        hashes[name] = remembered(state, key, partial(_hash_rows, _inputs(split, config, kind), name, kind))
+        key = [
+            config.dataset_config,
+            config.label_column,
+            name,
+            columns,
+            config.separator,
+            config.encoding,
+            config.text_part,
+        ]
+        hashes[name] = remembered(state, key, partial(hash_rows, inputs_of(split, config, kind), name, kind))
         usable = hashes[name][:, 0] > 0
-        first = [_inputs(split, config, kind)[int(row)] for row in np.flatnonzero(~usable)[:1]]
+        first = [inputs_of(split, config, kind)[int(row)] for row in np.flatnonzero(~usable)[:1]]
         why = kind.why_unusable(tuple(first[0].values())) if first else ""
         used[name] = _kept(split, usable, kind.usable, name, source, config, why)
         hashes[name] = hashes[name][usable]
@@ -84,7 +94,7 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
     given = {}
     for role, name in named.items():
         has_label = ~missing(labels[name])
-        inputs = _inputs(_kept(used[name], has_label, "a label", name, source, config), config, kind)
+        inputs = inputs_of(_kept(used[name], has_label, "a label", name, source, config), config, kind)
         given[role] = Given(name, inputs, hashes[name][has_label], labels[name][has_label])
         dropped[name] += len(has_label) - len(inputs)
     counted = {"rows_dropped": dropped} if any(dropped.values()) else {}
@@ -101,6 +111,10 @@ def split_examples(
     """The three splits of what a data set has by their roles; `feature` is the type of their column `label`, None for none."""
     names = getattr(feature, "names", [])
     train = given["train"]
+    if config.max_samples_per_class is not None and not names:
+        raise InputError(
+            f"expected classes with --max_samples_per_class, found a task without. Limit its {noun} by --max_train_samples."
+        )
     # Only classes can be spread evenly.
     strata = train.labels if names else np.zeros(len(train.labels), np.int64)
     kept, found = drop_duplicates({role: (split.hashes[:, 1], split.labels) for role, split in given.items()}, noun)
@@ -114,6 +128,9 @@ def split_examples(
         if role != "test" or role not in given:
             kept[role] = np.random.default_rng(config.split_seed).permutation(kept[role])
         kept[role] = kept[role][:limit]
+        if config.max_samples_per_class is not None and role != "test":
+            labels = pandas.Series(origin.labels[kept[role]])
+            kept[role] = kept[role][labels.groupby(labels).cumcount().to_numpy() < config.max_samples_per_class]
 
     classes = {}
     if names:
@@ -123,7 +140,7 @@ def split_examples(
         _check_classes(counts, names, config)
         by_name = {role: dict(zip(names, column.tolist(), strict=True)) for role, column in counts.items()}
         classes = {"classes": by_name}
-    splits, content = {}, hashlib.sha256(json.dumps(names).encode())
+    splits, hashes, content = {}, {}, hashlib.sha256(json.dumps(names).encode())
     for role, origin in origins.items():
         table = origin.inputs
         if feature is not None:
@@ -131,6 +148,7 @@ def split_examples(
         # Only row numbers and labels take memory.
         splits[role] = table.select(kept[role], keep_in_memory=True)
         content.update(f"\n{role} {len(kept[role])}\n".encode())
+        hashes[role] = origin.hashes[kept[role], 1]
         content.update(origin.hashes[kept[role], 0].tobytes() + origin.labels[kept[role]].tobytes())
     details = {
         "dataset": config.dataset,
@@ -143,9 +161,10 @@ def split_examples(
             for role, origin in origins.items()
         },
         **found,
+        **({} if config.text_part == "whole" else {"text_part": config.text_part}),
         "split_seed": config.split_seed,
     }
-    return Examples(datasets.DatasetDict(splits), details, content.hexdigest(), names)
+    return Examples(datasets.DatasetDict(splits), details, content.hexdigest(), names, hashes)
 
 
 def prepared(
@@ -165,7 +184,7 @@ def prepared(
                 f"{'; if these are several columns, say what parts them with --separator' * (len(split.column_names) == 1)})"
             )
     for flag, column in kind.columns_of(config).items():
-        ready = kind.prepare(split, column)
+        ready = kind.prepare(split, column, config)
         if ready is None:
             raise InputError(
                 f"expected {kind.noun} in the column {column!r} of the split {name!r}, found values of type "
@@ -181,7 +200,7 @@ def prepared(
     return split
 
 
-def _inputs(split: datasets.Dataset, config: DataConfig, kind: Kind) -> datasets.Dataset:
+def inputs_of(split: datasets.Dataset, config: DataConfig, kind: Kind) -> datasets.Dataset:
     """The input columns under our own names."""
     columns = {column: kind.columns[flag] for flag, column in kind.columns_of(config).items()}
     inputs = split.select_columns(list(columns))
@@ -190,7 +209,7 @@ def _inputs(split: datasets.Dataset, config: DataConfig, kind: Kind) -> datasets
     return inputs.rename_columns({f"{column} {name}": name for column, name in columns.items()})
 
 
-def _hash_rows(inputs: datasets.Dataset, name: str, kind: Kind) -> np.ndarray:
+def hash_rows(inputs: datasets.Dataset, name: str, kind: Kind) -> np.ndarray:
     """Read a split once and hash every row; zeros for those that cannot be used."""
     hashes = np.zeros((len(inputs), 2), np.uint64)
     start = 0

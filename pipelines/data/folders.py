@@ -157,18 +157,15 @@ def _labelled_files(path: Path, folders: list[Path], kind: Kind) -> list[tuple[P
 
 
 def _read_listed(path: Path, names: datasets.Dataset, config: DataConfig, kind: Kind) -> datasets.Dataset:
-    """The files that a metadata table lists, with the labels that it gives them."""
-    if config.label_column not in names.column_names:
-        raise InputError(
-            f"expected a column {config.label_column!r} in the metadata table of {path}, found the columns "
-            f"{', '.join(map(repr, names.column_names))}; name the one with the class with --label_column"
-        )
+    """The files that a metadata table lists, with the labels that it gives them, if any."""
     listed = [path / str(name).replace("\\", "/") for name in names[FILE_NAME]]
     if absent := [file.name for file in listed if not file.is_file()]:
         raise InputError(
             f"expected the {len(listed)} files of the metadata table in {path}, found {len(absent)} of them missing, such as {absent[0]}; "
             f"correct the column {FILE_NAME!r}, or add the files"
         )
+    if config.label_column not in names.column_names:
+        return kind.read_files(path, [(file, None) for file in listed], config).remove_columns("label")
     read = kind.read_files(path, list(zip(listed, names[config.label_column], strict=True)), config)
     return read if config.label_column == "label" else read.rename_column("label", config.label_column)
 

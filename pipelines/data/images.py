@@ -112,7 +112,7 @@ def _why_unusable(row: tuple[Any, ...]) -> str:
     return ""
 
 
-def _encoded(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
+def _encoded(split: datasets.Dataset, column: str, config: DataConfig) -> datasets.Dataset | None:
     """The split with the column as encoded images, which are decoded when they are needed; None where it holds something else."""
     feature = split.features[column]
     is_cell = isinstance(feature, dict) and {"bytes", "path"} == feature.keys()

@@ -34,7 +34,8 @@ class Kind:
     read_file: Callable[[Path, DataConfig], datasets.Dataset]
     # Of class folders: the folder, and each file with its class; columns `file` and `label` beside the inputs.
     read_files: Callable[[Path, list[tuple[Path, str | None]], DataConfig], datasets.Dataset]
-    prepare: Callable[[datasets.Dataset, str], datasets.Dataset | None]  # None where a column has no such values
+    # The split with a column ready to read; None where that has no such values.
+    prepare: Callable[[datasets.Dataset, str, DataConfig], datasets.Dataset | None]
     # Of each row what tells it from all others, and what it shares with its duplicates; None for an unusable one.
     content: Callable[[list[tuple[Any, ...]]], list[tuple[bytes, bytes] | None]]
     why_unusable: Callable[[tuple[Any, ...]], str] = lambda row: ""  # what more a message says of an unusable row

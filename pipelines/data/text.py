@@ -6,8 +6,10 @@ import copy
 import io
 import json
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from pipelines.data.tables import TABLE_SUFFIXES, encoding_of, read_table
 
 logger = logging.getLogger(__name__)
 
-# Part of the key of cached tokens: raise it when tokenize() changes what it writes.
-_TOKENS_VERSION = 2
+# Part of the key of cached tokens, lines and sentences: raise it when what is written changes.
+_KEPT_VERSION = 2
 
 
 def read_text(path: Path, encoding: str | None = None) -> tuple[str, str]:
@@ -67,11 +69,76 @@ def read_text_files(folder: Path, files: list[tuple[Path, str | None]], config: 
     return datasets.Dataset.from_dict(rows, datasets.Features(dict.fromkeys(rows, datasets.Value("string"))))
 
 
-def _prepare(split: datasets.Dataset, column: str) -> datasets.Dataset | None:
+def _prepare(split: datasets.Dataset, column: str, config: DataConfig) -> datasets.Dataset | None:
     found = dtype(split, column)
     if found.startswith(("int", "uint", "float", "bool", "null")):
-        return split.cast_column(column, datasets.Value("string"))
-    return split if found in ("string", "large_string") else None
+        split = split.cast_column(column, datasets.Value("string"))
+    elif found not in ("string", "large_string"):
+        return None
+    return first_lines(split, column) if config.text_part == "first_line" else split
+
+
+# ---- Parts of texts
+
+# An end of a sentence: its mark, perhaps a quotation mark or bracket, and white space that no small letter follows. "Mr. Smith" is cut, too,
+# which does no harm where a teacher labels what it is given.
+SENTENCE_END = re.compile(r"(?<=[.!?…])\s+(?![a-z])|(?<=[.!?…][\"'”’»)\]])\s+(?![a-z])|(?<=[。！？])")
+SENTENCE_CHARACTERS = 20  # of the shortest sentence that is an example
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that are not blank."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text; none reaches over the end of a line."""
+    return [part.strip() for line in lines_of(text) for part in SENTENCE_END.split(line) if part.strip()]
+
+
+def first_lines(split: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The split with the first line of each text that is not blank in place of the text."""
+
+    def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {column: [(lines_of(text or "") or [text])[0] for text in batch[column]]}
+
+    return map_kept(split, cut, "lines", [split._fingerprint, column], features=split.features)
+
+
+def first_sentences(rows: datasets.Dataset, most: int) -> datasets.Dataset:
+    """The first sentences of each text in the column `text`, at most so many of it, very short ones left out."""
+
+    def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        long = (filter(_is_long, sentences_of(text or "")) for text in batch["text"])
+        return {"text": [sentence for sentences in long for sentence in islice(sentences, most)]}
+
+    return map_kept(rows, cut, "sentences", [rows._fingerprint, most], features=rows.features)
+
+
+def _is_long(sentence: str) -> bool:
+    return len(sentence) >= SENTENCE_CHARACTERS
+
+
+def map_kept(
+    split: datasets.Dataset,
+    function: Callable[[dict[str, list[Any]]], Any],
+    name: str,
+    key: list[Any],
+    **arguments: Any,
+) -> datasets.Dataset:
+    """The split through a function of batches, kept in the cache of `datasets`; `key` is all that the result depends on.
+
+    Beside the source's own cache files would be inside the user's folder where the data is one.
+    """
+    fingerprint = digest([_KEPT_VERSION, *key])[:32]
+    return split.map(
+        function,
+        batched=True,
+        cache_file_name=str(folder() / f"{name}-{fingerprint}.arrow"),
+        new_fingerprint=f"{name}-{fingerprint}",
+        desc=name.capitalize(),
+        **arguments,
+    )
 
 
 def content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
@@ -112,20 +179,12 @@ def tokenize(data: Examples, tokenizer: Any, max_length: int) -> datasets.Datase
         )
         return {**tokens, "labels": batch["label"]}
 
-    fingerprint = digest([_TOKENS_VERSION, data.fingerprint, tokenizer_content(tokenizer), max_length])[:32]
+    key = [data.fingerprint, tokenizer_content(tokenizer), max_length]
     # The call leaves its truncation in the tokenizer, so that one saved later would tell whether the tokens came from the cache.
     tokenizer = copy.deepcopy(tokenizer)
     return datasets.DatasetDict(
         {
-            name: split.map(
-                encode,
-                batched=True,
-                remove_columns=split.column_names,
-                # Beside the source's own cache files would be inside the user's folder where the data is one.
-                cache_file_name=str(folder() / f"tokens-{fingerprint}-{name}.arrow"),
-                new_fingerprint=f"{fingerprint}-{name}",
-                desc=f"Tokenizing {name}",
-            )
+            name: map_kept(split, encode, "tokens", [*key, name], remove_columns=split.column_names)
             for name, split in data.splits.items()
         }
     )

@@ -9,8 +9,10 @@ import datasets
 import numpy as np
 
 from pipelines.core.disk import digest
-from pipelines.core.task import IGNORED
+from pipelines.core.errors import InputError
+from pipelines.core.task import IGNORED, TRANSFER, UNLABELLED
 from pipelines.data.examples import Examples
+from pipelines.data.text import map_kept
 
 END_TOKEN = "<|endoftext|>"  # GPT-2's own name for what parts documents
 
@@ -69,10 +71,34 @@ def tokenize_windows(data: Examples, tokenizer: Any, size: int, stride: int) -> 
     """Windows of every split: for training they overlap by one token, so each is learnt once; for scoring they begin `stride` apart."""
     splits = {}
     for role, split in data.splits.items():
+        if role == TRANSFER:
+            splits[role] = unlabelled_windows(split, tokenizer, size, data.fingerprint)
+            continue
         windows = cut_windows(token_stream(split["text"], tokenizer), size, size - 1 if role == "train" else stride)
         length = [windows["input_ids"].shape[1]] * len(windows["input_ids"])
         splits[role] = datasets.Dataset.from_dict({**windows, "length": length})
     return datasets.DatasetDict(splits)
+
+
+def unlabelled_windows(split: datasets.Dataset, tokenizer: Any, size: int, fingerprint: str) -> datasets.Dataset:
+    """Whole windows of a transfer set, each of a thousand documents at a time: they stay on disk, since they may be larger than memory."""
+
+    def cut(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        windows = cut_windows(token_stream(batch["text"], tokenizer), size, size - 1)
+        ids, labels = windows["input_ids"], windows["labels"]
+        whole = len(ids) if ids.shape[1] == size else 0
+        labels = np.where(labels == IGNORED, IGNORED, UNLABELLED)
+        return {"input_ids": ids[:whole], "labels": labels[:whole], "length": np.full(whole, size)}
+
+    numbers = datasets.List(datasets.Value("int32"))
+    features = datasets.Features(input_ids=numbers, labels=numbers, length=datasets.Value("int32"))
+    key = [fingerprint, vocabulary_fingerprint(tokenizer), size]
+    windows = map_kept(split, cut, "windows", key, features=features, remove_columns=split.column_names)
+    if len(windows) == 0:
+        raise InputError(
+            f"expected text of at least --max_length ({size}) tokens in --transfer_dataset, found less. Give more text."
+        )
+    return windows
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:

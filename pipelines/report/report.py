@@ -97,6 +97,7 @@ def build_report(
     source = (
         source[0] if isinstance(source, list) else source
     )  # of several teachers the one that the student is made of
+    transfer = {key: value for stage in stages for key, value in stage.record["details"].items() if key == "transfer"}
     dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
     report = {
         "recipe": recipe,
@@ -114,7 +115,7 @@ def build_report(
         **comparison.report,
         "teacher": _describe_source(source) | {"license": teacher.record["details"].get("license")},
         "dataset": _describe_source(dataset) | {"config": configuration},
-        "data": _without_folders(task.details),
+        "data": _without_folders(task.details | transfer),
         "config": _without_folders(config),
     }
     add_timings(report, {stage.name: stage.timing for stage in stages})

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import asdict
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
-from pipelines.core.config import DataConfig, DistillConfig
+from pipelines.core.config import DataConfig, DistillConfig, TransferConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.sources import resolve
-from pipelines.core.task import Arrays, Collate, Head, Predict, StageResult, Task, Workload
+from pipelines.core.task import Arrays, Collate, Head, Predict, StageResult, Task, TransferSet, Workload
 from pipelines.data.examples import Examples
-from pipelines.data.remembered import remembered_fingerprint
+from pipelines.data.kinds import Kind
+from pipelines.data.remembered import remembered, remembered_fingerprint, state_of
 from pipelines.data.sources import check_model, check_onnx_directory
+from pipelines.data.text import TEXTS
+from pipelines.data.transfer import load_transfer
 from pipelines.models.loading import has_tokenizer, load, load_classifier
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
@@ -89,6 +93,8 @@ class BaseTask(Task):
 
     settings: tuple[type, ...] = (DataConfig,)  # the dataclasses that it is made of
     auto_class: Any  # of transformers, for a model with its head
+    examples_of: Kind = TEXTS
+    document_start: str | None = None  # what begins a document where rows are less than one
     architectures: tuple[str, ...]  # how the names of its models' classes end
     demo: str  # the YAML file of its offline demo
     greater_is_better = True
@@ -125,6 +131,19 @@ class BaseTask(Task):
         fingerprint = remembered_fingerprint(self.config, self.read_as, lambda: self.data.fingerprint)
         permissions = {"trust_remote_code": True} if self.trust_remote_code else {}
         return {"name": self.name, "data": fingerprint, **permissions}
+
+    def transfer_set(self, transfer: TransferConfig) -> TransferSet | None:
+        """The unlabelled examples that the settings name, None where they name none."""
+        if transfer.transfer_dataset is None:
+            return None
+        load = cache(lambda: load_transfer(transfer, self.config, self.examples_of, self.data, self.document_start))
+        settings = {name: value for name, value in asdict(transfer).items() if name != "transfer_ratio"}
+
+        def identity() -> str:
+            key = ["transfer", settings, asdict(self.config), self.read_as, BaseTask.describe(self)]
+            return str(remembered(state_of(transfer.transfer_dataset), key, lambda: np.array(load().fingerprint)))
+
+        return TransferSet(identity, load, transfer.transfer_ratio)
 
     @property
     def splits(self) -> Mapping[str, Any]:

@@ -82,6 +82,7 @@ class ImageClassification(Classification):
     presentation: Presentation = ImagePresentation()
     settings = (DataConfig, AugmentConfig, LabelConfig)
     auto_class = AutoModelForImageClassification
+    examples_of = IMAGES
     architectures = ("ForImageClassification",)
     demo = "vit_digits"
     example = "image.png"
@@ -137,9 +138,9 @@ class ImageClassification(Classification):
             trust_remote_code=self.trust_remote_code,
         )
 
-    def features(self, processor: Any) -> Any:
+    def features(self, processor: Any, data: Examples | None = None) -> Any:
         """The splits with encoded images, whatever the processor: the collator decodes them, since pixels fill any disk."""
-        return self.data.splits.rename_column("label", "labels")
+        return (data or self.data).splits.rename_column("label", "labels")
 
     def soft_target_features(self, processor: Any, distill: DistillConfig) -> Any:
         """The training images that soft targets are stored of: as they are, or so many augmented views of each."""

@@ -57,7 +57,7 @@ class TextClassification(TextTask, Classification):
     name = "text-classification"
     presentation: Presentation = TextClassifierPresentation()
     settings = (DataConfig, LabelConfig)
-    demo = "bert_bbc_news"
+    demo = "bert_bbc_headlines"
 
     def __init__(self, config: DataConfig, label: LabelConfig | None = None) -> None:
         super().__init__(config)

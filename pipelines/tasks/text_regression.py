@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Comparison, Head, Presentation, StageResult, Tensors
+from pipelines.core.task import IGNORED, UNLABELLED, Comparison, Head, Presentation, StageResult, Tensors
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_scores
 from pipelines.data.text import TEXTS
@@ -124,10 +124,10 @@ class TextRegression(ClassifierLoss, TextTask):
         examples, column = load_examples(self.config, TEXTS, read_scores), self.config.label_column
         for name, split in examples.splits.items():
             scores = np.asarray(split["label"][:])
-            if (scores == IGNORED).any():
+            if np.isin(scores, (IGNORED, UNLABELLED)).any():
                 raise InputError(
-                    f"expected scores other than {IGNORED} in the column {column!r}, found some: transformers' losses leave "
-                    "that number out. Shift or rescale the scores."
+                    f"expected scores other than {IGNORED} and {UNLABELLED} in the column {column!r}, found some: the losses leave these "
+                    "numbers out. Shift or rescale the scores."
                 )
             if name != "test" and np.ptp(scores) == 0:
                 raise InputError(

@@ -15,6 +15,7 @@ from pipelines.core.config import DataConfig
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.core.task import Collate, Graph, Head
+from pipelines.data.examples import Examples
 from pipelines.data.text import collate, tokenize, tokenizer_content
 from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
@@ -130,11 +131,12 @@ class TextTask(BaseTask):
                     "soft-targets, or --soft_targets stored in a recipe) and leave out hidden states (--hidden_state_weight 0)."
                 )
 
-    def features(self, processor: Any) -> Any:
+    def features(self, processor: Any, data: Examples | None = None) -> Any:
         """The tokenized splits; the same tokenizer tokenizes once in a process."""
-        key = digest(tokenizer_content(processor))
+        data = data or self.data
+        key = digest([data.fingerprint, *tokenizer_content(processor)])
         if key not in self._features:
-            self._features[key] = tokenize(self.data, processor, self.config.max_length)
+            self._features[key] = tokenize(data, processor, self.config.max_length)
         return self._features[key]
 
     def collate(self, processor: Any) -> Collate:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -19,14 +20,15 @@ from torch import Tensor, nn
 from pipelines.core.config import DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome
-from pipelines.core.task import Task
+from pipelines.core.task import Task, TransferSet
 from pipelines.models.families import layer_count, queries_keys_values, removable
 from pipelines.models.students import build_student, planned_config
 from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish, source_metrics
 from pipelines.training.losses import attention_loss, hidden_state_loss, relation_loss, teachers_loss
-from pipelines.training.soft_targets import check_teacher, with_soft_targets
+from pipelines.training.soft_targets import check_teacher, with_soft_targets, with_transfer
 from pipelines.training.trainer import OneViewAnEpoch, Trainer, train
+from pipelines.training.transfer import own_labels
 
 PROJECTIONS = "hidden_state_projections"
 TEACHER_LAYERS = "teacher_layers"  # in a student's config: the teacher's layers that its own are copies of
@@ -107,7 +109,8 @@ class DistillationTrainer(Trainer):
         with self._vectors(self.accelerator.unwrap_model(model), 0) as vectors:
             found = model(**inputs, **asked)
         outputs = self.task.outputs(found)
-        loss, count = self.task.label_loss(outputs, labels, self.args.label_smoothing_factor)
+        loss, count = self.task.label_loss(outputs, own_labels(labels), self.args.label_smoothing_factor)
+        loss = loss * self.rows_per_label  # all will be divided by the number of rows
         teacher: dict[str, Any] = named
         if self.teacher is not None:
             # A teacher with a processor of its own: the collator adds what that makes of the same examples.
@@ -327,11 +330,13 @@ def train_student(
     soft_targets: Path | list[Path] | None,
     directory: Path,
     search: Callable[[Any], dict[str, Any]] | None = None,
+    transfer: TransferSet | None = None,
 ) -> dict[str, Any]:
     """Train `student` in place on the training split, from labels and from the teacher in `teacher_source`; return the details.
 
     `soft_targets` is the directory of the stored ones, of several teachers one each; without it, or for hidden states, attention and
-    relations, the teacher runs along (online distillation). A `search` is given the trainer instead, see train().
+    relations, the teacher runs along (online distillation). Examples of a `transfer` set have no labels; a student that learns from
+    labels alone takes as many steps without them. A `search` is given the trainer instead, see train().
     """
     weight = distill.soft_target_weight
     online = distill.needs_teacher or (weight > 0 and soft_targets is None)
@@ -351,6 +356,14 @@ def train_student(
     if views := distill.only(task.soft_target_settings).augmented_views:
         features = OneViewAnEpoch(features, views)
     pairs = pairs_of(distill, student.config, teacher.config) if distill.needs_teacher else []
+    of_transfer: dict[str, Any] = {}
+    if transfer is not None:
+        mixed = with_transfer(features, transfer, task, processor)
+        of_transfer["examples_per_epoch"] = mixed.in_epoch
+        if online or weight > 0:
+            features, of_transfer["transfer"] = mixed, transfer.load().details
+        else:
+            features = features.select(np.resize(np.arange(len(features)), mixed.in_epoch))
     details = train(
         student,
         task,
@@ -366,6 +379,7 @@ def train_student(
         hidden_state_map=pairs,
     )
     remove_projections(student)
+    details |= of_transfer
     details["soft_targets"] = "none" if weight == 0 else "online" if online else "stored"
     if pairs:
         details["hidden_state_map"] = [list(pair) for pair in pairs]
@@ -381,6 +395,7 @@ def distill_student(
     training: transformers.TrainingArguments,
     soft_targets: Path | list[Path] | None = None,
     search: Callable[[Any], dict[str, Any]] | None = None,
+    transfer: TransferSet | None = None,
 ) -> Outcome:
     """Build a student of the teacher in `source` and train it on the labels and the logits of the teacher, or of several; or `search` for
     its settings."""
@@ -392,7 +407,9 @@ def distill_student(
         setattr(model.config, TEACHER_LAYERS, layers)
         details["layers"] = layers
     checkpoints = directory / CHECKPOINTS
-    details |= train_student(model, processor, task, source, distill, training, soft_targets, checkpoints, search)
+    details |= train_student(
+        model, processor, task, source, distill, training, soft_targets, checkpoints, search, transfer
+    )
     if search is not None:
         return Outcome("settings", details=details)
     return finish(model, task, processor, directory, details, batch_size)

@@ -60,7 +60,7 @@ def soft_target_loss(
 ) -> Tensor:
     """T² times the summed divergence of the teacher's and the student's distribution at temperature T (Hinton et al., 2015).
 
-    Logits are (…, labels), `valid` (…) is true where a position counts, and `target` (…), the class of the label, may be IGNORED where
+    Logits are (…, labels), `valid` (…) is true where a position counts, and `target` (…), the class of the label, is below 0 where
     there is none: that is the teacher's likeliest class then. The gradient of soft targets shrinks as 1/T², so the factor keeps it
     comparable to that of the labels. Computed in float32.
     """
@@ -72,7 +72,7 @@ def soft_target_loss(
     # Positions that do not count are left out, not multiplied by 0: of padding even the logits may be infinite.
     teacher, student = teacher_logits[valid].float() / temperature, student_logits[valid].float() / temperature
     if target is not None:
-        target = torch.where(target[valid] == IGNORED, teacher.argmax(dim=-1), target[valid])
+        target = torch.where(target[valid] < 0, teacher.argmax(dim=-1), target[valid])
     if kind != "squared_error":
         teacher, student = F.log_softmax(teacher, dim=-1), F.log_softmax(student, dim=-1)
     return temperature**2 * DIVERGENCES[kind](teacher, student, beta, target).sum()
@@ -250,7 +250,7 @@ def teachers_loss(
     targets = list(each.values())
     if len(targets) > 1 and distill.combine_teachers == "mean":
         targets = [{name: torch.stack([one[name] for one in targets]).mean(dim=0) for name in targets[0]}]
-    return sum(task.soft_loss(outputs, one, labels, distill) for one in targets) / len(targets)
+    return torch.stack([task.soft_loss(outputs, one, labels, distill) for one in targets]).mean()
 
 
 def losses_of(model: Any) -> ClassifierLoss:

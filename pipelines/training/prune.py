@@ -20,7 +20,7 @@ from pipelines.core.disk import write_json
 from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
 from pipelines.core.records import Outcome, with_checksum
-from pipelines.core.task import Task
+from pipelines.core.task import Task, TransferSet
 from pipelines.models.families import groups_of, layers_of, removable, unit_count, unit_width
 from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training.arguments import arguments_for
@@ -171,6 +171,7 @@ def prune_and_recover(
     distill: DistillConfig,
     training: transformers.TrainingArguments,
     soft_targets: Path | list[Path] | None = None,
+    transfer: TransferSet | None = None,
 ) -> Outcome:
     """Remove the least important heads and neurons of the student in `source`, in steps, recovering by distillation after each.
 
@@ -208,7 +209,15 @@ def prune_and_recover(
             checkpoints = directory / CHECKPOINTS / f"step-{step + 1}"
             try:
                 recovery = train_student(
-                    model, processor, task, str(teacher), distill, arguments, soft_targets, checkpoints
+                    model,
+                    processor,
+                    task,
+                    str(teacher),
+                    distill,
+                    arguments,
+                    soft_targets,
+                    checkpoints,
+                    transfer=transfer,
                 )
             except InputError as error:
                 raise InputError(f"{error} What the cut of step {step + 1} left is kept in {cuts[step]}.") from error

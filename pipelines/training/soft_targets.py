@@ -22,9 +22,10 @@ from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
 from pipelines.core.records import Outcome
-from pipelines.core.task import Arrays, Task, Tensors
+from pipelines.core.task import TRANSFER, Arrays, Task, Tensors, TransferSet
 from pipelines.models.predict import map_batches, predict_torch
 from pipelines.training.fine_tune import refuse_weak_teacher, validation_metrics
+from pipelines.training.transfer import WithTransfer
 
 SHARD = "shard-{:05}.safetensors"
 SHARD_BYTES = 2**26
@@ -40,16 +41,22 @@ def compute_soft_targets(
     directory: Path,
     task: Task,
     distill: DistillConfig,
+    transfer: TransferSet | None = None,
     batch_size: int = 8,
     shard_examples: int | None = None,
 ) -> Outcome:
-    """Write what `task.soft_targets` keeps of the teacher's outputs for every training example, in the order of the training split.
+    """Write what `task.soft_targets` keeps of the teacher's outputs for every training example, in the order of the training split; or
+    for every example of the `transfer` set.
 
     Every process computes its share of the shards. Raises InputError for a teacher that does no better than guessing, before that.
     """
     processor = task.load_processor(source)
     teacher = task.load_model(source).eval().to(PartialState().device)
-    features, collate = task.soft_target_features(processor, distill), task.collate(processor)
+    collate = task.collate(processor)
+    if transfer is None:
+        features = task.soft_target_features(processor, distill)
+    else:
+        features = transfer_features(transfer, task, processor)
     metrics = check_teacher(teacher, task, processor, batch_size)
 
     def of_batch(batch: dict[str, Any]) -> Tensors:
@@ -67,7 +74,12 @@ def compute_soft_targets(
         return Outcome("soft targets")
     shards = len(WithSoftTargets(features, directory).shards)
     details = {"examples": len(features), "bytes_per_example": example, "shards": shards}
+    details |= {} if transfer is None else {"transfer": transfer.load().details}
     return Outcome("soft targets", {"validation": metrics}, details=details)
+
+
+def transfer_features(transfer: TransferSet, task: Task, processor: Any) -> Any:
+    return task.features(processor, transfer.load())[TRANSFER]
 
 
 def check_teacher(teacher: Any, task: Task, processor: Any, batch_size: int) -> dict[str, Any]:
@@ -111,7 +123,7 @@ def write_shards(features: Any, directory: Path, shard_examples: int, compute: C
 
 
 def check_finite(arrays: Arrays, first: int) -> None:
-    """Raise InputError for soft targets with a number that is not finite, naming rows of the training split from `first` on."""
+    """Raise InputError for soft targets with a number that is not finite, naming rows of the training split or the transfer set from `first` on."""
     for name, values in arrays.items():
         # The log of no probability at all is minus infinity.
         bad = np.isnan(values) | (values == np.inf) if "log_" in name else ~np.isfinite(values)
@@ -119,7 +131,7 @@ def check_finite(arrays: Arrays, first: int) -> None:
             rows = (first + np.flatnonzero(bad.reshape(len(values), -1).any(axis=1))).tolist()
             raise InputError(
                 f"expected finite soft targets, found NaN or infinity in {name} for {len(rows)} training examples, row {rows[0]} of the "
-                "training split first. Use another teacher, or one trained with a smaller --teacher_learning_rate."
+                "training split or transfer set first. Use another teacher, or one trained with a smaller --teacher_learning_rate."
             )
 
 
@@ -195,7 +207,15 @@ class WithSoftTargets(torch.utils.data.Dataset):
 
 
 def with_soft_targets(features: Any, directories: Path | list[Path]) -> Any:
-    """Training examples with the stored soft targets of one teacher, or of several: the columns of the second one end in _2."""
+    """Examples with the stored soft targets of one teacher, or of several: the columns of the second one end in _2."""
     for number, directory in enumerate([directories] if isinstance(directories, Path) else directories, start=1):
         features = WithSoftTargets(features, directory, suffix="" if number == 1 else f"_{number}")
     return features
+
+
+def with_transfer(features: Any, transfer: TransferSet, task: Task, processor: Any) -> WithTransfer:
+    """Training examples, and after them those of a transfer set, with the soft targets that are stored of these."""
+    unlabelled = transfer_features(transfer, task, processor)
+    if transfer.soft_targets is not None:
+        unlabelled = with_soft_targets(unlabelled, transfer.soft_targets)
+    return WithTransfer(features, unlabelled, transfer.ratio)

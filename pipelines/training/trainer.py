@@ -24,6 +24,7 @@ from pipelines.training.arguments import best_metric
 from pipelines.training.checkpoints import BestCheckpoint, EarlyStopping, last_whole_checkpoint, write_checksums
 from pipelines.training.cpu import cpu_speedups
 from pipelines.training.losses import ClassifierLoss, NextTokenLoss, losses_of
+from pipelines.training.transfer import RowsOf, WithTransfer, own_labels
 
 WEIGHTS = "model.safetensors"
 # The scale of fp16 is halved at every overflow, so that it is found after 16 steps at most; none of these updates the weights.
@@ -35,23 +36,28 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
     transformers groups within one device's batch and draws from the global generator, so two processes see other batches than one,
     and dropout on one of them shifts its order against the other's. Here the group is the global batch and an epoch has its own seed.
-    `fillers` more indices follow at the end (see Filled).
+    `fillers` more indices follow at the end (see Filled). `rows_of` tells which rows an epoch has (see WithTransfer).
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int, fillers: int = 0) -> None:
+    def __init__(
+        self, batch_size: int, lengths: list[int], seed: int, fillers: int = 0, rows_of: RowsOf | None = None
+    ) -> None:
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed, self.fillers = seed, fillers
+        self.seed, self.fillers, self.rows_of, self.all_lengths = seed, fillers, rows_of, lengths
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(self.seed + epoch)
+        self.rows = range(len(self.all_lengths)) if self.rows_of is None else self.rows_of(self.seed, epoch)
+        self.lengths = [self.all_lengths[row] for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.lengths) + self.fillers
 
     def __iter__(self) -> Iterator[int]:
-        yield from super().__iter__()
-        yield from range(len(self.lengths), len(self))
+        for place in super().__iter__():
+            yield int(self.rows[place])
+        yield from range(len(self.all_lengths), len(self.all_lengths) + self.fillers)
 
 
 class Filled(torch.utils.data.Dataset):
@@ -99,6 +105,7 @@ class Trainer(transformers.Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    rows_per_label = 1.0  # of the global batch: how many rows (or tokens) of it count for each that has a label
     all_tokens = False  # whether the last hidden states of all tokens are needed
     teacher: Any = None
 
@@ -161,6 +168,15 @@ class Trainer(transformers.Trainer):
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss / num_items_in_batch * processes
         return (loss, {"predictions": self.task.predictions(outputs, labels)}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The number of rows, or tokens, that count; of a transfer set, too, for which those that have a label are counted besides."""
+        count: Any = super()._get_num_items_in_batch(batch_samples, device)
+        if isinstance(self.train_dataset, WithTransfer) and batch_samples:
+            own = [{"labels": own_labels(batch["labels"])} for batch in batch_samples]
+            labels: Any = super()._get_num_items_in_batch(own, device)
+            self.rows_per_label = float(count / labels.clamp(min=1))
+        return count
 
     # ---- Numbers that stop a training, on all processes alike: gradients and weights are the same, or summed over them
 
@@ -233,13 +249,23 @@ class Trainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if not self._groups_lengths():
-            return super()._get_train_sampler(train_dataset)
         examples = dataset.examples if isinstance(dataset, Filled) else dataset
+        draws = isinstance(examples, WithTransfer)
+        if not self._groups_lengths() and not draws:
+            return super()._get_train_sampler(train_dataset)
         global_batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        lengths = list(examples["length"]) if _has_lengths(examples) else [1] * len(examples)
-        return EpochLengthGroupedSampler(global_batch, lengths, seed, fillers=len(dataset) - len(examples))
+        has_lengths = self._groups_lengths() and _has_lengths(examples)
+        lengths = list(examples["length"]) if has_lengths else [1] * len(examples)
+        in_epoch = examples.in_epoch if draws else len(examples)
+        fillers = -in_epoch % (self._train_batch_size * self.args.world_size) if isinstance(dataset, Filled) else 0
+        return EpochLengthGroupedSampler(
+            global_batch, lengths, seed, fillers, examples.rows_of_epoch if draws else None
+        )
+
+    def num_examples(self, dataloader: Any) -> int:
+        examples = getattr(dataloader.dataset, "examples", dataloader.dataset)
+        return examples.in_epoch if isinstance(examples, WithTransfer) else super().num_examples(dataloader)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         if self._groups_lengths() and not _has_lengths(eval_dataset):

@@ -17,6 +17,7 @@ from pipelines.core.config import (
     ReportConfig,
     StudentConfig,
     TeacherConfig,
+    TransferConfig,
 )
 from pipelines.core.errors import InputError
 
@@ -201,7 +202,7 @@ def test_a_token_is_not_recorded(tmp_path):
 
 
 CONFIGS = {
-    "text-classification": ["bert_bbc_news", "bert_mnli", "bert_sst2"],
+    "text-classification": ["bert_bbc_headlines", "bert_bbc_news", "bert_few_labels", "bert_mnli", "bert_sst2"],
     "text-regression": ["bert_stsb"],
     "image-classification": ["vit_beans", "vit_cifar10", "vit_digits", "vit_imagefolder"],
     "text-generation": ["gpt2_bbc_news", "gpt2_wikitext"],
@@ -228,6 +229,29 @@ def test_every_config_of_a_recipe_parses(task, tmp_path, monkeypatch):
         assert settings.data.dataset == written["dataset"], file
         # A neighbour of the file is found from wherever the recipe is run.
         assert Path(settings.teacher.teacher_model).is_dir() == written["teacher_model"].startswith("./"), file
+
+
+def test_a_default_configs_data_settings_are_of_its_own_data_set(monkeypatch):
+    from pipelines.chain import demo_config, read_settings
+
+    demo = demo_config("text-classification")
+    monkeypatch.setattr("sys.argv", ["recipe", "--output_dir", "elsewhere"])
+    settings = read_settings("text-classification", demo)
+    assert (settings.data.text_part, settings.data.max_length) == ("first_line", 32)
+    assert settings.transfer.transfer_sentences == 3
+    monkeypatch.setattr("sys.argv", ["recipe", "--dataset", "mine.csv"])
+    other = read_settings("text-classification", demo)
+    assert other.data == DataConfig(dataset="mine.csv")
+    assert other.transfer == TransferConfig()
+    assert (other.teacher, other.distill) == (settings.teacher, settings.distill)
+    monkeypatch.setattr("sys.argv", ["recipe", "--dataset", "mine.csv", "--config", str(demo)])
+    assert read_settings("text-classification").data.text_part == "first_line"
+
+
+@pytest.mark.parametrize("flag", ["transfer_ratio", "transfer_sentences", "transfer_column"])
+def test_settings_of_a_transfer_set_need_one(flag):
+    with pytest.raises(InputError, match=f"expected --transfer_dataset with --{flag}"):
+        TransferConfig(**{flag: 3})
 
 
 def test_every_accelerate_config_is_one_that_accelerate_reads():

@@ -488,7 +488,7 @@ def test_a_metadata_table_labels_the_images_beside_it(tmp_path: Path) -> None:
     (flat / "metadata.csv").write_text("\n".join(lines))
     data = load(flat, kind=IMAGES, label_column="kind")
     assert (data.label_names, data.details["examples"]) == (expected.label_names, expected.details["examples"])
-    with pytest.raises(InputError, match="'label' in the metadata table .*'kind'.*--label_column"):
+    with pytest.raises(InputError, match="a column 'label' in .*'image'.*--label_column"):
         load(flat, kind=IMAGES)
     for split, files in {"train": lines[1::2], "Test": lines[2::2]}.items():
         (tmp_path / "split" / split).mkdir(parents=True)

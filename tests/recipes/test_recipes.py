@@ -251,7 +251,7 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file
 
 # Not the demo's, which `finished` runs.
 @pytest.mark.parametrize(
-    "config", sorted(path.name for path in CONFIGS.glob("bert_*.yaml") if path.name != "bert_bbc_news.yaml")
+    "config", sorted(path.name for path in CONFIGS.glob("bert_*.yaml") if path.name != "bert_bbc_headlines.yaml")
 )
 def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, capsys, monkeypatch):
     """The file's columns, splits and settings, with a tiny model and a small data set of the same layout in their place: in this
@@ -293,6 +293,10 @@ def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, ca
         "--label_baseline",
         "false",
     ]
+    if "transfer_dataset" in settings:
+        others = datasets.Dataset.from_dict({"text": [f"{text}. Said again." for text, _ in make_texts(40, 9)]})
+        others.to_csv(tmp_path / "unlabelled.csv")
+        argv += ["--transfer_dataset", str(tmp_path / "unlabelled.csv")]
     expected = ["teacher", "teacher_onnx", "student", "onnx"]
     if config == "bert_mnli.yaml":
         argv += ["--prune_heads", "0.5", "--prune_steps", "1", "--per_device_train_batch_size", "4"]
@@ -310,6 +314,9 @@ def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, ca
     assert [stage["name"] for stage in report["stages"]] == expected
     record = json.loads((tmp_path / "run" / "student" / "record.json").read_text())
     assert record["processes"] == (2 if config == "bert_mnli.yaml" else 1)
+    transfer = report["data"].get("transfer", {})
+    assert transfer.get("rows_read") == (40 if "transfer_dataset" in settings else None)
+    assert transfer.get("examples") == record["details"].get("transfer", {}).get("examples")
 
 
 def bad_inputs(tmp_path: Path, tokenizer) -> dict[str, tuple[list[str], str]]:

@@ -28,6 +28,7 @@ from pipelines.core.task import (
     Workload,
 )
 from pipelines.data.documents import TextData, load_documents
+from pipelines.data.examples import Examples
 from pipelines.data.windows import tokenize_windows, train_tokenizer, vocabulary_fingerprint
 from pipelines.edge.bundle import prompt_inputs, verify_generator
 from pipelines.edge.settings import generation_outputs
@@ -71,7 +72,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
     greater_is_better = False
 
     def __init__(self, config: DataConfig, language: LanguageConfig) -> None:
-        self.config, self.language = config, language
+        self.config, self.language, self.document_start = config, language, language.document_start
         self.stride = language.stride or max(1, config.max_length // 2)
         if self.stride >= config.max_length:
             raise InputError(
@@ -140,11 +141,12 @@ class LanguageModeling(NextTokenLoss, BaseTask):
             **code,
         )
 
-    def features(self, processor: Any) -> Any:
+    def features(self, processor: Any, data: Examples | None = None) -> Any:
         """Windows of tokens of every split; the same vocabulary tokenizes once in a process."""
-        key = vocabulary_fingerprint(processor)
+        data = data or self.data
+        key = data.fingerprint + vocabulary_fingerprint(processor)
         if key not in self._features:
-            self._features[key] = tokenize_windows(self.data, processor, self.config.max_length, self.stride)
+            self._features[key] = tokenize_windows(data, processor, self.config.max_length, self.stride)
         return self._features[key]
 
     def collate(self, processor: Any) -> Collate:
