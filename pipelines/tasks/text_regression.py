@@ -13,12 +13,13 @@ from torch import Tensor
 
 from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Comparison, Head, Presentation, StageResult, Tensors
+from pipelines.core.task import IGNORED, Candidates, Comparison, Head, Presentation, StageResult, Tensors
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_scores
 from pipelines.data.text import TEXTS
 from pipelines.report.markdown import markdown_table, number
 from pipelines.report.pages import TEACHER
+from pipelines.tasks import baselines
 from pipelines.tasks.base import check_predictions, listed_examples
 from pipelines.tasks.texts import TextPresentation, TextTask, is_pair, token_limit
 from pipelines.training.losses import ClassifierLoss
@@ -197,6 +198,15 @@ class TextRegression(ClassifierLoss, TextTask):
 
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
         return regression_metrics(predictions, np.asarray(references))
+
+    # ---- Baselines
+
+    @property
+    def baselines(self) -> Mapping[str, Candidates]:
+        return {"mean_score": baselines.mean_score, "tfidf_ridge": baselines.tfidf_ridge}
+
+    def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
+        return np.asarray(estimator.predict(inputs))
 
     # ---- Report
 
