@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipelines.core.task import StageResult, Task
 from pipelines.models.predict import predict_torch
 from pipelines.models.removal import load_model
 from pipelines.onnx.export import ONNX_FILE
-from pipelines.onnx.measure import Subject, measure, paired_ratios
+from pipelines.onnx.measure import Subject, estimator_workload, measure, paired_ratios
 from pipelines.onnx.predict import predict_onnx
 from pipelines.report.pages import TEACHER, format_summary
 from pipelines.report.report import (
@@ -30,8 +31,18 @@ from pipelines.report.report import (
     shipped_stage,
     write_report,
 )
+from pipelines.training.baselines import BASELINE_FILE, load_baseline
 
-STAGES = ("teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized")
+STAGES = (
+    "teacher",
+    "teacher_onnx",
+    "student",
+    "student_labels_only",
+    "pruned",
+    "onnx",
+    "quantized",
+    "teacher_quantized",
+)
 
 
 def report_run(run: Run, recipe: str, config: ReportConfig, given: dict[str, Any], batch_size: int = 32) -> None:
@@ -42,7 +53,7 @@ def report_run(run: Run, recipe: str, config: ReportConfig, given: dict[str, Any
     if not run.state.is_main_process:
         return
     task: Task = run.task
-    records = {name: run.record(name) for name in STAGES if name in run.stages}
+    records = {name: run.record(name) for name in (*STAGES, *task.baselines) if name in run.stages}
     made_by = {
         "version": pipelines.__version__,
         "stages": {name: fingerprint(record) for name, record in records.items()},
@@ -100,7 +111,7 @@ def finished_stages(run: Any) -> list[str]:
     """
     found: list[str] = []
     left_out: list[str] = []
-    for name in STAGES:
+    for name in (*STAGES, *run.task.baselines):
         record = read_record(run.directory / name)
         if record is None:
             continue
@@ -114,8 +125,8 @@ def finished_stages(run: Any) -> list[str]:
                 "flags of that run; report.md ends with them."
             )
         check_files(run.directory / name, record)
-        source = read_record(run.directory / made_by["source"])
-        outlived = source is not None and fingerprint(source) != made_by["source_fingerprint"]
+        source = made_by["source"] and read_record(run.directory / made_by["source"])
+        outlived = source and fingerprint(source) != made_by["source_fingerprint"]
         if outlived or made_by["source"] in left_out:
             print(
                 f"{name}: left out, because {made_by['source']} was {'rebuilt since' if outlived else 'left out'}",
@@ -154,6 +165,8 @@ def _predict(directory: Path, form: str, task: Task, batch_size: int) -> np.ndar
     """What a stage predicts for the test split: in torch on the device of the process, in ONNX Runtime on the CPU."""
     from accelerate import PartialState
 
+    if form == "sklearn":
+        return task.baseline_predictions(load_baseline(directory), task.baseline_inputs(task.splits["test"]))
     processor = task.load_processor(str(directory))
     features, collate = task.features(processor)["test"], task.collate(processor)
     name = f"test {directory.name}"
@@ -165,10 +178,13 @@ def _predict(directory: Path, form: str, task: Task, batch_size: int) -> np.ndar
 
 def _time(directories: dict[str, Path], task: Task, split: str, config: ReportConfig) -> dict[str, dict[str, Any]]:
     """Time directories together, on examples of a split."""
-    subjects = []
+    subjects, baseline_workload = [], cache(lambda: estimator_workload(task.baseline_inputs(task.splits[split])))
     for name, path in directories.items():
-        form = "onnx" if (path / ONNX_FILE).is_file() else "transformers"
-        subjects.append(Subject(name, path, form, task.workload(path, split), task.config.trust_remote_code))
+        if (path / BASELINE_FILE).is_file():
+            subjects.append(Subject(name, path, "sklearn", baseline_workload()))
+        else:
+            form = "onnx" if (path / ONNX_FILE).is_file() else "transformers"
+            subjects.append(Subject(name, path, form, task.workload(path, split), task.config.trust_remote_code))
     return measure(subjects, **config.timing())
 
 

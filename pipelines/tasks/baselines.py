@@ -63,9 +63,7 @@ def _tfidf(texts: list[str], most: int) -> Iterator[Any]:
     """Weighted words; and words beside the parts of words, of 2 to 5 characters."""
 
     def vectorizer(**settings: Any) -> Any:
-        return TfidfVectorizer(
-            sublinear_tf=True, max_features=min(most, MOST_FEATURES), dtype=np.float32, **settings
-        )
+        return TfidfVectorizer(sublinear_tf=True, max_features=min(most, MOST_FEATURES), dtype=np.float32, **settings)
 
     yield vectorizer()
     if sum(map(len, texts)) <= MOST_CHARACTERS:

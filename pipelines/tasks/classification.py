@@ -134,8 +134,9 @@ class Classification(ClassifierLoss, BaseTask):
 
     def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
         """Log probabilities (examples, labels), also of labels that the estimator has not seen."""
-        found = np.zeros((len(inputs), len(self.label_names)))
-        found[:, estimator.classes_] = estimator.predict_proba(inputs)
+        probabilities = estimator.predict_proba(inputs)
+        found = np.zeros((len(probabilities), len(self.label_names)))
+        found[:, estimator.classes_] = probabilities
         return np.log(np.maximum(found, LEAST_PROBABILITY))
 
     # ---- Report

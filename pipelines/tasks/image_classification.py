@@ -180,7 +180,9 @@ class ImageClassification(Classification):
         mode, size = self._pixels
 
         def read(cell: dict[str, Any]) -> np.ndarray:
-            return np.asarray(read_image(cell, self.value_range).convert(mode).resize(size), np.float32).reshape(-1) / 255
+            return (
+                np.asarray(read_image(cell, self.value_range).convert(mode).resize(size), np.float32).reshape(-1) / 255
+            )
 
         with ThreadPoolExecutor(available_cores()) as pool:
             return np.stack(list(pool.map(read, examples["image"])))
