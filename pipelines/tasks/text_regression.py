@@ -29,9 +29,10 @@ CLOSE = 0.1  # two scores this share of the labels' standard deviation apart cou
 
 def pearson(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
     """Pearson's correlation over the last axis; 0 where one of the two is constant."""
+    varied = (np.ptp(scores, axis=-1) > 0) & (np.ptp(references, axis=-1) > 0)  # the mean is rounded
     scores, references = (values - values.mean(axis=-1, keepdims=True) for values in (scores, references))
     scale = np.sqrt((scores**2).sum(axis=-1) * (references**2).sum(axis=-1))
-    return np.where(scale > 0, (scores * references).sum(axis=-1) / np.where(scale > 0, scale, 1), 0.0)
+    return np.where(varied, (scores * references).sum(axis=-1) / np.where(varied, scale, 1), 0.0)
 
 
 def regression_metrics(scores: np.ndarray, references: np.ndarray) -> dict[str, float]:
