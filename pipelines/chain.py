@@ -33,6 +33,7 @@ from pipelines.onnx.quantize import quantize_onnx
 from pipelines.report.results import report_run
 from pipelines.tasks import TaskConfig, make_task, task_class
 from pipelines.training.arguments import TrainingArguments, arguments_for
+from pipelines.training.baselines import fit_baseline
 from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import possible_pruning, prune_and_recover
@@ -73,7 +74,14 @@ def compress(settings: Settings, recipe: str) -> None:
     for other in others:
         _make_models(other, settings, prune, transfer)
 
-    # 9. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
+    # 9. What a user gets without any of this: the teacher quantized, whatever it loses, and what needs no transformer, of the data alone.
+    if settings.report.baselines:
+        if settings.quantize.quantization != "none":
+            run.stage("teacher_quantized", quantize_onnx, "teacher_onnx", quantize=settings.quantize, gated=False)
+        for name in task.baselines:
+            run.stage(name, fit_baseline, None, baseline=name)
+
+    # 10. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
     report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size, others)
     if training.push_to_hub:
         push_run(run, training)
@@ -144,7 +152,7 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: Tra
         small = run.stage("pruned", prune_and_recover, small, prune=prune, **recovery).name
         _check_quality(run, "pruned", settings)
 
-    # 5. The teacher in ONNX is the fair baseline: what a user gets without any of this.
+    # 5. The teacher in ONNX is the fair baseline of speed.
     if not repeats:
         run.stage("teacher_onnx", export_onnx, "teacher")
     shipped = run.stage("onnx", export_onnx, small).name

@@ -120,6 +120,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any)
     from pipelines.onnx.export import export_onnx
     from pipelines.onnx.quantize import quantize_onnx
     from pipelines.training.arguments import TrainingArguments
+    from pipelines.training.baselines import fit_baseline
     from pipelines.training.fine_tune import fine_tune
     from pipelines.training.prune import prune_and_recover
 
@@ -135,6 +136,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, task: Any)
     run.stage("onnx", export_onnx, "pruned")
     run.stage("quantized", quantize_onnx, "onnx", quantize=QuantizeConfig(max_quality_drop=1))
     run.stage("bundle", build_bundle, "quantized", bundle=BundleConfig(web=False))
+    # A pickle, which is not published.
+    run.stage("tfidf_logistic_regression", fit_baseline, None, baseline="tfidf_logistic_regression")
     report_untimed(run, "distill_bert")
     return directory
 

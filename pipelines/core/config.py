@@ -540,6 +540,11 @@ class BundleConfig:
 
 @dataclass
 class ReportConfig(Checked):
+    baselines: bool = flag(
+        True,
+        "Also fit and report what one would try before a student: TF-IDF or pixels with linear models, nearest neighbours, the teacher "
+        "quantized.",
+    )
     # What the report compares changes nothing in what is compared: not a setting of the distillation.
     label_baseline: bool = flag(False, "Also train the same student on the labels alone and report it.")
     benchmark_rounds: Count = flag(

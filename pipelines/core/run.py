@@ -116,11 +116,17 @@ class Run:
         return run.directory / name
 
     def stage(
-        self, name: str, function: Callable[..., Outcome], source: str, distributed: bool = False, **arguments: Any
+        self,
+        name: str,
+        function: Callable[..., Outcome],
+        source: str | None,
+        distributed: bool = False,
+        **arguments: Any,
     ) -> Path:
         """Make the directory `name` with `function(source, directory, task, **arguments)`, unless it is there and still what it would be.
 
-        `source`, and every argument that is a Path or has some, names an earlier stage's directory in this run or a model elsewhere.
+        `source`, and every argument that is a Path or has some, names an earlier stage's directory in this run or a model elsewhere; a
+        stage made of the data alone has none.
         `distributed` stages run on every process, and go on where an interrupted attempt stopped (checkpoints, shards); the others run
         on the main process while the rest wait, and start anew.
         """
@@ -161,13 +167,15 @@ class Run:
             )
         return record
 
-    def _locate(self, source: str) -> str:
+    def _locate(self, source: str | None) -> str | None:
         """An earlier stage of this run by its name; whatever else a source is stays as it was given, a relative path, too."""
         shared = self.first is not None and source in self.first.stages and source != self.stages[-1]
-        return str(self.place(source)) if source in self.stages[:-1] or shared else source
+        return str(self.place(source)) if source is not None and (source in self.stages[:-1] or shared) else source
 
-    def _identify(self, source: str) -> str:
-        located = Path(self._locate(source))
+    def _identify(self, source: str | None) -> str | None:
+        if source is None:
+            return None
+        located = Path(self._locate(source) or source)
         record = read_record(located) if located.is_dir() else None
         if record is None:
             return model_fingerprint(source)
@@ -178,7 +186,7 @@ class Run:
         return fingerprint(record)
 
     def _made_by(
-        self, name: str, function: Callable[..., Outcome], source: str, arguments: dict[str, Any]
+        self, name: str, function: Callable[..., Outcome], source: str | None, arguments: dict[str, Any]
     ) -> dict[str, Any]:
 
         def identify(value: Any) -> Any:

@@ -6,7 +6,7 @@ so that no stage can ask which one it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import Tensor, nn
 
     from pipelines.core.config import DataConfig, DistillConfig, TransferConfig
@@ -29,6 +30,8 @@ Head = Literal["required", "new if none", "new if other"]
 Arrays = dict[str, np.ndarray]
 Tensors = dict[str, "Tensor"]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+# From training inputs and labels (examples,) to what a baseline is chosen from: features, and the estimators that read them, of scikit-learn.
+Candidates = Callable[[Any, np.ndarray], Iterable[tuple[Any, Sequence[Any]]]]
 # Predictions for features, in their order: a torch model or an ONNX file with everything but the data filled in.
 Predict = Callable[..., np.ndarray]
 
@@ -266,6 +269,18 @@ class Task(Protocol):
 
         A task with classes has `recall_per_class` and `examples_per_class` among them, by the names of the classes.
         """
+
+    # ---- Baselines
+
+    @property
+    def baselines(self) -> Mapping[str, Candidates]:
+        """What a user would try first, by name; the first of them fits any data."""
+
+    def baseline_inputs(self, examples: Dataset) -> Any:
+        """Examples of a split as the baselines read them: a list of texts, or numbers (examples, values)."""
+
+    def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
+        """What a fitted estimator predicts for inputs, in the form of `predictions`."""
 
     # ---- ONNX
 

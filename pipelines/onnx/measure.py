@@ -2,8 +2,8 @@
 
 Live ONNX Runtime sessions spin and slow each other, and a shared machine is faster in one minute than in the next. So
 no two models ever live in one process, and every round times every model once: noise that lasts longer than a round
-hits all of them, and ratios are taken within a round. The worker for an ONNX model imports NumPy and ONNX Runtime only;
-a worker for torch is forked from a process that has made the imports, which take seconds, and nothing else.
+hits all of them, and ratios are taken within a round. The worker for an ONNX model imports NumPy and ONNX Runtime only,
+that for an estimator scikit-learn; a worker for torch is forked from a process that has made the imports, which take seconds, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ STDERR = "stderr.txt"  # of a fork
 
 @dataclass
 class Subject:
-    """A model directory to time: `format` is "onnx" or "transformers"."""
+    """A model directory to time: `format` is "onnx", "transformers" or "sklearn"."""
 
     name: str
     path: Path
@@ -100,13 +100,23 @@ def carries(ratio: dict[str, float]) -> bool:
 
 def timing_feeds(features: Any, collate: Collate) -> tuple[Arrays, list[Arrays]]:
     """The longest example alone, for the latency, and a fixed sample in batches of like length, for the throughput."""
+    longest, batches = _timed_examples(features["length"] if "length" in features.column_names else [1] * len(features))
+    return feed_of(features, longest, collate), [feed_of(features, batch, collate) for batch in batches]
+
+
+def estimator_workload(inputs: Any) -> Workload:
+    """The same for an estimator of scikit-learn, whose time on texts includes their features: it reads them as they are."""
+    longest, batches = _timed_examples([len(one) for one in inputs])
+    single, *several = ({"inputs": np.asarray([inputs[index] for index in batch])} for batch in (longest, *batches))
+    return encoder_workload(single, several)
+
+
+def _timed_examples(lengths: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
     from pipelines.models.predict import batches_by_length
 
-    lengths = np.asarray(features["length"] if "length" in features.column_names else [1] * len(features))
-    sample = np.sort(np.random.default_rng(0).permutation(len(features))[:THROUGHPUT_EXAMPLES])
-    batches = batches_by_length(lengths[sample], THROUGHPUT_BATCH)
-    longest = feed_of(features, [int(np.argmax(lengths))], collate)
-    return longest, [feed_of(features, sample[batch], collate) for batch in batches]
+    sample = np.sort(np.random.default_rng(0).permutation(len(lengths))[:THROUGHPUT_EXAMPLES])
+    batches = batches_by_length(np.asarray(lengths)[sample], THROUGHPUT_BATCH)
+    return np.array([np.argmax(lengths)]), [sample[batch] for batch in batches]
 
 
 def encoder_workload(single: Arrays, batches: list[Arrays]) -> Workload:
@@ -205,7 +215,7 @@ def _summarize(workload: Workload, rounds: list[dict[str, float]], threads: int,
 
 
 def work(spec_file: Path) -> None:
-    """The worker of encoders: load one model, time it, write result.json beside the spec."""
+    """The worker of encoders and estimators: load one model, time it, write result.json beside the spec."""
     spec = json.loads(spec_file.read_text(encoding="utf-8"))
     folder = spec_file.parent
     single = _read_feed(folder / "single.npz")
@@ -216,6 +226,8 @@ def work(spec_file: Path) -> None:
     if spec["format"] == "onnx":
         session = open_session(Path(spec["path"]) / "model.onnx", spec["threads"])
         prepare, run = partial(complete_feed, session), partial(session.run, None)
+    elif spec["format"] == "sklearn":
+        prepare, run = _load_estimator(Path(spec["path"]))
     else:
         prepare, run = _load_torch(Path(spec["path"]), spec["threads"], spec["trust_remote_code"])
     result = time_calls(run, prepare(single), spec["seconds"])
@@ -228,6 +240,13 @@ def work(spec_file: Path) -> None:
 def _read_feed(file: Path) -> Arrays:
     with np.load(file) as arrays:
         return {name: arrays[name] for name in arrays.files}
+
+
+def _load_estimator(path: Path) -> tuple[Callable[[Arrays], Any], Callable[[Any], Any]]:
+    import joblib
+
+    estimator = joblib.load(path / "model.joblib")
+    return lambda feed: feed, lambda feed: estimator.predict(feed["inputs"])
 
 
 def _load_torch(

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +76,11 @@ def schemes_to_try(task: Task, quantize: QuantizeConfig) -> list[str]:
     return [f"static_int8_{quantize.calibration}" if asked == "static_int8" else asked]
 
 
-def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeConfig) -> Outcome:
-    """Make the shipped model: the fp32 file in `source`, fused for ONNX Runtime and quantized; verified on validation examples."""
+def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeConfig, gated: bool = True) -> Outcome:
+    """Make the shipped model: the fp32 file in `source`, fused for ONNX Runtime and quantized; verified on validation examples.
+
+    Not `gated`, it is kept whatever it loses, for comparison.
+    """
     task.check_graph(source)
     original, candidates = Path(source) / ONNX_FILE, directory / CANDIDATES
     processor = task.load_processor(source)
@@ -109,7 +113,8 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
     chosen = choose(tried, candidates, task)
     metrics = tried[chosen]["metrics"]
     name = chosen if len(tried) == 1 else f"{chosen}, the one to ship of {', '.join(tried)}"
-    verification = verify_quality(before, metrics, task, quantize, name)
+    gate = quantize if gated else replace(quantize, max_quality_drop=1.0)
+    verification = verify_quality(before, metrics, task, gate, name)
     for path in (candidates / chosen).iterdir():
         path.rename(directory / path.name)
     older = None

@@ -53,6 +53,11 @@ def number(value: float | None, specification: str) -> str:
     return "n/a" if value is None else format(value, specification)
 
 
+def figure(value: float | None, digits: int) -> str:
+    """A number with so many decimals, or with its first digit where all of these are 0."""
+    return number(value, f".{digits}f" if not value or value >= 10**-digits else ".1g")
+
+
 def count(value: int | None) -> str:
     if value is None:
         return "n/a"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.core.task import Presentation
+from pipelines.onnx.measure import carries
 from pipelines.report.markdown import (
     count,
     describe_delta,
     escape,
     fence,
+    figure,
     interval,
     markdown_table,
     number,
@@ -20,7 +22,8 @@ from pipelines.report.seeds import seeds_section, seeds_sentences
 
 TEACHER = "teacher"
 # Rows to compare with; what is shipped is never one of them.
-BASELINES = ("teacher_onnx", "student_labels_only")
+TEACHER_QUANTIZED = "teacher_quantized"
+BASELINES = ("teacher_onnx", TEACHER_QUANTIZED, "student_labels_only")  # and all estimators of scikit-learn
 DELTA, P95, FASTER_THAN_ONNX = "delta (95 %)", "p95 ms", "x faster than teacher_onnx"
 
 
@@ -85,10 +88,10 @@ def table_of(report: dict[str, Any], presentation: Presentation) -> list[dict[st
             "retained": number(stage["quality_retained"], ".3f"),
             "agreement": number(stage["agreement"], ".3f"),
             "parameters": count(stage["parameters"]),
-            "MB": number(stage["bytes"] / 1e6, ".1f"),
+            "MB": figure(stage["bytes"] / 1e6, 1),
             **presentation.columns(stage),
-            "p50 ms": number(stage["latency_ms"]["p50"], f".{latency_digits}f"),
-            P95: number(stage["latency_ms"].get("p95"), f".{latency_digits}f"),
+            "p50 ms": figure(stage["latency_ms"]["p50"], latency_digits),
+            P95: figure(stage["latency_ms"].get("p95"), latency_digits),
             presentation.speed_unit: number(speed, ",.0f" if speed >= 100 else ".1f"),
             "x smaller": number(ratios["smaller_than_teacher"], ".1f"),
             "x faster": "" if is_teacher else spread(ratios["faster_than_teacher"]),
@@ -101,7 +104,7 @@ def table_of(report: dict[str, Any], presentation: Presentation) -> list[dict[st
 
 
 def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
-    """What the shipped model costs and brings, and what the teacher was good for, in plain text."""
+    """What the shipped model costs and brings, and what the teacher did for it, in plain text; first of all whether less would do."""
     shipped, teacher = stage_of(report, report["shipped"]), stage_of(report, TEACHER)
     name, digits = metric_name(report), presentation.digits
     before, after = (number(stage["metrics"][report["primary_metric"]], f".{digits}f") for stage in (teacher, shipped))
@@ -121,6 +124,7 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
         if ratios["faster_than_teacher_onnx"]:
             claim += f" ({ratios['faster_than_teacher_onnx']['median']:.1f} times faster than the teacher in fp32 ONNX)"
     sentences = [
+        *less_would_do(report, presentation),
         f"{claim}.",
         f"Its {name} is {after} on {tested_on(report, presentation)}, the teacher's {before}.",
         f"The delta is {describe_delta(shipped['delta'], report, presentation)}.",
@@ -129,10 +133,53 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
         sentences += seeds_sentences(report, presentation)
     elif report["delta_to_labels_only"]:
         delta = describe_delta(report["delta_to_labels_only"], report, presentation)
-        sentences.append(
-            f"Against the same student trained on labels only, the teacher changed the student's {name} by {delta}."
-        )
+        sentences.append(f"Against the same student trained on labels only, the student's {name} differs by {delta}.")
     return " ".join(sentences)
+
+
+def less_would_do(report: dict[str, Any], presentation: Presentation) -> list[str]:
+    """The sentence that names what is as good as the shipped model within the interval, and smaller or faster; none where nothing is.
+
+    An estimator of scikit-learn comes before the quantized teacher, the one with the best score first.
+    """
+    metric, sign = report["primary_metric"], 1 if report["greater_is_better"] else -1
+    rivals = [stage for stage in report["stages"] if _is_as_good(report, stage) and _is_cheaper(report, stage)]
+    if not rivals:
+        return []
+    rival = min(rivals, key=lambda one: (one["format"] != "sklearn", -sign * one["metrics"][metric], one["bytes"]))
+    shipped, name = stage_of(report, report["shipped"]), metric_name(report)
+
+    score, other_score = (number(stage["metrics"][metric], f".{presentation.digits}f") for stage in (rival, shipped))
+    size, other_size = (figure(stage["bytes"] / 1e6, 1) for stage in (rival, shipped))
+    time, other_time = (figure(stage["latency_ms"]["p50"], presentation.latency_digits) for stage in (rival, shipped))
+    if rival["constant"]:
+        opening = "The shipped model is no better than the same prediction for every example"
+    else:
+        needless = "transformer" if rival["format"] == "sklearn" else "student"
+        opening = f"You may not need a {needless} here"
+    busy = " on a busy machine" if report["busy"] else ""
+    return [
+        f"{opening}: the {name} of {rival['name']} is {score}, the shipped model's {other_score}, a delta of "
+        f"{describe_delta(rival['delta_to_shipped'], report, presentation)}; it has {size} MB against {other_size} MB, and takes {time} ms "
+        f"against {other_time} ms for {presentation.latency_of}{busy}."
+    ]
+
+
+def _is_as_good(report: dict[str, Any], stage: dict[str, Any]) -> bool:
+    """Whether the interval of the delta to the shipped model includes zero or is on the better side; reports of earlier versions have none."""
+    delta = stage.get("delta_to_shipped")
+    if delta is None or delta["low"] is None:
+        return False
+    best, value = (delta["high"], delta["value"]) if report["greater_is_better"] else (-delta["low"], -delta["value"])
+    # A small test split has wide intervals: the same prediction for every example is as good only where its score is.
+    return bool(best >= 0 and (value >= 0 or not stage["constant"]))
+
+
+def _is_cheaper(report: dict[str, Any], stage: dict[str, Any]) -> bool:
+    """Whether it is not larger than the shipped model, or not slower in any round of a quiet machine."""
+    ratio = stage["ratios"]["faster_than_shipped"]
+    is_faster = not report["busy"] and carries(ratio) and ratio["low"] >= 1
+    return is_faster or bool(stage["bytes"] <= stage_of(report, report["shipped"])["bytes"])
 
 
 def results_section(report: dict[str, Any], presentation: Presentation) -> str:
@@ -145,10 +192,19 @@ def results_section(report: dict[str, Any], presentation: Presentation) -> str:
         f"teacher's, with a paired bootstrap interval over the test {presentation.unit}. {presentation.how_scored(report)} *MB*: the files that "
         f"must be shipped, in millions of bytes. {presentation.how_timed(report)} *x faster*: the ratio of the two p50 in one round, as the "
         f"median of the rounds, with the smallest and the largest; *busy* where these are more than a factor of two apart. All times are on {threads} threads, each stage in a fresh process, the "
-        f"stages in turn. Peak memory of the whole process while it was timed: {memory}."
+        f"stages in turn.{_about_estimators(report)} Peak memory of the whole process while it was timed: {memory}."
     )
     table = markdown_table(list(rows[0]), [list(row.values()) for row in rows])
     return "\n\n".join([table, explanation, "![Quality against size and against latency](report.png)"])
+
+
+def _about_estimators(report: dict[str, Any]) -> str:
+    if all(stage["format"] != "sklearn" for stage in report["stages"]):
+        return ""
+    return (
+        " The last rows are what one would try before a transformer: fitted by scikit-learn on the training split, chosen on the validation "
+        "split. Their times include all that is done with a text or with pixels, the others' leave out the tokenizer and the image processor."
+    )
 
 
 def losses_section(report: dict[str, Any], presentation: Presentation, listed: int) -> str:

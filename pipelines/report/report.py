@@ -19,7 +19,7 @@ from pipelines.onnx.measure import carries, paired_ratios
 from pipelines.onnx.runtimes import needed_versions
 from pipelines.report.bootstrap import paired_bootstrap
 from pipelines.report.card import format_model_card
-from pipelines.report.pages import BASELINES, TEACHER, format_markdown
+from pipelines.report.pages import BASELINES, TEACHER, TEACHER_QUANTIZED, format_markdown
 from pipelines.report.plot import draw_report
 from pipelines.runtime.infer import available_cores
 
@@ -49,7 +49,7 @@ def describe_environment(seed: int) -> dict[str, Any]:
 
 def shipped_stage(stages: list[StageResult]) -> StageResult:
     """The last stage that is no baseline."""
-    return [stage for stage in stages if stage.name not in BASELINES][-1]
+    return [stage for stage in stages if stage.name not in BASELINES and stage.format != "sklearn"][-1]
 
 
 def build_report(
@@ -83,7 +83,9 @@ def build_report(
                 "path": stage.path,
                 "format": stage.format,
                 **comparison.stages[stage.name],
+                "constant": stage.format == "sklearn" and bool((stage.predictions == stage.predictions[:1]).all()),
                 "delta": delta(stage.name, TEACHER),
+                "delta_to_shipped": delta(stage.name, shipped.name) if _rivals(stage) else None,
                 "quality_retained": _divide(score, best) if task.greater_is_better else _divide(best, score),
                 **{key: stage.record[key] for key in ("parameters", "bytes", "seconds")},
                 "needs": needed_versions(Path(run_dir) / stage.path),
@@ -106,7 +108,7 @@ def build_report(
         "greater_is_better": task.greater_is_better,
         "environment": environment,
         "stages": rows,
-        # What the teacher was good for.
+        # What the teacher did for the student.
         "delta_to_labels_only": delta("student", "student_labels_only") if both else None,
         "name": Path(run_dir).resolve().name,
         "shipped": shipped.name,
@@ -133,8 +135,15 @@ def add_timings(report: dict[str, Any], timings: dict[str, dict[str, Any]]) -> N
         for other in (TEACHER, "teacher_onnx"):
             ratio = paired_ratios(timings, other, stage["name"]) if other in timings else None
             stage["ratios"][f"faster_than_{other}"] = ratio
-            ratios += [ratio] if ratio else []
+            # An estimator may take microseconds, of which noise can be a half.
+            ratios += [ratio] if ratio and stage["format"] != "sklearn" else []
+        stage["ratios"]["faster_than_shipped"] = paired_ratios(timings, report["shipped"], stage["name"])
     report["busy"] = any(timing.get("busy") for timing in timings.values()) or not all(map(carries, ratios))
+
+
+def _rivals(stage: StageResult) -> bool:
+    """Whether a stage is what a user could have instead of the shipped model, for less."""
+    return stage.name == TEACHER_QUANTIZED or stage.format == "sklearn"
 
 
 def _divide(numerator: float, denominator: float) -> float | None:

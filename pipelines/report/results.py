@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipelines.core.task import StageResult, Task
 from pipelines.models.predict import predict_torch
 from pipelines.models.removal import load_model
 from pipelines.onnx.export import ONNX_FILE
-from pipelines.onnx.measure import Subject, measure, paired_ratios
+from pipelines.onnx.measure import Subject, estimator_workload, measure, paired_ratios
 from pipelines.onnx.predict import predict_onnx
 from pipelines.report.pages import BASELINES, TEACHER, format_summary
 from pipelines.report.report import (
@@ -32,10 +33,21 @@ from pipelines.report.report import (
     write_report,
 )
 from pipelines.report.seeds import over_seeds
+from pipelines.training.baselines import BASELINE_FILE, load_baseline
 
 LABELS_ONLY = "student_labels_only"
 MORE_TEACHERS = tuple(f"teacher_{number}" for number in range(2, 10))  # of a student of several
-STAGES = ("teacher", *MORE_TEACHERS, "teacher_onnx", "student", LABELS_ONLY, "pruned", "onnx", "quantized")
+STAGES = (
+    "teacher",
+    *MORE_TEACHERS,
+    "teacher_onnx",
+    "student",
+    LABELS_ONLY,
+    "pruned",
+    "onnx",
+    "quantized",
+    "teacher_quantized",
+)
 
 
 def report_run(
@@ -48,12 +60,13 @@ def report_run(
 ) -> None:
     """Write the report of the stages this run went through, unless it is there and of these very stages; print its table.
 
-    `others` are the same run with other seeds, which are scored, not timed. Only the main process works; this is the only reader of the test split. Torch models are scored in batches of `batch_size`.
+    `others` are the same run with other seeds, which are scored, not timed. Only the main process works; this is the only reader of the
+    test split. Torch models are scored in batches of `batch_size`.
     """
     if not run.state.is_main_process:
         return
     task: Task = run.task
-    records = {name: run.record(name) for name in STAGES if name in run.stages}
+    records = {name: run.record(name) for name in (*STAGES, *task.baselines) if name in run.stages}
     made_by = {
         "version": pipelines.__version__,
         "stages": {name: fingerprint(record) for name, record in records.items()},
@@ -133,7 +146,7 @@ def finished_stages(run: Any) -> list[str]:
     found: list[str] = []
     run.stages = found
     left_out: list[str] = []
-    for name in STAGES:
+    for name in (*STAGES, *run.task.baselines):
         record = read_record(run.directory / name)
         if record is None:
             continue
@@ -147,8 +160,8 @@ def finished_stages(run: Any) -> list[str]:
                 "flags of that run; report.md ends with them."
             )
         check_files(run.directory / name, record)
-        source = read_record(run.place(made_by["source"]))
-        outlived = source is not None and fingerprint(source) != made_by["source_fingerprint"]
+        source = made_by["source"] and read_record(run.place(made_by["source"]))
+        outlived = source and fingerprint(source) != made_by["source_fingerprint"]
         if outlived or made_by["source"] in left_out:
             print(
                 f"{name}: left out, because {made_by['source']} was {'rebuilt since' if outlived else 'left out'}",
@@ -205,6 +218,8 @@ def _predict(directory: Path, form: str, task: Task, batch_size: int) -> np.ndar
     """What a stage predicts for the test split: in torch on the device of the process, in ONNX Runtime on the CPU."""
     from accelerate import PartialState
 
+    if form == "sklearn":
+        return task.baseline_predictions(load_baseline(directory), task.baseline_inputs(task.splits["test"]))
     processor = task.load_processor(str(directory))
     features, collate = task.features(processor)["test"], task.collate(processor)
     name = f"test {directory.name}"
@@ -216,10 +231,13 @@ def _predict(directory: Path, form: str, task: Task, batch_size: int) -> np.ndar
 
 def _time(directories: dict[str, Path], task: Task, split: str, config: ReportConfig) -> dict[str, dict[str, Any]]:
     """Time directories together, on examples of a split."""
-    subjects = []
+    subjects, baseline_workload = [], cache(lambda: estimator_workload(task.baseline_inputs(task.splits[split])))
     for name, path in directories.items():
-        form = "onnx" if (path / ONNX_FILE).is_file() else "transformers"
-        subjects.append(Subject(name, path, form, task.workload(path, split), task.config.trust_remote_code))
+        if (path / BASELINE_FILE).is_file():
+            subjects.append(Subject(name, path, "sklearn", baseline_workload()))
+        else:
+            form = "onnx" if (path / ONNX_FILE).is_file() else "transformers"
+            subjects.append(Subject(name, path, form, task.workload(path, split), task.config.trust_remote_code))
     return measure(subjects, **config.timing())
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from datasets import Dataset
 
 from pipelines.core.config import DataConfig, DistillConfig, TransferConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.sources import resolve
-from pipelines.core.task import Arrays, Collate, Head, Predict, StageResult, Task, TransferSet, Workload
+from pipelines.core.task import Arrays, Candidates, Collate, Head, Predict, StageResult, Task, TransferSet, Workload
 from pipelines.data.examples import Examples
 from pipelines.data.kinds import Kind
 from pipelines.data.remembered import remembered, remembered_fingerprint, state_of
@@ -228,6 +229,18 @@ class BaseTask(Task):
         if not has_tokenizer(source) or self.load_processor(source).is_fast:
             return None
         return f"the tokenizer of {source} is in Python alone (slow) and writes no tokenizer.json, which a bundle needs"
+
+    # ---- Baselines
+
+    @property
+    def baselines(self) -> Mapping[str, Candidates]:
+        return {}
+
+    def baseline_inputs(self, examples: Dataset) -> Any:
+        raise NotImplementedError  # of a task without baselines
+
+    def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
+        raise NotImplementedError
 
     # ---- ONNX
 

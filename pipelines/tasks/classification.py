@@ -25,6 +25,7 @@ from pipelines.tasks.base import BasePresentation, BaseTask, check_predictions, 
 from pipelines.tasks.metrics import BALANCED_METRIC, PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
 
+LEAST_PROBABILITY = 1e-9  # neighbours give a label none at all, whose logarithm would not be finite
 ORDER_EXAMPLES = 512  # whose predictions tell in what order a model's labels are
 
 
@@ -128,6 +129,15 @@ class Classification(ClassifierLoss, BaseTask):
                 f"expected an ONNX model for the labels {self.label_names}, in this order, found {list(config.id2label.values())} in "
                 f"{source}. Export its model again with this data set (pocketformers export)."
             )
+
+    # ---- Baselines
+
+    def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
+        """Log probabilities (examples, labels), also of labels that the estimator has not seen."""
+        probabilities = estimator.predict_proba(inputs)
+        found = np.zeros((len(probabilities), len(self.label_names)))
+        found[:, estimator.classes_] = probabilities
+        return np.log(np.maximum(found, LEAST_PROBABILITY))
 
     # ---- Report
 

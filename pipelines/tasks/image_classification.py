@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from datasets import Dataset
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from pipelines.core.config import AugmentConfig, DataConfig, DistillConfig, LabelConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Collate, Graph, Head, Presentation
+from pipelines.core.task import Candidates, Collate, Graph, Head, Presentation
 from pipelines.data.examples import Examples, load_examples
-from pipelines.data.images import IMAGES, AugmentedViews, collate, find_value_range
+from pipelines.data.images import IMAGES, AugmentedViews, collate, find_value_range, read_image
 from pipelines.data.references import read_classes
 from pipelines.data.remembered import remembered_fingerprint
 from pipelines.edge.bundle import image_probes, verify_predictor
 from pipelines.edge.settings import head_outputs, image_settings
 from pipelines.models.loading import load
 from pipelines.models.small import ImageCnnConfig
+from pipelines.runtime.infer import available_cores
+from pipelines.tasks import baselines
 from pipelines.tasks.classification import Classification, ClassifierPresentation
 
 ONE_SIZE = ("vit", "deit", "beit")  # families whose position embeddings are for images of one size
+BASELINE_SIDE = 32  # pixels of a baseline's inputs, at most
+LOOKED_AT = 32  # training images that tell whether all are grey
 
 
 class ImagePresentation(ClassifierPresentation):
@@ -166,6 +172,36 @@ class ImageClassification(Classification):
         """The test examples by name: a file's own, or else their number in the test split."""
         paths = (cell["path"] for cell in self.data.splits["test"]["image"])
         return [Path(path).name if path else f"image {index}" for index, path in enumerate(paths)]
+
+    @property
+    def baselines(self) -> Mapping[str, Candidates]:
+        """The pixels of most image sets, small and aligned as they are, are all that nearest neighbours need."""
+        return {
+            "majority_class": baselines.majority_class,
+            "nearest_neighbours": baselines.nearest_neighbours,
+            "pixel_logistic_regression": partial(baselines.pixel_logistic_regression, balanced=self.balanced),
+        }
+
+    @cached_property
+    def _pixels(self) -> tuple[str, tuple[int, int]]:
+        """How a baseline sees images: in one channel where the first training images are grey, and scaled to the size of the first, or to
+        BASELINE_SIDE where that is larger."""
+        images = [read_image(cell, self.value_range) for cell in self.data.splits["train"][:LOOKED_AT]["image"]]
+        grey = all(np.ptp(np.asarray(image), axis=-1).max() == 0 for image in images)
+        width, height = images[0].size
+        return "L" if grey else "RGB", (min(width, BASELINE_SIDE), min(height, BASELINE_SIDE))
+
+    def baseline_inputs(self, examples: Dataset) -> np.ndarray:
+        """The pixels (examples, values) in [0, 1], float32."""
+        mode, size = self._pixels
+
+        def read(cell: dict[str, Any]) -> np.ndarray:
+            return (
+                np.asarray(read_image(cell, self.value_range).convert(mode).resize(size), np.float32).reshape(-1) / 255
+            )
+
+        with ThreadPoolExecutor(available_cores()) as pool:
+            return np.stack(list(pool.map(read, examples["image"])))
 
     def graph(self, model: Any, processor: Any) -> Graph:
         """Two real examples as the sample; a model has one image size, so only the batch varies."""

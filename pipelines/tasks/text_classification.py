@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from pipelines.core.config import DataConfig, LabelConfig
-from pipelines.core.task import Presentation
+from pipelines.core.task import Candidates, Presentation
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_classes
 from pipelines.data.text import TEXTS
+from pipelines.tasks import baselines
 from pipelines.tasks.classification import Classification, ClassifierPresentation
 from pipelines.tasks.texts import TextPresentation, TextTask, is_pair, token_limit
 
@@ -62,6 +65,13 @@ class TextClassification(TextTask, Classification):
     def __init__(self, config: DataConfig, label: LabelConfig | None = None) -> None:
         super().__init__(config)
         self.weigh_classes(label)
+
+    @property
+    def baselines(self) -> Mapping[str, Candidates]:
+        return {
+            "majority_class": baselines.majority_class,
+            "tfidf_logistic_regression": partial(baselines.tfidf_logistic_regression, balanced=self.balanced),
+        }
 
     def load_data(self) -> Examples:
         return load_examples(self.config, TEXTS, read_classes)

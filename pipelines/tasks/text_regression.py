@@ -13,12 +13,13 @@ from torch import Tensor
 
 from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, UNLABELLED, Comparison, Head, Presentation, StageResult, Tensors
+from pipelines.core.task import IGNORED, UNLABELLED, Candidates, Comparison, Head, Presentation, StageResult, Tensors
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_scores
 from pipelines.data.text import TEXTS
 from pipelines.report.markdown import markdown_table, number
 from pipelines.report.pages import TEACHER
+from pipelines.tasks import baselines
 from pipelines.tasks.base import check_predictions, listed_examples
 from pipelines.tasks.texts import TextPresentation, TextTask, is_pair, token_limit
 from pipelines.training.losses import ClassifierLoss
@@ -28,9 +29,10 @@ CLOSE = 0.1  # two scores this share of the labels' standard deviation apart cou
 
 def pearson(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
     """Pearson's correlation over the last axis; 0 where one of the two is constant."""
+    varied = (np.ptp(scores, axis=-1) > 0) & (np.ptp(references, axis=-1) > 0)  # the mean is rounded
     scores, references = (values - values.mean(axis=-1, keepdims=True) for values in (scores, references))
     scale = np.sqrt((scores**2).sum(axis=-1) * (references**2).sum(axis=-1))
-    return np.where(scale > 0, (scores * references).sum(axis=-1) / np.where(scale > 0, scale, 1), 0.0)
+    return np.where(varied, (scores * references).sum(axis=-1) / np.where(varied, scale, 1), 0.0)
 
 
 def regression_metrics(scores: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -205,6 +207,15 @@ class TextRegression(ClassifierLoss, TextTask):
 
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
         return regression_metrics(predictions, np.asarray(references))
+
+    # ---- Baselines
+
+    @property
+    def baselines(self) -> Mapping[str, Candidates]:
+        return {"mean_score": baselines.mean_score, "tfidf_ridge": baselines.tfidf_ridge}
+
+    def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
+        return np.asarray(estimator.predict(inputs))
 
     # ---- Report
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from pipelines.core.config import DataConfig
@@ -150,10 +151,13 @@ class TextTask(BaseTask):
 
     def test_texts(self) -> list[str]:
         """The test examples as a person reads them."""
-        test = self.data.splits["test"]
+        return self.baseline_inputs(self.data.splits["test"])
+
+    def baseline_inputs(self, examples: Dataset) -> list[str]:
+        """The texts themselves, whole, however many tokens a model reads of them."""
         if self._reads_pairs:
-            return [f"{text} ‖ {pair}" for text, pair in zip(test["text"], test["text_pair"], strict=True)]
-        return list(test["text"])
+            return [f"{text} ‖ {pair}" for text, pair in zip(examples["text"], examples["text_pair"], strict=True)]
+        return list(examples["text"])
 
     def graph(self, model: Any, processor: Any) -> Graph:
         """Two real examples of different length as the sample, so that the export sees padding and no axis of size 1."""

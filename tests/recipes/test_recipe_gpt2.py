@@ -62,7 +62,7 @@ SMALL = [
     "--web",
     "false",
 ]
-STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized"]
+STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized", "teacher_quantized"]
 
 
 def run_here(*argv: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -125,6 +125,10 @@ def test_two_processes_make_every_stage_and_a_report_as_in_the_contract(finished
     assert by_name["pruned"]["parameters"] < by_name["student"]["parameters"] < by_name["teacher"]["parameters"]
     assert by_name["quantized"]["bytes"] < by_name["onnx"]["bytes"]
     assert report["shipped"] == "quantized"
+    assert by_name["teacher_quantized"]["bytes"] < by_name["teacher_onnx"]["bytes"]
+    assert by_name["teacher_quantized"]["delta_to_shipped"]["value"] == pytest.approx(
+        by_name["teacher_quantized"]["metrics"]["perplexity"] - by_name["quantized"]["metrics"]["perplexity"]
+    )
     for name in ("report.md", "report.png", "README.md"):
         assert (directory / name).stat().st_size > 500, name
     # Training turns the cache off; what was trained generates with it, and so it is timed.

@@ -49,7 +49,8 @@ SMALL = [
     "--web",
     "false",
 ]
-STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized"]
+BASELINES = ["teacher_quantized", "majority_class", "nearest_neighbours", "pixel_logistic_regression"]
+STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized", *BASELINES]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,8 @@ def test_the_recipe_makes_every_stage_and_a_report_as_in_the_contract(finished):
     assert by_name["teacher"]["metrics"]["accuracy"] > 0.7
     assert by_name["pruned"]["parameters"] < by_name["student"]["parameters"] < by_name["teacher"]["parameters"]
     assert by_name["quantized"]["latency_ms"]["shape"] == [1, 3, 8, 8]
+    assert by_name["nearest_neighbours"]["latency_ms"]["shape"] == [1, 8 * 8 * 3]
+    assert by_name["nearest_neighbours"]["metrics"]["accuracy"] > 0.9
     details = json.loads((directory / "quantized" / "record.json").read_text())["details"]
     assert details["fused_nodes"]["attention"] == 2
     candidates = [
@@ -138,7 +141,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(finished, tmp_pat
     monkeypatch.setattr("pipelines.chain.report_run", lambda *arguments: None)
     monkeypatch.setattr(sys, "argv", [*argv, "--output_dir", str(tmp_path / "run"), *quantization])
     runpy.run_path(str(RECIPE), run_name="__main__")
-    for name in ("teacher", "soft_targets", "student", "pruned", "teacher_onnx", "onnx", "quantized", "bundle"):
+    for name in ("soft_targets", "bundle", *(name for name in STAGES if name != "teacher_quantized")):
         files = [json.loads((run / name / "record.json").read_text())["files"] for run in (directory, tmp_path / "run")]
         assert files[0] == files[1], name
 
@@ -151,13 +154,13 @@ def test_a_convolutional_student_goes_through_the_recipe_without_pruning_in_two_
     make_image_processor(16).save_pretrained(student)
     argv = ["--teacher_model", str(shape), "--dataset", str(image_folder), "--output_dir", str(tmp_path / "run")]
     argv += [*SMALL, "--student_model", str(student), "--student_from_scratch", "true", "--quantization", "static_int8"]
-    flags = ["--num_train_epochs", "8", "--per_device_train_batch_size", "4"]
+    flags = ["--num_train_epochs", "8", "--per_device_train_batch_size", "4", "--baselines", "false"]
     process = processes.run_recipe(str(RECIPE), *argv, *flags, processes=2, function=watched_recipe)
     assert process.returncode == 0, process.stderr[-3000:]
     check_only_the_main_process_wrote(tmp_path / "run")
     assert all(f"pruned: the {kind} of a resnet stay" in process.stdout for kind in ("heads", "neurons"))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert [stage["name"] for stage in report["stages"]] == [name for name in STAGES if name != "pruned"]
+    assert [stage["name"] for stage in report["stages"]] == ["teacher", "teacher_onnx", "student", "onnx", "quantized"]
     assert report["stages"][-1]["metrics"]["accuracy"] > 0.7
 
 

@@ -51,7 +51,18 @@ SMALL = [
     "--web",
     "false",
 ]
-STAGES = ["teacher", "teacher_onnx", "student", "student_labels_only", "pruned", "onnx", "quantized"]
+ESTIMATORS = ["majority_class", "tfidf_logistic_regression"]
+STAGES = [
+    "teacher",
+    "teacher_onnx",
+    "student",
+    "student_labels_only",
+    "pruned",
+    "onnx",
+    "quantized",
+    "teacher_quantized",
+]
+STAGES += ESTIMATORS
 TOKEN = "hf_" + "a1B2c3D4" * 5
 
 
@@ -108,14 +119,30 @@ def test_the_recipe_makes_every_stage_and_a_report_as_in_the_contract(finished):
         assert (directory / stage["path"] / "record.json").is_file()
         assert stage["latency_ms"]["batch_size"] == 1
         assert 0 <= stage["metrics"]["accuracy"] <= 1
+        assert (stage["format"] == "sklearn") == (stage["name"] in ESTIMATORS)
+        assert (stage["delta_to_shipped"] is None) == (stage["name"] not in ["teacher_quantized", *ESTIMATORS])
     by_name = {stage["name"]: stage for stage in report["stages"]}
     assert by_name["teacher"]["quality_retained"] == 1
     assert by_name["teacher"]["agreement"] == 1
     assert by_name["teacher"]["metrics"]["accuracy"] > 0.7
     assert by_name["pruned"]["parameters"] < by_name["student"]["parameters"] < by_name["teacher"]["parameters"]
     assert by_name["quantized"]["bytes"] < by_name["onnx"]["bytes"] < by_name["teacher_onnx"]["bytes"]
+    assert by_name["teacher_quantized"]["bytes"] < by_name["teacher_onnx"]["bytes"]
+    assert (
+        by_name["tfidf_logistic_regression"]["metrics"]["accuracy"]
+        > 0.8
+        > by_name["majority_class"]["metrics"]["accuracy"]
+    )
+    assert by_name["majority_class"]["constant"]
+    assert report["shipped"] == "quantized"
     for name in ("report.md", "report.png", "README.md"):
         assert (directory / name).stat().st_size > 500, name
+    for name in ("report.md", "README.md"):
+        assert (
+            "You may not need a transformer here: the accuracy of tfidf_logistic_regression is"
+            in (directory / name).read_text()
+        )
+    assert "You may not need a transformer here" in process.stdout
     # Scored again where the data changed, also if every stage then ends in the same bytes.
     record = json.loads((directory / "student" / "record.json").read_text())
     assert report["made_by"]["task"] == record["made_by"]["task"]
@@ -190,9 +217,8 @@ def test_a_changed_flag_redoes_what_it_affects_and_no_more(finished, capsys, mon
     status, out, err = run_recipe(*changed, capsys=capsys, monkeypatch=monkeypatch)
     assert status == 0, err
     assert "quantized: redone, because quantize.target_cpu changed from 'any' to 'arm64'" in out
-    assert [line for line in out.splitlines() if ": redone" in line] == [
-        line for line in out.splitlines() if line.startswith(("quantized: redone", "bundle: redone"))
-    ]
+    redone = [line.partition(":")[0] for line in out.splitlines() if ": redone" in line]
+    assert redone == ["quantized", "bundle", "teacher_quantized"]
     assert "report: written" in out
 
 
@@ -207,18 +233,11 @@ def test_the_single_report_refuses_other_data_and_leaves_out_what_its_source_out
     shutil.copytree(directory, copy)
     data = {"dataset": argv[argv.index("--dataset") + 1], "max_length": 32}
     run = Run(copy, TextClassification(DataConfig(**data)), seed=42)
-    assert finished_stages(run) == [
-        "teacher",
-        "teacher_onnx",
-        "student",
-        "student_labels_only",
-        "pruned",
-        "onnx",
-        "quantized",
-    ]
+    assert finished_stages(run) == STAGES
     shutil.rmtree(copy / "student")
     shutil.copytree(copy / "student_labels_only", copy / "student")  # as if it was trained again
-    assert finished_stages(run) == ["teacher", "teacher_onnx", "student", "student_labels_only"]
+    alone = ["teacher_quantized", *ESTIMATORS]
+    assert finished_stages(run) == ["teacher", "teacher_onnx", "student", "student_labels_only", *alone]
     said = capsys.readouterr().out
     assert "pruned: left out, because student was rebuilt since" in said
     assert "quantized: left out, because onnx was left out" in said
@@ -240,7 +259,7 @@ def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(finished, tmp_p
     kills, differences = json.loads(process.stdout.splitlines()[-1])
     assert list(kills) == [
         *("teacher", "soft_targets", "student", "student_labels_only", "pruned"),
-        *("teacher_onnx", "onnx", "quantized", "bundle", "report"),
+        *("teacher_onnx", "onnx", "quantized", "bundle", "teacher_quantized", *ESTIMATORS, "report"),
     ]
     assert sum(kills.values()) >= len(kills) - 1  # the run may end before the last of them comes
     assert not differences
@@ -307,7 +326,9 @@ def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, ca
         status, err = finished.returncode, finished.stderr[-3000:]
         assert finished.stdout.count("teacher: done in") == 1
         expected.insert(3, "pruned")
+        expected += ESTIMATORS
     else:
+        argv += ["--baselines", "false"]
         status, _, err = run_recipe(*argv, capsys=capsys, monkeypatch=monkeypatch)
     assert status == 0, err
     report = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -159,7 +159,7 @@ def test_the_student_is_compared_with_the_one_without_a_teacher() -> None:
     delta = report["delta_to_labels_only"]
     assert delta["value"] == pytest.approx(0.7 - 0.5)
     assert 0 < delta["low"] < 0.2 < delta["high"]
-    sentence = "trained on labels only, the teacher changed the student's accuracy by +0.200 (95 % interval "
+    sentence = "trained on labels only, the student's accuracy differs by +0.200 (95 % interval "
     assert sentence in format_summary(report, WORDS)
     assert format_summary(report, WORDS).endswith("a measurable gain.")
     assert "a measurable loss" in format_summary(report, WORDS)
@@ -168,6 +168,99 @@ def test_the_student_is_compared_with_the_one_without_a_teacher() -> None:
     assert alike.endswith("(95 % interval +0.000 to +0.000): no measurable difference.")
     alone = [stage for stage in make_stages() if stage.name != "student_labels_only"]
     assert make_report(alone)["delta_to_labels_only"] is None
+
+
+def with_rival(
+    answers: np.ndarray, size: int, p50s: list[float], name: str = "tfidf", form: str = "sklearn", **changes: Any
+) -> dict[str, Any]:
+    """The report of the stages and one more, each of the ten examples twenty times."""
+    stages = [*make_stages(), make_stage(name, form, logits_of(answers), size, p50s)]
+    stages[-1].record |= {"parameters": None}
+    return make_report(stages, repeated=20, **changes)
+
+
+def first_sentence(report: dict[str, Any]) -> str:
+    (line,) = [line for line in format_markdown(report, WORDS).splitlines() if "The shipped model (quantized)" in line]
+    for page in pages_of(report):
+        assert line in page.replace("\\_", "_")
+    return line.partition("The shipped model (quantized)")[0].strip()
+
+
+def test_what_is_as_good_and_cheaper_comes_first() -> None:
+    # The shipped model is right on 6 of 10: here 7 are, with one of ten lost and two won.
+    better = SHIPPED.copy()
+    better[[2, 3, 4]] = [0, 0, 0]
+    report = with_rival(better, 250_000, [1.0, 1.0, 2.0])
+    assert report["shipped"] == "quantized"
+    row = report["stages"][-1]
+    # The normal approximation, since only the examples that the two differ on count (McNemar's setting).
+    error = np.sqrt((0.1 + 0.2) - 0.1**2) / np.sqrt(200)
+    delta = row["delta_to_shipped"]
+    assert delta["value"] == pytest.approx(0.1)
+    assert delta["low"] == pytest.approx(0.1 - 1.96 * error, abs=0.015)
+    assert delta["high"] == pytest.approx(0.1 + 1.96 * error, abs=0.015)
+    assert row["ratios"]["faster_than_shipped"] == {"median": 10, "low": 8, "high": 10}
+    assert all(stage["delta_to_shipped"] is None for stage in report["stages"][:-1])
+    assert first_sentence(report) == (
+        "You may not need a transformer here: the accuracy of tfidf is 0.700, the shipped model's 0.600, a delta of +0.100 (95 % interval "
+        f"{delta['low']:+.3f} to {delta['high']:+.3f}): a measurable gain; it has 0.2 MB against 1.0 MB, and takes 1.0 ms against 10.0 ms for one example."
+    )
+    assert "| tfidf | 0.700 |" in format_markdown(report, WORDS)
+
+
+def test_nothing_is_said_of_what_is_worse_or_costs_more() -> None:
+    worse = SHIPPED.copy()
+    worse[[0, 1]] = 1
+    assert first_sentence(with_rival(worse, 1_000, [0.1, 0.1, 0.1])) == ""
+    assert first_sentence(with_rival(SHIPPED, 2_000_000, [20.0, 20.0, 20.0])) == ""
+    # Larger, but faster in every round; and where the rounds do not agree, or others were at work, nothing is.
+    faster = with_rival(SHIPPED, 2_000_000, [5.0, 5.0, 8.0])
+    assert first_sentence(faster).startswith("You may not need a transformer here: the accuracy of tfidf is 0.600")
+    assert "no measurable difference; it has 2.0 MB against 1.0 MB" in first_sentence(faster)
+    assert first_sentence(with_rival(SHIPPED, 2_000_000, [1.0, 5.0, 8.0])) == ""
+    assert not format_summary(faster | {"busy": True}, WORDS).split("\n\n")[1].startswith("You may")
+    # Too few examples for an interval, and reports of earlier versions.
+    few = make_report([*make_stages(), make_stage("tfidf", "sklearn", logits_of(SHIPPED), 1_000, [0.1, 0.1, 0.1])])
+    assert "You may not need" not in format_summary(few, WORDS)
+    for stage in faster["stages"]:
+        del stage["delta_to_shipped"], stage["constant"], stage["ratios"]["faster_than_shipped"]
+    assert first_sentence(faster) == ""
+    assert draw_report(faster, WORDS)
+
+
+def test_less_is_better_where_the_metric_says_so() -> None:
+    report = with_rival(SHIPPED, 1_000, [0.1, 0.1, 0.1]) | {"greater_is_better": False}
+    report["stages"][-1]["delta_to_shipped"] = {"value": 0.2, "low": 0.1, "high": 0.3}
+    assert first_sentence(report) == ""
+    report["stages"][-1]["delta_to_shipped"] = {"value": -0.2, "low": -0.3, "high": -0.1}
+    assert "a measurable gain" in first_sentence(report)
+
+
+def test_the_quantized_teacher_may_make_a_student_needless() -> None:
+    small = with_rival(SHIPPED, 900_000, [20.0, 20.0, 20.0], "teacher_quantized", "onnx")
+    assert small["shipped"] == "quantized"
+    assert first_sentence(small).startswith("You may not need a student here: the accuracy of teacher_quantized is")
+    assert first_sentence(with_rival(SHIPPED, 3_000_000, [20.0, 20.0, 20.0], "teacher_quantized", "onnx")) == ""
+
+
+def test_the_same_prediction_for_everything_is_no_recommendation() -> None:
+    # Right on 6 of 10 as the shipped model is: what was trained learned nothing.
+    tie = with_rival(np.ones(10, int), 1_000, [0.01, 0.01, 0.03], "majority_class")
+    assert tie["stages"][-1]["constant"]
+    said = first_sentence(tie)
+    assert said.startswith(
+        "The shipped model is no better than the same prediction for every example: the accuracy of majority_class"
+    )
+    assert "0.001 MB against 1.0 MB, and takes 0.01 ms against 10.0 ms" in said
+    assert tie["busy"] is False
+    # Wide intervals of few examples include zero, but the score is below.
+    stages = [*make_stages(), make_stage("majority_class", "sklearn", logits_of(np.ones(10, int)), 1_000, [0.1] * 3)]
+    stages[5].predictions = logits_of(np.where(np.arange(10) < 3, 0, 1))
+    report = make_report(stages, repeated=2)
+    assert report["stages"][-1]["delta_to_shipped"]["high"] >= -0.2
+    assert first_sentence(report) == ""
+    # It would press all others of the plot together.
+    assert "majority_class" not in [text.get_text() for text in draw_report(report, WORDS).legends[0].get_texts()]
 
 
 def test_what_was_not_timed_is_not_invented() -> None:

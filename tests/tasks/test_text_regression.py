@@ -150,6 +150,9 @@ def test_the_whole_chain(pair, pretrained, tmp_path, monkeypatch, capsys):
     assert (report["task"], report["primary_metric"]) == ("text-regression", "pearson")
     assert stages["teacher"]["metrics"]["pearson"] > 0.8
     assert stages["quantized"]["metrics"]["pearson"] > 0.7
+    assert [*stages][-3:] == ["teacher_quantized", "mean_score", "tfidf_ridge"]
+    assert stages["mean_score"]["metrics"]["pearson"] == 0
+    assert stages["tfidf_ridge"]["metrics"]["pearson"] > 0.7
     assert "root mean squared error" in (run / "report.md").read_text()
     card = (run / "README.md").read_text()
     assert "type: pearsonr" in card
