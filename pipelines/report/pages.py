@@ -148,7 +148,6 @@ def less_would_do(report: dict[str, Any], presentation: Presentation) -> list[st
         return []
     rival = min(rivals, key=lambda one: (one["format"] != "sklearn", -sign * one["metrics"][metric], one["bytes"]))
     shipped, name = stage_of(report, report["shipped"]), metric_name(report)
-
     score, other_score = (number(stage["metrics"][metric], f".{presentation.digits}f") for stage in (rival, shipped))
     size, other_size = (figure(stage["bytes"] / 1e6, 1) for stage in (rival, shipped))
     time, other_time = (figure(stage["latency_ms"]["p50"], presentation.latency_digits) for stage in (rival, shipped))
@@ -157,11 +156,10 @@ def less_would_do(report: dict[str, Any], presentation: Presentation) -> list[st
     else:
         needless = "transformer" if rival["format"] == "sklearn" else "student"
         opening = f"You may not need a {needless} here"
-    busy = " on a busy machine" if report["busy"] else ""
+    times = "" if report["busy"] else f", and takes {time} ms against {other_time} ms for {presentation.latency_of}"
     return [
         f"{opening}: the {name} of {rival['name']} is {score}, the shipped model's {other_score}, a delta of "
-        f"{describe_delta(rival['delta_to_shipped'], report, presentation)}; it has {size} MB against {other_size} MB, and takes {time} ms "
-        f"against {other_time} ms for {presentation.latency_of}{busy}."
+        f"{describe_delta(rival['delta_to_shipped'], report, presentation)}; it has {size} MB against {other_size} MB{times}."
     ]
 
 

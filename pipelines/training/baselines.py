@@ -33,6 +33,9 @@ def fit_baseline(source: None, directory: Path, task: Task, baseline: str) -> Ou
     chosen = _choose(task.baselines[baseline], data, task) or _choose(next(iter(task.baselines.values())), data, task)
     assert chosen is not None
     estimator, metrics = chosen
+    # The address of an object, by which a vectorizer knows that it has checked it: another one in every process.
+    for part in (estimator[0], *dict(getattr(estimator[0], "transformer_list", ())).values()):
+        vars(part).pop("_stop_words_id", None)
     joblib.dump(estimator, directory / BASELINE_FILE, compress=3)
     examples = {split: {"read": len(part), "of": len(task.splits[split])} for split, part in parts.items()}
     details = {"estimator": " ".join(str(estimator).split()), "examples": examples}

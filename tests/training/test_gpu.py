@@ -18,7 +18,7 @@ from conftest import make_image_processor, tiny_config
 REPOSITORY = Path(__file__).parents[2]
 SMALL = shlex.split("""
     --teacher_epochs 6 --teacher_learning_rate 3e-3 --num_train_epochs 3 --learning_rate 3e-3 --student_layers 2
-    --label_baseline false --benchmark_rounds 1 --benchmark_seconds 0.1 --prune_heads 0.5 --prune_steps 2
+    --label_baseline false --baselines false --benchmark_rounds 1 --benchmark_seconds 0.1 --prune_heads 0.5 --prune_steps 2
     --prune_epochs 1 --soft_targets online --max_quality_drop 0.2 --web false
 """)
 

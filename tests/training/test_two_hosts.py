@@ -24,7 +24,7 @@ ADDRESSES = ["10.77.0.1", "10.77.0.2"]
 SMALL = shlex.split("""
     --teacher_epochs 1 --teacher_learning_rate 1e-3 --num_train_epochs 6 --learning_rate 1e-3 --student_layers 2
     --max_length 32 --benchmark_rounds 1 --benchmark_seconds 0.1 --prune_heads 0 --prune_ffn 0 --quantization none
-    --label_baseline false --use_cpu true --logging_steps 1 --disable_tqdm true --eval_strategy no
+    --label_baseline false --baselines false --use_cpu true --logging_steps 1 --disable_tqdm true --eval_strategy no
     --load_best_model_at_end false --save_strategy steps --save_steps 10 --web false
 """)
 
