@@ -250,7 +250,7 @@ def teachers_loss(
     targets = list(each.values())
     if len(targets) > 1 and distill.combine_teachers == "mean":
         targets = [{name: torch.stack([one[name] for one in targets]).mean(dim=0) for name in targets[0]}]
-    return sum(task.soft_loss(outputs, one, labels, distill) for one in targets) / len(targets)
+    return torch.stack([task.soft_loss(outputs, one, labels, distill) for one in targets]).mean()
 
 
 def losses_of(model: Any) -> ClassifierLoss:
