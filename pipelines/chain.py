@@ -55,8 +55,7 @@ def compress(settings: Settings, recipe: str) -> None:
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0). The student is made of the first of several.
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
-    teachers = {f"_{number}" if number > 1 else "": one for number, one in enumerate(teacher.each(), start=1)}
-    for suffix, one in teachers.items():
+    for suffix, one in teacher.each().items():
         run.stage(f"teacher{suffix}", fine_tune, one.teacher_model, distributed=True, teacher=one, training=teaching)
 
     # 2. Stored, the teacher's logits are computed once, and every epoch of the student and of its recovery reads them. They are of the
@@ -66,7 +65,7 @@ def compress(settings: Settings, recipe: str) -> None:
         storing: dict[str, Any] = {"distributed": True, "distill": distill.only(task.soft_target_settings)}
         stored = [
             run.stage(f"soft_targets{suffix}", compute_soft_targets, f"teacher{suffix}", **storing)
-            for suffix in teachers
+            for suffix in teacher.each()
         ]
         soft_targets = stored if len(stored) > 1 else stored[0]
     learning: dict[str, Any] = {"distributed": True, "training": training, "soft_targets": soft_targets}
