@@ -1,7 +1,7 @@
 """One table of losses: the student of a finished run's teacher, trained with each in turn and with several seeds.
 
-    python benchmarks/losses.py --run runs/bert_bbc_news --config recipes/configs/bert_bbc_news.yaml --seeds 42 43 44 45 46
-    python benchmarks/losses.py --run runs/mine --config mine.yaml --losses labels forward_kl decoupled --temperature 4
+    python benchmarks/losses.py --run runs/bert_bbc_news --config recipes/configs/bert_bbc_news.yaml --output_dir runs/losses
+    python benchmarks/losses.py --run runs/mine --config mine.yaml --losses labels forward_kl --temperature 4 --output_dir runs/losses_4
 
 The settings are those of the YAML and of further flags; a loss changes only its own. Every student is a stage with a record, so the same
 command continues where it was stopped. The table has the primary metric on the validation and on the test split: mean and standard
@@ -10,22 +10,22 @@ deviation over the seeds.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.chain import CHAIN
 from pipelines.core.command import parse_config, run_main
-from pipelines.core.config import Settings
+from pipelines.core.config import Settings, flag
+from pipelines.core.errors import InputError
 from pipelines.core.records import read_record
 from pipelines.core.run import Run
 from pipelines.core.task import Task
 from pipelines.models.predict import predict_torch
 from pipelines.report.markdown import markdown_table
-from pipelines.tasks import DEFAULT_TASK, TASKS, TaskConfig, make_task, task_class
+from pipelines.tasks import DEFAULT_TASK, TaskConfig, make_task, task_class
 from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.soft_targets import compute_soft_targets
 
@@ -45,6 +45,17 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass
+class LossesConfig:
+    run: str | None = flag(None, "A finished run, whose teacher is used.")
+    losses: list[str] = field(
+        default_factory=lambda: list(LOSSES), metadata={"help": "The losses.", "choices": list(LOSSES)}
+    )
+    student_seeds: list[int] = field(
+        default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "The seeds that each student is trained with."}
+    )
+
+
 def score(directory: Path, task: Task) -> dict[str, float]:
     """The primary metric of a model on the validation split, from its record, and on the test split."""
     record = read_record(directory)
@@ -60,9 +71,10 @@ def score(directory: Path, task: Task) -> dict[str, float]:
 
 
 def train_students(
-    settings: Settings, task: Task, teacher: Path, losses: list[str], seeds: list[int], output: Path
+    settings: Settings, task: Task, teacher: Path, losses: list[str], seeds: list[int]
 ) -> dict[str, list[dict[str, float]]]:
     """The scores of a student for each loss and seed."""
+    output = Path(settings.training.output_dir).absolute()
     distills = {name: replace(settings.distill, **LOSSES[name]) for name in losses}
     if "labels" in distills:
         distills["labels"] = settings.distill.labels_only()
@@ -101,19 +113,15 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
     return markdown_table(["loss", "validation", "test"], rows)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="A finished run, whose teacher is used.")
-    parser.add_argument("--task", choices=list(TASKS), default=DEFAULT_TASK, help="The job of the run.")
-    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES), help="The losses.")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44, 45, 46], help="The seeds.")
-    parser.add_argument("--output", type=Path, help="The directory of the students. Left out: <run>_losses.")
-    flags, others = parser.parse_known_args(argv)
-    settings = parse_config([*task_class(flags.task).settings, *CHAIN], argv=others)
-    settings.task = TaskConfig(flags.task)
-    task, teacher = make_task(settings), (flags.run / "teacher").absolute()
-    output = flags.output or flags.run.with_name(f"{flags.run.name}_losses")
-    found = train_students(settings, task, teacher, flags.losses, flags.seeds, output.absolute())
+def main() -> None:
+    task_flag = parse_config([TaskConfig], only=True).task.task or DEFAULT_TASK
+    kinds = [LossesConfig, TaskConfig, *task_class(task_flag).settings, *CHAIN]
+    settings: Any = parse_config(kinds)
+    settings.task = TaskConfig(task_flag)
+    if settings.losses.run is None:
+        raise InputError("expected a finished run, found none. Pass --run.")
+    task, teacher = make_task(settings), Path(settings.losses.run).absolute() / "teacher"
+    found = train_students(settings, task, teacher, settings.losses.losses, settings.losses.student_seeds)
     print(table({"teacher": [score(teacher, task)], **found}))
 
 

@@ -98,43 +98,32 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: Tra
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0). The student is made of the first of several.
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
-    teachers = {f"_{number}" if number > 1 else "": one for number, one in enumerate(teacher.each(), start=1)}
-    if not shares_teacher:
-        for suffix, one in teachers.items():
-            run.stage(
-                f"teacher{suffix}", fine_tune, one.teacher_model, distributed=True, teacher=one, training=teaching
-            )
+    teachers = {} if shares_teacher else teacher.each()
+    for suffix, one in teachers.items():
+        run.stage(f"teacher{suffix}", fine_tune, one.teacher_model, distributed=True, teacher=one, training=teaching)
 
     # 2. Stored, the teacher's logits are computed once, and every epoch of the student and of its recovery reads them. They are of the
     # examples as they are, or of so many augmented views of images; a student of hidden states needs the teacher beside it.
     soft_targets: Path | list[Path] | None = None
     if distill.needs_stored_targets:
         storing: dict[str, Any] = {"distributed": True, "distill": distill.only(task.soft_target_settings)}
-        for suffix in teachers if not shares_teacher else ():
+        for suffix in teachers:
             run.stage(f"soft_targets{suffix}", compute_soft_targets, f"teacher{suffix}", **storing)
-        soft_targets = _places(run, "soft_targets", teachers)
+        soft_targets = _places(run, "soft_targets", teacher.each())
         # Unlabelled examples have no other labels than the teacher's.
         if transfer is not None:
             storing["transfer"] = replace(transfer, ratio=None)
-            for suffix in teachers if not shares_teacher else ():
+            for suffix in teachers:
                 run.stage(f"transfer_soft_targets{suffix}", compute_soft_targets, f"teacher{suffix}", **storing)
-            transfer = replace(transfer, soft_targets=_places(run, "transfer_soft_targets", teachers))
+            transfer = replace(transfer, soft_targets=_places(run, "transfer_soft_targets", teacher.each()))
     learning: dict[str, Any] = {"distributed": True, "training": training}
     learning |= {"soft_targets": soft_targets, "transfer": transfer}
 
     # The settings that are best on the validation split, of so many students of the first seed.
-    if settings.repeat.search_trials:
+    if trials := settings.repeat.search_trials:
         if not repeats:
-            trials = settings.repeat.search_trials
-            run.stage(
-                "search",
-                search_settings,
-                "teacher",
-                trials=trials,
-                student=settings.student,
-                distill=distill,
-                **learning,
-            )
+            searching = {"trials": trials, "student": settings.student, "distill": distill, **learning}
+            run.stage("search", search_settings, "teacher", **searching)
         distill, learning["training"] = with_found(run.record("search"), distill, training)
 
     # 3. The student starts from the teacher's own layers, so its embeddings and head come trained; or it is another model altogether.

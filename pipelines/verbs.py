@@ -20,7 +20,6 @@ from pipelines.core.config import (
     BundleConfig,
     DistillConfig,
     GateConfig,
-    OneOrMore,
     PruneConfig,
     QuantizeConfig,
     ReportConfig,
@@ -84,11 +83,9 @@ class ModelsConfig:
 class SoftTargetConfig:
     soft_target_dir: str | None = flag(
         None,
-        "What the verb soft-targets wrote for this teacher and this data; of several teachers one directory each. Left out, with "
-        "--soft_targets stored: computed first, into the directory <output_dir>_soft_targets. Those of --transfer_dataset are beside it, in "
-        "<soft_target_dir>_transfer.",
-        nargs="+",
-        action=OneOrMore,
+        "What the verb soft-targets wrote for this teacher and this data; of a second teacher the directory of this name and _2. Left out, "
+        "with --soft_targets stored: computed first, into the directory <output_dir>_soft_targets. Those of --transfer_dataset are beside "
+        "it, in <soft_target_dir>_transfer.",
     )
 
 
@@ -313,7 +310,7 @@ def _teaching(task: Task, settings: Settings) -> dict[str, Any]:
     check_transfer(transfer, settings.distill)
     found = _soft_targets(task, settings)
     if transfer is not None and found:
-        teachers = [one.teacher_model for one in settings.teacher.each()]
+        teachers = [one.teacher_model for one in settings.teacher.each().values()]
         stored = [
             _store_transfer(task, settings, teacher, directory.absolute(), seed, transfer)
             for teacher, directory in zip(teachers, found, strict=True)
@@ -330,22 +327,13 @@ def _soft_targets(task: Task, settings: Settings) -> list[Path]:
     """The directories of the stored soft targets that a training needs, of each teacher one: given, or made first."""
     if not settings.distill.needs_stored_targets:
         return []
-    teachers, given = settings.teacher.each(), settings.softtarget.soft_target_dir
-    directories = given if isinstance(given, list) else [given] * (len(teachers) if given is None else 1)
-    if len(directories) != len(teachers):
-        raise InputError(
-            f"expected as many directories as --soft_target_dir as teachers, {len(teachers)}, found {len(directories)}. Pass one for each "
-            "--teacher_model, in the same order, or leave it out."
-        )
-    return [
-        _soft_targets_of(task, settings, one.teacher_model, directory, "" if number == 1 else f"_{number}")
-        for number, (one, directory) in enumerate(zip(teachers, directories, strict=True), start=1)
-    ]
+    each = settings.teacher.each().items()
+    return [_soft_targets_of(task, settings, one.teacher_model, suffix) for suffix, one in each]
 
 
-def _soft_targets_of(task: Task, settings: Settings, teacher: str, given: str | None, suffix: str) -> Path:
+def _soft_targets_of(task: Task, settings: Settings, teacher: str, suffix: str) -> Path:
     """The directory of a teacher's stored soft targets: the one given, once it fits the data, or one that is made first."""
-    if given is None:
+    if settings.softtarget.soft_target_dir is None:
         target = Path(settings.training.output_dir).absolute()
         beside = OutputConfig(str(target.with_name(f"{target.name}_soft_targets{suffix}")), settings.training.seed)
         PartialState().print(
@@ -353,6 +341,7 @@ def _soft_targets_of(task: Task, settings: Settings, teacher: str, given: str | 
             "teacher runs beside the student instead."
         )
         return _store_soft_targets(task, settings, teacher, beside)
+    given = f"{settings.softtarget.soft_target_dir}{suffix}"
     record = read_record(Path(given))
     if record is None or record["format"] != "soft targets":
         raise InputError(

@@ -261,9 +261,10 @@ class TeacherConfig(Checked):
             self.teacher_epochs,
         )
 
-    def each(self) -> list[TeacherConfig]:
-        """The settings of each of several teachers."""
-        return [replace(self, teacher_model=model) for model in (self.teacher_model, *self.more_teachers)]
+    def each(self) -> dict[str, TeacherConfig]:
+        """The settings of each of several teachers, by how the names of its stages end: the second one's in _2."""
+        models = (self.teacher_model, *self.more_teachers)
+        return {f"_{n}" if n > 1 else "": replace(self, teacher_model=one) for n, one in enumerate(models, start=1)}
 
     def describe(self) -> dict[str, Any]:
         """What a teacher depends on: neither on others, nor on whether a weak one is allowed."""

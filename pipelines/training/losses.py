@@ -60,8 +60,8 @@ def soft_target_loss(
 ) -> Tensor:
     """T² times the summed divergence of the teacher's and the student's distribution at temperature T (Hinton et al., 2015).
 
-    Logits are (…, labels), `valid` (…) is true where a position counts, and `target` (…), the class of the label, is below 0 where
-    there is none: that is the teacher's likeliest class then. The gradient of soft targets shrinks as 1/T², so the factor keeps it
+    Logits are (…, labels), `valid` (…) is true where a position counts, and `target` (…), the class of the label, is negative where there is
+    none: it is the teacher's likeliest class then. The gradient of soft targets shrinks as 1/T², so the factor keeps it
     comparable to that of the labels. Computed in float32.
     """
     if student_logits.shape != teacher_logits.shape:
@@ -71,7 +71,7 @@ def soft_target_loss(
         )
     # Positions that do not count are left out, not multiplied by 0: of padding even the logits may be infinite.
     teacher, student = teacher_logits[valid].float() / temperature, student_logits[valid].float() / temperature
-    if target is not None:
+    if target is not None and kind == "decoupled":
         target = torch.where(target[valid] < 0, teacher.argmax(dim=-1), target[valid])
     if kind != "squared_error":
         teacher, student = F.log_softmax(teacher, dim=-1), F.log_softmax(student, dim=-1)
@@ -132,7 +132,7 @@ def attention_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     """The squared distance of two attention maps (batch, heads, tokens, tokens) of probabilities, summed over queries by their weights.
 
     Of each query it is the sum over the keys, averaged over the heads (as in TinyBERT; Jiao et al., 2020, with probabilities in place of
-    scores, so that it does not depend on the length). Where the two have different numbers of heads, the mean over the heads is compared, as
+    scores, so that it does not depend on the length; the student's maps have its attention dropout in them). Where the two have different numbers of heads, the mean over the heads is compared, as
     Zagoruyko & Komodakis (2017) sum over channels.
     """
     student, teacher = student.float(), teacher.float()

@@ -197,8 +197,8 @@ class WithSoftTargets(torch.utils.data.Dataset):
         row = int(index) if self.rows is None else int(self.rows[index])
         shard, place = divmod(row, self.shard_examples)
         opened = _open(*self.shards[shard])
-        targets = {name + self.suffix: opened.get_slice(name)[place] for name in self.columns}
-        return {**self.features[int(index)], **targets}
+        own = self.features[int(index)]
+        return own | {name + self.suffix: opened.get_slice(name)[place] for name in self.columns}
 
     def select(self, indices: Any) -> WithSoftTargets:
         """The examples at these places, as the method of a data set is."""

@@ -93,7 +93,7 @@ def test_equal_logits_cost_nothing(logits):
     )
 
 
-def tokens_of(*, masked=True):
+def tokens_of():
     """Random states of student and teacher (2 examples, 3 tokens, 8 wide), and what each token counts: the second example has but one."""
     generator = np.random.default_rng(1)
     states = [generator.normal(size=(2, 3, 8)).astype(np.float32) for _ in range(2)]
@@ -206,7 +206,7 @@ def test_decoupled_loss_weighs_the_labels_class_and_the_others_apart(logits, tem
     assert found(labels) == pytest.approx(expected(labels), rel=1e-4)
     # A row without a label has its teacher's likeliest class.
     unlabelled, likeliest = labels.copy(), labels.copy()
-    unlabelled[[1, 4]], likeliest[[1, 4]] = -100, teacher.argmax(axis=-1)[[1, 4]]
+    unlabelled[[1, 4]], likeliest[[1, 4]] = [-100, -101], teacher.argmax(axis=-1)[[1, 4]]
     assert found(unlabelled) == pytest.approx(expected(likeliest), rel=1e-4)
 
 

@@ -241,6 +241,21 @@ def test_pruning_removes_the_share_asked_for_unevenly_and_recovers(trained_teach
         ]
 
 
+def test_a_pruned_model_recovers_by_attention_and_relations_though_its_heads_are_fewer(
+    trained_teacher, task, training, tmp_path
+):
+    """Maps are averaged over the heads, and queries cut into as many relation heads as divide what is left of both widths."""
+    distill = DistillConfig(attention_weight=1.0, relation_weight=1.0, hidden_state_weight=0.1)
+    prune, training.max_steps = PruneConfig(prune_heads=0.3, prune_ffn=0.0, prune_steps=1, prune_epochs=0.5), 3
+    outcome = prune_and_recover(
+        str(trained_teacher), tmp_path / "pruned", task, trained_teacher, prune, distill, training
+    )
+    assert len(set(outcome.details["after"]["heads"])) > 1
+    losses = outcome.details["steps"][0]["recovery"]
+    assert losses["soft_targets"] == "online"
+    assert np.isfinite(losses["train_loss"])
+
+
 def test_the_heads_of_a_language_model_that_matter_least_go_first(
     language_task, language_model_dir, training, tmp_path
 ):
