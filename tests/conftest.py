@@ -33,6 +33,7 @@ LONGEST = (
     "test_edge.py",
     "test_processes.py",
     "test_soft_targets.py",
+    "test_other_kinds.py",
 )
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -18,14 +19,17 @@ from conftest import make_image_processor, make_texts, tiny_config, tiny_model, 
 from pipelines import load
 from pipelines.cli import main
 from pipelines.core.command import run_main
-from pipelines.core.config import DistillConfig, PruneConfig, StudentConfig
+from pipelines.core.config import DataConfig, DistillConfig, PruneConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.hub import check_run, usage_section
 from pipelines.models.students import build_student
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training import distill as distillation
+from pipelines.training.arguments import TrainingArguments
 from pipelines.training.distill import DistillationTrainer, check_distillation, distill_student
 from pipelines.training.prune import checked_pruning
+from pipelines.training.trainer import train as learn
+from processes import run_processes, values
 
 STAGES = ["teacher", "teacher_onnx", "student", "onnx", "quantized"]
 CHAIN = """
@@ -167,6 +171,38 @@ def test_a_killed_training_ends_as_an_undisturbed_one(task, trained_teacher, tra
     step, resumed = train(tmp_path / "killed")
     assert step
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+
+
+def in_processes(csv, teacher, count, directory):
+    """The weights of a student after four steps with global batches of 8."""
+    task = TextClassification(DataConfig(dataset=csv, max_length=32))
+    training = TrainingArguments(
+        str(directory),
+        per_device_train_batch_size=8 // count,
+        max_steps=4,
+        learning_rate=1e-3,
+        optim="sgd",
+        use_cpu=True,
+    )
+    training.eval_strategy, training.save_strategy, training.load_best_model_at_end = "no", "no", False
+    set_seed(0)
+    model, processor, _ = build_student(StudentConfig("lstm", student_width=8, student_hidden=8), teacher, task)
+    model.dropout.p = 0.0  # which each process draws for itself
+    learn(model, task, processor, training, Path(directory), task.features(processor)["train"])
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def test_two_processes_train_as_one(csv_file, teacher, tmp_path):
+    one, two = (
+        values(
+            run_processes(
+                count, tmp_path / str(count), in_processes, str(csv_file), str(teacher), count, tmp_path / "out"
+            )
+        )
+        for count in (1, 2)
+    )
+    for name, weights in one[0].items():
+        np.testing.assert_allclose(two[0][name], weights, atol=1e-5, err_msg=name)
 
 
 def test_a_student_is_as_large_as_its_flags_say_and_may_know_nothing_of_its_teacher(task, teacher):
