@@ -71,16 +71,16 @@ def test_an_epoch_has_all_labelled_rows_and_the_next_of_the_others():
 
 
 def test_the_sampler_groups_the_rows_of_an_epoch():
-    rows = WithTransfer(rows_with(x=range(20)), rows_with(x=range(100)), 1.5)
-    lengths = [5, 50] * 60
+    rows = WithTransfer(rows_with(x=range(80)), rows_with(x=range(300)), 1.5)
+    lengths = [5, 50] * 190
     sampler = EpochLengthGroupedSampler(8, lengths, 3, 2, rows.rows_of_epoch)
     for epoch in (0, 1, 4):
         sampler.set_epoch(epoch)
         found = list(sampler)
-        assert len(found) == len(sampler) == 52
-        assert sorted(found[:50]) == sorted(rows.rows_of_epoch(3, epoch).tolist())
-        assert found[50:] == [120, 121]  # fillers: beyond all rows
-        assert sum(len({lengths[row] for row in found[start : start + 8]}) > 1 for start in range(0, 48, 8)) <= 4
+        assert len(found) == len(sampler) == 202
+        assert sorted(found[:200]) == sorted(rows.rows_of_epoch(3, epoch).tolist())
+        assert found[200:] == [380, 381]  # fillers: beyond all rows
+        assert sum(len({lengths[row] for row in found[start : start + 8]}) > 1 for start in range(0, 200, 8)) <= 7
 
 
 # ---- The loss
