@@ -22,7 +22,7 @@ from pipelines.models.removal import load_model
 from pipelines.onnx.export import ONNX_FILE
 from pipelines.onnx.measure import Subject, measure, paired_ratios
 from pipelines.onnx.predict import predict_onnx
-from pipelines.report.pages import BASELINES, TEACHER, format_summary
+from pipelines.report.pages import TEACHER, format_summary
 from pipelines.report.report import (
     add_timings,
     build_report,
@@ -47,7 +47,8 @@ def report_run(
 ) -> None:
     """Write the report of the stages this run went through, unless it is there and of these very stages; print its table.
 
-    `others` are the same run with other seeds, which are scored, not timed. Only the main process works; this is the only reader of the test split. Torch models are scored in batches of `batch_size`.
+    `others` are the same run with other seeds, which are scored, not timed. Only the main process works; this is the only reader of the
+    test split. Torch models are scored in batches of `batch_size`.
     """
     if not run.state.is_main_process:
         return
@@ -108,29 +109,12 @@ def _write(run: Run, report: dict[str, Any]) -> None:
     print(format_summary(report, run.task.presentation), flush=True)
 
 
-def finished_seeds(run: Run) -> list[Run]:
-    """The same run with other seeds, as far as they have all its stages that a seed changes."""
-    others = []
-    for path in sorted((run.directory / "seeds").glob("[0-9]*")):
-        other = run.with_seed(int(path.name))
-        other.stages = finished_stages(other)
-        missing = {*run.stages} - {*other.stages, *BASELINES, TEACHER}
-        if not missing and other.stages:
-            others.append(other)
-        else:
-            print(
-                f"{other.prefix}: left out, because it lacks {', '.join(sorted(missing)) or 'every stage'}", flush=True
-            )
-    return others
-
-
 def finished_stages(run: Any) -> list[str]:
     """The stages in a run's directory that belong together: each made of what its source is now.
 
     Raises InputError where one was made of other data than the run's, which would be scored on another test split, or was changed since.
     """
     found: list[str] = []
-    run.stages = found
     left_out: list[str] = []
     for name in STAGES:
         record = read_record(run.directory / name)
@@ -146,7 +130,7 @@ def finished_stages(run: Any) -> list[str]:
                 "flags of that run; report.md ends with them."
             )
         check_files(run.directory / name, record)
-        source = read_record(run.place(made_by["source"]))
+        source = read_record(run.directory / made_by["source"])
         outlived = source is not None and fingerprint(source) != made_by["source_fingerprint"]
         if outlived or made_by["source"] in left_out:
             print(
