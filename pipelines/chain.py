@@ -91,10 +91,10 @@ def compress(settings: Settings, recipe: str) -> None:
 
 def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: TransferSet | None) -> str:
     """The stages up to the model to ship, whose name is returned; of a run that repeats another one only those that a seed changes."""
-    teacher, distill, task, repeats = settings.teacher, settings.distill, run.task, run.first is not None
+    teacher, distill, task, first = settings.teacher, settings.distill, run.task, run.first
     training, quantize = copy.copy(settings.training), settings.quantize
     training.seed = run.seed
-    shares_teacher = repeats and teacher.teacher_epochs == 0
+    shares_teacher = first is not None and teacher.teacher_epochs == 0
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0). The student is made of the first of several.
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
@@ -121,7 +121,7 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: Tra
 
     # The settings that are best on the validation split, of so many students of the first seed.
     if trials := settings.repeat.search_trials:
-        if not repeats:
+        if first is None:
             searching = {"trials": trials, "student": settings.student, "distill": distill, **learning}
             run.stage("search", search_settings, "teacher", **searching)
         distill, learning["training"] = with_found(run.record("search"), distill, training)
@@ -142,17 +142,16 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: Tra
         _check_quality(run, "pruned", settings)
 
     # 5. The teacher in ONNX is the fair baseline of speed.
-    if not repeats:
+    if first is None:
         run.stage("teacher_onnx", export_onnx, "teacher")
     shipped = run.stage("onnx", export_onnx, small).name
 
     # 6. Only what keeps the quality of the exported model is shipped.
     if quantize.quantization != "none":
-        if (
-            run.first is not None
-        ):  # the same scheme, also where speed chose it, and whatever it loses is part of the result
+        if first is not None:
+            # The same scheme, also where speed chose it; and whatever it loses is part of the result.
             quantize = copy.copy(quantize)
-            quantize.quantization, quantize.max_quality_drop = run.first.record("quantized")["details"]["scheme"], 1.0
+            quantize.quantization, quantize.max_quality_drop = first.record("quantized")["details"]["scheme"], 1.0
         shipped = run.stage("quantized", quantize_onnx, shipped, quantize=quantize).name
         _check_quality(run, "quantized", settings)
     return shipped

@@ -45,14 +45,7 @@ from pipelines.hub import push as push_run
 from pipelines.onnx.export import export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.onnx.verify import verify_directory
-from pipelines.report.results import (
-    benchmark_directories,
-    finished_seeds,
-    finished_stages,
-    report_run,
-    time_again,
-    whole_report,
-)
+from pipelines.report.results import benchmark_directories, finished_stages, report_run, time_again, whole_report
 from pipelines.tasks import TaskConfig, make_task, task_class
 from pipelines.training.arguments import TrainingArguments, arguments_for
 from pipelines.training.distill import check_distillation, check_losses, distill_student
@@ -210,7 +203,7 @@ def report(settings: Settings) -> None:
     with Run(directory, make_task(settings), settings.output.seed) as run:
         run.stages = finished_stages(run)
         if earlier is None:
-            report_run(run, "report", settings.report, settings.given, others=finished_seeds(run))
+            report_run(run, "report", settings.report, settings.given)
         else:
             time_again(run, earlier, settings.report)
 

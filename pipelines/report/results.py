@@ -23,7 +23,7 @@ from pipelines.models.removal import load_model
 from pipelines.onnx.export import ONNX_FILE
 from pipelines.onnx.measure import Subject, estimator_workload, measure, paired_ratios
 from pipelines.onnx.predict import predict_onnx
-from pipelines.report.pages import BASELINES, TEACHER, format_summary
+from pipelines.report.pages import TEACHER, format_summary
 from pipelines.report.report import (
     add_timings,
     build_report,
@@ -122,29 +122,12 @@ def _write(run: Run, report: dict[str, Any]) -> None:
     print(format_summary(report, run.task.presentation), flush=True)
 
 
-def finished_seeds(run: Run) -> list[Run]:
-    """The same run with other seeds, as far as they have all its stages that a seed changes."""
-    others = []
-    for path in sorted((run.directory / "seeds").glob("[0-9]*")):
-        other = run.with_seed(int(path.name))
-        other.stages = finished_stages(other)
-        missing = {*run.stages} - {*other.stages, *BASELINES, TEACHER}
-        if not missing and other.stages:
-            others.append(other)
-        else:
-            print(
-                f"{other.prefix}: left out, because it lacks {', '.join(sorted(missing)) or 'every stage'}", flush=True
-            )
-    return others
-
-
 def finished_stages(run: Any) -> list[str]:
     """The stages in a run's directory that belong together: each made of what its source is now.
 
     Raises InputError where one was made of other data than the run's, which would be scored on another test split, or was changed since.
     """
     found: list[str] = []
-    run.stages = found
     left_out: list[str] = []
     for name in (*STAGES, *run.task.baselines):
         record = read_record(run.directory / name)
@@ -160,7 +143,7 @@ def finished_stages(run: Any) -> list[str]:
                 "flags of that run; report.md ends with them."
             )
         check_files(run.directory / name, record)
-        source = made_by["source"] and read_record(run.place(made_by["source"]))
+        source = made_by["source"] and read_record(run.directory / made_by["source"])
         outlived = source and fingerprint(source) != made_by["source_fingerprint"]
         if outlived or made_by["source"] in left_out:
             print(

@@ -165,24 +165,17 @@ def test_a_run_with_two_seeds_that_is_killed_in_the_second(argv, monkeypatch, ca
     assert "student minus student_labels_only, mean of the seeds" in said
 
 
-def test_finished_again_there_is_nothing_to_do_and_the_single_report_finds_the_seeds(
-    argv, monkeypatch, capsys, tmp_path
-):
+def test_finished_again_there_is_nothing_to_do_and_timed_again_the_seeds_stay(argv, monkeypatch, capsys, tmp_path):
     directory = Path(argv[argv.index("--output_dir") + 1])
     moved = shutil.copytree(directory, tmp_path / "moved")
     said = run_recipe([*argv, "--output_dir", str(moved)], monkeypatch, capsys)
     assert "done in" not in said
     assert "report: finished already" in said
     assert said.count("seeds/43/") == 5
-    flags = ["--dataset", argv[argv.index("--dataset") + 1], "--max_length", "32", "--benchmark_rounds", "1"]
-    before = read_report(moved)[0]["seeds"]
-    (moved / "report.json").unlink()
-    (moved / "seeds" / "44").mkdir()
-    command = ["pocketformers", "report", "--output_dir", str(moved), *flags, "--benchmark_seconds", "0.1"]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", ["pocketformers", "report", "--again", "--output_dir", str(moved)])
     main()
-    assert "seeds/44/: left out, because it lacks" in capsys.readouterr().out
-    assert read_report(moved)[0]["seeds"] == before
+    assert read_report(moved)[0]["seeds"] == read_report(directory)[0]["seeds"]
+    assert "## Over 2 seeds" in (moved / "report.md").read_text()
 
 
 def test_a_teacher_that_is_trained_is_repeated_too_on_several_processes(pretrained, csv_file, tmp_path):
