@@ -60,33 +60,33 @@ def compress(settings: Settings, recipe: str) -> None:
     """The chain in a run's directory, a directory inside it for each stage; a finished stage is not rebuilt."""
     training = settings.training
     task = make_task(settings)
-    run = Run(training.output_dir, task, training.seed)
-    transfer = task.transfer_set(settings.transfer)
-    check_transfer(transfer, settings.distill)
-    prune, without_bundle = _plan(run, task, settings)
-    shipped = _make_models(run, settings, prune, transfer)
+    with Run(training.output_dir, task, training.seed) as run:
+        transfer = task.transfer_set(settings.transfer)
+        check_transfer(transfer, settings.distill)
+        prune, without_bundle = _plan(run, task, settings)
+        shipped = _make_models(run, settings, prune, transfer)
 
-    # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
-    bundle = None if without_bundle else run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
+        # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
+        bundle = None if without_bundle else run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
 
-    # 8. One seed says little of a small difference: others repeat whatever depends on the seed.
-    others = [run.with_seed(training.seed + number) for number in range(1, settings.repeat.seeds)]
-    for other in others:
-        _make_models(other, settings, prune, transfer)
+        # 8. One seed says little of a small difference: others repeat whatever depends on the seed.
+        others = [run.with_seed(training.seed + number) for number in range(1, settings.repeat.seeds)]
+        for other in others:
+            _make_models(other, settings, prune, transfer)
 
-    # 9. What a user gets without any of this: the teacher quantized, whatever it loses, and what needs no transformer, of the data alone.
-    if settings.report.baselines:
-        if settings.quantize.quantization != "none":
-            run.stage("teacher_quantized", quantize_onnx, "teacher_onnx", quantize=settings.quantize, gated=False)
-        for name in task.baselines:
-            run.stage(name, fit_baseline, None, baseline=name)
+        # 9. What a user gets without any of this: the teacher quantized, whatever it loses, and what needs no transformer, of the data alone.
+        if settings.report.baselines:
+            if settings.quantize.quantization != "none":
+                run.stage("teacher_quantized", quantize_onnx, "teacher_onnx", quantize=settings.quantize, gated=False)
+            for name in task.baselines:
+                run.stage(name, fit_baseline, None, baseline=name)
 
-    # 10. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
-    report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size, others)
-    if training.push_to_hub:
-        push_run(run, training)
-    if bundle is not None:
-        run.state.print(next_commands(run.directory, bundle, task.example))
+        # 10. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
+        report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size, others)
+        if training.push_to_hub:
+            push_run(run, training)
+        if bundle is not None:
+            run.state.print(next_commands(run.directory, bundle, task.example))
 
 
 def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: TransferSet | None) -> str:

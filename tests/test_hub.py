@@ -639,7 +639,7 @@ def test_a_finished_report_reads_no_data_and_no_model(
     class Described:
         """All that a finished report may ask of its task."""
 
-        describe, presentation = task.describe, task.presentation
+        describe, presentation, baselines = task.describe, task.presentation, task.baselines
 
     run = Run(a_run, Described(), seed=0)
     run.stages = finished_stages(run)

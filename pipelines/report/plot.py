@@ -23,7 +23,7 @@ def draw_report(report: dict[str, Any], presentation: Presentation) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    metric, busy = metric_name(report), " on a busy machine" if report.get("busy") else ""
+    metric, busy = metric_name(report), ", timed on a busy machine" if report.get("busy") else ""
     # What predicts the same for every example is so far below that the others would lie on one line.
     stages = [stage for stage in report["stages"] if not stage.get("constant")]
     # Figure and canvas without pyplot: no global state, and no display is looked for.
@@ -32,7 +32,7 @@ def draw_report(report: dict[str, Any], presentation: Presentation) -> Any:
     panels = figure.subplots(1, 2, sharey=True)
     size = [stage["bytes"] / 1e6 for stage in stages]
     latency = [stage["latency_ms"]["p50"] for stage in stages]
-    labels = ("shipped size (MB)", f"median latency of {presentation.latency_of}{busy} (ms)")
+    labels = ("shipped size (MB)", f"median latency of {presentation.latency_of} (ms)")
     for axes, values, label in zip(panels, (size, latency), labels, strict=True):
         for index, (stage, value) in enumerate(zip(stages, values, strict=True)):
             score, delta, color = (
@@ -53,8 +53,8 @@ def draw_report(report: dict[str, Any], presentation: Presentation) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
     better = "larger" if report["greater_is_better"] else "smaller"
     panels[0].set_ylabel(f"{metric} on the test split, {better} is better")
-    figure.suptitle(f"{report['name']}: {metric} on {tested_on(report, presentation)}", parse_math=False)
+    figure.suptitle(f"{report['name']}: {metric} on {tested_on(report, presentation)}{busy}", parse_math=False)
     handles = [line for line in panels[0].lines if line.get_label() in {stage["name"] for stage in stages}]
     title = "circles: torch, squares: ONNX Runtime, triangles: scikit-learn, bars: 95 % interval of the delta to the teacher (paired bootstrap)"
-    figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, title=title)
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, title=title)
     return figure

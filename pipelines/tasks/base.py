@@ -165,6 +165,9 @@ class BaseTask(Task):
     def loss_details(self) -> dict[str, Any]:
         return {}
 
+    def input_sizes(self, source: str) -> dict[str, Any]:
+        return {}  # of a task without such students
+
     def load_config(self, source: str) -> Any:
         """The config of a model."""
         from transformers import AutoConfig

@@ -329,8 +329,8 @@ def train_student(
     training: transformers.TrainingArguments,
     soft_targets: Path | list[Path] | None,
     directory: Path,
-    search: Callable[[Any], dict[str, Any]] | None = None,
     transfer: TransferSet | None = None,
+    search: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train `student` in place on the training split, from labels and from the teacher in `teacher_source`; return the details.
 
@@ -394,8 +394,8 @@ def distill_student(
     distill: DistillConfig,
     training: transformers.TrainingArguments,
     soft_targets: Path | list[Path] | None = None,
-    search: Callable[[Any], dict[str, Any]] | None = None,
     transfer: TransferSet | None = None,
+    search: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Outcome:
     """Build a student of the teacher in `source` and train it on the labels and the logits of the teacher, or of several; or `search` for
     its settings."""
@@ -408,7 +408,7 @@ def distill_student(
         details["layers"] = layers
     checkpoints = directory / CHECKPOINTS
     details |= train_student(
-        model, processor, task, source, distill, training, soft_targets, checkpoints, search, transfer
+        model, processor, task, source, distill, training, soft_targets, checkpoints, transfer, search
     )
     if search is not None:
         return Outcome("settings", details=details)

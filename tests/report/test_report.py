@@ -535,8 +535,8 @@ def test_others_at_work_are_told_of_where_the_rounds_agree_too() -> None:
         assert "The machine was busy while the stages were timed (others used up to 0.9 cores)" in page
         assert "times faster" not in page
         assert "4.4 (4.0-5.0)" in page
-    assert "on a busy machine" in draw_report(report, WORDS).axes[1].get_xlabel()
-    assert "on a busy machine" not in draw_report(make_report(), WORDS).axes[1].get_xlabel()
+    assert "on a busy machine" in draw_report(report, WORDS).get_suptitle()
+    assert "on a busy machine" not in draw_report(make_report(), WORDS).get_suptitle()
 
 
 def test_a_finished_run_is_timed_again_by_its_own_flags(

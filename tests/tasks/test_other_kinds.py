@@ -34,7 +34,7 @@ from processes import run_processes, values
 STAGES = ["teacher", "teacher_onnx", "student", "onnx", "quantized"]
 CHAIN = """
     --max_length 32 --num_train_epochs 3 --learning_rate 1e-2 --per_device_train_batch_size 8 --max_quality_drop 0.2 --use_cpu
-    --student_width 24 --student_hidden 16 --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
+    --baselines false --student_width 24 --student_hidden 16 --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
 """
 
 

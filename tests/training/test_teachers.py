@@ -126,7 +126,7 @@ def test_the_whole_chain_with_two_teachers(pretrained, byte_encoder, csv_file, t
         pocketformers compress --dataset {csv_file} --teacher_model {pretrained} {byte_encoder} --output_dir {run} --max_length 32
         --teacher_epochs 1 --allow_weak_teacher --student_layers 1 --max_steps 2 --prune_heads 0.25
         --prune_ffn 0 --prune_steps 1 --prune_epochs 0.1 --quantization none --combine_teachers each --max_quality_drop 1 --benchmark_rounds 1
-        --benchmark_seconds 0.1 --web false --use_cpu --disable_tqdm true --per_device_train_batch_size 8
+        --benchmark_seconds 0.1 --web false --baselines false --use_cpu --disable_tqdm true --per_device_train_batch_size 8
     """
     monkeypatch.setattr("sys.argv", command.split())
     main()
