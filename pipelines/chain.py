@@ -61,9 +61,9 @@ def compress(settings: Settings, recipe: str) -> None:
     training = settings.training
     task = make_task(settings)
     with Run(training.output_dir, task, training.seed) as run:
+        prune, without_bundle = _plan(run, task, settings)
         transfer = task.transfer_set(settings.transfer)
         check_transfer(transfer, settings.distill)
-        prune, without_bundle = _plan(run, task, settings)
         shipped = _make_models(run, settings, prune, transfer)
 
         # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
@@ -77,7 +77,9 @@ def compress(settings: Settings, recipe: str) -> None:
         # 9. What a user gets without any of this: the teacher quantized, whatever it loses, and what needs no transformer, of the data alone.
         if settings.report.baselines:
             if settings.quantize.quantization != "none":
-                run.stage("teacher_quantized", quantize_onnx, "teacher_onnx", quantize=settings.quantize, gated=False)
+                same = {"scheme": run.record("quantized")["details"]["scheme"], "gated": False}
+                quantizing = {"quantize": settings.quantize, "optional": True, **same}
+                run.stage("teacher_quantized", quantize_onnx, "teacher_onnx", **quantizing)
             for name in task.baselines:
                 run.stage(name, fit_baseline, None, baseline=name)
 
@@ -148,11 +150,9 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: Tra
 
     # 6. Only what keeps the quality of the exported model is shipped.
     if quantize.quantization != "none":
-        if first is not None:
-            # The same scheme, also where speed chose it; and whatever it loses is part of the result.
-            quantize = copy.copy(quantize)
-            quantize.quantization, quantize.max_quality_drop = first.record("quantized")["details"]["scheme"], 1.0
-        shipped = run.stage("quantized", quantize_onnx, shipped, quantize=quantize).name
+        # Of another seed by the same scheme, also where speed chose it; and whatever it loses is part of the result.
+        same = {} if first is None else {"scheme": first.record("quantized")["details"]["scheme"], "gated": False}
+        shipped = run.stage("quantized", quantize_onnx, shipped, quantize=quantize, **same).name
         _check_quality(run, "quantized", settings)
     return shipped
 

@@ -45,6 +45,7 @@ from pipelines.hub import push as push_run
 from pipelines.onnx.export import export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.onnx.verify import verify_directory
+from pipelines.report.pages import TEACHER_QUANTIZED
 from pipelines.report.results import benchmark_directories, finished_stages, report_run, time_again, whole_report
 from pipelines.tasks import TaskConfig, make_task, task_class
 from pipelines.training.arguments import TrainingArguments, arguments_for
@@ -202,6 +203,8 @@ def report(settings: Settings) -> None:
         settings = make_settings(kinds_of("report", settings.task.task), given)
     with Run(directory, make_task(settings), settings.output.seed) as run:
         run.stages = finished_stages(run)
+        if not settings.report.baselines:
+            run.stages = [name for name in run.stages if name not in (*run.task.baselines, TEACHER_QUANTIZED)]
         if earlier is None:
             report_run(run, "report", settings.report, settings.given)
         else:
@@ -299,17 +302,21 @@ def _store_transfer(
 
 def _teaching(task: Task, settings: Settings) -> dict[str, Any]:
     """What a training learns from beside the labels: the stored soft targets, and the transfer set."""
-    transfer, seed = task.transfer_set(settings.transfer), settings.training.seed
+    transfer = task.transfer_set(settings.transfer)
     check_transfer(transfer, settings.distill)
     found = _soft_targets(task, settings)
     if transfer is not None and found:
         teachers = [one.teacher_model for one in settings.teacher.each().values()]
         stored = [
-            _store_transfer(task, settings, teacher, directory.absolute(), seed, transfer)
+            _store_transfer(task, settings, teacher, directory.absolute(), _seed_of(directory), transfer)
             for teacher, directory in zip(teachers, found, strict=True)
         ]
         transfer = replace(transfer, soft_targets=_one_or_more(stored))
     return {"soft_targets": _one_or_more(found), "transfer": transfer}
+
+
+def _seed_of(directory: Path) -> int:
+    return int((read_record(directory) or {})["made_by"]["seed"])
 
 
 def _one_or_more(directories: list[Path]) -> Path | list[Path] | None:

@@ -52,7 +52,8 @@ def parse_config(
         hint = did_you_mean([f"--{word.strip('_')}" for word in words], [f"--{flag}" for flag in flags])
         parser.error(f"unknown flags: {' '.join(unknown)}.{hint}")
     in_file = [] if named.config is None else _read_file(Path(named.config), flags, only)
-    if named.config is default_config and getattr(named, "dataset", None) is not None:
+    other_data = getattr(named, "dataset", None) is not None and f"--dataset={named.dataset}" not in in_file
+    if named.config is default_config and other_data:
         of_data = tuple(f"--{one.name}=" for kind in (DataConfig, TransferConfig) for one in fields(kind))
         in_file = [word for word in in_file if not word.startswith(of_data)]
     parser.exit_on_error = False

@@ -162,7 +162,7 @@ class TransferConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         alone = [name for name, value in asdict(self).items() if value is not None and self.transfer_dataset is None]
-        _check(not alone, f"--transfer_dataset with --{' --'.join(alone)}", None)
+        _check(not alone, f"--transfer_dataset with --{' --'.join(alone)}", "none")
 
 
 @dataclass
@@ -254,6 +254,7 @@ class TeacherConfig(Checked):
     def __post_init__(self) -> None:
         if isinstance(self.teacher_model, list):
             self.teacher_model, *self.more_teachers = self.teacher_model
+        _check(len(self.more_teachers) < 9, "at most nine models as --teacher_model", 1 + len(self.more_teachers))
         super().__post_init__()
         _check(
             self.teacher_epochs > 0 or not self.teacher_from_scratch,

@@ -21,7 +21,7 @@ from typing import Any
 
 import pipelines
 from pipelines.core.disk import hash_file, lock, needing_room, write_json
-from pipelines.core.errors import InputError
+from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.identity import describe, differences
 from pipelines.core.machine import check_launch, quieten_libraries, use_available_cores
 from pipelines.core.processes import PATIENCE, wait_for_all
@@ -121,6 +121,7 @@ class Run:
         function: Callable[..., Outcome],
         source: str | None,
         distributed: bool = False,
+        optional: bool = False,
         **arguments: Any,
     ) -> Path:
         """Make the directory `name` with `function(source, directory, task, **arguments)`, unless it is there and still what it would be.
@@ -128,7 +129,8 @@ class Run:
         `source`, and every argument that is a Path or has some, names an earlier stage's directory in this run or a model elsewhere; a
         stage made of the data alone has none.
         `distributed` stages run on every process, and go on where an interrupted attempt stopped (checkpoints, shards); the others run
-        on the main process while the rest wait, and start anew.
+        on the main process while the rest wait, and start anew. What is there for comparison only is `optional`: where it cannot be made it is
+        left out, with a line.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -147,14 +149,23 @@ class Run:
                 print(f"{self.prefix}{name}: started", flush=True)
                 self._start(partial, made_by, resumes=distributed)
             self.state.wait_for_everyone()
-            started = time.perf_counter()
+            started, failed = time.perf_counter(), False
             if distributed or self.state.is_main_process:
                 from transformers import set_seed
 
                 set_seed(self.seed)
-                outcome = function(self._locate(source), partial, self.task, **arguments)
+                try:
+                    outcome = function(self._locate(source), partial, self.task, **arguments)
+                except (InputError, VerificationError) as error:
+                    if not optional:
+                        raise
+                    print(f"{self.prefix}{name}: left out, since it cannot be made: {error}", flush=True)
+                    failed = True
             wait_for_all()  # the main process may have worked alone
-            if made_by is not None:
+            if failed:
+                shutil.rmtree(partial)
+                self.stages.remove(name)
+            elif made_by is not None:
                 self._commit(name, partial, target, made_by, outcome, time.perf_counter() - started)
             self.state.wait_for_everyone()
         return target

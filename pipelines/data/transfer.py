@@ -114,10 +114,8 @@ def _inputs(
             return rows_of("text", documents_of(split, name, config, document_start))
         return inputs_of(prepared(split, name, config, kind, labelled=False), config, kind)
     except InputError as error:
-        message = str(error)
-        for flag in kind.columns:
-            message = message.replace(f"--{flag}", "--transfer_column")
-        raise InputError(f"--transfer_dataset: {message}") from error
+        first = next(iter(kind.columns))
+        raise InputError(f"--transfer_dataset: {str(error).replace(f'--{first}', '--transfer_column')}") from error
 
 
 def _held_out_documents(rows: datasets.Dataset, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -135,8 +135,9 @@ class ImageCnn(nn.Module):
         layers: list[nn.Module] = []
         while len(layers) < 6 or max(height, width) > LARGEST_SIDE:  # two convolutions or more
             maps = config.width * 2 ** (len(layers) // 3)
-            layers += [nn.Conv2d(channels, maps, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-            height, width, channels = height // 2, width // 2, maps
+            halved = (min(2, height), min(2, width))  # a side of one pixel stays
+            layers += [nn.Conv2d(channels, maps, 3, padding=1), nn.ReLU(), nn.MaxPool2d(halved)]
+            height, width, channels = height // halved[0], width // halved[1], maps
         self.layers = nn.Sequential(
             *layers, nn.Flatten(), nn.Linear(channels * height * width, config.hidden), nn.ReLU()
         )
@@ -185,7 +186,7 @@ class TextModel(SmallModel):
 
         own: Any = self.get_input_embeddings().weight
         vectors = teacher.get_input_embeddings().weight.detach().float().cpu().numpy()
-        width = min(own.shape[1], vectors.shape[1])
+        width = min(own.shape[1], *vectors.shape)
         if width < vectors.shape[1]:
             vectors = PCA(width, random_state=0).fit_transform(vectors)
         with torch.no_grad():

@@ -76,10 +76,12 @@ def schemes_to_try(task: Task, quantize: QuantizeConfig) -> list[str]:
     return [f"static_int8_{quantize.calibration}" if asked == "static_int8" else asked]
 
 
-def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeConfig, gated: bool = True) -> Outcome:
+def quantize_onnx(
+    source: str, directory: Path, task: Task, quantize: QuantizeConfig, scheme: str | None = None, gated: bool = True
+) -> Outcome:
     """Make the shipped model: the fp32 file in `source`, fused for ONNX Runtime and quantized; verified on validation examples.
 
-    Not `gated`, it is kept whatever it loses, for comparison.
+    A `scheme` is the one that is taken, whatever the settings ask for. Not `gated`, it is kept whatever it loses, for comparison.
     """
     task.check_graph(source)
     original, candidates = Path(source) / ONNX_FILE, directory / CANDIDATES
@@ -95,7 +97,7 @@ def quantize_onnx(source: str, directory: Path, task: Task, quantize: QuantizeCo
     before = score_onnx(original, task, processor, "validation", "score fp32")
     feeds = cache(partial(calibration_feeds, task, processor, quantize.calibration_samples))
     metric, tried = gate_metric(task, quantize), dict[str, dict[str, Any]]()
-    for name in schemes_to_try(task, quantize):
+    for name in [scheme] if scheme else schemes_to_try(task, quantize):
         folder = candidates / name
         folder.mkdir()
         copy_beside(Path(source), folder)

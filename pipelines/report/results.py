@@ -107,8 +107,10 @@ def time_again(run: Run, report: dict[str, Any], config: ReportConfig) -> None:
     """Write the report of a finished run with new timings of the stages that it is of; nothing is scored again."""
     if not run.state.is_main_process:
         return
-    if report["made_by"]["stages"] != {name: fingerprint(run.record(name)) for name in run.stages}:
+    made_of = report["made_by"]["stages"]
+    if any(name not in run.stages or fingerprint(run.record(name)) != made_of[name] for name in made_of):
         raise _no_report(run.directory, "one of others")
+    run.stages = list(made_of)  # flags of other runs may have left further ones in the directory
     add_timings(report, _time({name: run.directory / name for name in run.stages}, run.task, "test", config))
     report["environment"] = describe_environment(run.seed)
     report["made_by"] |= config.timing()
@@ -122,7 +124,7 @@ def _write(run: Run, report: dict[str, Any]) -> None:
     print(format_summary(report, run.task.presentation), flush=True)
 
 
-def finished_stages(run: Any) -> list[str]:
+def finished_stages(run: Run) -> list[str]:
     """The stages in a run's directory that belong together: each made of what its source is now.
 
     Raises InputError where one was made of other data than the run's, which would be scored on another test split, or was changed since.

@@ -33,7 +33,7 @@ def check_search(distill: DistillConfig) -> None:
     if not distill.needs_stored_targets:
         raise InputError(
             "expected stored soft targets for --search_trials, which serve all trials, found settings without them. Leave --soft_targets and "
-            "--hidden_state_weight at their defaults, and --soft_target_weight above 0."
+            "the weights of hidden states, attention and relations at their defaults, and --soft_target_weight above 0."
         )
 
 
@@ -64,12 +64,15 @@ def _run_trials(directory: Path, trials: int, trainer: Any) -> dict[str, Any]:
     is_main = arguments.process_index == 0
     trainer.model_init = lambda: copy.deepcopy(untrained)
     trainer.pop_callback(EarlyStopping)  # it counts on from one trial to the next
+    keeps_best = arguments.load_best_model_at_end
     arguments.save_strategy, arguments.load_best_model_at_end = SaveStrategy.NO, False
     metric, greater = str(arguments.metric_for_best_model).removeprefix("eval_"), bool(arguments.greater_is_better)
     given = {"learning_rate": arguments.learning_rate, "soft_target_weight": distill.soft_target_weight}
-    if "temperature" not in trainer.task.soft_target_settings:  # else the soft targets would have to be computed again
+    # Where soft targets depend on it they would have to be computed again; a squared error does not depend on it.
+    if "temperature" not in trainer.task.soft_target_settings and distill.divergence != "squared_error":
         given["temperature"] = distill.temperature
     scores: list[float] = []
+    failure: InputError | None = None
 
     def space(trial: Any) -> dict[str, float]:
         scores.clear()
@@ -79,9 +82,10 @@ def _run_trials(directory: Path, trials: int, trainer: Any) -> dict[str, Any]:
             trial.suggest_float("temperature", min(1.0, distill.temperature), max(10.0, distill.temperature), log=True)
         return {"learning_rate": trial.suggest_float("learning_rate", rate / 5, rate * 5, log=True)}
 
-    def best_so_far(metrics: dict[str, float]) -> float:
+    def score(metrics: dict[str, float]) -> float:
+        """That of the checkpoint which a training keeps."""
         scores.append(metrics[f"eval_{metric}"])
-        return max(scores) if greater else min(scores)  # the checkpoint that a training keeps
+        return scores[-1] if not keeps_best else max(scores) if greater else min(scores)
 
     study: Any = {
         "storage": f"sqlite:///{directory / CHECKPOINTS / TRIALS}",
@@ -101,15 +105,23 @@ def _run_trials(directory: Path, trials: int, trainer: Any) -> dict[str, Any]:
     for number in range(broadcast_object_list([finished])[0], trials):
         # A sampler for each trial, so that a search that was killed goes on as if it was not. None is cut short: processes would part.
         sampler = optuna.samplers.TPESampler(seed=arguments.seed + number)
-        trainer.hyperparameter_search(
-            space,
-            best_so_far,
-            n_trials=1,
-            backend="optuna",
-            sampler=sampler,
-            pruner=optuna.pruners.NopPruner(),
-            **study,
-        )
+        try:
+            trainer.hyperparameter_search(
+                space,
+                score,
+                n_trials=1,
+                backend="optuna",
+                sampler=sampler,
+                pruner=optuna.pruners.NopPruner(),
+                **study,
+            )
+        except (
+            InputError
+        ) as error:  # numbers that are not finite, on all processes alike; the next trial has other settings
+            failure = error
+            if is_main:
+                print(f"search: trial {number + 1} of {trials} ended early: {error}", flush=True)
+            continue
         if is_main:
             last = known.get_trials(states=[states.COMPLETE])[-1]
             print(
@@ -118,6 +130,8 @@ def _run_trials(directory: Path, trials: int, trainer: Any) -> dict[str, Any]:
             )
     if not is_main:
         return {}
+    if failure is not None and not known.get_trials(states=[states.COMPLETE]):
+        raise failure
     best = known.best_trial  # of equal ones the first, which may be the given settings
     found = {name: _rounded(value) for name, value in best.params.items()}
     write_whole(directory / FOUND, yaml.safe_dump(found).encode())

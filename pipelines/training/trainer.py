@@ -299,9 +299,10 @@ def train(
     # A run is pushed whole, once it is verified; and a checkpoint holds all arguments, where no secret belongs.
     arguments.push_to_hub, arguments.hub_token = False, None
     batch = arguments.train_batch_size * arguments.world_size
-    if arguments.dataloader_drop_last and len(train_features) < batch:
+    rows = getattr(train_features, "in_epoch", len(train_features))  # of a transfer set not all
+    if arguments.dataloader_drop_last and rows < batch:
         raise InputError(
-            f"expected a whole batch of {batch} training examples with --dataloader_drop_last, found {len(train_features)}. Lower "
+            f"expected a whole batch of {batch} training examples with --dataloader_drop_last, found {rows}. Lower "
             "--per_device_train_batch_size, or leave --dataloader_drop_last out."
         )
     arguments.remove_unused_columns = False  # the collator keeps what the loss needs

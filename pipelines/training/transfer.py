@@ -25,7 +25,7 @@ def check_transfer(transfer: TransferSet | None, distill: DistillConfig) -> None
     if distill.soft_target_weight == 0 and not distill.needs_teacher:
         raise InputError(
             "expected a --soft_target_weight above 0 with --transfer_dataset, whose examples have no other labels than the teacher's, found "
-            "0. Raise it, or leave --transfer_dataset out."
+            "0. Raise it, or leave --transfer_dataset out (a --config other than the demo's)."
         )
     if distill.augmented_views:
         raise InputError("expected no --augmented_views with --transfer_dataset, found both. Leave one of them out.")

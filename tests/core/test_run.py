@@ -59,6 +59,22 @@ def write_second(source: str, directory: Path, task: Task, other: Path | None = 
     return Outcome("onnx")
 
 
+def cannot(source: str, directory: Path, task: Task) -> Outcome:
+    (directory / "half.txt").write_text("")
+    raise InputError("expected another model")
+
+
+def test_what_is_there_for_comparison_only_is_left_out_where_it_cannot_be_made(tmp_path, source, capsys):
+    with Run(tmp_path / "run", Task(), seed=0) as run:
+        run.stage("first", write_first, str(source), setting=Setting())
+        run.stage("rival", cannot, "first", optional=True)
+        assert run.stages == ["first"]
+        assert [path.name for path in run.directory.iterdir() if "rival" in path.name] == []
+        assert "rival: left out, since it cannot be made: expected another model" in capsys.readouterr().out
+        with pytest.raises(InputError, match="another model"):
+            run.stage("needed", cannot, "first")
+
+
 def run_both(directory: Path, source: Path, setting: Setting | None = None, task: Task | None = None) -> list[str]:
     calls.clear()
     run = Run(directory, task or Task(), seed=0)

@@ -112,7 +112,7 @@ def test_the_cnn_of_images_equals_the_formula():
 
 
 def test_an_image_of_any_size_ends_in_few_numbers():
-    for sides, layers in (([8, 8], 2), ([32, 32], 2), ([224, 160], 5)):
+    for sides, layers in (([8, 8], 2), ([32, 32], 2), ([224, 160], 5), ([256, 4], 5)):
         model = ImageCnnForImageClassification(ImageCnnConfig(image_size=sides, num_channels=1, width=2))
         assert sum(isinstance(layer, torch.nn.Conv2d) for layer in model.encoder.layers) == layers
         assert model(torch.zeros(1, 1, *sides)).logits.shape == (1, 2)
@@ -130,6 +130,13 @@ def test_token_vectors_start_as_the_principal_components_of_the_teachers():
     found = model.get_input_embeddings().weight.detach().double().numpy()
     for column in range(6):  # each up to its sign
         assert min(np.abs(found[:, column] - sign * expected[:, column]).max() for sign in (1, -1)) < 1e-4
+
+
+def test_token_vectors_of_few_tokens_have_as_many_components():
+    teacher = tiny_model(vocab_size=4, pad_token_id=0)
+    model = StaticForSequenceClassification(StaticConfig(vocab_size=4, width=6, hidden=5))
+    model.start_from(teacher)
+    assert not model.get_input_embeddings().weight[:, 4:].any()
 
 
 def test_token_vectors_as_wide_as_the_teachers_are_the_teachers():

@@ -593,5 +593,8 @@ def test_a_finished_run_is_timed_again_by_its_own_flags(
     with Run(tmp_path / "run", TextClassification(DataConfig(**flags)), seed=0) as run:
         run.stage("teacher", copy, str(teacher))
         run.stage("student", copy, str(teacher))
+    command("--again", "--benchmark_rounds", "1")  # the report is of the teacher alone, and stays so
+    assert [stage["name"] for stage in read_report(tmp_path / "run")[0]["stages"]] == ["teacher"]
+    shutil.rmtree(tmp_path / "run" / "teacher")
     with pytest.raises(InputError, match="found one of others"):
         command("--again")
