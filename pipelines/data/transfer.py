@@ -38,7 +38,7 @@ def load_transfer(
     sentences, one_text = transfer.transfer_sentences, kind is TEXTS and config.text_pair_column is None
     if sentences is not None and not one_text:
         raise InputError("expected single texts for --transfer_sentences, found pairs or images. Leave it out.")
-    is_cut = kind is TEXTS and (sentences is not None or config.text_part != "whole")
+    is_cut = kind is TEXTS and config.text_part != "whole"
     config = _config_of(transfer, config, kind)
     source = _load(config, kind, document_start)
     rows = datasets.concatenate_datasets(
@@ -49,27 +49,24 @@ def load_transfer(
     if one_text:
         documents, parts = _held_out_documents(rows, held_out)
         held_out = np.concatenate([held_out, parts])
-    left_out = documents
-    if is_cut:
         rows = rows.select(np.flatnonzero(~documents))
-        if sentences is not None:
-            rows = first_sentences(rows, sentences)
-        else:
-            for column in rows.column_names:
-                rows = first_lines(rows, column)
-        left_out = np.zeros(len(rows), bool)
+    if sentences is not None:
+        rows = first_sentences(rows, sentences)
+    elif is_cut:
+        for column in rows.column_names:
+            rows = first_lines(rows, column)
     hashes = hash_rows(rows, "the transfer set", kind)
     usable, shared = hashes[:, 0] > 0, hashes[:, 1]
-    stand = usable & ~left_out & np.isin(shared, held_out)
-    in_training = usable & ~left_out & np.isin(shared, labelled.hashes["train"])
-    others = np.flatnonzero(usable & ~left_out & ~stand & ~in_training)
+    stand = usable & np.isin(shared, held_out)
+    in_training = usable & np.isin(shared, labelled.hashes["train"])
+    others = np.flatnonzero(usable & ~stand & ~in_training)
     kept = others[np.sort(np.unique(shared[others], return_index=True)[1])]
     counts = {
         "rows_read": read,
         "in_validation_or_test": int(documents.sum() + stand.sum()),
         "in_training": int(in_training.sum()),
         "duplicates_removed": len(others) - len(kept),
-        "unusable": int((~usable & ~left_out).sum()),
+        "unusable": int((~usable).sum()),
         "examples": len(kept),
     }
     if len(kept) == 0:

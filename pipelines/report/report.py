@@ -96,9 +96,8 @@ def build_report(
     made_of = student.record["made_by"].get("student", {}).get("student_model")
     both = {"student", "student_labels_only"} <= samples.keys()
     source = config.get("teacher_model") or teacher.record["made_by"].get("source")
-    source = (
-        source[0] if isinstance(source, list) else source
-    )  # of several teachers the one that the student is made of
+    if isinstance(source, list):
+        source = source[0]  # of several teachers the one that the student is made of
     transfer = {key: value for stage in stages for key, value in stage.record["details"].items() if key == "transfer"}
     dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
     report = {

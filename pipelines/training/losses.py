@@ -132,8 +132,8 @@ def attention_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     """The squared distance of two attention maps (batch, heads, tokens, tokens) of probabilities, summed over queries by their weights.
 
     Of each query it is the sum over the keys, averaged over the heads (as in TinyBERT; Jiao et al., 2020, with probabilities in place of
-    scores, so that it does not depend on the length; the student's maps have its attention dropout in them). Where the two have different numbers of heads, the mean over the heads is compared, as
-    Zagoruyko & Komodakis (2017) sum over channels.
+    scores, so that it does not depend on the length; the student's maps have its attention dropout in them). Where the two have different
+    numbers of heads, the mean over the heads is compared, as Zagoruyko & Komodakis (2017) sum over channels.
     """
     student, teacher = student.float(), teacher.float()
     if student.shape[1] != teacher.shape[1]:

@@ -115,10 +115,8 @@ def _run_trials(directory: Path, trials: int, trainer: Any) -> dict[str, Any]:
                 pruner=optuna.pruners.NopPruner(),
                 **study,
             )
-        except (
-            InputError
-        ) as error:  # numbers that are not finite, on all processes alike; the next trial has other settings
-            failure = error
+        except InputError as error:
+            failure = error  # numbers that are not finite, on all processes alike; the next trial has other settings
             if is_main:
                 print(f"search: trial {number + 1} of {trials} ended early: {error}", flush=True)
             continue
