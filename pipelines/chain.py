@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.prune import possible_pruning, prune_and_recover
 from pipelines.training.search import check_search, search_settings, with_found
-from pipelines.training.soft_targets import compute_soft_targets
+from pipelines.training.soft_targets import compute_soft_targets, one_or_more
 from pipelines.training.transfer import check_transfer
 
 # The settings of the stages; those of the task come before them.
@@ -111,13 +110,14 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: Tra
         storing: dict[str, Any] = {"distributed": True, "distill": distill.only(task.soft_target_settings)}
         for suffix in teachers:
             run.stage(f"soft_targets{suffix}", compute_soft_targets, f"teacher{suffix}", **storing)
-        soft_targets = _places(run, "soft_targets", teacher.each())
+        soft_targets = one_or_more([run.place(f"soft_targets{suffix}") for suffix in teacher.each()])
         # Unlabelled examples have no other labels than the teacher's.
         if transfer is not None:
             storing["transfer"] = replace(transfer, ratio=None)
             for suffix in teachers:
                 run.stage(f"transfer_soft_targets{suffix}", compute_soft_targets, f"teacher{suffix}", **storing)
-            transfer = replace(transfer, soft_targets=_places(run, "transfer_soft_targets", teacher.each()))
+            stored = [run.place(f"transfer_soft_targets{suffix}") for suffix in teacher.each()]
+            transfer = replace(transfer, soft_targets=one_or_more(stored))
     learning: dict[str, Any] = {"distributed": True, "training": training}
     learning |= {"soft_targets": soft_targets, "transfer": transfer}
 
@@ -155,12 +155,6 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: Tra
         shipped = run.stage("quantized", quantize_onnx, shipped, quantize=quantize, **same).name
         _check_quality(run, "quantized", settings)
     return shipped
-
-
-def _places(run: Run, name: str, suffixes: Iterable[str]) -> Path | list[Path]:
-    """The directories of a stage that is made for each of several teachers; of one teacher it is one."""
-    found = [run.place(name + suffix) for suffix in suffixes]
-    return found if len(found) > 1 else found[0]
 
 
 def _plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | None]:

@@ -52,7 +52,7 @@ from pipelines.training.arguments import TrainingArguments, arguments_for
 from pipelines.training.distill import check_distillation, check_losses, distill_student
 from pipelines.training.fine_tune import fine_tune as fine_tune_model
 from pipelines.training.prune import checked_pruning, prune_and_recover
-from pipelines.training.soft_targets import compute_soft_targets
+from pipelines.training.soft_targets import compute_soft_targets, one_or_more
 from pipelines.training.transfer import check_transfer
 
 
@@ -311,16 +311,12 @@ def _teaching(task: Task, settings: Settings) -> dict[str, Any]:
             _store_transfer(task, settings, teacher, directory.absolute(), _seed_of(directory), transfer)
             for teacher, directory in zip(teachers, found, strict=True)
         ]
-        transfer = replace(transfer, soft_targets=_one_or_more(stored))
-    return {"soft_targets": _one_or_more(found), "transfer": transfer}
+        transfer = replace(transfer, soft_targets=one_or_more(stored))
+    return {"soft_targets": one_or_more(found), "transfer": transfer}
 
 
 def _seed_of(directory: Path) -> int:
     return int((read_record(directory) or {})["made_by"]["seed"])
-
-
-def _one_or_more(directories: list[Path]) -> Path | list[Path] | None:
-    return directories if len(directories) > 1 else next(iter(directories), None)
 
 
 def _soft_targets(task: Task, settings: Settings) -> list[Path]:

@@ -213,6 +213,11 @@ def with_soft_targets(features: Any, directories: Path | list[Path]) -> Any:
     return features
 
 
+def one_or_more(directories: list[Path]) -> Path | list[Path] | None:
+    """The directories of several teachers' soft targets, of one teacher its own."""
+    return directories if len(directories) > 1 else next(iter(directories), None)
+
+
 def with_transfer(features: Any, transfer: TransferSet, task: Task, processor: Any) -> WithTransfer:
     """Training examples, and after them those of a transfer set, with the soft targets that are stored of these."""
     unlabelled = transfer_features(transfer, task, processor)
