@@ -111,7 +111,7 @@ def time_again(run: Run, report: dict[str, Any], config: ReportConfig) -> None:
     if any(name not in run.stages or fingerprint(run.record(name)) != made_of[name] for name in made_of):
         raise _no_report(run.directory, "one of others")
     run.stages = list(made_of)  # flags of other runs may have left further ones in the directory
-    add_timings(report, _time({name: run.directory / name for name in run.stages}, run.task, "test", config))
+    add_timings(report, time_stages({name: run.directory / name for name in run.stages}, run.task, "test", config))
     report["environment"] = describe_environment(run.seed)
     report["made_by"] |= config.timing()
     _write(run, report)
@@ -181,7 +181,7 @@ def _score_and_time(
             if result.name == TEACHER or result.name in other.stages
         ]
         comparisons[other.seed] = task.compare(own, processor, shipped)
-    timings = _time({name: run.directory / name for name in records}, task, "test", config)
+    timings = time_stages({name: run.directory / name for name in records}, task, "test", config)
     for result in results:
         result.timing = timings[result.name]
     environment = describe_environment(run.seed)
@@ -195,11 +195,11 @@ def _score_and_time(
 
 def _score(run: Run, name: str, batch_size: int) -> StageResult:
     record = run.record(name)
-    predictions = _predict(run.place(name), record["format"], run.task, batch_size)
+    predictions = predict_stage(run.place(name), record["format"], run.task, batch_size)
     return StageResult(name, name, record["format"], predictions, record, timing={})
 
 
-def _predict(directory: Path, form: str, task: Task, batch_size: int) -> np.ndarray:
+def predict_stage(directory: Path, form: str, task: Task, batch_size: int) -> np.ndarray:
     """What a stage predicts for the test split: in torch on the device of the process, in ONNX Runtime on the CPU."""
     from accelerate import PartialState
 
@@ -214,7 +214,9 @@ def _predict(directory: Path, form: str, task: Task, batch_size: int) -> np.ndar
     return predict_torch(model, features, collate, task, batch_size, name=name)
 
 
-def _time(directories: dict[str, Path], task: Task, split: str, config: ReportConfig) -> dict[str, dict[str, Any]]:
+def time_stages(
+    directories: dict[str, Path], task: Task, split: str, config: ReportConfig
+) -> dict[str, dict[str, Any]]:
     """Time directories together, on examples of a split."""
     subjects, baseline_workload = [], cache(lambda: estimator_workload(task.baseline_inputs(task.splits[split])))
     for name, path in directories.items():
@@ -229,7 +231,7 @@ def _time(directories: dict[str, Path], task: Task, split: str, config: ReportCo
 def benchmark_directories(directories: list[Path], task: Task, config: ReportConfig) -> str:
     """Time stage directories against one another on examples of the validation split; the result is JSON."""
     named = {f"{index} {directory.name}": directory for index, directory in enumerate(directories)}
-    timings, first = _time(named, task, "validation", config), next(iter(named))
+    timings, first = time_stages(named, task, "validation", config), next(iter(named))
     for name, timing in timings.items():
         timing[f"faster_than_{first}"] = paired_ratios(timings, first, name)
     return json.dumps(timings, indent=2)

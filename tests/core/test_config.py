@@ -202,7 +202,10 @@ def test_a_token_is_not_recorded(tmp_path):
 
 
 CONFIGS = {
-    "text-classification": ["bert_bbc_headlines", "bert_bbc_news", "bert_few_labels", "bert_mnli", "bert_sst2"],
+    "text-classification": [
+        *("bert_bbc_headlines", "bert_bbc_news", "bert_few_labels", "bert_film_reviews"),
+        *("bert_mnli", "bert_sst2"),
+    ],
     "text-regression": ["bert_stsb"],
     "image-classification": ["vit_beans", "vit_cifar10", "vit_digits", "vit_imagefolder"],
     "text-generation": ["gpt2_bbc_news", "gpt2_wikitext"],

@@ -571,7 +571,7 @@ def test_a_finished_run_is_timed_again_by_its_own_flags(
 
     timed(load=0.0, p50=4.0)
     with monkeypatch.context() as patched:
-        patched.setattr("pipelines.report.results._predict", lambda *given: pytest.fail("scored again"))
+        patched.setattr("pipelines.report.results.predict_stage", lambda *given: pytest.fail("scored again"))
         assert "1.0 times faster than the teacher in torch" in command("--again", "--benchmark_rounds", "2")
     after, changed = read_report(tmp_path / "run")
     assert not changed
