@@ -88,7 +88,7 @@ def varied(settings: Settings, name: str, seed: int) -> dict[str, Any]:
     return {"student": replace(settings.student, **of_student), "distill": settings.distill, "training": training}
 
 
-def test_score(directory: Path, task: Task, references: Any) -> float:
+def score_on_test(directory: Path, task: Task, references: Any) -> float:
     """The primary metric of a stage on the test split, whose labels are given."""
     record = read_record(directory)
     assert record is not None
@@ -101,7 +101,7 @@ def score(directory: Path, task: Task, references: Any) -> dict[str, float]:
     record = read_record(directory)
     assert record is not None
     validation = record["metrics"]["validation"][task.primary_metric]
-    return {"validation": validation, "test": test_score(directory, task, references)}
+    return {"validation": validation, "test": score_on_test(directory, task, references)}
 
 
 def train_students(settings: Settings, task: Task, teacher: Path, references: Any) -> dict[str, list[dict[str, float]]]:
@@ -163,7 +163,7 @@ def time_students(settings: Settings, task: Task, teacher: Path, references: Any
         rows.append(
             [
                 name,
-                f"{test_score(place, task, references):.3f}",
+                f"{score_on_test(place, task, references):.3f}",
                 f"{record['bytes'] / 1e6:.1f}",
                 f"{timings[name]['latency_ms']['p50']:.3f}",
             ]
