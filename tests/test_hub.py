@@ -16,6 +16,7 @@ import onnx
 import pytest
 from huggingface_hub import ModelCard, constants
 
+from conftest import quick_arguments
 from hub_server import HubServer
 from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
@@ -340,14 +341,12 @@ def make_run(directory: Path, task: Any, teacher: Path, recipe: str, epochs: flo
     from pipelines.core.run import Run
     from pipelines.onnx.export import export_onnx
     from pipelines.onnx.quantize import quantize_onnx
-    from pipelines.training.arguments import TrainingArguments
     from pipelines.training.fine_tune import fine_tune
 
     run = Run(directory, task, seed=0)
-    untouched = {"disable_tqdm": True, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-    training = TrainingArguments(output_dir=str(directory), use_cpu=True, **untouched)
     config = TeacherConfig(teacher_epochs=epochs, teacher_learning_rate=1e-2)
-    run.stage("teacher", fine_tune, str(teacher), distributed=True, teacher=config, training=training)
+    learning = {"teacher": config, "training": quick_arguments(directory)}
+    run.stage("teacher", fine_tune, str(teacher), distributed=True, **learning)
     run.stage("onnx", export_onnx, "teacher")
     run.stage("quantized", quantize_onnx, "onnx", quantize=QuantizeConfig(max_quality_drop=1))
     report_untimed(run, recipe)
