@@ -44,7 +44,7 @@ STDERR = "stderr.txt"  # of a fork
 
 @dataclass
 class Subject:
-    """A model directory to time: `format` is "onnx", "transformers" or "sklearn"."""
+    """A model directory to time: `format` is "onnx" or "transformers"; or the file of an estimator: "sklearn"."""
 
     name: str
     path: Path
@@ -245,7 +245,7 @@ def _read_feed(file: Path) -> Arrays:
 def _load_estimator(path: Path) -> tuple[Callable[[Arrays], Any], Callable[[Any], Any]]:
     import joblib
 
-    estimator = joblib.load(path / "model.joblib")
+    estimator = joblib.load(path)
     return lambda feed: feed, lambda feed: estimator.predict(feed["inputs"])
 
 
