@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def what_is_imported_is_no_garbage() -> None:
     """Every training and every conversion collects garbage, which would look through all modules for a third of a second each time."""
     gc.collect()

@@ -332,10 +332,12 @@ def image_run(tmp_path_factory: pytest.TempPathFactory, image_onnx: Path, image_
 def language_run(tmp_path_factory: pytest.TempPathFactory, language_bundle: Path, language_task: Any) -> Path:
     directory, model = tmp_path_factory.mktemp("runs") / "small_gpt2", language_bundle.parent / "model"
     # Random weights guess classes often enough, and words never.
-    return make_run(directory, language_task, model, "distill_gpt2", epochs=1)
+    return make_run(directory, language_task, model, "distill_gpt2", epochs=1, quantization="int8_blocks")
 
 
-def make_run(directory: Path, task: Any, teacher: Path, recipe: str, epochs: float = 0) -> Path:
+def make_run(
+    directory: Path, task: Any, teacher: Path, recipe: str, epochs: float = 0, quantization: str | None = None
+) -> Path:
     """A verified run with its report: a teacher, exported and quantized."""
     from pipelines.core.config import QuantizeConfig, TeacherConfig
     from pipelines.core.run import Run
@@ -348,7 +350,9 @@ def make_run(directory: Path, task: Any, teacher: Path, recipe: str, epochs: flo
     learning = {"teacher": config, "training": quick_arguments(directory)}
     run.stage("teacher", fine_tune, str(teacher), distributed=True, **learning)
     run.stage("onnx", export_onnx, "teacher")
-    run.stage("quantized", quantize_onnx, "onnx", quantize=QuantizeConfig(max_quality_drop=1))
+    run.stage(
+        "quantized", quantize_onnx, "onnx", quantize=QuantizeConfig(quantization=quantization, max_quality_drop=1)
+    )
     report_untimed(run, recipe)
     return directory
 
