@@ -243,11 +243,13 @@ def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(finished, tmp_p
 @pytest.mark.parametrize(
     "config", sorted(path.name for path in CONFIGS.glob("bert_*.yaml") if path.name != "bert_bbc_headlines.yaml")
 )
-def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, capsys, monkeypatch):
+def test_every_config_runs_on_data_of_its_shape(config, tokenizer, tmp_path, capsys, monkeypatch):
     """The file's columns, splits and settings, with a tiny model and a small data set of the same layout in their place: in this
     process, and in two."""
     import datasets
 
+    tiny_model(num_hidden_layers=2).base_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     settings = yaml.safe_load((CONFIGS / config).read_text())
     names = ["sport", "tech", "trade"]
     features = datasets.Features(
@@ -269,20 +271,10 @@ def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, ca
         validation = settings.get("test_split", "validation")
         splits |= {validation: split(60, 2), "test": split(60, 3, hidden=True)}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
-    argv = ["--config", str(CONFIGS / config), "--teacher_model", str(pretrained), "--dataset", str(tmp_path / "data")]
-    argv += [
-        *SMALL,
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--prune_ffn",
-        "0",
-        "--prune_heads",
-        "0",
-        "--quantization",
-        "none",
-        "--label_baseline",
-        "false",
-    ]
+    argv = ["--config", str(CONFIGS / config), "--teacher_model", str(tmp_path / "model")]
+    argv += ["--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), *SMALL]
+    argv += "--student_layers 1 --prune_ffn 0 --prune_heads 0 --quantization none --max_quality_drop 1".split()
+    argv += ["--label_baseline", "false"]
     if "transfer_dataset" in settings:
         others = datasets.Dataset.from_dict({"text": [f"{text}. Said again." for text, _ in make_texts(40, 9)]})
         others.to_csv(tmp_path / "unlabelled.csv")
