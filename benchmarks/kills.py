@@ -12,6 +12,7 @@ same content, but for times; and nothing else may be left in the directory.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -79,6 +80,7 @@ def import_everything() -> None:
             importlib.import_module(module.name)
     for name in ("matplotlib.pyplot", "peft", "torch.onnx", "transformers.exporters", "onnxscript"):
         importlib.import_module(name)
+    gc.freeze()  # so that no collection of a run looks through all of it
 
 
 class FileOperations:

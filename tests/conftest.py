@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +30,33 @@ LONGEST = (
     "test_recipe_vit.py",
     "test_recipe_gpt2.py",
     "test_training.py",
+    "test_seeds.py",
+    "test_hub.py",
     "test_benchmark_training.py",
     "test_inference_benchmark.py",
+    "test_search.py",
+    "test_other_kinds.py",
     "test_export_language.py",
     "test_edge.py",
+    "test_main.py",
+    "test_teachers.py",
     "test_processes.py",
     "test_soft_targets.py",
-    "test_other_kinds.py",
+    "test_distill.py",
+    "test_transfer.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(autouse=True)
+def what_is_imported_is_no_garbage() -> None:
+    """Every training and every conversion collects garbage, which would look through all modules for a third of a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 WORDS = {
@@ -237,6 +254,33 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return directory
 
 
+def quick_arguments(directory: Path, **changes: Any) -> Any:
+    """Of a training without evaluations and checkpoints that logs each step."""
+    from pipelines.training.arguments import TrainingArguments
+
+    settings = {"use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-3, "logging_steps": 1}
+    settings |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    return TrainingArguments(str(directory), **settings | changes)
+
+
+@contextmanager
+def killed_after(epochs: float) -> Iterator[None]:
+    """A training in here is killed: after so many epochs its next step raises KeyboardInterrupt."""
+    from transformers import Trainer
+
+    real = Trainer.training_step
+
+    def step(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self.state.epoch >= epochs:
+            raise KeyboardInterrupt
+        return real(self, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "training_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 @pytest.fixture
 def training(tmp_path: Path) -> Any:
     from pipelines.training.arguments import TrainingArguments
@@ -246,23 +290,25 @@ def training(tmp_path: Path) -> Any:
     )
 
 
+@pytest.fixture
+def timed_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's workers are forked, all of them: fresh ones take a second each for their imports (tests/report/test_benchmark.py)."""
+    from pipelines.onnx import measure
+    from processes import IMPORTS
+
+    monkeypatch.setattr(measure, "TORCH_IMPORTS", IMPORTS)
+    run_worker = measure.run_worker
+    monkeypatch.setattr(measure, "run_worker", lambda *arguments, fork: run_worker(*arguments, fork=True))
+
+
 @pytest.fixture(scope="session")
 def trained_teacher(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, task: Any) -> Path:
     """A teacher that knows the task of the csv file."""
     from pipelines.core.config import TeacherConfig
-    from pipelines.training.arguments import TrainingArguments
     from pipelines.training.fine_tune import fine_tune
 
     directory = tmp_path_factory.mktemp("trained_teacher")
-    training = TrainingArguments(
-        output_dir=str(directory),
-        disable_tqdm=True,
-        use_cpu=True,
-        per_device_train_batch_size=8,
-        eval_strategy="no",
-        save_strategy="no",
-        load_best_model_at_end=False,
-    )
+    training = quick_arguments(directory, per_device_train_batch_size=8)
     torch.manual_seed(0)
     outcome = fine_tune(
         str(pretrained), directory, task, TeacherConfig(teacher_epochs=8, teacher_learning_rate=3e-3), training

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
+import pkgutil
 import runpy
 import subprocess
 import sys
@@ -15,12 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-IMPORTS = [
-    "conftest",
-    "pipelines.training.distill",
-    "pipelines.data.images",
-    "pipelines.tasks.text_generation.task",
-    "pipelines.verbs",
+import pipelines
+
+# All that a recipe imports on its way.
+IMPORTS = ["conftest", *(module.name for module in pkgutil.walk_packages(pipelines.__path__, "pipelines."))]
+IMPORTS += [
+    "matplotlib.pyplot",
+    "peft",
+    "sklearn.pipeline",
+    "transformers.exporters",
+    "onnxscript",
+    "torch.onnx._internal.exporter._core",
 ]
 
 
@@ -107,6 +114,7 @@ def values(ended: list[Ended]) -> list[Any]:
 
 
 def _run(environment: dict[str, str], path: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # so that no collection looks through all that was imported
     os.environ.update(environment)
     output = os.open(path.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

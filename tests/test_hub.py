@@ -16,6 +16,7 @@ import onnx
 import pytest
 from huggingface_hub import ModelCard, constants
 
+from conftest import quick_arguments
 from hub_server import HubServer
 from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
@@ -331,25 +332,27 @@ def image_run(tmp_path_factory: pytest.TempPathFactory, image_onnx: Path, image_
 def language_run(tmp_path_factory: pytest.TempPathFactory, language_bundle: Path, language_task: Any) -> Path:
     directory, model = tmp_path_factory.mktemp("runs") / "small_gpt2", language_bundle.parent / "model"
     # Random weights guess classes often enough, and words never.
-    return make_run(directory, language_task, model, "distill_gpt2", epochs=1)
+    return make_run(directory, language_task, model, "distill_gpt2", epochs=1, quantization="int8_blocks")
 
 
-def make_run(directory: Path, task: Any, teacher: Path, recipe: str, epochs: float = 0) -> Path:
+def make_run(
+    directory: Path, task: Any, teacher: Path, recipe: str, epochs: float = 0, quantization: str | None = None
+) -> Path:
     """A verified run with its report: a teacher, exported and quantized."""
     from pipelines.core.config import QuantizeConfig, TeacherConfig
     from pipelines.core.run import Run
     from pipelines.onnx.export import export_onnx
     from pipelines.onnx.quantize import quantize_onnx
-    from pipelines.training.arguments import TrainingArguments
     from pipelines.training.fine_tune import fine_tune
 
     run = Run(directory, task, seed=0)
-    untouched = {"disable_tqdm": True, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-    training = TrainingArguments(output_dir=str(directory), use_cpu=True, **untouched)
     config = TeacherConfig(teacher_epochs=epochs, teacher_learning_rate=1e-2)
-    run.stage("teacher", fine_tune, str(teacher), distributed=True, teacher=config, training=training)
+    learning = {"teacher": config, "training": quick_arguments(directory)}
+    run.stage("teacher", fine_tune, str(teacher), distributed=True, **learning)
     run.stage("onnx", export_onnx, "teacher")
-    run.stage("quantized", quantize_onnx, "onnx", quantize=QuantizeConfig(max_quality_drop=1))
+    run.stage(
+        "quantized", quantize_onnx, "onnx", quantize=QuantizeConfig(quantization=quantization, max_quality_drop=1)
+    )
     report_untimed(run, recipe)
     return directory
 

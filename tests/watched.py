@@ -15,7 +15,7 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.s
 
 
 def watched_recipe(argv: list[str]) -> None:
-    """What a process of `run_recipe` does, under watch; as a script, what one of accelerate launch does."""
+    """What a process of `run_recipe` does, under watch."""
     directory = output_directory(argv)
     notes = os.open(notes_of(directory), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     inside = os.path.join(directory, "")
@@ -58,7 +58,3 @@ def notes_of(directory: Path) -> Path:
 
 def made_by_others(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if path.is_file() and path.stat().st_mode & 0o020]
-
-
-if __name__ == "__main__":
-    watched_recipe(sys.argv[1:])

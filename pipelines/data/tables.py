@@ -263,7 +263,7 @@ def _from_cells(
 
 def _from_objects(text: TextIO, path: Path, named: set[str | None]) -> Iterator[pa.Table]:
     """The objects of a json or jsonl file; not all need to have the same keys."""
-    objects = _objects(text, named)
+    objects = _objects(text)
     tables = []
     while rows := list(islice(objects, ROWS_AT_A_TIME)):
         columns = {
@@ -277,9 +277,8 @@ def _from_objects(text: TextIO, path: Path, named: set[str | None]) -> Iterator[
         yield pa.concat_tables(tables, promote_options="default")
 
 
-def _objects(text: TextIO, named: set[str | None]) -> Iterator[dict[str, Any]]:
-    """One object a line, a list of them, or any other form that pandas writes: a list under a name ({"data": [...]}), a list or an
-    object for each column, an object for each row."""
+def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
+    """One object a line, a list of them, one under a name ({"data": [...]}), or a list or an object for each column."""
     by_line = text.readline().rstrip().endswith("}") and any(line.strip() for line in text)
     text.seek(0)
     rows = (json.loads(line) for line in text if line.strip()) if by_line else json.load(text)
@@ -288,12 +287,7 @@ def _objects(text: TextIO, named: set[str | None]) -> Iterator[dict[str, Any]]:
         is_row = not any(isinstance(value, (list, dict)) for value in rows.values())
         if len(lists) > 1:
             raise ValueError(f"several tables ({', '.join(rows)}), each of which needs a file of its own")
-        if {"columns", "data"} <= rows.keys() and not lists:
-            rows = pandas.DataFrame(rows["data"], columns=rows["columns"]).to_dict("records")
-        elif all(isinstance(value, dict) for value in rows.values()) and not named & rows.keys():
-            rows = list(rows.values())
-        else:
-            rows = [rows] if is_row else lists[0] if lists else pandas.DataFrame(rows).to_dict("records")
+        rows = [rows] if is_row else lists[0] if lists else pandas.DataFrame(rows).to_dict("records")
     for row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"an object for every row has its columns by their names, {row!r:.100} does not")

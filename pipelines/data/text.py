@@ -9,7 +9,6 @@ import logging
 import re
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +108,10 @@ def first_sentences(rows: datasets.Dataset, most: int) -> datasets.Dataset:
     """The first sentences of each text in the column `text`, at most so many of it, very short ones left out."""
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        long = (filter(_is_long, sentences_of(text or "")) for text in batch["text"])
-        return {"text": [sentence for sentences in long for sentence in islice(sentences, most)]}
+        long = ([one for one in sentences_of(text or "") if len(one) >= SENTENCE_CHARACTERS] for text in batch["text"])
+        return {"text": [sentence for sentences in long for sentence in sentences[:most]]}
 
     return map_kept(rows, cut, "sentences", [rows._fingerprint, most], features=rows.features)
-
-
-def _is_long(sentence: str) -> bool:
-    return len(sentence) >= SENTENCE_CHARACTERS
 
 
 def map_kept(

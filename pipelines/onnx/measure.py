@@ -44,7 +44,7 @@ STDERR = "stderr.txt"  # of a fork
 
 @dataclass
 class Subject:
-    """A model directory to time: `format` is "onnx", "transformers" or "sklearn"."""
+    """A model directory to time: `format` is "onnx" or "transformers"; or the file of an estimator: "sklearn"."""
 
     name: str
     path: Path
@@ -59,14 +59,14 @@ def measure(
     """Let the worker of every subject's workload time it once a round, for about `seconds`; return one result per name.
 
     A result has `latency_ms` (p50, p95, and the batch size and shape of one call), `peak_memory_bytes` (the largest resident set of the
-    whole worker, Python and the runtime included), `threads`, the `rounds`, how many cores others used meanwhile and a second before
+    whole worker, Python and the runtime included), `threads`, the `rounds`, how many cores others used meanwhile and just before
     (`load`), whether that left too few (`busy`), and whatever else the worker timed, such as `samples_per_second`. All but memory are
     medians over the rounds. Raises InputError for a subject whose worker fails.
     """
     from tqdm import tqdm
 
     threads = available_cores() if threads is None else threads
-    _, before = load_beside(partial(time.sleep, 1))
+    _, before = load_beside(partial(time.sleep, min(1, seconds)))
     if is_busy(before, threads):
         print(
             f"benchmark: the machine is busy, others use {before:.1f} cores; the times will say little", file=sys.stderr
@@ -245,7 +245,7 @@ def _read_feed(file: Path) -> Arrays:
 def _load_estimator(path: Path) -> tuple[Callable[[Arrays], Any], Callable[[Any], Any]]:
     import joblib
 
-    estimator = joblib.load(path / "model.joblib")
+    estimator = joblib.load(path)
     return lambda feed: feed, lambda feed: estimator.predict(feed["inputs"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,19 +55,14 @@ def run_session(session: Any, batch: dict[str, Any]) -> Arrays:
     return dict(zip(names, session.run(names, complete_feed(session, batch)), strict=True))
 
 
-def predict_onnx(
-    path: Path, features: Any, collate: Collate, task: Task, batch_size: int = 1, name: str = "predict"
-) -> np.ndarray:
+def predict_onnx(path: Path, features: Any, collate: Collate, task: Task, name: str = "predict") -> np.ndarray:
     """The predictions of an ONNX file for `features`, in their order.
 
-    One example on each core by default: dynamic quantization takes one scale for a whole batch, so only a batch of one gives the
-    predictions that a device gives. Larger batches come one after the other, each on all cores.
+    One example on each core: dynamic quantization takes one scale for a whole batch, so only a batch of one gives the predictions that a
+    device gives.
     """
-    at_once = available_cores() if batch_size == 1 else 1
-    session = open_session(path, threads=1 if batch_size == 1 else None)
-    return predict_batches(
-        lambda batch: run_session(session, batch), features, collate, task, batch_size, name, at_once
-    )
+    session = open_session(path, threads=1)
+    return predict_batches(partial(run_session, session), features, collate, task, 1, name, available_cores())
 
 
 def score_onnx(path: Path, task: Task, processor: Any, split: str, name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ MINIMUM_UNITS = 20  # an interval over fewer says nothing
 
 
 def paired_bootstrap(
-    metric: Callable[..., np.ndarray], sample: Sample, other: Sample, *, resamples: int = 2000, seed: int = 0
+    metric: Callable[..., np.ndarray], sample: Sample, other: Sample, *, resamples: int = 2000
 ) -> dict[str, float | None]:
     """The metric of `sample` minus that of `other`, with a 95 % percentile interval where there are enough units for one.
 
@@ -28,7 +28,7 @@ def paired_bootstrap(
     if units < MINIMUM_UNITS:
         return {"value": value, "low": None, "high": None}
     # The batch bounds the memory whatever the size of the split.
-    settings = {"n_resamples": resamples, "batch": max(1, 1_000_000 // units), "rng": np.random.default_rng(seed)}
+    settings = {"n_resamples": resamples, "batch": max(1, 1_000_000 // units), "rng": np.random.default_rng(0)}
     low, high = bootstrap(
         arrays, delta, paired=True, vectorized=True, method="percentile", **settings
     ).confidence_interval

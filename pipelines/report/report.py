@@ -77,6 +77,7 @@ def build_report(
     rows = []
     for stage in stages:
         score = comparison.stages[stage.name]["metrics"][task.primary_metric]
+        for_less = stage.name == TEACHER_QUANTIZED or stage.format == "sklearn"  # what one could have instead
         rows.append(
             {
                 "name": stage.name,
@@ -85,7 +86,7 @@ def build_report(
                 **comparison.stages[stage.name],
                 "constant": stage.format == "sklearn" and bool((stage.predictions == stage.predictions[:1]).all()),
                 "delta": delta(stage.name, TEACHER),
-                "delta_to_shipped": delta(stage.name, shipped.name) if _rivals(stage) else None,
+                "delta_to_shipped": delta(stage.name, shipped.name) if for_less else None,
                 "quality_retained": _divide(score, best) if task.greater_is_better else _divide(best, score),
                 **{key: stage.record[key] for key in ("parameters", "bytes", "seconds")},
                 "needs": needed_versions(Path(run_dir) / stage.path),
@@ -138,11 +139,6 @@ def add_timings(report: dict[str, Any], timings: dict[str, dict[str, Any]]) -> N
             ratios += [ratio] if ratio and stage["format"] != "sklearn" else []
         stage["ratios"]["faster_than_shipped"] = paired_ratios(timings, report["shipped"], stage["name"])
     report["busy"] = any(timing.get("busy") for timing in timings.values()) or not all(map(carries, ratios))
-
-
-def _rivals(stage: StageResult) -> bool:
-    """Whether a stage is what a user could have instead of the shipped model, for less."""
-    return stage.name == TEACHER_QUANTIZED or stage.format == "sklearn"
 
 
 def _divide(numerator: float, denominator: float) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def predict_stage(directory: Path, form: str, task: Task, batch_size: int) -> np
     from accelerate import PartialState
 
     if form == "sklearn":
-        return task.baseline_predictions(load_baseline(directory), task.baseline_inputs(task.splits["test"]))
+        return task.baseline_predictions(load_baseline(directory), _baseline_inputs(task, "test"))
     processor = task.load_processor(str(directory))
     features, collate = task.features(processor)["test"], task.collate(processor)
     name = f"test {directory.name}"
@@ -214,14 +214,21 @@ def predict_stage(directory: Path, form: str, task: Task, batch_size: int) -> np
     return predict_torch(model, features, collate, task, batch_size, name=name)
 
 
+@lru_cache(maxsize=1)
+def _baseline_inputs(task: Task, split: str) -> Any:
+    """What all estimators are given."""
+    return task.baseline_inputs(task.splits[split])
+
+
 def time_stages(
     directories: dict[str, Path], task: Task, split: str, config: ReportConfig
 ) -> dict[str, dict[str, Any]]:
     """Time directories together, on examples of a split."""
-    subjects, baseline_workload = [], cache(lambda: estimator_workload(task.baseline_inputs(task.splits[split])))
+    subjects = []
     for name, path in directories.items():
         if (path / BASELINE_FILE).is_file():
-            subjects.append(Subject(name, path, "sklearn", baseline_workload()))
+            workload = estimator_workload(_baseline_inputs(task, split))
+            subjects.append(Subject(name, path / BASELINE_FILE, "sklearn", workload))
         else:
             form = "onnx" if (path / ONNX_FILE).is_file() else "transformers"
             subjects.append(Subject(name, path, form, task.workload(path, split), task.config.trust_remote_code))

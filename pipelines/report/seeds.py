@@ -28,7 +28,10 @@ def over_seeds(comparisons: Mapping[int, Comparison], metric: str, pairs: Sequen
     ]
     return {
         "seeds": list(comparisons),
-        "stages": {name: {"values": values} | _spread(values) for name, values in scores.items()},
+        "stages": {
+            name: {"values": values, "mean": np.mean(values), "standard_deviation": np.std(values, ddof=1)}
+            for name, values in scores.items()
+        },
         "deltas": deltas,
     }
 
@@ -72,10 +75,6 @@ def delta_over_seeds(metric: Any, samples: Sequence[tuple[Sample, Sample]], resa
             half = float(t.ppf(0.975, freedom) * np.sqrt(variance))
         delta |= {"low": delta["value"] - half, "high": delta["value"] + half}
     return delta | {"standard_deviation": float(np.std(values, ddof=1))}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": float(np.mean(values)), "standard_deviation": float(np.std(values, ddof=1))}
 
 
 def seeds_section(report: dict[str, Any], presentation: Presentation) -> list[str]:

@@ -294,10 +294,7 @@ def train(
     that was resumed `train_loss` and the next of `losses` are means of the steps since, as transformers counts them.
     With `search` the trainer is made, nothing is trained, and what `search(trainer)` returns is returned.
     """
-    arguments = copy.copy(training)
-    arguments.output_dir = str(directory)
-    # A run is pushed whole, once it is verified; and a checkpoint holds all arguments, where no secret belongs.
-    arguments.push_to_hub, arguments.hub_token = False, None
+    arguments, metric = _arguments_of(training, task, directory), task.primary_metric
     batch = arguments.train_batch_size * arguments.world_size
     rows = getattr(train_features, "in_epoch", len(train_features))  # of a transfer set not all
     if arguments.dataloader_drop_last and rows < batch:
@@ -305,14 +302,6 @@ def train(
             f"expected a whole batch of {batch} training examples with --dataloader_drop_last, found {rows}. Lower "
             "--per_device_train_batch_size, or leave --dataloader_drop_last out."
         )
-    arguments.remove_unused_columns = False  # the collator keeps what the loss needs
-    arguments.label_names = ["labels"]  # which the Trainer looks for in the model's own forward; the loss is ours
-    metric = task.primary_metric
-    arguments.metric_for_best_model, arguments.greater_is_better = best_metric(arguments, task)
-    if arguments.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-        # These look at that metric, and take it for a loss unless they are told.
-        given: Any = arguments.lr_scheduler_kwargs or {}
-        arguments.lr_scheduler_kwargs = {"mode": "max" if arguments.greater_is_better else "min", **given}
     callbacks: list[Any] = []
     if (patience := getattr(arguments, "early_stopping_patience", None)) is not None:
         callbacks = [EarlyStopping(patience)]
@@ -359,6 +348,22 @@ def train(
         **task.loss_details,
         "resumed_from_step": int(resumed.rsplit("-", 1)[1]) if resumed else None,
     }
+
+
+def _arguments_of(training: transformers.TrainingArguments, task: Task, directory: Path) -> Any:
+    """The arguments of one training of a task, with its checkpoints in `directory`."""
+    arguments = copy.copy(training)
+    arguments.output_dir = str(directory)
+    # A run is pushed whole, once it is verified; and a checkpoint holds all arguments, where no secret belongs.
+    arguments.push_to_hub, arguments.hub_token = False, None
+    arguments.remove_unused_columns = False  # the collator keeps what the loss needs
+    arguments.label_names = ["labels"]  # which the Trainer looks for in the model's own forward; the loss is ours
+    arguments.metric_for_best_model, arguments.greater_is_better = best_metric(arguments, task)
+    if arguments.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        # These look at that metric, and take it for a loss unless they are told.
+        given: Any = arguments.lr_scheduler_kwargs or {}
+        arguments.lr_scheduler_kwargs = {"mode": "max" if arguments.greater_is_better else "min", **given}
+    return arguments
 
 
 def make_whole(trainer: Trainer, model: Any, whole: Any) -> None:

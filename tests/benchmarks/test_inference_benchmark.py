@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import tiny_model
+from pipelines.onnx.measure import run_worker
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -36,6 +37,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher: Path, csv_file: Path)
     # In this process, which spares the seconds that the imports take; test_readme.py starts the file as a script.
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", command)
+        # Whose fresh processes are in test_benchmark.py.
+        patched.setattr(inference, "run_worker", lambda *given, **how: run_worker(*given, **how | {"fork": True}))
         patched.setenv("TQDM_DISABLE", "1")
         patched.setenv("TORCHINDUCTOR_CACHE_DIR", str(directory))  # which main sets, too
         inference.main()

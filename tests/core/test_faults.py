@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from conftest import tiny_model
+from conftest import killed_after, tiny_model
 from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, TeacherConfig
 from pipelines.core.disk import no_room
@@ -249,15 +249,6 @@ def interrupted(task, tokenizer, tmp_path_factory):
     """The checkpoints of two epochs of a training that was killed in the third, and the weights that it would have ended with."""
     from pipelines.training.arguments import TrainingArguments
 
-    class Killed(Exception):
-        pass
-
-    class KilledAfterTwoEpochs(Trainer):
-        def training_step(self, *arguments, **keywords):
-            if self.state.epoch >= 2:
-                raise Killed
-            return super().training_step(*arguments, **keywords)
-
     directory = tmp_path_factory.mktemp("interrupted")
     training = TrainingArguments(
         output_dir=str(directory), num_train_epochs=3, learning_rate=1e-3, disable_tqdm=True, use_cpu=True
@@ -265,8 +256,8 @@ def interrupted(task, tokenizer, tmp_path_factory):
     features = task.features(tokenizer)["train"]
     undisturbed = tiny_model()
     train(undisturbed, task, tokenizer, training, directory / "undisturbed", features)
-    with pytest.raises(Killed):
-        train(tiny_model(), task, tokenizer, training, directory / "killed", features, KilledAfterTwoEpochs)
+    with killed_after(2):
+        train(tiny_model(), task, tokenizer, training, directory / "killed", features)
     return directory / "killed", training, undisturbed.state_dict()
 
 

@@ -70,7 +70,7 @@ def test_a_system_without_groups_has_its_cores(tmp_path: Path) -> None:
 def test_how_threads_wait_is_said_before_torch_is_loaded() -> None:
     def spins(**environment: str) -> str:
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-        command = [sys.executable, "-c", "import pipelines.chain"]
+        command = [sys.executable, "-c", "import pipelines, torch"]
         told = subprocess.run(
             command,
             env={**plain, "OMP_DISPLAY_ENV": "verbose", **environment},

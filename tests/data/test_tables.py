@@ -81,7 +81,7 @@ WRITTEN: dict[str, tuple[bytes, str | None]] = {
     ),
     **{
         f"{orient}.json": (pandas.DataFrame(ROWS, columns=["text", "label"]).to_json(orient=orient).encode(), None)
-        for orient in ("split", "index", "table", "columns")
+        for orient in ("table", "columns")
     },
     "doccano.jsonl": ("".join(json.dumps({"text": t, "label": [n]}) + "\n" for t, n in ROWS).encode(), None),
     "lists.json": (json.dumps(dict(zip(("text", "label"), zip(*ROWS, strict=True), strict=True))).encode(), None),

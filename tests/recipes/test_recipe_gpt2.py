@@ -18,50 +18,13 @@ from watched import check_only_the_main_process_wrote, watched_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "recipes" / "distill_gpt2.py"
-SMALL = [
-    "--teacher_from_scratch",
-    "--vocabulary_size",
-    "300",
-    "--max_length",
-    "32",
-    "--teacher_epochs",
-    "6",
-    "--teacher_learning_rate",
-    "5e-3",
-    "--num_train_epochs",
-    "1",
-    "--learning_rate",
-    "3e-3",
-    "--per_device_train_batch_size",
-    "8",
-    "--student_layers",
-    "2",
-    "--label_baseline",
-    "false",
-    "--benchmark_rounds",
-    "1",
-    "--benchmark_seconds",
-    "0.1",
-    "--benchmark_threads",
-    "1",
-    "--prune_heads",
-    "0.25",
-    "--prune_ffn",
-    "0.25",
-    "--prune_steps",
-    "1",
-    "--prune_epochs",
-    "0.5",
-    "--prune_samples",
-    "32",
-    "--quantization",
-    "int8_blocks",
-    "--block_size",
-    "16",
-    "--use_cpu",
-    "--web",
-    "false",
-]
+SMALL = """
+    --teacher_from_scratch --vocabulary_size 300 --max_length 32 --teacher_epochs 6 --teacher_learning_rate 5e-3
+    --num_train_epochs 1 --learning_rate 3e-3 --per_device_train_batch_size 8 --student_layers 2
+    --label_baseline false --benchmark_rounds 1 --benchmark_seconds 0.1 --benchmark_threads 1 --prune_heads 0.25
+    --prune_ffn 0.25 --prune_steps 1 --prune_epochs 0.5 --prune_samples 32 --quantization int8_blocks
+    --block_size 16 --use_cpu --web false
+""".split()
 STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized", "teacher_quantized"]
 
 

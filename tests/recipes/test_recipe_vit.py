@@ -17,38 +17,11 @@ from watched import check_only_the_main_process_wrote, watched_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "recipes" / "distill_vit.py"
-SMALL = [
-    "--teacher_from_scratch",
-    "--teacher_epochs",
-    "6",
-    "--teacher_learning_rate",
-    "3e-3",
-    "--num_train_epochs",
-    "3",
-    "--learning_rate",
-    "3e-3",
-    "--per_device_train_batch_size",
-    "8",
-    "--student_layers",
-    "2",
-    "--benchmark_rounds",
-    "1",
-    "--benchmark_seconds",
-    "0.1",
-    "--prune_epochs",
-    "1",
-    "--prune_heads",
-    "0.5",
-    "--prune_steps",
-    "1",
-    "--max_quality_drop",
-    "0.1",
-    "--use_cpu",
-    "--label_baseline",
-    "false",
-    "--web",
-    "false",
-]
+SMALL = """
+    --teacher_from_scratch --teacher_epochs 6 --teacher_learning_rate 3e-3 --num_train_epochs 3 --learning_rate 3e-3
+    --per_device_train_batch_size 8 --student_layers 2 --benchmark_rounds 1 --benchmark_seconds 0.1 --prune_epochs 1
+    --prune_heads 0.5 --prune_steps 1 --max_quality_drop 0.1 --use_cpu --label_baseline false --web false
+""".split()
 BASELINES = ["teacher_quantized", "majority_class", "nearest_neighbours", "pixel_logistic_regression"]
 STAGES = ["teacher", "teacher_onnx", "student", "pruned", "onnx", "quantized", *BASELINES]
 

@@ -17,40 +17,16 @@ import yaml
 import processes
 from conftest import make_texts, tiny_model, write_csv
 from pipelines.core.errors import InputError
-from watched import check_only_the_main_process_wrote
+from watched import check_only_the_main_process_wrote, watched_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "recipes" / "distill_bert.py"
 CONFIGS = REPOSITORY / "recipes" / "configs"
-SMALL = [
-    "--teacher_epochs",
-    "6",
-    "--teacher_learning_rate",
-    "3e-3",
-    "--num_train_epochs",
-    "3",
-    "--learning_rate",
-    "3e-3",
-    "--per_device_train_batch_size",
-    "8",
-    "--student_layers",
-    "2",
-    "--max_length",
-    "32",
-    "--benchmark_rounds",
-    "1",
-    "--benchmark_seconds",
-    "0.1",
-    "--prune_epochs",
-    "1",
-    "--prune_heads",
-    "0.5",
-    "--max_quality_drop",
-    "0.1",
-    "--use_cpu",
-    "--web",
-    "false",
-]
+SMALL = """
+    --teacher_epochs 6 --teacher_learning_rate 3e-3 --num_train_epochs 3 --learning_rate 3e-3
+    --per_device_train_batch_size 8 --student_layers 2 --max_length 32 --benchmark_rounds 1 --benchmark_seconds 0.1
+    --prune_epochs 1 --prune_heads 0.5 --max_quality_drop 0.1 --use_cpu --web false
+""".split()
 ESTIMATORS = ["majority_class", "tfidf_logistic_regression"]
 STAGES = [
     "teacher",
@@ -63,14 +39,8 @@ STAGES = [
     "teacher_quantized",
 ]
 STAGES += ESTIMATORS
+pytestmark = pytest.mark.usefixtures("timed_in_forks")
 TOKEN = "hf_" + "a1B2c3D4" * 5
-
-
-def launch(*argv: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*launcher, *argv], capture_output=True, text=True, env=environment, timeout=600, cwd="/", check=False
-    )
 
 
 def run_recipe(*argv: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
@@ -246,17 +216,21 @@ def test_the_single_report_refuses_other_data_and_leaves_out_what_its_source_out
         finished_stages(run)
 
 
+def disturb(argv: list[str], directory: Path, scratch: Path) -> tuple[dict[str, int], list[str]]:
+    """The stages in which a run was killed, and where it ended otherwise than the one in `directory`."""
+    sys.path.insert(0, str(REPOSITORY))
+    from benchmarks import kills
+
+    os.chdir("/")
+    kills.import_everything()
+    return kills.disturb(argv, directory, scratch, seed=111, both=False)
+
+
 def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(finished, tmp_path):
     """The short form of benchmarks/kills.py. The run starts in another process, so the same seed gives the same bytes, too."""
     directory, argv, _ = finished
-    script = (
-        "import json, sys; sys.path.insert(0, sys.argv[1]); import kills; from pathlib import Path\n"
-        "kills.import_everything()\n"
-        "print(json.dumps(kills.disturb(sys.argv[4:], Path(sys.argv[2]), Path(sys.argv[3]), seed=111, both=False)))"
-    )
-    process = launch("-c", script, str(REPOSITORY / "benchmarks"), str(directory), str(tmp_path), *argv)
-    assert process.returncode == 0, process.stderr[-3000:]
-    kills, differences = json.loads(process.stdout.splitlines()[-1])
+    (killed,) = processes.values(processes.run_processes(1, tmp_path / "kills", disturb, argv, directory, tmp_path))
+    kills, differences = killed
     assert list(kills) == [
         *("teacher", "soft_targets", "student", "student_labels_only", "pruned"),
         *("teacher_onnx", "onnx", "quantized", "bundle", "teacher_quantized", *ESTIMATORS, "report"),
@@ -265,18 +239,17 @@ def test_a_run_killed_in_every_stage_ends_as_the_undisturbed_one(finished, tmp_p
     assert not differences
 
 
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
-
-
 # Not the demo's, which `finished` runs.
 @pytest.mark.parametrize(
     "config", sorted(path.name for path in CONFIGS.glob("bert_*.yaml") if path.name != "bert_bbc_headlines.yaml")
 )
-def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, capsys, monkeypatch):
+def test_every_config_runs_on_data_of_its_shape(config, tokenizer, tmp_path, capsys, monkeypatch):
     """The file's columns, splits and settings, with a tiny model and a small data set of the same layout in their place: in this
     process, and in two."""
     import datasets
 
+    tiny_model(num_hidden_layers=2).base_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     settings = yaml.safe_load((CONFIGS / config).read_text())
     names = ["sport", "tech", "trade"]
     features = datasets.Features(
@@ -298,20 +271,10 @@ def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, ca
         validation = settings.get("test_split", "validation")
         splits |= {validation: split(60, 2), "test": split(60, 3, hidden=True)}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
-    argv = ["--config", str(CONFIGS / config), "--teacher_model", str(pretrained), "--dataset", str(tmp_path / "data")]
-    argv += [
-        *SMALL,
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--prune_ffn",
-        "0",
-        "--prune_heads",
-        "0",
-        "--quantization",
-        "none",
-        "--label_baseline",
-        "false",
-    ]
+    argv = ["--config", str(CONFIGS / config), "--teacher_model", str(tmp_path / "model")]
+    argv += ["--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), *SMALL]
+    argv += "--student_layers 1 --prune_ffn 0 --prune_heads 0 --quantization none --max_quality_drop 1".split()
+    argv += ["--label_baseline", "false"]
     if "transfer_dataset" in settings:
         others = datasets.Dataset.from_dict({"text": [f"{text}. Said again." for text, _ in make_texts(40, 9)]})
         others.to_csv(tmp_path / "unlabelled.csv")
@@ -319,9 +282,7 @@ def test_every_config_runs_on_data_of_its_shape(config, pretrained, tmp_path, ca
     expected = ["teacher", "teacher_onnx", "student", "onnx"]
     if config == "bert_mnli.yaml":
         argv += ["--prune_heads", "0.5", "--prune_steps", "1", "--per_device_train_batch_size", "4"]
-        watched = str(Path(__file__).parents[1] / "watched.py")
-        launcher = (*ACCELERATE, str(REPOSITORY / "accelerate_configs" / "multi_cpu.yaml"), watched)
-        finished = launch(str(RECIPE), *argv, launcher=launcher)
+        finished = processes.run_recipe(str(RECIPE), *argv, processes=2, function=watched_recipe)
         check_only_the_main_process_wrote(tmp_path / "run")
         status, err = finished.returncode, finished.stderr[-3000:]
         assert finished.stdout.count("teacher: done in") == 1
@@ -422,37 +383,12 @@ def test_a_checkpoint_to_go_on_from_is_a_flag_that_is_refused(capsys, monkeypatc
 def test_help_documents_every_flag(capsys, monkeypatch):
     status, out, _ = run_recipe("--help", capsys=capsys, monkeypatch=monkeypatch)
     assert status == 0
-    contract = [
-        "config",
-        "output_dir",
-        "teacher_model",
-        "student_model",
-        "student_layers",
-        "dataset",
-        "dataset_config",
-        "text_column",
-        "text_pair_column",
-        "image_column",
-        "label_column",
-        "max_length",
-        "max_train_samples",
-        "max_eval_samples",
-        "temperature",
-        "soft_target_weight",
-        "hidden_state_weight",
-        "prune_heads",
-        "prune_ffn",
-        "quantization",
-        "max_quality_drop",
-        "teacher_epochs",
-        "teacher_learning_rate",
-        "lora_rank",
-        "label_baseline",
-        "push_to_hub",
-        "hub_model_id",
-        "learning_rate",
-        "per_device_train_batch_size",
-        "seed",
-    ]
+    contract = """
+        config output_dir teacher_model student_model student_layers dataset dataset_config text_column
+        text_pair_column image_column label_column max_length max_train_samples max_eval_samples temperature
+        soft_target_weight hidden_state_weight prune_heads prune_ffn quantization max_quality_drop teacher_epochs
+        teacher_learning_rate lora_rank label_baseline push_to_hub hub_model_id learning_rate
+        per_device_train_batch_size seed
+    """.split()
     missing = [flag for flag in contract if f"--{flag}" not in out]
     assert not missing

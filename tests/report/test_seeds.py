@@ -24,7 +24,7 @@ from watched import check_only_the_main_process_wrote, watched_recipe
 RECIPE = Path(__file__).parents[2] / "recipes" / "distill_bert.py"
 SMALL = (
     "--num_train_epochs 1 --learning_rate 3e-3 --per_device_train_batch_size 8 --student_layers 2 --max_length 32 --use_cpu "
-    "--benchmark_rounds 1 --benchmark_seconds 0.1 --prune_epochs 1 --prune_steps 1 --max_quality_drop 1 --web false --seeds 2"
+    "--benchmark_rounds 1 --benchmark_seconds 0.1 --prune_epochs 1 --prune_steps 1 --max_quality_drop 1 --web false --baselines false --seeds 2"
 ).split()
 
 
@@ -116,6 +116,7 @@ def argv(trained_teacher, csv_file, tmp_path_factory):
     return ["--dataset", str(csv_file), "--output_dir", str(directory), *flags, *SMALL]
 
 
+@pytest.mark.usefixtures("timed_in_forks")
 def test_a_run_with_two_seeds_that_is_killed_in_the_second(argv, monkeypatch, capsys):
     directory = Path(argv[argv.index("--output_dir") + 1])
     real = chain.prune_and_recover

@@ -13,9 +13,18 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import set_seed
+from transformers import AutoTokenizer, set_seed
 
-from conftest import make_image_processor, make_texts, tiny_config, tiny_model, write_csv, write_image_folder
+from conftest import (
+    killed_after,
+    make_image_processor,
+    make_texts,
+    quick_arguments,
+    tiny_config,
+    tiny_model,
+    write_csv,
+    write_image_folder,
+)
 from pipelines import load
 from pipelines.cli import main
 from pipelines.core.command import run_main
@@ -24,13 +33,12 @@ from pipelines.core.errors import InputError
 from pipelines.hub import check_run, usage_section
 from pipelines.models.students import build_student
 from pipelines.tasks.text_classification import TextClassification
-from pipelines.training import distill as distillation
-from pipelines.training.arguments import TrainingArguments
-from pipelines.training.distill import DistillationTrainer, check_distillation, distill_student
+from pipelines.training.distill import check_distillation, distill_student
 from pipelines.training.prune import checked_pruning
 from pipelines.training.trainer import train as learn
 from processes import run_processes, values
 
+pytestmark = pytest.mark.usefixtures("timed_in_forks")
 STAGES = ["teacher", "teacher_onnx", "student", "onnx", "quantized"]
 CHAIN = """
     --max_length 32 --num_train_epochs 3 --learning_rate 1e-2 --per_device_train_batch_size 8 --max_quality_drop 0.2 --use_cpu
@@ -59,7 +67,21 @@ def predict(run, *inputs: str):
     return found
 
 
-@pytest.mark.parametrize("kind", ["lstm", "cnn", "static"])
+def check_padding(run):
+    """No text of a padded batch changes another, in the graph, too."""
+    texts = [text for text, _ in make_texts(9)]
+    tokenizer = AutoTokenizer.from_pretrained(run / "onnx")
+    session = onnxruntime.InferenceSession(run / "onnx" / "model.onnx")
+    names = [value.name for value in session.get_inputs()]
+
+    def logits(batch):
+        tokens = tokenizer(batch, padding=True, return_tensors="np")
+        return session.run(None, {name: tokens[name] for name in names})[0]
+
+    np.testing.assert_allclose(logits(texts), np.concatenate([logits([text]) for text in texts]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "cnn"])
 def test_texts(kind, trained_teacher, csv_file, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     flags = f"--dataset {csv_file} --teacher_model {trained_teacher} --teacher_epochs 0 --student_model {kind}"
@@ -77,35 +99,24 @@ def test_texts(kind, trained_teacher, csv_file, tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in "".join(
         file.read_text() for file in (run / "student").glob("*.json") if file.name != "record.json"
     )
-
-    # No text of a padded batch changes another, in the graph, too.
-    from transformers import AutoTokenizer
-
-    texts = [text for text, _ in make_texts(9)]
-    tokenizer = AutoTokenizer.from_pretrained(run / "onnx")
-    session = onnxruntime.InferenceSession(run / "onnx" / "model.onnx")
-    names = [value.name for value in session.get_inputs()]
-
-    def logits(batch):
-        tokens = tokenizer(batch, padding=True, return_tensors="np")
-        return session.run(None, {name: tokens[name] for name in names})[0]
-
-    np.testing.assert_allclose(logits(texts), np.concatenate([logits([text]) for text in texts]), atol=1e-5)
+    check_padding(run)
 
 
-def test_scores_of_pairs(pretrained, tmp_path, monkeypatch):
+def test_scores(pretrained, tmp_path, monkeypatch):
+    """Of pairs they are in test_text_regression.py."""
     rows = [
-        (text, "the match", str(sum(word in text for word in ("goal", "match", "team", "coach"))))
-        for text, _ in make_texts(240)
+        (text, str(sum(word in text for word in ("goal", "match", "team", "coach")))) for text, _ in make_texts(240)
     ]
-    data, run = write_csv(tmp_path / "pairs.csv", rows, ("text", "other", "label")), tmp_path / "run"
+    data, run = write_csv(tmp_path / "scores.csv", rows), tmp_path / "run"
     flags = f"""
-        --task text-regression --dataset {data} --text_pair_column other --teacher_model {pretrained} --teacher_epochs 8
+        --task text-regression --dataset {data} --teacher_model {pretrained} --teacher_epochs 8
         --teacher_learning_rate 3e-3 --student_model static --num_train_epochs 8 --soft_targets online
     """
     report = compress(monkeypatch, run, flags)
     assert report["stages"][-1]["metrics"]["pearson"] > 0.7
-    assert -1 < next(iter(predict(run, "--pair", "a goal", "the match")["values"].values())) < 4
+    assert "scoring texts" in (run / "README.md").read_text()
+    assert -1 < next(iter(predict(run, "a goal")["values"].values())) < 4
+    check_padding(run)
 
 
 def test_images(tmp_path, monkeypatch):
@@ -146,16 +157,7 @@ def test_an_lstm_reads_from_the_left_whatever_side_its_teacher_is_padded_on(task
     assert build_student(StudentConfig("lstm"), str(tmp_path), task).processor.padding_side == "right"
 
 
-def test_a_killed_training_ends_as_an_undisturbed_one(task, trained_teacher, training, tmp_path, monkeypatch):
-    class Killed(Exception):
-        pass
-
-    class KilledTrainer(DistillationTrainer):
-        def training_step(self, *arguments, **keywords):
-            if self.state.epoch >= 1:
-                raise Killed
-            return super().training_step(*arguments, **keywords)
-
+def test_a_killed_training_ends_as_an_undisturbed_one(task, trained_teacher, training, tmp_path):
     def train(directory):
         set_seed(0)
         student, alone = StudentConfig("lstm", student_width=8, student_hidden=8), DistillConfig(soft_target_weight=0.0)
@@ -164,10 +166,8 @@ def test_a_killed_training_ends_as_an_undisturbed_one(task, trained_teacher, tra
 
     training.num_train_epochs = 2
     _, undisturbed = train(tmp_path / "undisturbed")
-    with monkeypatch.context() as patched:
-        patched.setattr(distillation, "DistillationTrainer", KilledTrainer)
-        with pytest.raises(Killed):
-            train(tmp_path / "killed")
+    with killed_after(1):
+        train(tmp_path / "killed")
     step, resumed = train(tmp_path / "killed")
     assert step
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
@@ -176,15 +176,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(task, trained_teacher, tra
 def in_processes(csv, teacher, count, directory):
     """The weights of a student after four steps with global batches of 8."""
     task = TextClassification(DataConfig(dataset=csv, max_length=32))
-    training = TrainingArguments(
-        str(directory),
-        per_device_train_batch_size=8 // count,
-        max_steps=4,
-        learning_rate=1e-3,
-        optim="sgd",
-        use_cpu=True,
-    )
-    training.eval_strategy, training.save_strategy, training.load_best_model_at_end = "no", "no", False
+    training = quick_arguments(directory, per_device_train_batch_size=8 // count, max_steps=4, optim="sgd")
     set_seed(0)
     model, processor, _ = build_student(StudentConfig("lstm", student_width=8, student_hidden=8), teacher, task)
     model.dropout.p = 0.0  # which each process draws for itself

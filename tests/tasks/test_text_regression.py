@@ -23,17 +23,16 @@ from pipelines.tasks import task_of_model
 from pipelines.tasks.text_regression import TextRegression, pearson, regression_metrics
 
 
-def write_scores(path: Path, examples: int = 240, pair: bool = False) -> Path:
-    """Texts whose score is 10 for each word of sport in them, and 30 besides."""
+def write_scores(path: Path, examples: int = 240) -> Path:
+    """Texts, beside another one, whose score is 10 for each word of sport in them, and 30 besides."""
     generator = np.random.default_rng(0)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["text", "other", "label"] if pair else ["text", "label"])
+        writer.writerow(["text", "other", "label"])
         for index in range(examples):
             count = int(generator.integers(0, 4))
             words = [*generator.choice(FILLER, generator.integers(3, 9)), *generator.choice(WORDS["sport"], count)]
-            text = f"{' '.join(generator.permutation(words))} {index}"
-            writer.writerow([text, *(["the match"] if pair else []), 30 + 10 * count])
+            writer.writerow([f"{' '.join(generator.permutation(words))} {index}", "the match", 30 + 10 * count])
     return path
 
 
@@ -131,19 +130,18 @@ def test_the_comparison_names_the_texts_whose_error_grew(scored, tokenizer):
     assert example["text"] in text
 
 
-@pytest.mark.parametrize("pair", [False, True])
-def test_the_whole_chain(pair, pretrained, tmp_path, monkeypatch, capsys):
-    path, run = write_scores(tmp_path / "scores.csv", pair=pair), tmp_path / "run"
-    flags = (
-        f"""
+@pytest.mark.usefixtures("timed_in_forks")
+def test_the_whole_chain_of_pairs(pretrained, tmp_path, monkeypatch, capsys):
+    """Of single texts it is in test_other_kinds.py."""
+    path, run = write_scores(tmp_path / "scores.csv"), tmp_path / "run"
+    flags = f"""
         compress --task text-regression --dataset {path} --teacher_model {pretrained} --output_dir {run} --max_length 32
         --teacher_epochs 8 --teacher_learning_rate 3e-3 --num_train_epochs 6 --learning_rate 3e-3 --per_device_train_batch_size 8
         --student_layers 2 --prune_steps 1 --prune_epochs 2 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.2 --use_cpu
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false --label_baseline true
-    """.split()
-        + (["--text_pair_column", "other"] if pair else [])
-    )
-    monkeypatch.setattr(sys, "argv", ["pocketformers", *flags])
+        --text_pair_column other
+    """
+    monkeypatch.setattr(sys, "argv", ["pocketformers", *flags.split()])
     run_main(main)
     report = json.loads((run / "report.json").read_text())
     stages = {stage["name"]: stage for stage in report["stages"]}
@@ -156,23 +154,21 @@ def test_the_whole_chain(pair, pretrained, tmp_path, monkeypatch, capsys):
     assert "root mean squared error" in (run / "report.md").read_text()
     card = (run / "README.md").read_text()
     assert "type: pearsonr" in card
-    assert "scoring pairs of texts" in card if pair else "scoring texts" in card
+    assert "scoring pairs of texts" in card
     assert "pearson" in capsys.readouterr().out
 
-    inputs = ["--pair", "a goal", "the match"] if pair else ["a goal for the team"]
-    command = [sys.executable, str(run / "bundle" / "infer.py"), *inputs, "--json"]
+    command = [sys.executable, str(run / "bundle" / "infer.py"), "--pair", "a goal", "the match", "--json"]
     predicted = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     from pipelines import load
 
-    assert predicted == load(run / "bundle")(tuple(inputs[1:]) if pair else inputs[0])
+    assert predicted == load(run / "bundle")(("a goal", "the match"))
     score = next(iter(predicted["values"].values()))
     assert 20 < score < 80
     # Stock transformers opens the pruned directory and gives the number itself, not its sigmoid.
     from transformers import pipeline
 
-    texts = {"text": inputs[1], "text_pair": inputs[2]} if pair else inputs[0]
-    stock = pipeline("text-classification", model=str(run / "pruned"))(texts)
-    assert (stock[0] if isinstance(stock, list) else stock)["score"] == pytest.approx(score, abs=5)
+    stock = pipeline("text-classification", model=str(run / "pruned"))({"text": "a goal", "text_pair": "the match"})
+    assert stock["score"] == pytest.approx(score, abs=5)
 
 
 def test_settings_of_distributions_are_refused_for_scores(scored):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import make_image_processor, tiny_model
+from conftest import killed_after, make_image_processor, tiny_model
 from pipelines.core.config import AugmentConfig, DataConfig, DistillConfig, PruneConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe
@@ -109,19 +109,10 @@ def test_the_baseline_on_labels_alone_sees_the_same_images(task, teacher, soft_t
     assert all(logits is None for *_, logits in batches)
 
 
-def test_a_resumed_training_goes_on_with_the_view_of_its_epoch(task, teacher, soft_targets, tmp_path, monkeypatch):
+def test_a_resumed_training_goes_on_with_the_view_of_its_epoch(task, teacher, soft_targets, tmp_path):
     undisturbed, _ = learn(task, teacher, soft_targets, arguments(tmp_path), tmp_path / "undisturbed")
-
-    def killed(self, *arguments, **keywords):
-        if self.state.epoch >= 2.5:
-            raise KeyboardInterrupt
-        return real(self, *arguments, **keywords)
-
-    real = DistillationTrainer.training_step
-    monkeypatch.setattr(DistillationTrainer, "training_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(2.5):
         learn(task, teacher, soft_targets, arguments(tmp_path), tmp_path / "resumed")
-    monkeypatch.undo()
     resumed, _ = learn(task, teacher, soft_targets, arguments(tmp_path), tmp_path / "resumed")
     for name, weights in undisturbed.state_dict().items():
         assert torch.equal(weights, resumed.state_dict()[name]), name

@@ -186,7 +186,9 @@ def test_an_estimator_is_timed_one_text_at_a_time_and_in_batches(task, tmp_path)
     batches = [workload.feeds[f"batch_{index}"]["inputs"].tolist() for index in range(workload.settings["batches"])]
     assert sorted(text for batch in batches for text in batch) == sorted(texts)
     assert max(map(len, batches)) == 16
-    result = measure([Subject("words", tmp_path / "words", "sklearn", workload)], rounds=1, seconds=0.05)["words"]
+    result = measure(
+        [Subject("words", tmp_path / "words" / "model.joblib", "sklearn", workload)], rounds=1, seconds=0.05
+    )["words"]
     assert result["latency_ms"]["shape"] == [1]
     assert result["samples_per_second"] > 0
     # Without torch.

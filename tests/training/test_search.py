@@ -166,7 +166,7 @@ def test_the_chain_uses_what_it_found(trained_teacher, csv_file, tmp_path, monke
     argv += (
         "--prune_heads 0 --prune_ffn 0 --quantization none --max_quality_drop 1 --web false --search_trials 3".split()
     )
-    argv += ["--label_baseline", "true", "--seeds", "2"]
+    argv += ["--label_baseline", "true", "--baselines", "false", "--seeds", "2"]
     monkeypatch.setattr("pipelines.chain.report_run", lambda *arguments: None)
     monkeypatch.setattr(sys, "argv", [str(RECIPE), *argv])
     runpy.run_path(str(RECIPE), run_name="__main__")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_config, tiny_model
+from conftest import quick_arguments, tiny_config, tiny_model
 from pipelines.cli import main
 from pipelines.core.command import parse_config
 from pipelines.core.config import DistillConfig, StudentConfig, TeacherConfig
@@ -39,13 +39,8 @@ def byte_encoder(task, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def byte_teacher(byte_encoder, task, tmp_path_factory) -> Path:
-    from pipelines.training.arguments import TrainingArguments
-
     directory = tmp_path_factory.mktemp("byte_teacher")
-    quiet = {"disable_tqdm": True, "use_cpu": True, "eval_strategy": "no", "save_strategy": "no"}
-    training = TrainingArguments(
-        output_dir=str(directory), per_device_train_batch_size=8, load_best_model_at_end=False, **quiet
-    )
+    training = quick_arguments(directory, per_device_train_batch_size=8)
     settings = TeacherConfig(teacher_epochs=8, teacher_learning_rate=3e-3)
     assert fine_tune(str(byte_encoder), directory, task, settings, training).metrics["validation"]["accuracy"] > 0.8
     return directory
@@ -120,6 +115,7 @@ def test_one_teacher_is_a_name_and_several_are_a_list(tmp_path):
         assert {suffix: one.teacher_model for suffix, one in two.teacher.each().items()} == {"": "a", "_2": "b"}
 
 
+@pytest.mark.usefixtures("timed_in_forks")
 def test_the_whole_chain_with_two_teachers(pretrained, byte_encoder, csv_file, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     command = f"""

@@ -15,7 +15,14 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from conftest import make_image_processor, make_tokenizer, tiny_language_model, tiny_model
+from conftest import (
+    killed_after,
+    make_image_processor,
+    make_tokenizer,
+    quick_arguments,
+    tiny_language_model,
+    tiny_model,
+)
 from pipelines.core.config import DataConfig, DistillConfig, LanguageConfig, PruneConfig, TeacherConfig
 from pipelines.models.predict import predict_torch
 from pipelines.tasks.image_classification import ImageClassification
@@ -91,24 +98,14 @@ def test_the_sampler_groups_lengths_and_repeats_an_epoch():
 @pytest.mark.parametrize("model_type", ["bert", "vit"])
 def test_a_resumed_training_ends_where_an_undisturbed_one_does(task_and_processor, model_type, training, tmp_path):
     task, processor = task_and_processor
-
-    class Killed(Exception):
-        pass
-
-    class KilledAfterAnEpoch(Trainer):
-        def training_step(self, *arguments, **keywords):
-            if self.state.epoch >= 1:
-                raise Killed
-            return super().training_step(*arguments, **keywords)
-
     training.num_train_epochs, training.per_device_train_batch_size = 3, 16
     features = task.features(processor)["train"]
     undisturbed = tiny_model(model_type, hidden_dropout_prob=0.1)
     resumed = copy.deepcopy(undisturbed)
     train(undisturbed, task, processor, training, tmp_path / "undisturbed", features)
     interrupted = copy.deepcopy(resumed)
-    with pytest.raises(Killed):
-        train(interrupted, task, processor, training, tmp_path / "resumed", features, KilledAfterAnEpoch)
+    with killed_after(1):
+        train(interrupted, task, processor, training, tmp_path / "resumed", features)
     # A second kill, while the next checkpoint was being written, leaves a folder that must not be resumed from.
     steps = math.ceil(len(features) / 16)
     half = tmp_path / "resumed" / f"checkpoint-{2 * steps}"
@@ -239,18 +236,11 @@ def learn_in_many_ways(directory, processes, csv, teacher, images, text, languag
     logits, tokens, pictured = directory / "logits", directory / "tokens", directory / "pictured"
 
     def arguments(accumulation=1):
-        return TrainingArguments(
-            output_dir=str(directory),
-            use_cpu=True,
-            disable_tqdm=True,
+        return quick_arguments(
+            directory,
             num_train_epochs=2,
-            logging_steps=1,
-            learning_rate=1e-3,
             per_device_train_batch_size=max(1, 8 // processes // accumulation),
             gradient_accumulation_steps=accumulation,
-            eval_strategy="no",
-            save_strategy="no",
-            load_best_model_at_end=False,
             per_device_eval_batch_size=2,
         )
 

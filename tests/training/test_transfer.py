@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import WORDS, make_image, make_texts, make_tokenizer, tiny_language_model, tiny_model, write_csv
+from conftest import (
+    WORDS,
+    killed_after,
+    make_image,
+    make_texts,
+    make_tokenizer,
+    quick_arguments,
+    tiny_language_model,
+    tiny_model,
+    write_csv,
+)
 from pipelines.core.config import DataConfig, DistillConfig, LanguageConfig, PruneConfig, StudentConfig, TransferConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, UNLABELLED
@@ -19,7 +29,6 @@ from pipelines.tasks.image_classification import ImageClassification
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.tasks.text_generation.task import LanguageModeling
 from pipelines.tasks.text_regression import TextRegression
-from pipelines.training.arguments import TrainingArguments
 from pipelines.training.distill import DistillationTrainer, distill_student, train_student
 from pipelines.training.prune import prune_and_recover
 from pipelines.training.soft_targets import WithSoftTargets, compute_soft_targets, with_transfer
@@ -42,6 +51,15 @@ def rows_with(**columns) -> datasets.Dataset:
 
 def few_labels(csv: Path | str) -> TextClassification:
     return TextClassification(DataConfig(dataset=str(csv), max_length=32, max_samples_per_class=6))
+
+
+def mixed_rows(task, teacher: Path, transfer, tokenizer, directory: Path, distill: DistillConfig | None = None):
+    """The labelled rows and those of the transfer set, all with the teacher's soft targets."""
+    transfer = stored(task, teacher, transfer, directory / "transfer", distill)
+    (directory / "labelled").mkdir(exist_ok=True)
+    compute_soft_targets(str(teacher), directory / "labelled", task, distill or DistillConfig())
+    features = WithSoftTargets(task.features(tokenizer)["train"], directory / "labelled")
+    return with_transfer(features, transfer, task, tokenizer)
 
 
 def stored(task, teacher: Path, transfer, directory: Path, distill: DistillConfig | None = None):
@@ -101,11 +119,8 @@ def test_label_loss_by_labels_and_soft_loss_by_rows(
 ):
     """One step over accumulated batches, the second of which has no label at all, against NumPy."""
     task = few_labels(csv_file)
-    transfer = stored(task, trained_teacher, task.transfer_set(TransferConfig(str(unlabelled))), tmp_path / "transfer")
-    (tmp_path / "labelled").mkdir()
-    compute_soft_targets(str(trained_teacher), tmp_path / "labelled", task, DistillConfig())
-    features = WithSoftTargets(task.features(tokenizer)["train"], tmp_path / "labelled")
-    mixed = with_transfer(features, transfer, task, tokenizer)
+    transfer = task.transfer_set(TransferConfig(str(unlabelled)))
+    mixed = mixed_rows(task, trained_teacher, transfer, tokenizer, tmp_path)
     student, distill = tiny_model(seed=5), DistillConfig(temperature=3.0, soft_target_weight=0.7)
     training.remove_unused_columns, training.load_best_model_at_end, training.eval_strategy = False, False, "no"
     trainer = DistillationTrainer(
@@ -145,12 +160,9 @@ def test_a_token_of_the_transfer_set_has_no_label(language_task, language_teache
     )
     transfer = language_task.transfer_set(TransferConfig(str(tmp_path / "more.txt")))
     distill = DistillConfig(soft_target_top_k=5)
-    transfer = stored(language_task, language_teacher, transfer, tmp_path / "transfer", distill)
     tokenizer = language_task.load_processor(str(language_teacher))
-    (tmp_path / "labelled").mkdir()
-    compute_soft_targets(str(language_teacher), tmp_path / "labelled", language_task, distill)
-    features = WithSoftTargets(language_task.features(tokenizer)["train"], tmp_path / "labelled")
-    mixed = with_transfer(features, transfer, language_task, tokenizer)
+    mixed = mixed_rows(language_task, language_teacher, transfer, tokenizer, tmp_path, distill)
+    labelled = len(language_task.features(tokenizer)["train"])
     student = tiny_language_model(seed=5)
     training.remove_unused_columns, training.load_best_model_at_end, training.eval_strategy = False, False, "no"
     trainer = DistillationTrainer(
@@ -162,7 +174,7 @@ def test_a_token_of_the_transfer_set_has_no_label(language_task, language_teache
         distill=distill,
     )
     student.train()
-    batch = trainer.data_collator([mixed[0], mixed[len(features)], mixed[len(features) + 1]])
+    batch = trainer.data_collator([mixed[0], mixed[labelled], mixed[labelled + 1]])
     count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     tokens = batch["labels"][:, 1:]
     assert int(count) == int((tokens != IGNORED).sum())
@@ -312,65 +324,28 @@ def test_a_killed_training_ends_with_the_same_weights(
     trained_teacher, csv_file, unlabelled, tokenizer, training, tmp_path
 ):
     task = few_labels(csv_file)
-    transfer = stored(
-        task,
-        trained_teacher,
-        task.transfer_set(TransferConfig(str(unlabelled), transfer_ratio=1.0)),
-        tmp_path / "transfer",
-    )
-    (tmp_path / "labelled").mkdir()
-    compute_soft_targets(str(trained_teacher), tmp_path / "labelled", task, DistillConfig())
-    features = WithSoftTargets(task.features(tokenizer)["train"], tmp_path / "labelled")
-    mixed = with_transfer(features, transfer, task, tokenizer)
+    transfer = task.transfer_set(TransferConfig(str(unlabelled), transfer_ratio=1.0))
+    mixed = mixed_rows(task, trained_teacher, transfer, tokenizer, tmp_path)
 
-    class Killed(Exception):
-        pass
-
-    class KilledAfterAnEpoch(DistillationTrainer):
-        def training_step(self, *arguments, **keywords):
-            if self.state.epoch >= 1:
-                raise Killed
-            return super().training_step(*arguments, **keywords)
+    def weights(name: str):
+        model, how = tiny_model(seed=2, hidden_dropout_prob=0.1), {"distill": DistillConfig()}
+        train(model, task, tokenizer, training, tmp_path / name, mixed, DistillationTrainer, **how)
+        return model.state_dict()
 
     training.num_train_epochs, training.per_device_train_batch_size = 3, 8
-    ends = []
-    for name, trainers in (
-        ("undisturbed", [DistillationTrainer]),
-        ("resumed", [KilledAfterAnEpoch, DistillationTrainer]),
-    ):
-        for trainer in trainers:
-            model = tiny_model(seed=2, hidden_dropout_prob=0.1)
-            try:
-                train(model, task, tokenizer, training, tmp_path / name, mixed, trainer, distill=DistillConfig())
-            except Killed:
-                continue
-        ends.append(model.state_dict())
-    for name, weights in ends[0].items():
-        assert torch.equal(weights, ends[1][name]), name
+    undisturbed = weights("undisturbed")
+    with killed_after(1):
+        weights("resumed")
+    resumed = weights("resumed")
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
 
 
 def learn(directory: Path, count: int, csv: str, others: str, teacher: str) -> list[float]:
     """What a process logs of three epochs of labelled and drawn rows, in global batches of 8; the last of an epoch is short."""
     task, tokenizer = few_labels(csv), make_tokenizer()
-    transfer = stored(
-        task, Path(teacher), task.transfer_set(TransferConfig(others, transfer_ratio=1.3)), directory / "transfer"
-    )
-    (directory / "labelled").mkdir(parents=True, exist_ok=True)
-    compute_soft_targets(teacher, directory / "labelled", task, DistillConfig())
-    features = WithSoftTargets(task.features(tokenizer)["train"], directory / "labelled")
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        use_cpu=True,
-        disable_tqdm=True,
-        num_train_epochs=3,
-        logging_steps=1,
-        learning_rate=1e-3,
-        per_device_train_batch_size=8 // count,
-        eval_strategy="no",
-        save_strategy="no",
-        load_best_model_at_end=False,
-    )
-    mixed = with_transfer(features, transfer, task, tokenizer)
+    transfer = task.transfer_set(TransferConfig(others, transfer_ratio=1.3))
+    mixed = mixed_rows(task, Path(teacher), transfer, tokenizer, directory)
+    arguments = quick_arguments(directory, num_train_epochs=3, per_device_train_batch_size=8 // count)
     details = train(
         tiny_model(seed=1), task, tokenizer, arguments, directory, mixed, DistillationTrainer, distill=DistillConfig()
     )
