@@ -60,6 +60,13 @@ class Checked:
         check_values(self)
 
 
+class OneOrMore(argparse.Action):
+    """One value stays what it was before there could be several of them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 @dataclass
 class DataConfig(Checked):
     dataset: str | None = flag(
@@ -87,7 +94,14 @@ class DataConfig(Checked):
         choices=["whole", "first_line"],
     )
     image_column: str = flag("image", "The column with the image.")
-    label_column: str = flag("label", "The column with the class, or with the score where the task is one of scores.")
+    label_column: str = flag(
+        "label",
+        "The column with the class, with the score where the task is one of scores, or with the list of labels where a text has several; "
+        "then also several columns, each with a 1 where the label that it is called after fits.",
+        nargs="+",
+        action=OneOrMore,
+    )
+    more_label_columns: list[str] = field(default_factory=list, init=False)  # those after the first of --label_column
     separator: str | None = flag(
         None,
         "The character between the columns of csv and tsv files ('\\t' for a tab). Left out: found from the first line.",
@@ -110,8 +124,8 @@ class DataConfig(Checked):
     )
     max_samples_per_class: Annotated[int | None, "at least 1"] = flag(
         None,
-        "Use at most this many training and this many validation examples of each class, chosen at random by --split_seed. The others "
-        "can be a transfer set.",
+        "Use at most this many training and this many validation examples of each class, chosen at random by --split_seed; one of several "
+        "labels counts for the rarest of them. The others can be a transfer set.",
     )
     validation_size: Annotated[float, "above 0", "below 0.9"] = flag(
         0.1, "Share of the examples cut off for validation where the data set has no such split."
@@ -129,6 +143,8 @@ class DataConfig(Checked):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.label_column, list):
+            self.label_column, *self.more_label_columns = self.label_column
         super().__post_init__()
         self.separator = "\t" if self.separator in ("\\t", "tab") else self.separator
         _check(self.separator is None or len(self.separator) == 1, "one character as --separator", self.separator)
@@ -171,7 +187,8 @@ class LabelConfig(Checked):
         "none",
         "'balanced' gives every class the same weight in the loss against the labels, however rare it is (scikit-learn's formula: "
         "examples / (classes * examples of the class), of the training split), and in the score that checkpoints, pruned and quantized "
-        "models are chosen by: balanced accuracy, the mean recall of the classes.",
+        "models are chosen by: balanced accuracy, the mean recall of the classes. Where a text has several labels, those that have a label weigh "
+        "what those without it do, and the score is macro F1.",
         choices=["none", "balanced"],
     )
 
@@ -217,13 +234,6 @@ class AugmentConfig(Checked):
     @property
     def any(self) -> bool:
         return self.random_shift > 0 or self.random_crop > 0 or self.random_flip
-
-
-class OneOrMore(argparse.Action):
-    """One value stays what it was before there could be several of them."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 @dataclass

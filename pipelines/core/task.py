@@ -112,6 +112,7 @@ class Comparison:
 class Presentation(Protocol):
     """A task in words and code for people; what a report says is taken from the report as JSON, so that it can be written again later."""
 
+    hub_task: str  # what the Hub calls the task, where that is another name; else ""
     unit: str  # what the test split holds: "examples", "documents"
     digits: int  # decimals of the primary metric
     latency_digits: int
@@ -227,6 +228,9 @@ class Task(Protocol):
 
     def align_labels(self, model: Any, source: str) -> None:
         """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
+
+    def config_entries(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """What the config.json of a model with these scores on the validation split says besides: what its outputs are read by."""
 
     # ---- Losses: sums over examples (or tokens), so that the trainer can divide by the count of the global batch
 

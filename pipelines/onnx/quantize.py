@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections import Counter
@@ -15,6 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from pipelines.core.config import QuantizeConfig
+from pipelines.core.disk import write_json
 from pipelines.core.memory import give_memory_back
 from pipelines.core.quality import gate_metric, problem_of, quality_lost
 from pipelines.core.records import Outcome, copy_beside, read_record
@@ -119,6 +121,9 @@ def quantize_onnx(
     verification = verify_quality(before, metrics, task, gate, name)
     for path in (candidates / chosen).iterdir():
         path.rename(directory / path.name)
+    if entries := task.config_entries(metrics):
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        write_json(directory / "config.json", config | entries)
     older = None
     needed = oldest_runtime(onnx.load(directory / ONNX_FILE, load_external_data=False))
     if chosen != "fp32" and version_key(needed) > version_key(OLDER_RUNTIME):

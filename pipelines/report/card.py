@@ -30,7 +30,7 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
 
     shipped = stage_of(report, report["shipped"])
     dataset, teacher = report["dataset"], report["teacher"]
-    names = {stage["name"] for stage in report["stages"]}
+    names, task = {stage["name"] for stage in report["stages"]}, presentation.hub_task or report["task"]
     possible = {"student": "distillation", "pruned": "pruning", "quantized": _bits(report)}
     data = ModelCardData(
         license=teacher["license"],
@@ -38,12 +38,12 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
         base_model=teacher["hub_id"],
         datasets=[dataset["hub_id"]] if dataset["hub_id"] else None,
         metrics=list(presentation.hub_metrics.values()),
-        pipeline_tag=report["task"],
+        pipeline_tag=task,
         tags=["pocketformers", shipped["format"], *(tag for stage, tag in possible.items() if tag and stage in names)],
         model_name=report["name"],
         eval_results=[
             EvalResult(
-                task_type=report["task"],
+                task_type=task,
                 dataset_type=dataset["hub_id"] or "local",
                 dataset_name=dataset["source"] or "local data",
                 dataset_config=dataset["config"],

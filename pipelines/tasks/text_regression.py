@@ -48,6 +48,7 @@ def regression_metrics(scores: np.ndarray, references: np.ndarray) -> dict[str, 
 class RegressionPresentation(TextPresentation):
     """What a report says of a model that scores texts, or pairs of texts."""
 
+    hub_task = "text-classification"
     hub_metrics: Mapping[str, str] = {"pearson": "pearsonr", "spearman": "spearmanr"}
     limitations: Sequence[str] = (
         "The score has the unit and the range of the training labels. Nothing keeps it within that range.",

@@ -263,7 +263,7 @@ def losses_of(model: Any) -> ClassifierLoss:
     if not is_causal and (config.num_labels == 1 or config.problem_type not in (None, "single_label_classification")):
         raise InputError(
             f"expected a model that chooses one of several labels, or a causal language model, found {type(stock).__name__} with "
-            f"{config.num_labels} outputs (problem_type {config.problem_type!r}). Scores are distilled by pocketformers compress --task "
-            "text-regression."
+            f"{config.num_labels} outputs (problem_type {config.problem_type!r}). Scores and several labels are distilled by pocketformers "
+            "compress --task text-regression and multi-label-classification."
         )
     return NextTokenLoss() if is_causal else ClassifierLoss()
