@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score
+from transformers import AutoModel
 
-from conftest import FILLER, WORDS, tiny_model
+from conftest import FILLER, WORDS, tiny_config, tiny_model
 from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, LabelConfig
@@ -69,12 +70,15 @@ def balanced(topics) -> MultiLabelClassification:
     return task_of(topics.config.dataset, balanced=True)
 
 
-def test_the_whole_chain(pretrained, tmp_path, monkeypatch, capsys):
+def test_the_whole_chain(tokenizer, tmp_path, monkeypatch, capsys):
+    pretrained = tmp_path / "pretrained"
+    AutoModel.from_config(tiny_config("bert", num_hidden_layers=2, initializer_range=0.1)).save_pretrained(pretrained)
+    tokenizer.save_pretrained(pretrained)
     path, run = write_jsonl(tmp_path / "topics.jsonl", make_topics()), tmp_path / "run"
     flags = f"""
         compress --task multi-label-classification --dataset {path} --teacher_model {pretrained} --output_dir {run} --max_length 32
         --teacher_epochs 8 --teacher_learning_rate 3e-3 --num_train_epochs 5 --learning_rate 3e-3 --per_device_train_batch_size 8
-        --student_layers 2 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.2 --use_cpu
+        --student_layers 1 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.2 --use_cpu
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false --baselines false --class_weights balanced
     """.split()
     monkeypatch.setattr(sys, "argv", ["pocketformers", *flags])
