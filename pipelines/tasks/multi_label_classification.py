@@ -48,6 +48,8 @@ SHOWN_LABELS = 50
 
 @dataclass
 class LabelSetConfig(Checked):
+    of_data = True
+
     label_separator: str | None = flag(
         None,
         "What parts the labels in a cell of the label column, such as ';'; an empty cell then is a text that no label fits. Left out: the "
