@@ -244,6 +244,7 @@ class Task(Protocol):
     def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """The loss against the labels, summed, and the number of labels that it is a sum over."""
 
+    has_distributions: bool  # whether the teacher's outputs are logits, which --temperature softens
     soft_target_settings: Sequence[str]  # the fields of DistillConfig that stored soft targets depend on
 
     def soft_target_features(self, processor: Any, distill: DistillConfig) -> Any:

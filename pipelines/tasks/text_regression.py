@@ -117,6 +117,7 @@ class TextRegression(ClassifierLoss, TextTask):
     demo = "bert_stsb"
     primary_metric = "pearson"
     metrics: Mapping[str, bool] = {"pearson": True, "spearman": True, "root_mean_squared_error": False}
+    has_distributions = False
     label_names = ["score"]
 
     @classmethod

@@ -162,6 +162,7 @@ class ClassifierLoss:
     """The losses (see pipelines/core/task.py) of any model with logits (…, labels) for labels (…): one an example or one a token."""
 
     class_weights: Tensor | None = None  # (labels), each label's in the loss against the labels
+    has_distributions = True
     soft_target_settings: Sequence[str] = ()
 
     def outputs(self, model_output: Any) -> Tensors:
