@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score
 from transformers import AutoModel
 
-from conftest import FILLER, WORDS, tiny_config, tiny_model
+from conftest import FILLER, WORDS, make_tokenizer, tiny_config, tiny_model
 from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, LabelConfig
@@ -31,7 +32,10 @@ from pipelines.tasks import task_of_model
 from pipelines.tasks.metrics import best_thresholds, multi_label_metrics
 from pipelines.tasks.multi_label_classification import LabelSetConfig, MultiLabelClassification, mean_f1
 from pipelines.tasks.text_classification import TextClassification
+from pipelines.training.arguments import TrainingArguments
 from pipelines.training.baselines import fit_baseline, load_baseline
+from pipelines.training.trainer import train
+from processes import run_processes, values
 
 LABELS = list(WORDS)
 
@@ -110,14 +114,16 @@ def test_the_whole_chain(tokenizer, tmp_path, monkeypatch, capsys):
     assert predicted == load(run / "bundle")(text) == load(run / "quantized")(text)
     assert task_of_model(run / "pruned") == "multi-label-classification"
     # The code of the card: stock transformers takes a sigmoid, and the thresholds are in config.json.
-    code = MultiLabelClassification.presentation.in_python(report, str(run / "teacher"))
-    exec(textwrap.dedent(code).replace('"A text."', json.dumps(text)), {})
-    expected = load(run / "teacher_onnx")(text)
-    shown = ast.literal_eval(capsys.readouterr().out)
-    assert {one["label"] for one in shown} == {*expected["labels"]}
-    assert [one["score"] for one in shown] == pytest.approx(
-        sorted((expected["probabilities"][label] for label in expected["labels"]), reverse=True), abs=1e-5
+    code = textwrap.dedent(MultiLabelClassification.presentation.in_python(report, str(run / "teacher")))
+    variables: dict[str, Any] = {}
+    exec(code.replace('"A text."', json.dumps(text)), variables)
+    ours, theirs = load(run / "teacher_onnx"), variables["classify"]
+    assert [one["label"] for one in ast.literal_eval(capsys.readouterr().out)] == sorted(
+        (found := ours(text))["labels"], key=lambda label: -found["probabilities"][label]
     )
+    texts = [text for text, _ in make_topics(200)]
+    for found, others in zip(ours(texts), theirs(texts, top_k=None), strict=True):
+        assert {one["label"]: one["score"] for one in others} == pytest.approx(found["probabilities"], abs=1e-5)
 
 
 # ---- Data
@@ -315,6 +321,35 @@ def test_settings_that_compare_labels_with_one_another_are_refused(topics):
         with pytest.raises(InputError, match="each is predicted by itself"):
             topics.check_soft_loss(DistillConfig(**settings))
     topics.check_soft_loss(DistillConfig(divergence="jensen_shannon"), teachers=2)
+
+
+def trained(task, count: int, accumulation: int, directory: Path) -> np.ndarray:
+    """The weights after three steps of 8 texts and one of 3: of so many processes, or steps that are added up."""
+    arguments = TrainingArguments(
+        output_dir=str(directory), disable_tqdm=True, use_cpu=True, max_steps=4, learning_rate=0.05
+    )
+    arguments.per_device_train_batch_size = 8 // count // accumulation
+    arguments.gradient_accumulation_steps, arguments.optim, arguments.max_grad_norm = accumulation, "sgd", 1e9
+    arguments.eval_strategy, arguments.save_strategy, arguments.load_best_model_at_end = "no", "no", False
+    model, tokenizer = tiny_model(num_hidden_layers=1), make_tokenizer()
+    rows = task.features(tokenizer)["train"].select(range(27))
+    train(model, task, tokenizer, arguments, directory, rows)
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]).numpy()
+
+
+def in_processes(path: str, count: int, directory: str) -> np.ndarray:
+    return trained(task_of(Path(path)), count, 1, Path(directory))
+
+
+def test_processes_and_accumulated_steps_train_as_one(topics, tmp_path):
+    whole = trained(topics, 1, 1, tmp_path / "whole")
+    start = torch.cat([one.detach().reshape(-1) for one in tiny_model(num_hidden_layers=1).parameters()]).numpy()
+    moved = np.linalg.norm(whole - start)
+    assert moved > 1e-3
+    assert np.linalg.norm(trained(topics, 1, 4, tmp_path / "parts") - whole) / moved < 1e-3
+    both = values(run_processes(2, tmp_path / "two", in_processes, topics.config.dataset, 2, str(tmp_path / "out")))
+    for one in both:
+        assert np.linalg.norm(one - whole) / moved < 1e-3
 
 
 # ---- Scores
