@@ -133,7 +133,9 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: Tra
     _check_quality(run, "student", settings)
     # The baseline that might win: the same student, the same steps, no teacher.
     if settings.report.label_baseline:
-        labels_only = {**learning, "distill": distill.labels_only(), "soft_targets": None}
+        # Of a transfer set it needs no more than how many examples an epoch had with it: another one of that size redoes nothing.
+        labels_only = {**learning, "distill": distill.labels_only(), "soft_targets": None, "transfer": None}
+        labels_only["examples_per_epoch"] = run.record("student")["details"].get("examples_per_epoch")
         run.stage("student_labels_only", distill_student, "teacher", student=settings.student, **labels_only)
 
     # 4. Pruning removes whole heads and neurons, so the ONNX graph is smaller, not just sparser; the teacher helps it to recover.

@@ -127,6 +127,7 @@ def fine_tune(settings: Settings) -> Path:
 
 def soft_targets(settings: Settings) -> Path:
     task, teacher = make_task(settings), _one_teacher(settings).teacher_model
+    check_losses(settings.distill, task)
     transfer = task.transfer_set(settings.transfer)
     directory = _store_soft_targets(task, settings, teacher, settings.output)
     if transfer is not None:

@@ -60,8 +60,17 @@ class Checked:
         check_values(self)
 
 
+class OneOrMore(argparse.Action):
+    """One value stays what it was before there could be several of them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 @dataclass
 class DataConfig(Checked):
+    of_data = True  # what a demo's file says here is of no use to another data set
+
     dataset: str | None = flag(
         None,
         "The data set: a Hub id, a csv, tsv, json, jsonl or parquet file, a folder of such files or with one sub-folder per "
@@ -87,7 +96,14 @@ class DataConfig(Checked):
         choices=["whole", "first_line"],
     )
     image_column: str = flag("image", "The column with the image.")
-    label_column: str = flag("label", "The column with the class, or with the score where the task is one of scores.")
+    label_column: str = flag(
+        "label",
+        "The column with the class, with the score where the task is one of scores, or with the list of labels where a text has several; "
+        "then also several columns, each with a 1 where the label that it is called after fits.",
+        nargs="+",
+        action=OneOrMore,
+    )
+    more_label_columns: list[str] = field(default_factory=list, init=False)  # those after the first of --label_column
     separator: str | None = flag(
         None,
         "The character between the columns of csv and tsv files ('\\t' for a tab). Left out: found from the first line.",
@@ -110,8 +126,8 @@ class DataConfig(Checked):
     )
     max_samples_per_class: Annotated[int | None, "at least 1"] = flag(
         None,
-        "Use at most this many training and this many validation examples of each class, chosen at random by --split_seed. The others "
-        "can be a transfer set.",
+        "Use at most this many training and this many validation examples of each class, chosen at random by --split_seed; one of several "
+        "labels counts for the rarest of them. The others can be a transfer set.",
     )
     validation_size: Annotated[float, "above 0", "below 0.9"] = flag(
         0.1, "Share of the examples cut off for validation where the data set has no such split."
@@ -129,6 +145,8 @@ class DataConfig(Checked):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.label_column, list):
+            self.label_column, *self.more_label_columns = self.label_column
         super().__post_init__()
         self.separator = "\t" if self.separator in ("\\t", "tab") else self.separator
         _check(self.separator is None or len(self.separator) == 1, "one character as --separator", self.separator)
@@ -141,6 +159,8 @@ class DataConfig(Checked):
 
 @dataclass
 class TransferConfig(Checked):
+    of_data = True
+
     transfer_dataset: str | None = flag(
         None,
         "Unlabelled examples that the teacher labels for the student, beside the labelled ones: whatever --dataset takes, also a text file "
@@ -171,7 +191,8 @@ class LabelConfig(Checked):
         "none",
         "'balanced' gives every class the same weight in the loss against the labels, however rare it is (scikit-learn's formula: "
         "examples / (classes * examples of the class), of the training split), and in the score that checkpoints, pruned and quantized "
-        "models are chosen by: balanced accuracy, the mean recall of the classes.",
+        "models are chosen by: balanced accuracy, the mean recall of the classes. Where a text has several labels, those that have a label weigh "
+        "what those without it do, and the score is macro F1.",
         choices=["none", "balanced"],
     )
 
@@ -217,13 +238,6 @@ class AugmentConfig(Checked):
     @property
     def any(self) -> bool:
         return self.random_shift > 0 or self.random_crop > 0 or self.random_flip
-
-
-class OneOrMore(argparse.Action):
-    """One value stays what it was before there could be several of them."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 @dataclass

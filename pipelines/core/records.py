@@ -17,6 +17,7 @@ from pipelines.core.sources import WEIGHT_SUFFIXES
 
 RECORD = "record.json"
 ATTEMPT = ".made_by.json"  # what an unfinished stage is to become
+PARTIAL = ".partial"  # how the name of the hidden directory ends in which a stage is written
 PACKAGES = "torch transformers accelerate tokenizers huggingface_hub datasets scikit-learn peft onnx onnxscript onnxruntime numpy"
 CHECKSUM = "sha256"
 
@@ -82,6 +83,11 @@ def check_files(directory: Path, record: dict[str, Any]) -> None:
             f"expected the files of {directory} to be those that its {RECORD} names, found {', '.join(damaged)} changed or missing. Make that "
             f"stage again; or delete its {RECORD}, and it is taken as it is."
         )
+
+
+def stage_written_in(directory: Path) -> str:
+    """The name of the stage whose files are written in a directory, which is called after it until all are there."""
+    return directory.name.removeprefix(".").removesuffix(PARTIAL)
 
 
 def shipped_files(directory: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from pipelines.core.machine import check_launch, quieten_libraries, use_availabl
 from pipelines.core.processes import PATIENCE, wait_for_all
 from pipelines.core.records import (
     ATTEMPT,
+    PARTIAL,
     RECORD,
     Outcome,
     check_files,
@@ -136,7 +137,7 @@ class Run:
 
         self.stages.append(name)
         target = self.directory / name
-        partial = self.directory / f".{name}.partial"
+        partial = self.directory / f".{name}{PARTIAL}"
         made_by = self._made_by(name, function, source, arguments) if self.state.is_main_process else None
         if made_by is not None:
             self._end_commit(partial, target, made_by)

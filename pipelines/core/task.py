@@ -112,6 +112,7 @@ class Comparison:
 class Presentation(Protocol):
     """A task in words and code for people; what a report says is taken from the report as JSON, so that it can be written again later."""
 
+    hub_task: str  # what the Hub calls the task, where that is another name; else ""
     unit: str  # what the test split holds: "examples", "documents"
     digits: int  # decimals of the primary metric
     latency_digits: int
@@ -228,6 +229,9 @@ class Task(Protocol):
     def align_labels(self, model: Any, source: str) -> None:
         """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
 
+    def config_entries(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """What the config.json of a model with these scores on the validation split says besides: what its outputs are read by."""
+
     # ---- Losses: sums over examples (or tokens), so that the trainer can divide by the count of the global batch
 
     @property
@@ -240,6 +244,7 @@ class Task(Protocol):
     def label_loss(self, outputs: Tensors, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """The loss against the labels, summed, and the number of labels that it is a sum over."""
 
+    has_distributions: bool  # whether the teacher's outputs are logits, which --temperature softens
     soft_target_settings: Sequence[str]  # the fields of DistillConfig that stored soft targets depend on
 
     def soft_target_features(self, processor: Any, distill: DistillConfig) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from pipelines.data.folders import load_source
 from pipelines.data.kinds import SPLITS, Kind, Source
 from pipelines.data.references import ReadReferences, dtype, has_references, missing
 from pipelines.data.remembered import remembered, state_of
-from pipelines.data.splits import choose_splits, cut_missing_splits, cut_stratified, drop_duplicates
+from pipelines.data.splits import choose_splits, cut_missing_splits, cut_stratified, drop_duplicates, strata_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 class Examples:
     """A data set ready for training: its three splits, how it came about, and the names of its classes, if it has any.
 
-    The splits have the columns that the kind names (`text` and perhaps `text_pair`, or `image`) and `label` (a class id or a score).
+    The splits have the columns that the kind names (`text` and perhaps `text_pair`, or `image`) and `label` (a class id, a score, or a list
+    with 1 or 0 for each label).
     `details` is ready for JSON; `fingerprint` is a sha256 of the splits' content and the label names.
     """
 
@@ -47,13 +49,15 @@ class Given:
     name: str
     inputs: datasets.Dataset
     hashes: np.ndarray  # (rows, 2) uint64 of the content, and of what a row shares with its duplicates
-    labels: np.ndarray  # (rows,) class ids, scores, or zeros where the task has no references
+    labels: (
+        np.ndarray
+    )  # (rows,) class ids, scores, or zeros where the task has no references; (rows, labels) where a row has several
 
 
 def load_examples(config: DataConfig, kind: Kind, read_references: ReadReferences) -> Examples:
     """Load, check and de-duplicate a data set and give it a train, validation and test split.
 
-    The task says what the reference column becomes: read_classes or read_scores.
+    The task says what the reference column becomes: read_classes, read_label_sets or read_scores.
 
     Splits. Those the flags name are used as they are, and must have references. Unnamed, 'test' and 'validation' are used
     where they exist and have references. A data set that then has a validation but no test split (GLUE, whose test labels
@@ -90,7 +94,7 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
         used[name] = _kept(split, usable, kind.usable, name, source, config, why)
         hashes[name] = hashes[name][usable]
         dropped[name] = len(usable) - len(hashes[name])
-    labels, feature = read_references(used, config)
+    labels, feature, names = read_references(used, config)
     given = {}
     for role, name in named.items():
         has_label = ~missing(labels[name])
@@ -98,7 +102,7 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
         given[role] = Given(name, inputs, hashes[name][has_label], labels[name][has_label])
         dropped[name] += len(has_label) - len(inputs)
     counted = {"rows_dropped": dropped} if any(dropped.values()) else {}
-    return split_examples(given, config, kind.noun, source.details | counted, feature)
+    return split_examples(given, config, kind.noun, source.details | counted, feature, names)
 
 
 def split_examples(
@@ -107,36 +111,38 @@ def split_examples(
     noun: str,
     details: dict[str, Any],
     feature: Any = None,
+    names: Sequence[str] = (),
 ) -> Examples:
-    """The three splits of what a data set has by their roles; `feature` is the type of their column `label`, None for none."""
-    names = getattr(feature, "names", [])
-    train = given["train"]
+    """The three splits of what a data set has by their roles; `feature` is the type of their column `label`, None for none, and `names`
+    are those of its classes."""
+    train, names = given["train"], list(names)
     if config.max_samples_per_class is not None and not names:
         raise InputError(
             f"expected classes with --max_samples_per_class, found a task without. Limit its {noun} by --max_train_samples."
         )
-    # Only classes can be spread evenly.
-    strata = train.labels if names else np.zeros(len(train.labels), np.int64)
-    kept, found = drop_duplicates({role: (split.hashes[:, 1], split.labels) for role, split in given.items()}, noun)
-    cut_missing_splits(kept, strata, train.name, config, noun)
     origins = {role: given.get(role, train) for role in SPLITS}
-    for role, origin in origins.items():
+    # Only classes can be spread evenly.
+    strata = {
+        role: strata_of(split.labels) if names else np.zeros(len(split.labels), np.int64)
+        for role, split in origins.items()
+    }
+    kept, found = drop_duplicates({role: (split.hashes[:, 1], split.labels) for role, split in given.items()}, noun)
+    cut_missing_splits(kept, strata["train"], train.name, config, noun)
+    for role in SPLITS:
         limit = config.max_train_samples if role == "train" else config.max_eval_samples
         if names and limit is not None and limit < len(kept[role]):
-            rest, _ = cut_stratified(origin.labels[kept[role]], len(kept[role]) - limit, config.split_seed)
+            rest, _ = cut_stratified(strata[role][kept[role]], len(kept[role]) - limit, config.split_seed)
             kept[role] = kept[role][rest]
         if role != "test" or role not in given:
             kept[role] = np.random.default_rng(config.split_seed).permutation(kept[role])
         kept[role] = kept[role][:limit]
         if config.max_samples_per_class is not None and role != "test":
-            labels = pandas.Series(origin.labels[kept[role]])
+            labels = pandas.Series(strata[role][kept[role]])
             kept[role] = kept[role][labels.groupby(labels).cumcount().to_numpy() < config.max_samples_per_class]
 
     classes = {}
     if names:
-        counts = {
-            role: np.bincount(origin.labels[kept[role]], minlength=len(names)) for role, origin in origins.items()
-        }
+        counts = {role: count_labels(origin.labels[kept[role]], len(names)) for role, origin in origins.items()}
         _check_classes(counts, names, config)
         by_name = {role: dict(zip(names, column.tolist(), strict=True)) for role, column in counts.items()}
         classes = {"classes": by_name}
@@ -144,7 +150,9 @@ def split_examples(
     for role, origin in origins.items():
         table = origin.inputs
         if feature is not None:
-            table = table.add_column("label", origin.labels, feature=feature)
+            table = table.add_column(
+                "label", origin.labels if origin.labels.ndim == 1 else list(origin.labels), feature=feature
+            )
         # Only row numbers and labels take memory.
         splits[role] = table.select(kept[role], keep_in_memory=True)
         content.update(f"\n{role} {len(kept[role])}\n".encode())
@@ -167,6 +175,11 @@ def split_examples(
     return Examples(datasets.DatasetDict(splits), details, content.hexdigest(), names, hashes)
 
 
+def count_labels(labels: np.ndarray, names: int) -> np.ndarray:
+    """How many examples (names,) have each class, or each of several labels."""
+    return np.bincount(labels, minlength=names) if labels.ndim == 1 else labels.sum(axis=0, dtype=np.int64)
+
+
 def prepared(
     split: datasets.Dataset, name: str, config: DataConfig, kind: Kind, labelled: bool = True
 ) -> datasets.Dataset:
@@ -176,7 +189,8 @@ def prepared(
             f"expected examples in the split {name!r}, found none; give a data set with rows in every split"
         )
     columns = kind.columns_of(config) | ({"label_column": config.label_column} if labelled else {})
-    for flag, column in columns.items():
+    more = [("label_column", column) for column in config.more_label_columns if labelled]
+    for flag, column in [*columns.items(), *more]:
         if column not in split.column_names:
             raise InputError(
                 f"expected a column {column!r} in the split {name!r}, found the columns "
@@ -192,9 +206,10 @@ def prepared(
                 f"{', '.join(split.column_names)})"
             )
         split = ready
-    if len(set(columns.values())) < len(columns):
+    named = [*columns.values(), *(column for _, column in more)]
+    if len(set(named)) < len(named):
         raise InputError(
-            f"expected different columns for {', '.join(columns)}, found {', '.join(columns.values())}; the split "
+            f"expected different columns for {', '.join(columns)}, found {', '.join(named)}; the split "
             f"{name!r} has the columns {', '.join(split.column_names)}"
         )
     return split

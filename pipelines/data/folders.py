@@ -48,7 +48,7 @@ def load_source(config: DataConfig, kind: Kind) -> Source:
     by_split: dict[str, list[datasets.Dataset]] = {}
     for split, part in parts:
         by_split.setdefault(split, []).append(part)
-    columns = {*kind.columns_of(config).values(), config.label_column}
+    columns = {*kind.columns_of(config).values(), config.label_column, *config.more_label_columns}
     splits = {split: _joined(shards, columns) for split, shards in by_split.items()}
     files = all("file" in split.column_names and dtype(split, "file") == "string" for split in splits.values())
     return Source(splits, "file" if files else None, how_read(part for _, part in parts))

@@ -1,11 +1,14 @@
-"""What the reference column becomes, as the task says: classes, or scores. A language model has none."""
+"""What the reference column becomes, as the task says: classes, sets of labels, or scores. A language model has none."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import datasets
@@ -20,16 +23,20 @@ NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.I
 THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}(,\d{3})+\s*")
 NO_SCORE = ("na", "n/a", "none", "null", "-")
 
-# By the name of a split its references, -1 (a class) or NaN (a score) where a row has none; and the type of the column `label`, a
-# datasets.ClassLabel or Value.
-References = tuple[dict[str, np.ndarray], Any]
+# What a cell of a column that is called after a label says of it: -1 where nobody has looked.
+FITS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "-1": -1, "-1.0": -1, "": -1}
+
+# By the name of a split its references, -1 (a class, or throughout a row of labels) or NaN (a score) where a row has none; the type of the
+# column `label`, as `datasets` has it; and the names of the classes or labels, if there are any.
+References = tuple[dict[str, np.ndarray], Any, list[str]]
 # Of the splits that are used, by their own names; the first is the training split.
 ReadReferences = Callable[[dict[str, datasets.Dataset], DataConfig], References]
 
 
 def missing(values: np.ndarray) -> np.ndarray:
     """Which rows have no reference."""
-    return np.isnan(values) if values.dtype.kind == "f" else values < 0
+    absent = np.isnan(values) if values.dtype.kind == "f" else values < 0
+    return absent if values.ndim == 1 else absent.any(axis=1)
 
 
 def has_references(split: datasets.Dataset, config: DataConfig) -> bool:
@@ -37,8 +44,9 @@ def has_references(split: datasets.Dataset, config: DataConfig) -> bool:
     if config.label_column not in split.column_names:
         return False
     if not _is_plain(split, config):
-        return True  # for read_classes or read_scores to refuse
-    return any(not _is_empty(value) and str(value) not in ("-1", "-1.0") for value in split.unique(config.label_column))
+        return any(split[config.label_column])  # lists; all else is for the readers to refuse
+    hidden = ("-1", "-1.0", "[]")
+    return any(not _is_empty(value) and str(value) not in hidden for value in split.unique(config.label_column))
 
 
 def dtype(split: datasets.Dataset, column: str) -> str:
@@ -58,6 +66,11 @@ def _is_empty(value: Any) -> bool:
 
 
 def _check_plain(split: datasets.Dataset, name: str, what: str, config: DataConfig) -> None:
+    if config.more_label_columns:
+        raise InputError(
+            f"expected one --label_column for this task, found {1 + len(config.more_label_columns)}; name one, or let a text have several "
+            "labels with --task multi-label-classification"
+        )
     if not _is_plain(split, config):
         raise InputError(
             f"expected one {what} per row in the column {config.label_column!r} of the split {name!r}, found values of type "
@@ -88,16 +101,20 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
         whole = {label: re.sub(r"\.0*$", "", label) for label in found if NUMBER.fullmatch(label)}
         written |= {label: short for label, short in whole.items() if numbers or short in found}
         names = _label_names(set(written.values()), config)
-    if unknown := sorted(set(written.values()) - set(names)):
-        raise InputError(
-            f"expected the classes of the training split ({', '.join(names)}) in every split, found also "
-            f"{', '.join(unknown[:5])}; add training examples of it, or remove it from the other splits"
-        )
+    _check_known(set(written.values()), names)
     values = {}
     for name, labels in classes.items():
         ids = {cell: -1 if label is None else names.index(written[label]) for cell, label in labels.items()}
         values[name] = np.array([ids[cell] for cell in cells[name]], np.int64)
-    return values, datasets.ClassLabel(names=names)
+    return values, datasets.ClassLabel(names=names), names
+
+
+def _check_known(found: set[str], names: list[str]) -> None:
+    if unknown := sorted(found - set(names)):
+        raise InputError(
+            f"expected the classes of the training split ({', '.join(names)}) in every split, found also "
+            f"{', '.join(unknown[:5])}; add training examples of it, or remove it from the other splits"
+        )
 
 
 def _class_of(value: Any, declared: list[str] | None) -> str | None:
@@ -139,6 +156,94 @@ def _label_names(found: set[str], config: DataConfig) -> list[str]:
     return names
 
 
+# ---- Sets of labels
+
+
+def read_label_sets(
+    splits: dict[str, datasets.Dataset], config: DataConfig, separator: str | None = None
+) -> References:
+    """For each row (labels,) int8: 1 where a label fits, 0 where it does not; -1 throughout where the row has no labels at all.
+
+    There is a column for each label, or one column of lists (of a ClassLabel's ids or of names; in text as JSON or Python writes them), or
+    of text that the `separator` parts. A list may be empty: no label fits. So may a cell with a separator, for which an empty one is no
+    missing one.
+    """
+    if config.more_label_columns:
+        names = [config.label_column, *config.more_label_columns]
+        values = {name: _columns_of_labels(split, name, names) for name, split in splits.items()}
+    else:
+        sets = {name: _label_sets(split, name, config, separator) for name, split in splits.items()}
+        found = {label for rows in sets.values() for row in rows if row for label in row}
+        names = _declared(next(iter(splits.values())), config) or _label_names(found, config)
+        _check_known(found, names)
+        place = {name: index for index, name in enumerate(names)}
+        values = {}
+        for name, rows in sets.items():
+            values[name] = np.zeros((len(rows), len(names)), np.int8)
+            for number, row in enumerate(rows):
+                values[name][number, [place[label] for label in row or ()]] = 1
+            values[name][[row is None for row in rows]] = -1
+    return values, datasets.List(datasets.Value("int8")), names
+
+
+def _columns_of_labels(split: datasets.Dataset, name: str, columns: list[str]) -> np.ndarray:
+    found = []
+    for column in columns:
+        cells = ["" if _is_empty(cell) else str(cell).strip().lower() for cell in split[column][:]]
+        if unknown := sorted({*cells} - FITS.keys()):
+            raise InputError(
+                f"expected 1 or 0 in every row of the column {column!r}, which --label_column names beside others, found {unknown[0]!r:.80} in "
+                f"the split {name!r}; name columns that each say whether one label fits, or a single column of lists"
+            )
+        found.append([FITS[cell] for cell in cells])
+    values = np.array(found, np.int8).T
+    values[(values < 0).any(axis=1)] = -1
+    return values
+
+
+def _declared(split: datasets.Dataset, config: DataConfig) -> list[str] | None:
+    """The names of a column of lists of a ClassLabel."""
+    return getattr(getattr(split.features[config.label_column], "feature", None), "names", None)
+
+
+def _label_sets(split: datasets.Dataset, name: str, config: DataConfig, separator: str | None) -> list[set[str] | None]:
+    """The names of each row's labels, None for a row that has no list."""
+    cells, declared = split[config.label_column][:], _declared(split, config)
+    if not _is_plain(split, config):
+        return [_names_of(cell, declared, cell, name, config) for cell in cells]
+    parsed = {cell: _parse_labels("" if _is_empty(cell) else str(cell), separator) for cell in set(cells)}
+    sets = {cell: _names_of(items, None, cell, name, config) for cell, items in parsed.items()}
+    return [sets[cell] for cell in cells]
+
+
+def _parse_labels(text: str, separator: str | None) -> Any:
+    """The items of a cell of text, None for an empty one; the text itself where it is no list."""
+    if separator is not None:
+        return text.split(separator)
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return parse(text)
+    return text or None
+
+
+def _names_of(items: Any, declared: list[str] | None, cell: Any, split: str, config: DataConfig) -> set[str] | None:
+    if items is None:
+        return None
+    if (
+        not isinstance(items, Iterable)
+        or isinstance(items, (str, dict))
+        or any(isinstance(one, (list, dict)) for one in items)
+    ):
+        raise InputError(
+            f"expected a list of labels in every row of the column {config.label_column!r}, found {cell!r:.80} in the split {split!r}; say what "
+            "parts the labels of a cell with --label_separator, name a column for each label (--label_column a b c), or take --task "
+            "text-classification where every text has one label"
+        )
+    if declared is not None:
+        return {declared[one] for one in items if one >= 0}
+    return {str(one).strip() for one in items if not _is_empty(one)}
+
+
 # ---- Scores
 
 
@@ -164,7 +269,7 @@ def read_scores(splits: dict[str, datasets.Dataset], config: DataConfig) -> Refe
         raise InputError(
             f"expected scores that differ in the column {column!r}, found one value at most; name the column of scores with --label_column"
         )
-    return values, datasets.Value("float32")
+    return values, datasets.Value("float32"), []
 
 
 def _score_of(value: Any, split: str, config: DataConfig) -> float:

@@ -50,11 +50,18 @@ def drop_duplicates(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The row numbers that stay in each given split, and how many went.
 
-    `rows` are hashes, equal where two examples are, and labels.
+    `rows` are hashes, equal where two examples are, and labels, one or several of each.
     """
     # Test goes first, so it stays whole.
     tables = {
-        role: pandas.DataFrame({"hash": rows[role][0], "label": rows[role][1]}) for role in SPLITS[::-1] if role in rows
+        role: pandas.DataFrame(
+            {
+                "hash": rows[role][0],
+                "label": rows[role][1] if rows[role][1].ndim == 1 else list(map(bytes, rows[role][1])),
+            }
+        )
+        for role in SPLITS[::-1]
+        if role in rows
     }
     table = pandas.concat(tables, names=["role", "row"]).reset_index()
     stays = ~table.duplicated("hash") | (table["role"] == "test")
@@ -69,6 +76,17 @@ def drop_duplicates(
                 "out)"
             )
     return kept, {"duplicates_removed": removed, "conflicting_labels": int(conflicts.sum())}
+
+
+def strata_of(labels: np.ndarray) -> np.ndarray:
+    """What rows are spread evenly by: their class; of several labels (rows, labels) the rarest that fits, or that none does.
+
+    The rarest ones are those that chance would spread worst (Sechidis et al., 2011).
+    """
+    if labels.ndim == 1:
+        return labels
+    rarity = np.where(labels > 0, labels.sum(axis=0, dtype=np.int64), len(labels) + 1)
+    return np.where(labels.any(axis=1), rarity.argmin(axis=1), labels.shape[1])
 
 
 def cut_missing_splits(

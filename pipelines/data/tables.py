@@ -72,19 +72,21 @@ BINARY = (b"PK\3\4", b"\x1f\x8b", b"\xd0\xcf\x11\xe0", b"PAR1", b"BZh", b"(\xb5/
 PUNCTUATION = "“”‘’„–—…€£«»¡¿°·½®™©§\xa0"
 
 
-def read_table(path: Path, config: DataConfig) -> datasets.Dataset:
+def read_table(path: Path, config: DataConfig, lists: bool = False) -> datasets.Dataset:
     """The columns of a table that the flags name. The others have nothing but their names, so they can be in nobody's way.
 
-    Cells of csv, tsv and json files are text. The table is kept in the cache of `datasets`, so it takes no memory; its `description`
+    Cells of csv, tsv and json files are text; with `lists` the label column of a json file may have lists, which are text in its notation. The table is kept in the cache of `datasets`, so it takes no memory; its `description`
     names the encoding and the separator of the file, where they are not the usual ones.
     """
-    named = {config.text_column, config.text_pair_column, config.image_column, config.label_column} - {None}
+    labels = {config.label_column, *config.more_label_columns}
+    named = {config.text_column, config.text_pair_column, config.image_column, *labels} - {None}
     key = [VERSION, state_of(str(path)), sorted(map(str, named)), config.separator, config.encoding]
+    key += [sorted(labels)] if lists else []
     kept = folder() / f"table-{digest(key)}.arrow"
     if not kept.is_file():
         temporary = kept.with_suffix(f".{os.getpid()}")
         try:
-            _write(temporary, _readings(path, named, config))
+            _write(temporary, _readings(path, named, config, labels if lists else set()))
             temporary.replace(kept)
         except InputError:
             raise
@@ -131,8 +133,10 @@ def _write(target: Path, readings: Iterator[tuple[str, Iterator[pa.Table]]]) -> 
     raise last_error
 
 
-def _readings(path: Path, named: set[str | None], config: DataConfig) -> Iterator[tuple[str, Iterator[pa.Table]]]:
-    """The ways in which a file can be read, the most likely one first, each with what is unusual in it."""
+def _readings(
+    path: Path, named: set[str | None], config: DataConfig, lists: set[str]
+) -> Iterator[tuple[str, Iterator[pa.Table]]]:
+    """The ways in which a file can be read, the most likely one first, each with what is unusual in it; columns of `lists` may hold some."""
     name = path.name.lower()
     if name.endswith(".parquet"):
         yield "", _from_parquet(path, named)
@@ -143,7 +147,7 @@ def _readings(path: Path, named: set[str | None], config: DataConfig) -> Iterato
         text.seek(0)
         note = "" if encoding == "utf-8-sig" else f"encoding {encoding}"
         if name.endswith(JSON_SUFFIXES):
-            yield note, _from_objects(text, path, named)
+            yield note, _from_objects(text, path, named, lists)
             return
         usual = "\t" if name.endswith(TSV_SUFFIXES) else ","
         start = text.read(1 << 16)
@@ -261,13 +265,13 @@ def _from_cells(
                 raise csv.Error(f"{row!r:.100} has {len(row)} cells for {len(names)} columns")
 
 
-def _from_objects(text: TextIO, path: Path, named: set[str | None]) -> Iterator[pa.Table]:
+def _from_objects(text: TextIO, path: Path, named: set[str | None], lists: set[str]) -> Iterator[pa.Table]:
     """The objects of a json or jsonl file; not all need to have the same keys."""
     objects = _objects(text)
     tables = []
     while rows := list(islice(objects, ROWS_AT_A_TIME)):
         columns = {
-            name.strip(): pa.array([_text(row.get(name), name, path) for row in rows], pa.string())
+            name.strip(): pa.array([_text(row.get(name), name, path, lists) for row in rows], pa.string())
             if name.strip() in named
             else pa.nulls(len(rows))
             for name in dict.fromkeys(chain.from_iterable(rows))
@@ -294,7 +298,9 @@ def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _text(value: Any, name: str, path: Path) -> str | None:
+def _text(value: Any, name: str, path: Path, lists: set[str]) -> str | None:
+    if isinstance(value, list) and name.strip() in lists:
+        return json.dumps(value)
     if isinstance(value, list) and len(value) < 2:  # ["sport"], as doccano writes one class
         value = value[0] if value else None
     if isinstance(value, (dict, list)):

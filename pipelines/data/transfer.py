@@ -74,9 +74,10 @@ def load_transfer(
         raise InputError(
             f"expected {kind.noun} in --transfer_dataset that no split holds already, found none ({found}). Give other {kind.noun}."
         )
-    if "label" in labelled.splits["train"].column_names:
-        is_score = str(labelled.splits["train"].features["label"].dtype).startswith("float")
-        rows = rows.add_column("label", np.full(len(rows), UNLABELLED, np.float32 if is_score else np.int64))
+    train = labelled.splits["train"]
+    if "label" in train.column_names:
+        label = np.full_like(np.asarray(train[0]["label"]), UNLABELLED).tolist()  # one number, or one for each label
+        rows = rows.add_column("label", [label] * len(rows), feature=train.features["label"])
     details = {"dataset": config.dataset, "dataset_config": config.dataset_config, **counts}
     splits = datasets.DatasetDict({TRANSFER: rows.select(kept, keep_in_memory=True)})
     return Examples(splits, details | source.details, hashlib.sha256(hashes[kept, 0].tobytes()).hexdigest())

@@ -2,7 +2,8 @@
 
     "inputs":  {"kind": "text", "pair", "max_length", "truncation_side", "probes"}, for a language model only the kind and the probes
                {"kind": "image", "channels", "resize", "resample", "crop", "rescale", "mean", "std", "value_range"}
-    "outputs": {"kind": "classes", "activation": "softmax" | "sigmoid" | "none", "labels", and perhaps "thresholds" of a sigmoid}
+    "outputs": {"kind": "classes", "activation": "softmax" | "sigmoid" | "none", "labels", and perhaps "thresholds" of a sigmoid:
+                 the probability of each label, in their order, from which on it is predicted; 0.5 where they are left out}
                {"kind": "values", "names"}
                {"kind": "continuation", "end_tokens", "context", "cache"}
 
@@ -73,8 +74,12 @@ def head_outputs(directory: Path) -> dict[str, Any]:
     names = [labels[str(index)] for index in range(len(labels))]
     if config.get("problem_type") == "regression":
         return {"kind": "values", "names": ["score"] if names == ["LABEL_0"] else names}
-    several = config.get("problem_type") == "multi_label_classification"
-    return {"kind": "classes", "activation": "sigmoid" if several else "softmax", "labels": names}
+    if config.get("problem_type") != "multi_label_classification":
+        return {"kind": "classes", "activation": "softmax", "labels": names}
+    outputs = {"kind": "classes", "activation": "sigmoid", "labels": names}
+    thresholds = config.get("thresholds")
+    is_ours = isinstance(thresholds, dict) and thresholds.keys() == {*names}
+    return outputs | ({"thresholds": [thresholds[name] for name in names]} if is_ours else {})
 
 
 def generation_outputs(model: LanguageModel) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections import Counter
@@ -15,9 +16,10 @@ import onnx
 import onnx_ir as ir
 
 from pipelines.core.config import QuantizeConfig
+from pipelines.core.disk import write_json
 from pipelines.core.memory import give_memory_back
 from pipelines.core.quality import gate_metric, problem_of, quality_lost
-from pipelines.core.records import Outcome, copy_beside, read_record
+from pipelines.core.records import Outcome, copy_beside, read_record, stage_written_in
 from pipelines.onnx.blocks import quantize_blocks, tied_tables, untie
 from pipelines.onnx.calibrate import calibration_feeds, quantize_static_int8
 from pipelines.onnx.export import ONNX_FILE, quiet_exporters
@@ -87,11 +89,12 @@ def quantize_onnx(
     original, candidates = Path(source) / ONNX_FILE, directory / CANDIDATES
     processor = task.load_processor(source)
     candidates.mkdir()
+    says = stage_written_in(directory)
     fused = candidates / "fused.onnx"
     fused_nodes = fuse_for_onnxruntime(original, fused)
     if fused_nodes["attention"] < fused_nodes["attention_blocks"]:
         found = f"{fused_nodes['attention']} of {fused_nodes['attention_blocks']} attention blocks"
-        print(f"quantized: {found} fused; the rest is right but slower", flush=True)
+        print(f"{says}: {found} fused; the rest is right but slower", flush=True)
     fusion = verify_same_graph(fused, original, task, processor)
     give_memory_back()
     before = score_onnx(original, task, processor, "validation", "score fp32")
@@ -119,6 +122,9 @@ def quantize_onnx(
     verification = verify_quality(before, metrics, task, gate, name)
     for path in (candidates / chosen).iterdir():
         path.rename(directory / path.name)
+    if entries := task.config_entries(metrics):
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        write_json(directory / "config.json", config | entries)
     older = None
     needed = oldest_runtime(onnx.load(directory / ONNX_FILE, load_external_data=False))
     if chosen != "fp32" and version_key(needed) > version_key(OLDER_RUNTIME):
@@ -127,7 +133,7 @@ def quantize_onnx(
         problem = problem_of(before, after, task, quantize)
         older = {"metrics": after, "kept": problem is None}
         if problem is not None:
-            print(f"quantized: no file for ONNX Runtime before {needed}, found {problem}", flush=True)
+            print(f"{says}: no file for ONNX Runtime before {needed}, found {problem}", flush=True)
             shutil.rmtree((directory / OLDER).parent)
     shutil.rmtree(candidates)
     details = {

@@ -29,21 +29,24 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     shipped = stage_of(report, report["shipped"])
-    dataset, teacher = report["dataset"], report["teacher"]
-    names = {stage["name"] for stage in report["stages"]}
+    dataset, teachers = report["dataset"], teachers_of(report)
+    licenses = list(dict.fromkeys(teacher["license"] for teacher in teachers))
+    on_hub = [teacher["hub_id"] for teacher in teachers if teacher["hub_id"]]
+    compressed = " and ".join(escape(str(teacher["source"])) for teacher in teachers)
+    names, task = {stage["name"] for stage in report["stages"]}, presentation.hub_task or report["task"]
     possible = {"student": "distillation", "pruned": "pruning", "quantized": _bits(report)}
     data = ModelCardData(
-        license=teacher["license"],
+        license=None if None in licenses else _one_or_list(licenses),
         library_name=None if of_another_kind(report) else "transformers",
-        base_model=teacher["hub_id"],
+        base_model=_one_or_list(on_hub),
         datasets=[dataset["hub_id"]] if dataset["hub_id"] else None,
         metrics=list(presentation.hub_metrics.values()),
-        pipeline_tag=report["task"],
+        pipeline_tag=task,
         tags=["pocketformers", shipped["format"], *(tag for stage, tag in possible.items() if tag and stage in names)],
         model_name=report["name"],
         eval_results=[
             EvalResult(
-                task_type=report["task"],
+                task_type=task,
                 dataset_type=dataset["hub_id"] or "local",
                 dataset_name=dataset["source"] or "local data",
                 dataset_config=dataset["config"],
@@ -59,7 +62,7 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
     body = "\n\n".join(
         [
             f"# {escape(report['name'])}",
-            f"A model for {presentation.kind(report)}, compressed from the teacher {escape(str(teacher['source']))} by Pocketformers. "
+            f"A model for {presentation.kind(report)}, compressed from the teacher{'s' * (len(teachers) > 1)} {compressed} by Pocketformers. "
             + escape(conclusion(report, presentation), None),
             "## How to use it",
             usage or _usage_section(report, presentation),
@@ -151,11 +154,28 @@ def _limitations_section(report: dict[str, Any], presentation: Presentation) -> 
     return "\n".join(f"- {point}" for point in points)
 
 
+def teachers_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is said of each teacher: source, hub_id, license."""
+    return [report["teacher"], *report.get("more_teachers", [])]
+
+
+def _one_or_list(values: list[str]) -> Any:
+    """As the front matter of a card has it."""
+    return values if len(values) > 1 else next(iter(values), None)
+
+
 def _license_section(report: dict[str, Any]) -> str:
-    teacher = report["teacher"]
-    if teacher["license"]:
-        return f"The teacher's licence, {escape(teacher['license'])}, applies to this model too. So does the licence of the data: check it."
-    return (
-        f"The licence of the teacher ({escape(str(teacher['source']))}) applies to this model. It was not stated "
-        "where the teacher was loaded from. Look it up, and the licence of the data, before you use or publish this model."
-    )
+    """The licence of every teacher, or that it was not stated."""
+    sentences = []
+    for teacher in teachers_of(report):
+        source = escape(str(teacher["source"]))
+        if teacher["license"]:
+            sentences.append(
+                f"The licence of the teacher {source}, {escape(teacher['license'])}, applies to this model too."
+            )
+        else:
+            sentences.append(
+                f"The licence of the teacher ({source}) applies to this model. It was not stated where the teacher was loaded from. Look it up "
+                "before you use or publish this model."
+            )
+    return " ".join([*sentences, "So does the licence of the data: check it."])

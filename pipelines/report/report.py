@@ -96,9 +96,15 @@ def build_report(
     student = next((stage for stage in stages if stage.name == "student"), teacher)
     made_of = student.record["made_by"].get("student", {}).get("student_model")
     both = {"student", "student_labels_only"} <= samples.keys()
-    source = config.get("teacher_model") or teacher.record["made_by"].get("source")
-    if isinstance(source, list):
-        source = source[0]  # of several teachers the one that the student is made of
+    # Of several teachers the first is the one that the student is made of and compared with.
+    teachers = [teacher, *(stage for stage in stages if re.fullmatch(r"teacher_\d+", stage.name))]
+    named = config.get("teacher_model")
+    given = dict(enumerate(named if isinstance(named, list) else [named]))
+    described = [
+        _describe_source(given.get(number) or one.record["made_by"].get("source"))
+        | {"license": one.record["details"].get("license")}
+        for number, one in enumerate(teachers)
+    ]
     transfer = {key: value for stage in stages for key, value in stage.record["details"].items() if key == "transfer"}
     dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
     report = {
@@ -115,7 +121,8 @@ def build_report(
         "student_kind": made_of if made_of in STUDENT_KINDS else None,
         "quantization": shipped.record["details"].get("scheme"),
         **comparison.report,
-        "teacher": _describe_source(source) | {"license": teacher.record["details"].get("license")},
+        "teacher": described[0],
+        **({"more_teachers": described[1:]} if described[1:] else {}),
         "dataset": _describe_source(dataset) | {"config": configuration},
         "data": _without_folders(task.details | transfer),
         "config": _without_folders(config),

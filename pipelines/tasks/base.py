@@ -66,6 +66,7 @@ def listed_examples(order: np.ndarray, texts: list[str], **columns: np.ndarray) 
 class BasePresentation:
     """What a report says of a task on examples, each of which is read once."""
 
+    hub_task = ""
     unit = "examples"
     digits = 3
     latency_digits = 1
@@ -223,6 +224,9 @@ class BaseTask(Task):
                 f"expected --max_length of at most {limit}, the positions that {source} has, found {self.config.max_length}. "
                 "Pass a smaller --max_length."
             )
+
+    def config_entries(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        return {}
 
     def check_label_order(self, processor: Any, predict: Predict) -> None:
         """Nothing: only classes have an order that can be wrong."""

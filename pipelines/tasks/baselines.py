@@ -12,6 +12,7 @@ import numpy as np
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_union
 from sklearn.preprocessing import FunctionTransformer
@@ -31,6 +32,11 @@ def majority_class(inputs: Any, labels: np.ndarray) -> Choices:
     yield FunctionTransformer(), [DummyClassifier()]
 
 
+def label_frequency(inputs: Any, labels: np.ndarray) -> Choices:
+    """Of each of several labels (examples, labels) how often it fits."""
+    yield FunctionTransformer(), [OneVsRestClassifier(DummyClassifier())]
+
+
 def mean_score(inputs: Any, labels: np.ndarray) -> Choices:
     yield FunctionTransformer(), [DummyRegressor()]
 
@@ -39,6 +45,12 @@ def tfidf_logistic_regression(texts: list[str], labels: np.ndarray, balanced: bo
     """`balanced` weighs every class the same."""
     for features in _tfidf(texts, MOST_WEIGHTS // len(np.unique(labels))):
         yield features, _logistic_regressions(STRENGTHS, balanced)
+
+
+def tfidf_one_vs_rest(texts: list[str], labels: np.ndarray, balanced: bool) -> Choices:
+    """A logistic regression for each of several labels (examples, labels)."""
+    for features in _tfidf(texts, MOST_WEIGHTS // labels.shape[1]):
+        yield features, [OneVsRestClassifier(one) for one in _logistic_regressions(STRENGTHS, balanced)]
 
 
 def tfidf_ridge(texts: list[str], labels: np.ndarray) -> Choices:

@@ -37,12 +37,13 @@ class Classification(ClassifierLoss, BaseTask):
         ("accuracy", "macro_f1", "matthews_correlation", "balanced_accuracy"), True
     )
     balanced = False  # whether every class weighs the same, see LabelConfig
+    balanced_metric = BALANCED_METRIC
 
     def weigh_classes(self, label: LabelConfig | None) -> None:
         """Weigh the classes as the settings say: in the loss, and so in pruning; and in the score that checkpoints and quantized models
         are chosen by."""
         if label is not None and label.class_weights == "balanced":
-            self.balanced, self.primary_metric = True, BALANCED_METRIC
+            self.balanced, self.primary_metric = True, self.balanced_metric
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | ({"class_weights": "balanced"} if self.balanced else {})
@@ -90,11 +91,9 @@ class Classification(ClassifierLoss, BaseTask):
         sample = train.select(
             range(0, len(train), -(-len(train) // ORDER_EXAMPLES))
         )  # from all of it, however it is sorted
-        found = np.argmax(predict(sample, self.collate(processor), self), axis=-1)
-        counts = confusion_matrix(sample["labels"], found, labels=range(len(self.label_names)))
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        shares = self.shares_found(np.asarray(sample["labels"]), predict(sample, self.collate(processor), self))
         labels, likely = linear_sum_assignment(shares, maximize=True)
-        moved = np.flatnonzero((labels != likely) & (counts.sum(axis=1) > 0))
+        moved = np.flatnonzero((labels != likely) & (shares.sum(axis=1) > 0))
         before, after = shares[moved, moved], shares[moved, likely[moved]]
         if len(moved) > 1 and after.mean() > max(0.5, 2 * before.mean()):
             names = self.label_names
@@ -106,6 +105,11 @@ class Classification(ClassifierLoss, BaseTask):
                 f"examples {pairs}. Put the labels' names in their true order into id2label and label2id of its config.json, or fine-tune "
                 "it (--teacher_epochs above 0)."
             )
+
+    def shares_found(self, references: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+        """Which share of the examples of each label are predicted as which label (labels, labels)."""
+        counts = confusion_matrix(references, np.argmax(predictions, axis=-1), labels=range(len(self.label_names)))
+        return np.asarray(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
 
     def align_labels(self, model: Any, source: str) -> None:
         """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
@@ -165,27 +169,51 @@ def compare_classifiers(
     check_predictions(stages, (len(references), len(label_names)), "examples, labels", teacher)
     predictions = {stage.name: np.argmax(stage.predictions, axis=-1) for stage in stages}
     scores = {name: classification_metrics(found, references, label_names) for name, found in predictions.items()}
-    recall = {name: score["recall_per_class"] for name, score in scores.items()}
-    compared = {
-        name: {
-            "metrics": scores[name],
-            "agreement": float(np.mean(found == predictions[teacher])),
-            "recall_change_per_class": {label: recall[name][label] - recall[teacher][label] for label in label_names},
-        }
-        for name, found in predictions.items()
+    names = np.array(label_names)
+    likeliest = {stage.name: softmax(stage.predictions, axis=-1).max(axis=-1) for stage in stages}
+    columns = {
+        "reference": names[references],
+        "teacher_probability": likeliest[teacher],
+        "shipped_prediction": names[predictions[shipped]],
+        "shipped_probability": likeliest[shipped],
     }
-    logits = {stage.name: stage.predictions for stage in stages}
+    right = {name: found == references for name, found in predictions.items()}
     counts = np.bincount(references, minlength=len(label_names))
-    report = {
-        "label_names": label_names,
-        "test_examples": len(references),
-        "test_examples_per_class": dict(zip(label_names, counts.tolist(), strict=True)),
-        "lost_most": [_lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
-        "broken_examples": _broken_examples(logits[teacher], logits[shipped], references, texts, label_names),
+    report = class_report(stages, label_names, counts, len(references)) | {
+        "broken_examples": broken_examples(right[teacher], right[shipped], texts, columns)
     }
     weights = 1 / counts[references] if balanced else np.ones(len(references))
-    samples = {name: ((found == references).astype(float), weights) for name, found in predictions.items()}
-    return Comparison(compared, report, samples, metric=weighted_accuracy)
+    samples = {name: (found.astype(float), weights) for name, found in right.items()}
+    agreement = {name: float(np.mean(found == predictions[teacher])) for name, found in predictions.items()}
+    return Comparison(compared_classes(scores, agreement, teacher), report, samples, metric=weighted_accuracy)
+
+
+def compared_classes(
+    scores: dict[str, dict[str, Any]], agreement: dict[str, float], teacher: str
+) -> dict[str, dict[str, Any]]:
+    """What a report says of each stage by its scores on the test split."""
+    before = scores[teacher]["recall_per_class"]
+    return {
+        name: {
+            "metrics": metrics,
+            "agreement": agreement[name],
+            "recall_change_per_class": {
+                label: recall - before[label] for label, recall in metrics["recall_per_class"].items()
+            },
+        }
+        for name, metrics in scores.items()
+    }
+
+
+def class_report(
+    stages: list[StageResult], label_names: list[str], counts: np.ndarray, examples: int
+) -> dict[str, Any]:
+    return {
+        "label_names": label_names,
+        "test_examples": examples,
+        "test_examples_per_class": dict(zip(label_names, counts.tolist(), strict=True)),
+        "lost_most": [_lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
+    }
 
 
 def weighted_accuracy(correct: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -201,27 +229,17 @@ def _lost_most(stage: StageResult) -> dict[str, Any]:
     return {"stage": stage.name, "class": label, "examples": counts[label], "before": old[label], "after": new[label]}
 
 
-def _broken_examples(
-    teacher: np.ndarray, shipped: np.ndarray, references: np.ndarray, texts: list[str], label_names: list[str]
+def broken_examples(
+    before: np.ndarray, after: np.ndarray, texts: list[str], columns: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """The examples that only the teacher got right, the shipped model's most confident mistakes first; by the logits of both."""
-    before, after = np.argmax(teacher, axis=-1), np.argmax(shipped, axis=-1)
-    broken = np.flatnonzero((before == references) & (after != references))
-    repaired = np.flatnonzero((before != references) & (after == references))
-    confidence_before, confidence = (softmax(logits, axis=-1).max(axis=-1) for logits in (teacher, shipped))
-    names = np.array(label_names)
-    ordered = broken[np.argsort(-confidence[broken], kind="stable")]
+    """The examples that only the teacher got right, the shipped model's most confident mistakes first; `before` and `after` say where the two
+    were right, `columns` what is listed of them."""
+    broken = np.flatnonzero(before & ~after)
+    ordered = broken[np.argsort(-columns["shipped_probability"][broken], kind="stable")]
     return {
         "total": len(broken),
-        "repaired_total": len(repaired),
-        "examples": listed_examples(
-            ordered,
-            texts,
-            reference=names[references],
-            teacher_probability=confidence_before,
-            shipped_prediction=names[after],
-            shipped_probability=confidence,
-        ),
+        "repaired_total": int((after & ~before).sum()),
+        "examples": listed_examples(ordered, texts, **columns),
     }
 
 

@@ -48,6 +48,7 @@ def regression_metrics(scores: np.ndarray, references: np.ndarray) -> dict[str, 
 class RegressionPresentation(TextPresentation):
     """What a report says of a model that scores texts, or pairs of texts."""
 
+    hub_task = "text-classification"
     hub_metrics: Mapping[str, str] = {"pearson": "pearsonr", "spearman": "spearmanr"}
     limitations: Sequence[str] = (
         "The score has the unit and the range of the training labels. Nothing keeps it within that range.",
@@ -116,6 +117,7 @@ class TextRegression(ClassifierLoss, TextTask):
     demo = "bert_stsb"
     primary_metric = "pearson"
     metrics: Mapping[str, bool] = {"pearson": True, "spearman": True, "root_mean_squared_error": False}
+    has_distributions = False
     label_names = ["score"]
 
     @classmethod

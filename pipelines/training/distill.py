@@ -331,12 +331,14 @@ def train_student(
     directory: Path,
     transfer: TransferSet | None = None,
     search: Callable[[Any], dict[str, Any]] | None = None,
+    examples_per_epoch: int | None = None,
 ) -> dict[str, Any]:
     """Train `student` in place on the training split, from labels and from the teacher in `teacher_source`; return the details.
 
     `soft_targets` is the directory of the stored ones, of several teachers one each; without it, or for hidden states, attention and
     relations, the teacher runs along (online distillation). Examples of a `transfer` set have no labels; a student that learns from
-    labels alone takes as many steps without them. A `search` is given the trainer instead, see train().
+    labels alone, and takes as many steps without them, sees the others so often that an epoch has `examples_per_epoch`. A `search` is given
+    the trainer instead, see train().
     """
     weight = distill.soft_target_weight
     online = distill.needs_teacher or (weight > 0 and soft_targets is None)
@@ -358,12 +360,11 @@ def train_student(
     pairs = pairs_of(distill, student.config, teacher.config) if distill.needs_teacher else []
     of_transfer: dict[str, Any] = {}
     if transfer is not None:
-        mixed = with_transfer(features, transfer, task, processor)
-        of_transfer["examples_per_epoch"] = mixed.in_epoch
-        if online or weight > 0:
-            features, of_transfer["transfer"] = mixed, transfer.load().details
-        else:
-            features = features.select(np.resize(np.arange(len(features)), mixed.in_epoch))
+        features = with_transfer(features, transfer, task, processor)
+        of_transfer = {"examples_per_epoch": features.in_epoch, "transfer": transfer.load().details}
+    elif examples_per_epoch is not None:
+        features = features.select(np.resize(np.arange(len(features)), examples_per_epoch))
+        of_transfer = {"examples_per_epoch": examples_per_epoch}
     details = train(
         student,
         task,
@@ -396,9 +397,10 @@ def distill_student(
     soft_targets: Path | list[Path] | None = None,
     transfer: TransferSet | None = None,
     search: Callable[[Any], dict[str, Any]] | None = None,
+    examples_per_epoch: int | None = None,
 ) -> Outcome:
     """Build a student of the teacher in `source` and train it on the labels and the logits of the teacher, or of several; or `search` for
-    its settings."""
+    its settings. See train_student."""
     model, processor, layers = build_student(student, source, task)
     vars(model.config).pop(TEACHER_LAYERS, None)  # those of another teacher
     batch_size = training.per_device_eval_batch_size
@@ -406,10 +408,8 @@ def distill_student(
     if layers is not None:
         setattr(model.config, TEACHER_LAYERS, layers)
         details["layers"] = layers
-    checkpoints = directory / CHECKPOINTS
-    details |= train_student(
-        model, processor, task, source, distill, training, soft_targets, checkpoints, transfer, search
-    )
+    learning = (distill, training, soft_targets, directory / CHECKPOINTS, transfer, search, examples_per_epoch)
+    details |= train_student(model, processor, task, source, *learning)
     if search is not None:
         return Outcome("settings", details=details)
     return finish(model, task, processor, directory, details, batch_size)

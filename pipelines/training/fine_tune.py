@@ -72,6 +72,7 @@ def finish(
     metrics = validation_metrics(model, task, processor, batch_size)
     if is_teacher:
         details |= refuse_weak_teacher(task, metrics, model.config)
+    model.config.update(task.config_entries(metrics))
     save(model, processor, directory)
     how_read = {name: task.details[name] for name in ("read_as", "rows_dropped") if name in task.details}
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details | how_read)

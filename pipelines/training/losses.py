@@ -162,6 +162,7 @@ class ClassifierLoss:
     """The losses (see pipelines/core/task.py) of any model with logits (…, labels) for labels (…): one an example or one a token."""
 
     class_weights: Tensor | None = None  # (labels), each label's in the loss against the labels
+    has_distributions = True
     soft_target_settings: Sequence[str] = ()
 
     def outputs(self, model_output: Any) -> Tensors:
@@ -263,7 +264,7 @@ def losses_of(model: Any) -> ClassifierLoss:
     if not is_causal and (config.num_labels == 1 or config.problem_type not in (None, "single_label_classification")):
         raise InputError(
             f"expected a model that chooses one of several labels, or a causal language model, found {type(stock).__name__} with "
-            f"{config.num_labels} outputs (problem_type {config.problem_type!r}). Scores are distilled by pocketformers compress --task "
-            "text-regression."
+            f"{config.num_labels} outputs (problem_type {config.problem_type!r}). Scores and several labels are distilled by pocketformers "
+            "compress --task text-regression and multi-label-classification."
         )
     return NextTokenLoss() if is_causal else ClassifierLoss()

@@ -227,6 +227,7 @@ def prune_and_recover(
     after = shape_of(model)
     removed = {f"{kind}_removed": 1 - sum(left) / sum(before[kind]) for kind, left in after.items()}
     metrics = validation_metrics(model, task, processor, batch_size)
+    model.config.update(task.config_entries(metrics))
     save(with_stock_shapes(model), processor, directory)
     details = {"before": before, "after": after, **removed, "steps": steps, "source_metrics": from_source}
     return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)

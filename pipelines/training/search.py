@@ -55,6 +55,18 @@ def with_found(
     return dataclasses.replace(distill, **found), training
 
 
+def searched(task: Task, distill: DistillConfig, learning_rate: float) -> dict[str, float]:
+    """The settings that are searched for, as they are given.
+
+    Where soft targets depend on the temperature they would have to be computed again; a squared error does not depend on it.
+    """
+    found = {"learning_rate": learning_rate, "soft_target_weight": distill.soft_target_weight}
+    has_temperature = task.has_distributions and distill.divergence != "squared_error"
+    if has_temperature and "temperature" not in task.soft_target_settings:
+        found["temperature"] = distill.temperature
+    return found
+
+
 def _run_trials(directory: Path, trials: int, trainer: Any) -> dict[str, Any]:
     import optuna
     from accelerate.utils import broadcast_object_list
@@ -67,10 +79,7 @@ def _run_trials(directory: Path, trials: int, trainer: Any) -> dict[str, Any]:
     keeps_best = arguments.load_best_model_at_end
     arguments.save_strategy, arguments.load_best_model_at_end = SaveStrategy.NO, False
     metric, greater = str(arguments.metric_for_best_model).removeprefix("eval_"), bool(arguments.greater_is_better)
-    given = {"learning_rate": arguments.learning_rate, "soft_target_weight": distill.soft_target_weight}
-    # Where soft targets depend on it they would have to be computed again; a squared error does not depend on it.
-    if "temperature" not in trainer.task.soft_target_settings and distill.divergence != "squared_error":
-        given["temperature"] = distill.temperature
+    given = searched(trainer.task, distill, arguments.learning_rate)
     scores: list[float] = []
     failure: InputError | None = None
 

@@ -207,6 +207,7 @@ CONFIGS = {
         *("bert_mnli", "bert_sst2"),
     ],
     "text-regression": ["bert_stsb"],
+    "multi-label-classification": ["bert_bbc_topics"],
     "image-classification": ["vit_beans", "vit_cifar10", "vit_digits", "vit_imagefolder"],
     "text-generation": ["gpt2_bbc_news", "gpt2_wikitext"],
 }
@@ -249,6 +250,19 @@ def test_a_default_configs_data_settings_are_of_its_own_data_set(monkeypatch):
     assert (other.teacher, other.distill) == (settings.teacher, settings.distill)
     monkeypatch.setattr("sys.argv", ["recipe", "--dataset", "mine.csv", "--config", str(demo)])
     assert read_settings("text-classification").data.text_part == "first_line"
+
+
+def test_what_a_demo_makes_of_its_own_texts_is_not_made_of_others(monkeypatch):
+    from pipelines.chain import demo_config, read_settings
+
+    task = "multi-label-classification"
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    assert read_settings(task, demo_config(task)).labelset.joined_texts == 3
+    monkeypatch.setattr("sys.argv", ["recipe", "--dataset", "mine.csv", "--label_column", "toxic", "obscene", "threat"])
+    settings = read_settings(task, demo_config(task))
+    assert settings.labelset.joined_texts == 1
+    assert (settings.data.label_column, settings.data.more_label_columns) == ("toxic", ["obscene", "threat"])
+    assert settings.given["label_column"] == ["toxic", "obscene", "threat"]
 
 
 @pytest.mark.parametrize("flag", ["transfer_ratio", "transfer_sentences", "transfer_column"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.core.command import run_main
-from pipelines.core.config import DataConfig, GateConfig, LabelConfig, LanguageConfig, QuantizeConfig, Settings
+from pipelines.core.config import DataConfig, GateConfig, QuantizeConfig, Settings, settings_name
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.quality import HALF, check_stage, problem_of, quality_lost
 from pipelines.core.records import with_checksum
@@ -130,8 +129,8 @@ def test_a_trained_model_may_lose_up_to_half_and_a_number_may_not_be_missing():
 def test_an_unknown_gate_is_refused_with_the_list_before_the_data_is_read(name):
     kind = task_class(name)
     assert kind.metrics[kind.primary_metric] == kind.greater_is_better
-    settings = Settings(task=TaskConfig(name), data=DataConfig(dataset="no/such/file.csv"), language=LanguageConfig())
-    settings.augment, settings.label = SimpleNamespace(any=False), LabelConfig()
+    own = {settings_name(one): one() for one in kind.settings}
+    settings = Settings(**own | {"task": TaskConfig(name), "data": DataConfig(dataset="no/such/file.csv")})
     for one in (GateConfig("acuracy"), QuantizeConfig(gate="acuracy")):
         settings.gate = one
         with pytest.raises(InputError, match=f"expected --gate out of {', '.join(kind.metrics)}, found 'acuracy'"):

@@ -331,7 +331,7 @@ def test_hidden_test_labels_turn_validation_into_the_test_split(tmp_path: Path) 
     }
     assert data.splits["test"]["text"][:] == [f"validation sentence {row}" for row in range(12)]
     assert data.details["examples"] == {"train": 54, "validation": 6, "test": 12}
-    says = {field.name: field.metadata["help"] for field in fields(DataConfig)}
+    says = {field.name: field.metadata.get("help") for field in fields(DataConfig)}
     assert "'validation' if it has labels and is not the test split" in says["validation_split"]
     assert "else 'validation' if it has" in says["test_split"]
 

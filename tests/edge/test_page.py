@@ -240,6 +240,9 @@ def test_values_and_several_labels_in_a_browser(browser, tokenizer, tmp_path, li
                 ((name, value),) = rows
                 assert (name, float(value)) == ("score", pytest.approx(expected["values"]["score"], rel=1e-5))
             else:
+                assert page.inner_text("#title") == "Which labels fit the text?"
+                marks = page.eval_on_selector_all("tr i", "marks => marks.map((mark) => mark.style.left)")
+                assert sorted(marks) == ["50%", "50%", "90%"]
                 shown = {name: text for name, text, _ in rows}
                 probabilities = expected["probabilities"]
                 assert list(shown) == sorted(probabilities, key=lambda name: -probabilities[name])

@@ -105,6 +105,19 @@ def test_onnxruntime_runs_it_in_integer_kernels_and_keeps_embeddings_as_bytes(fu
     assert [t.data_type for t in graph.initializer if np.prod(t.dims) == table] == [onnx.TensorProto.UINT8]
 
 
+def test_what_is_said_of_a_stage_has_its_name(text_onnx: Path, task, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Also of one that is written for comparison, in a directory that is not yet called so."""
+    real = fuse_for_onnxruntime
+    monkeypatch.setattr(
+        "pipelines.onnx.quantize.fuse_for_onnxruntime",
+        lambda *paths: real(*paths) | {"attention": 1, "attention_blocks": 4},
+    )
+    directory = tmp_path / ".teacher_quantized.partial"
+    directory.mkdir()
+    quantize_onnx(str(text_onnx / "onnx"), directory, task, QuantizeConfig(quantization="fp32"))
+    assert "teacher_quantized: 1 of 4 attention blocks fused" in capsys.readouterr().out.splitlines()[0]
+
+
 def test_fp32_has_one_attention_operator_a_layer_whatever_heads_it_kept(task, tokenizer, tmp_path: Path) -> None:
     model = tiny_model()
     heads = [np.array([0, 2]), np.array([1]), np.arange(4), np.array([0, 1, 3])]

@@ -425,6 +425,26 @@ def test_card_is_valid_metadata(tmp_path: Path) -> None:
     assert "The licence of the teacher (package://somewhere/model) applies" in (tmp_path / "README.md").read_text()
 
 
+def test_the_card_names_every_teacher_and_its_licence(tmp_path: Path) -> None:
+    stages = make_stages()
+    stages.insert(1, make_stage("teacher_2", "transformers", logits_of(TEACHER), 8_000_000, [40.0, 44.0, 80.0]))
+    models = ["google-bert/bert-base-uncased", "FacebookAI/roberta-base"]
+    for licenses, expected in (
+        (("apache-2.0", "mit"), ["apache-2.0", "mit"]),
+        (("mit", "mit"), "mit"),
+        (("mit", None), None),
+    ):
+        for stage, license in zip(stages, licenses, strict=False):
+            stage.record["details"]["license"] = license
+        write_report(tmp_path, make_report(stages, config={"teacher_model": models}), WORDS)
+        card = ModelCard.load(tmp_path / "README.md")
+        data = card.data.to_dict()
+        assert (data["base_model"], data.get("license")) == (models, expected)
+        assert "compressed from the teachers google-bert/bert-base-uncased and FacebookAI/roberta-base" in card.text
+        assert f"The licence of the teacher {models[0]}, {licenses[0]}, applies" in card.text
+    assert f"The licence of the teacher ({models[1]}) applies to this model. It was not stated" in card.text
+
+
 def write_onnx_classifier(directory: Path) -> None:
     """An ONNX model with a BERT's inputs that answers with the third label."""
     nodes = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import killed_after, make_image_processor, tiny_model
+from pipelines.cli import read_settings
 from pipelines.core.config import AugmentConfig, DataConfig, DistillConfig, PruneConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe
@@ -16,6 +17,7 @@ from pipelines.training.arguments import TrainingArguments
 from pipelines.training.distill import DistillationTrainer, check_distillation, train_student
 from pipelines.training.prune import prune_and_recover
 from pipelines.training.soft_targets import WithSoftTargets, compute_soft_targets
+from pipelines.verbs import soft_targets as soft_targets_verb
 from processes import run_processes, values
 
 VIEWS = 3
@@ -165,6 +167,18 @@ def test_views_of_what_is_not_augmented_are_refused(image_task, task, teacher, c
     with pytest.raises(InputError, match="--random_shift, --random_crop or --random_flip with --augmented_views"):
         check_distillation(StudentConfig(student_layers="1"), DISTILL, str(teacher), image_task)
     check_distillation(StudentConfig(student_layers="1"), DISTILL, str(teacher), task)
+    flags = [
+        "--dataset",
+        str(csv_file),
+        "--teacher_model",
+        str(teacher),
+        "--augmented_views",
+        "2",
+        "--output_dir",
+        "no",
+    ]
+    with pytest.raises(InputError, match="with --augmented_views, found none of these"):
+        soft_targets_verb(read_settings("soft-targets", flags))
     for online in ({"soft_targets": "online"}, {"hidden_state_weight": 0.5}):
         with pytest.raises(InputError, match="stored soft targets with --augmented_views"):
             DistillConfig(augmented_views=2, **online)

@@ -15,10 +15,11 @@ from pipelines.core.config import DataConfig, DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.run import Run
 from pipelines.tasks.text_classification import TextClassification
+from pipelines.tasks.text_regression import TextRegression
 from pipelines.training import search
 from pipelines.training.arguments import TrainingArguments
 from pipelines.training.distill import DistillationTrainer
-from pipelines.training.search import check_search, search_settings, with_found
+from pipelines.training.search import check_search, search_settings, searched, with_found
 from pipelines.training.soft_targets import compute_soft_targets
 from processes import run_processes, values
 
@@ -188,6 +189,13 @@ def test_the_chain_uses_what_it_found(trained_teacher, csv_file, tmp_path, monke
     runpy.run_path(str(RECIPE), run_name="__main__")
     assert "search: finished already" in (said := capsys.readouterr().out)
     assert "done in" not in said
+
+
+def test_a_temperature_that_changes_nothing_is_not_searched_for():
+    classes, scores = TextClassification(DataConfig()), TextRegression(DataConfig())
+    assert searched(classes, GIVEN, 1e-3) == {"learning_rate": 1e-3, "soft_target_weight": 0.9, "temperature": 2.0}
+    assert searched(scores, GIVEN, 1e-3) == {"learning_rate": 1e-3, "soft_target_weight": 0.9}
+    assert "temperature" not in searched(classes, DistillConfig(divergence="squared_error"), 1e-3)
 
 
 def test_what_cannot_be_searched_is_refused_before_anything_is_trained(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -22,9 +23,10 @@ from conftest import (
     tiny_model,
     write_csv,
 )
+from pipelines.chain import _make_models, read_settings
 from pipelines.core.config import DataConfig, DistillConfig, LanguageConfig, PruneConfig, StudentConfig, TransferConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, UNLABELLED
+from pipelines.core.task import IGNORED, UNLABELLED, TransferSet
 from pipelines.tasks.image_classification import ImageClassification
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.tasks.text_generation.task import LanguageModeling
@@ -207,7 +209,11 @@ def test_a_student_learns_from_the_transfer_set_and_its_baseline_takes_as_many_s
         compute_soft_targets(str(trained_teacher), labelled, task, distill)
     student = tiny_model("bert", num_hidden_layers=2, seed=3)
     found = {}
-    for name, how, targets in (("student", distill, labelled), ("labels", distill.labels_only(), None)):
+    rows = 18 + (60 if ratio is None else 18)
+    for name, how, targets, more in (
+        ("student", distill, labelled, {"transfer": transfer}),
+        ("labels", distill.labels_only(), None, {"examples_per_epoch": rows}),
+    ):
         arguments = copy.copy(training)
         arguments.num_train_epochs, arguments.per_device_train_batch_size = 2, 4
         found[name] = train_student(
@@ -219,14 +225,35 @@ def test_a_student_learns_from_the_transfer_set_and_its_baseline_takes_as_many_s
             arguments,
             targets,
             tmp_path / name,
-            transfer,
+            **more,
         )
-    rows = 18 + (60 if ratio is None else 18)
     assert found["student"]["steps"] == found["labels"]["steps"] == 2 * -(-rows // 4)
     assert len(found["student"]["validation"]) == len(found["labels"]["validation"]) == 2
     assert found["student"]["examples_per_epoch"] == found["labels"]["examples_per_epoch"] == rows
     assert found["student"]["transfer"]["examples"] == 60
     assert "transfer" not in found["labels"]
+
+
+def test_the_baseline_depends_on_how_many_examples_an_epoch_has_not_on_which(monkeypatch, tmp_path):
+    """Another transfer set of the same size redoes the student, and leaves the one on labels alone as it is."""
+    monkeypatch.setattr("sys.argv", ["recipe", "--label_baseline", "true", "--output_dir", str(tmp_path), "--use_cpu"])
+    settings = read_settings("text-classification")
+    made: dict[str, dict[str, object]] = {}
+
+    def stage(name, function, source, **arguments):
+        made.setdefault(name, {}).update(arguments)
+        return tmp_path / name
+
+    run = SimpleNamespace(
+        first=None, seed=0, task=TextClassification(DataConfig()), stage=stage, place=tmp_path.joinpath
+    )
+    run.state = SimpleNamespace(is_main_process=False)
+    run.record = lambda name: {"details": {"examples_per_epoch": 36}}
+    transfer = TransferSet(lambda: "the content", lambda: None)
+    _make_models(run, settings, settings.prune, transfer)
+    assert made["student"]["transfer"].describe() == {"examples": "the content"}
+    baseline = made["student_labels_only"]
+    assert (baseline["transfer"], baseline["examples_per_epoch"]) == (None, 36)
 
 
 def test_pruning_recovers_with_the_transfer_set(trained_teacher, csv_file, unlabelled, training, tmp_path):
