@@ -21,6 +21,7 @@ TASKS = {
     "image-classification": "pipelines.tasks.image_classification:ImageClassification",
     "text-generation": "pipelines.tasks.text_generation.task:LanguageModeling",
     "text-regression": "pipelines.tasks.text_regression:TextRegression",
+    "text-ranking": "pipelines.tasks.text_ranking.task:TextRanking",
 }
 DEFAULT_TASK = "text-classification"
 
