@@ -3,7 +3,7 @@
     "inputs":  {"kind": "text", "pair", "max_length", "truncation_side", "probes"}, for a language model only the kind and the probes
                {"kind": "image", "channels", "resize", "resample", "crop", "rescale", "mean", "std", "value_range"}
     "outputs": {"kind": "classes", "activation": "softmax" | "sigmoid" | "none", "labels", and perhaps "thresholds" of a sigmoid}
-               {"kind": "values", "names"}
+               {"kind": "values", "names", and perhaps "ranks": the value of a pair says how well the second text answers the first}
                {"kind": "continuation", "end_tokens", "context", "cache"}
 
 A task writes them (Task.bundle_settings); pipelines/runtime reads them. Neither torch nor transformers is imported here.

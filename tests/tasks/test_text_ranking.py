@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -257,7 +258,7 @@ def run(lists, pretrained, tmp_path_factory) -> Path:
         compress --task text-ranking --dataset {lists} --text_column query --text_pair_column passage --first_stage
         --teacher_model {pretrained} --output_dir {directory} --max_length 32 --teacher_epochs 4 --teacher_learning_rate 3e-3
         --num_train_epochs 3 --learning_rate 3e-3 --per_device_train_batch_size 16 --soft_ranking_loss margin --student_layers 2
-        --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.3 --use_cpu
+        --prune_heads 0 --prune_ffn 0 --max_quality_drop 0.3 --use_cpu
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
     """.split()
     with pytest.MonkeyPatch.context() as patch:
@@ -289,6 +290,30 @@ def test_the_whole_chain(run, ranking):
     assert "type: mrr" in card
 
 
+def test_the_bundle_ranks_the_lines_of_a_file(run, tmp_path):
+    from pipelines import load
+
+    lines = ["the bank said profit", "match the goal", "code server"]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    infer = [sys.executable, str(run / "bundle" / "infer.py")]
+
+    def start(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*infer, *flags], capture_output=True, text=True)
+
+    done = start("--query", "the year", "--file", str(tmp_path / "lines.txt"), "--json")
+    found = list(map(json.loads, done.stdout.splitlines()))
+    scores = [one["values"]["score"] for one in found]
+    assert found[0]["input"] == "match the goal"
+    assert scores == sorted(scores, reverse=True)
+    assert found == load(run / "bundle").rank("the year", lines)
+    assert found[0] == load(run / "bundle")(("the year", "match the goal")) | {"input": "match the goal"}
+    score, text = start("--query", "the year", *lines).stdout.splitlines()[0].split("\t")
+    assert (float(score), text) == (pytest.approx(scores[0], rel=1e-4), "match the goal")
+    refused = start("--query", "the year", "--pair", *lines)
+    assert (refused.returncode, "without --pair" in refused.stderr) == (2, True)
+    assert len(start("--pair", "the year", "match the goal").stdout.splitlines()) == 1
+
+
 def test_the_report_names_the_queries_that_lost(ranking, tokenizer):
     references = np.asarray(ranking.splits["test"]["label"][:])
     worse = references[:, 0].copy()
@@ -310,7 +335,7 @@ def test_it_opens_as_a_cross_encoder(run):
     import onnxruntime
     from transformers import AutoTokenizer
 
-    model = cross_encoder(str(run / "pruned"), max_length=32, device="cpu")
+    model = cross_encoder(str(run / "student"), max_length=32, device="cpu")
     passages = ["match the goal", "the bank said profit", "code"]
     ranked = model.rank("the year", passages)
     scores = np.array([one["score"] for one in sorted(ranked, key=lambda one: one["corpus_id"])])
