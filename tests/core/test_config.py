@@ -204,6 +204,7 @@ def test_a_token_is_not_recorded(tmp_path):
 CONFIGS = {
     "text-classification": ["bert_bbc_headlines", "bert_bbc_news", "bert_few_labels", "bert_mnli", "bert_sst2"],
     "text-regression": ["bert_stsb"],
+    "text-ranking": ["minilm_bbc_reranking", "ms_marco_reranking"],
     "image-classification": ["vit_beans", "vit_cifar10", "vit_digits", "vit_imagefolder"],
     "text-generation": ["gpt2_bbc_news", "gpt2_wikitext"],
 }
@@ -246,6 +247,10 @@ def test_a_default_configs_data_settings_are_of_its_own_data_set(monkeypatch):
     assert (other.teacher, other.distill) == (settings.teacher, settings.distill)
     monkeypatch.setattr("sys.argv", ["recipe", "--dataset", "mine.csv", "--config", str(demo)])
     assert read_settings("text-classification").data.text_part == "first_line"
+    # A task's own settings of the data, too.
+    monkeypatch.setattr("sys.argv", ["recipe", "--dataset", "mine.csv"])
+    ranking = read_settings("text-ranking", demo_config("text-ranking")).ranking
+    assert (ranking.tfidf_candidates, ranking.title_pairs, ranking.ranking_loss) == (None, None, "listwise")
 
 
 @pytest.mark.parametrize("flag", ["transfer_ratio", "transfer_sentences", "transfer_column"])

@@ -116,8 +116,8 @@ def test_bad_candidates_are_one_message(lists, tmp_path):
     assert "expected labels from 0 to inf for --ranking_loss listwise, found -1" in message(
         {"label": [0, -1, 2, 0]}, graded
     )
-    with pytest.raises(InputError, match="--tfidf_candidates with --passage_characters"):
-        RankingConfig(passage_characters=100)
+    with pytest.raises(InputError, match="--tfidf_candidates with --title_pairs"):
+        RankingConfig(title_pairs=100)
 
 
 def test_candidates_of_tfidf(tmp_path):
@@ -135,7 +135,7 @@ def test_candidates_of_tfidf(tmp_path):
         words = generator.choice([*WORDS["tech"], *FILLER], 6)
         (folder / f"{number}.txt").write_text(f"{words[0]} {words[1]} {number}\n{' '.join(words)} and {number} more\n")
     config = DataConfig(dataset=str(folder.parent), max_length=32)
-    task = TextRanking(config, RankingConfig(tfidf_candidates=5, passage_characters=40))
+    task = TextRanking(config, RankingConfig(tfidf_candidates=5, title_pairs=40))
     labels = {name: np.asarray(split["label"][:]) for name, split in task.splits.items()}
     counts = np.unique(labels["test"][:, 1], return_counts=True)[1]
     assert (counts == 5).all()  # what TF-IDF found, right or not
@@ -279,7 +279,6 @@ def test_the_whole_chain(run, ranking):
     )
     assert stages["teacher"]["metrics"]["mrr_at_10"] > 0.9
     assert stages["quantized"]["metrics"]["mrr_at_10"] > first_stage + 0.1
-    assert stages["quantized"]["samples_per_second_32"] > 0
     assert stages["quantized"]["samples_per_second_128"] > 0
     assert report["without_relevant"] == 0
     page = (run / "report.md").read_text()

@@ -55,20 +55,18 @@ class RankingConfig(Checked):
         "Give each query so many candidates, the best ones by TF-IDF out of all passages of its split, where the data set has only the right "
         "passages; no label column is read. A training query gets its right passages besides.",
     )
-    passage_characters: Annotated[int | None, "at least 1"] = flag(
+    title_pairs: Annotated[int | None, "at least 1"] = flag(
         None,
-        "For documents alone, with --tfidf_candidates: the query is the first line of each, such as a headline, the passage its last so many "
-        "characters.",
+        "For single texts, with --tfidf_candidates: the first line of each is the query, the last so many characters of its other lines are the "
+        "right passage.",
     )
 
-    OF_DATA: ClassVar = ("relevance", "first_stage", "tfidf_candidates", "passage_characters")  # for parse_config()
+    OF_DATA: ClassVar = ("relevance", "first_stage", "tfidf_candidates", "title_pairs")  # for parse_config()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.passage_characters is not None and self.tfidf_candidates is None:
-            raise InputError(
-                "expected --tfidf_candidates with --passage_characters, found none. Pass a number, such as 10."
-            )
+        if self.title_pairs is not None and self.tfidf_candidates is None:
+            raise InputError("expected --tfidf_candidates with --title_pairs, found none. Pass a number, such as 10.")
         if self.tfidf_candidates is not None and self.relevance != "binary":
             raise InputError(
                 "expected --relevance binary with --tfidf_candidates, which knows only right passages, found graded. Leave one out."
@@ -81,7 +79,7 @@ class RankingConfig(Checked):
     @property
     def read_as(self) -> str:
         """What of these settings the examples depend on."""
-        return f"{self.tfidf_candidates} {self.passage_characters}"
+        return f"{self.tfidf_candidates} {self.title_pairs}"
 
 
 # ---- Reading
@@ -111,12 +109,12 @@ def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: Rank
     split = split.flatten()  # a column of the Hub may have others in it: passages.passage_text
     query, passage, label = (str(one) for one in (config.text_column, config.text_pair_column, config.label_column))
     if ranking.tfidf_candidates is not None:
-        texts = {query} if ranking.passage_characters else {query, passage}
+        texts = {query} if ranking.title_pairs else {query, passage}
         if not texts <= {*split.column_names} or len(split) == 0:
             return split.remove_columns(label) if label in split.column_names else split  # which the checks refuse
-        columns = [split[query][:], split[passage][:] if ranking.passage_characters is None else split[query][:]]
-        if ranking.passage_characters is not None:
-            columns = list(zip(*(parts_of(text or "", ranking.passage_characters) for text in columns[0]), strict=True))
+        columns = [split[query][:], split[passage][:] if ranking.title_pairs is None else split[query][:]]
+        if ranking.title_pairs is not None:
+            columns = list(zip(*(parts_of(text or "", ranking.title_pairs) for text in columns[0]), strict=True))
         found = zip(*find_candidates(*columns, ranking.tfidf_candidates), strict=True)
         return datasets.Dataset.from_dict(dict(zip((query, passage, label), map(list, found), strict=True)))
     is_list = isinstance(split.features.get(passage), (datasets.List, datasets.LargeList))

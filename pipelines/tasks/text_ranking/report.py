@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.report.markdown import clip, markdown_table, number
 from pipelines.tasks.texts import TextPresentation, token_limit
 
-BATCH_SIZES = (32, 128)  # that throughput is timed at
+BATCH, LARGE_BATCH = 32, 128  # that throughput is timed at
 SHOWN = 100  # characters of a passage in a table
 
 
@@ -33,10 +33,9 @@ class RankingPresentation(TextPresentation):
         return "ranking passages for a query"
 
     def columns(self, stage: dict[str, Any]) -> dict[str, str]:
-        rates = {size: stage.get(f"samples_per_second_{size}") for size in BATCH_SIZES}
         return {
             self.other_metric.replace("_", " "): number(stage["metrics"][self.other_metric], ".3f"),
-            **{f"pairs/s at {size}": number(rate, ",.0f") for size, rate in rates.items()},
+            f"pairs/s at {LARGE_BATCH}": number(stage.get(f"samples_per_second_{LARGE_BATCH}"), ",.0f"),
         }
 
     def how_scored(self, report: dict[str, Any]) -> str:
@@ -49,8 +48,11 @@ class RankingPresentation(TextPresentation):
         )
 
     def how_timed(self, report: dict[str, Any]) -> str:
-        sizes = " and ".join(map(str, BATCH_SIZES))
-        return f"{super().how_timed(report)} *pairs/s at {sizes}*: the same over batches of as many."
+        shape = " x ".join(str(size) for size in report["stages"][0]["latency_ms"]["shape"])
+        return (
+            f"*p50*, *p95*: one call with an input of shape {shape}. *pairs/s*: over batches of {BATCH} test pairs, together with others of their "
+            f"length (estimators: of 16); *pairs/s at {LARGE_BATCH}*: over batches of {LARGE_BATCH}."
+        )
 
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
         worse, name = report["worse_examples"], shipped["name"]

@@ -26,7 +26,7 @@ from pipelines.tasks.base import check_predictions, listed_examples
 from pipelines.tasks.ranking import METRICS, metrics_of_groups
 from pipelines.tasks.text_ranking import baselines as orders
 from pipelines.tasks.text_ranking.candidates import PASSAGE, RankingConfig, load_rankings
-from pipelines.tasks.text_ranking.report import BATCH_SIZES, RankingPresentation
+from pipelines.tasks.text_ranking.report import BATCH, LARGE_BATCH, RankingPresentation
 from pipelines.tasks.text_regression import TextRegression, check_scores
 
 # The numbers of a reference: the label of a pair, and which query it belongs to. The trainer divides by all of them.
@@ -64,7 +64,7 @@ class TextRanking(TextRegression):
 
     def __init__(self, config: DataConfig, ranking: RankingConfig | None = None) -> None:
         ranking = ranking or RankingConfig()
-        if ranking.passage_characters is not None:
+        if ranking.title_pairs is not None:
             config = replace(config, text_pair_column=PASSAGE)
         super().__init__(config)
         self.ranking = ranking
@@ -94,7 +94,7 @@ class TextRanking(TextRegression):
         if self.config.text_pair_column is None:
             raise InputError(
                 "expected a column of passages for --task text-ranking, found none. Name it with --text_pair_column, and that of the queries with "
-                "--text_column; or pass --tfidf_candidates and --passage_characters for documents alone."
+                "--text_column; or pass --tfidf_candidates and --title_pairs for single texts."
             )
         examples = load_rankings(self.config, self.ranking)
         loss, column = self.ranking.label_loss, self.config.label_column
@@ -202,11 +202,11 @@ class TextRanking(TextRegression):
     # ---- ONNX, bundle and report
 
     def workload(self, directory: Path, split: str) -> Workload:
-        """Also pairs a second in larger batches, as candidates come."""
+        """Throughput in batches of two sizes, as candidates come."""
         processor = self.load_processor(str(directory))
         features, collate = self.features(processor)[split], self.collate(processor)
-        larger = {size: timing_feeds(features, collate, size)[1] for size in BATCH_SIZES}
-        return encoder_workload(*timing_feeds(features, collate), larger)
+        larger = {LARGE_BATCH: timing_feeds(features, collate, LARGE_BATCH)[1]}
+        return encoder_workload(*timing_feeds(features, collate, BATCH), larger)
 
     @property
     def example(self) -> str:
