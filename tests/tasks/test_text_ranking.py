@@ -19,7 +19,7 @@ from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
 from pipelines.tasks import task_of_model
-from pipelines.tasks.text_ranking.candidates import RankingConfig, find_candidates, parts_of
+from pipelines.tasks.text_ranking.candidates import RankingConfig, find_candidates, title_pair
 from pipelines.tasks.text_ranking.task import TextRanking, first_candidates, ranking_metrics
 
 COLUMNS = {"text_column": "query", "text_pair_column": "passage"}
@@ -78,6 +78,14 @@ def test_all_candidates_of_a_query_are_in_one_split_in_their_order(ranking, list
     assert ranking.details["pairs"] == {"train": 224, "validation": 32, "test": 64}
 
 
+def test_fewer_candidates_to_train_on(ranking, lists):
+    fewer = TextRanking(ranking.config, RankingConfig(train_candidates=2))
+    expected = [row for place, row in enumerate(ranking.splits["train"]) if place % 4 < 2 or row["label"][0] > 0]
+    assert list(fewer.splits["train"]) == expected
+    assert list(fewer.splits["test"]) == list(ranking.splits["test"])
+    assert fewer.describe() != ranking.describe()
+
+
 def test_pairs_a_right_text_and_a_right_place_are_read_as_lists_are(ranking, lists, tmp_path):
     def read(path: Path, **columns: str) -> list[dict]:
         task = TextRanking(DataConfig(dataset=str(path), max_length=32, **(COLUMNS | columns)))
@@ -126,7 +134,7 @@ def test_candidates_of_tfidf(tmp_path):
     # The nearest passage, and after it the right ones that it is not.
     assert found[:2] == [("a goal", "goal of the team", 1.0), ("a goal", "match today", 1.0)]
     assert [(text, label) for query, text, label in found if query == "the bank"][-1] == ("shares and profit", 1.0)
-    assert parts_of("\n  Headline \n\nfirst line\nlast line", 9) == ("Headline", "last line")
+    assert title_pair("\n  Headline \n\nfirst line\nlast line", 9) == ("Headline", "last line")
 
     folder = tmp_path / "documents" / "topic"
     folder.mkdir(parents=True)

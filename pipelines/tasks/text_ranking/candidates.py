@@ -55,6 +55,11 @@ class RankingConfig(Checked):
         "Give each query so many candidates, the best ones by TF-IDF out of all passages of its split, where the data set has only the right "
         "passages; no label column is read. A training query gets its right passages besides.",
     )
+    train_candidates: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "Train on the first so many candidates of each query and its relevant ones, not on all: more queries in the same time. Validation and "
+        "test have all.",
+    )
     title_pairs: Annotated[int | None, "at least 1"] = flag(
         None,
         "For single texts, with --tfidf_candidates: the first line of each is the query, the last so many characters of its other lines are the "
@@ -79,7 +84,7 @@ class RankingConfig(Checked):
     @property
     def read_as(self) -> str:
         """What of these settings the examples depend on."""
-        return f"{self.tfidf_candidates} {self.title_pairs}"
+        return f"{self.tfidf_candidates} {self.title_pairs} {self.train_candidates}"
 
 
 # ---- Reading
@@ -114,7 +119,7 @@ def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: Rank
             return split.remove_columns(label) if label in split.column_names else split  # which the checks refuse
         columns = [split[query][:], split[passage][:] if ranking.title_pairs is None else split[query][:]]
         if ranking.title_pairs is not None:
-            columns = list(zip(*(parts_of(text or "", ranking.title_pairs) for text in columns[0]), strict=True))
+            columns = list(zip(*(title_pair(text or "", ranking.title_pairs) for text in columns[0]), strict=True))
         found = zip(*find_candidates(*columns, ranking.tfidf_candidates), strict=True)
         return datasets.Dataset.from_dict(dict(zip((query, passage, label), map(list, found), strict=True)))
     is_list = isinstance(split.features.get(passage), (datasets.List, datasets.LargeList))
@@ -146,10 +151,10 @@ def _labels_of(candidates: list[str], labels: Any, name: str, config: DataConfig
     return [float(labels in (place, text)) for place, text in enumerate(candidates)]
 
 
-def parts_of(document: str, characters: int) -> tuple[str, str]:
-    """The first line of a document, and the last `characters` of what follows it."""
-    first, *others = lines_of(document) or [""]
-    return first, "\n".join(others)[-characters:].strip()
+def title_pair(text: str, characters: int) -> tuple[str, str]:
+    """The first line of a text, and the last `characters` of its other lines."""
+    title, *others = lines_of(text) or [""]
+    return title, "\n".join(others)[-characters:]
 
 
 def find_candidates(queries: list[str], right: list[str], count: int) -> Iterator[tuple[str, str, float]]:
@@ -190,9 +195,13 @@ def load_rankings(config: DataConfig, ranking: RankingConfig) -> Examples:
     pairs = {role: _with_labels(split, rows[role]) for role, split in given.items()}
     for role, split in examples.splits.items():
         origin = role if role in given else "train"
+        is_right = given[origin].labels > 0
         # What TF-IDF did not find is for training alone.
-        most = None if role == "train" else ranking.tfidf_candidates
-        chosen = [rows[origin][query][:most] for query in split["query"]]
+        most = ranking.train_candidates if role == "train" else ranking.tfidf_candidates
+        chosen = [rows[origin][query] for query in split["query"]]
+        if most is not None:
+            own = is_right if role == "train" else np.zeros_like(is_right)
+            chosen = [one[(np.arange(len(one)) < most) | own[one]] for one in chosen]
         examples.splits[role] = pairs[origin].select(np.concatenate(chosen), keep_in_memory=True)
     counts = {role: len(split) for role, split in examples.splits.items()}
     details = {**examples.details, "pairs": counts}
