@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,10 @@ from pipelines.data.remembered import remembered, state_of
 from pipelines.data.splits import choose_splits, cut_missing_splits, cut_stratified, drop_duplicates, strata_of
 
 logger = logging.getLogger(__name__)
+
+
+# From a split of the source and its name to the rows of its examples.
+Unpack = Callable[[datasets.Dataset, str], datasets.Dataset]
 
 
 @dataclass
@@ -70,8 +74,22 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
 
     Raises InputError where the data cannot be read, or cannot be used as it is.
     """
+    given, details, feature, names = read_given(config, kind, read_references)
+    return split_examples(given, config, kind.noun, details, feature, names)
+
+
+def read_given(
+    config: DataConfig, kind: Kind, read_references: ReadReferences, unpack: Unpack | None = None, read_as: str = ""
+) -> tuple[dict[str, Given], dict[str, Any], Any, Sequence[str]]:
+    """The splits that a data set has, by their roles, read and checked; how they were read; the type of their labels and the classes' names.
+
+    `unpack` makes the rows of the examples out of those of the source; `read_as` says how.
+    """
     state = state_of(config.dataset)
     source = load_source(config, kind)
+    if unpack is not None:
+        source.splits = {name: unpack(split, name) for name, split in source.splits.items()}
+        source.row_name_column = None
     roles = choose_splits(source.splits, config, partial(has_references, config=config))
     named = {role: name for role, name in roles.items() if name is not None}
     used = {name: prepared(source.splits[name], name, config, kind) for name in named.values()}
@@ -86,6 +104,7 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
             config.separator,
             config.encoding,
             config.text_part,
+            *filter(None, [read_as]),
         ]
         hashes[name] = remembered(state, key, partial(hash_rows, inputs_of(split, config, kind), name, kind))
         usable = hashes[name][:, 0] > 0
@@ -102,7 +121,7 @@ def load_examples(config: DataConfig, kind: Kind, read_references: ReadReference
         given[role] = Given(name, inputs, hashes[name][has_label], labels[name][has_label])
         dropped[name] += len(has_label) - len(inputs)
     counted = {"rows_dropped": dropped} if any(dropped.values()) else {}
-    return split_examples(given, config, kind.noun, source.details | counted, feature, names)
+    return given, source.details | counted, feature, names
 
 
 def split_examples(

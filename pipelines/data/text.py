@@ -197,7 +197,7 @@ def tokenizer_content(tokenizer: Any) -> list[str]:
 
 
 def collate(tokenizer: Any) -> Collate:
-    """A collator that pads a batch of tokenize()'s rows to its own longest, and leaves out `length`, and token types that the
+    """A collator that pads a batch of tokenize()'s rows to its own longest, and leaves out `length`, `group`, and token types that the
     tokenizer's model does not take.
 
     Token columns come out as (batch, longest) int64, `labels` as (batch,) int64, and any other column of equally long
@@ -205,7 +205,7 @@ def collate(tokenizer: Any) -> Collate:
     """
     from transformers import DataCollatorWithPadding
 
-    left_out = {"length", "token_type_ids"} - {*tokenizer.model_input_names}
+    left_out = {"length", "group", "token_type_ids"} - {*tokenizer.model_input_names}
     return partial(_collate_batch, DataCollatorWithPadding(tokenizer), left_out)
 
 

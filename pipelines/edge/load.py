@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.core.errors import InputError
 from pipelines.edge.settings import settings_of
 from pipelines.runtime.generate import Sampling
-from pipelines.runtime.infer import Generator, Predictor, read_manifest
+from pipelines.runtime.infer import Generator, Predictor, ranked, read_manifest
 
 # Where the graph is: of a stage's directory, and of a published model, the smaller first.
 GRAPHS = ("model.onnx", "onnx/model_fused.onnx", "onnx/model_quantized.onnx", "onnx/model.onnx")
@@ -37,6 +37,10 @@ class Model:
         else:
             found = [self.predictor.predict(example) for example in examples]
         return found if isinstance(inputs, list) else found[0]
+
+    def rank(self, query: str, passages: list[str]) -> list[dict[str, Any]]:
+        """The passages by how well they answer the query, the best first, of a model that scores pairs of texts."""
+        return ranked(self([(query, passage) for passage in passages]))
 
 
 def load(source: str | Path, threads: int | None = None) -> Model:

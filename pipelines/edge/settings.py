@@ -4,7 +4,7 @@
                {"kind": "image", "channels", "resize", "resample", "crop", "rescale", "mean", "std", "value_range"}
     "outputs": {"kind": "classes", "activation": "softmax" | "sigmoid" | "none", "labels", and perhaps "thresholds" of a sigmoid:
                  the probability of each label, in their order, from which on it is predicted; 0.5 where they are left out}
-               {"kind": "values", "names"}
+               {"kind": "values", "names", and perhaps "ranks": the value of a pair says how well the second text answers the first}
                {"kind": "continuation", "end_tokens", "context", "cache"}
 
 A task writes them (Task.bundle_settings); pipelines/runtime reads them. Neither torch nor transformers is imported here.

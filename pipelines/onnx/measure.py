@@ -98,9 +98,10 @@ def carries(ratio: dict[str, float]) -> bool:
     return ratio["high"] <= 2 * ratio["low"]
 
 
-def timing_feeds(features: Any, collate: Collate) -> tuple[Arrays, list[Arrays]]:
+def timing_feeds(features: Any, collate: Collate, batch_size: int = THROUGHPUT_BATCH) -> tuple[Arrays, list[Arrays]]:
     """The longest example alone, for the latency, and a fixed sample in batches of like length, for the throughput."""
-    longest, batches = _timed_examples(features["length"] if "length" in features.column_names else [1] * len(features))
+    lengths = features["length"] if "length" in features.column_names else [1] * len(features)
+    longest, batches = _timed_examples(lengths, batch_size)
     return feed_of(features, longest, collate), [feed_of(features, batch, collate) for batch in batches]
 
 
@@ -111,18 +112,22 @@ def estimator_workload(inputs: Any) -> Workload:
     return encoder_workload(single, several)
 
 
-def _timed_examples(lengths: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+def _timed_examples(lengths: Sequence[int], batch_size: int = THROUGHPUT_BATCH) -> tuple[np.ndarray, list[np.ndarray]]:
     from pipelines.models.predict import batches_by_length
 
     sample = np.sort(np.random.default_rng(0).permutation(len(lengths))[:THROUGHPUT_EXAMPLES])
-    batches = batches_by_length(np.asarray(lengths)[sample], THROUGHPUT_BATCH)
+    batches = batches_by_length(np.asarray(lengths)[sample], batch_size)
     return np.array([np.argmax(lengths)]), [sample[batch] for batch in batches]
 
 
-def encoder_workload(single: Arrays, batches: list[Arrays]) -> Workload:
-    """Calls of a model as a function of one feed: `single` for the latency, `batches` for the throughput."""
+def encoder_workload(single: Arrays, batches: list[Arrays], larger: dict[int, list[Arrays]] | None = None) -> Workload:
+    """Calls of a model as a function of one feed: `single` for the latency, `batches` for the throughput, and `larger` ones by their size for
+    `samples_per_second_32` and the like."""
     feeds = {"single": single} | {f"batch_{index}": batch for index, batch in enumerate(batches)}
-    return Workload(__name__, {"batches": len(batches)}, feeds, list(next(iter(single.values())).shape))
+    several = larger or {}
+    feeds |= {f"batch_{size}_{index}": batch for size, each in several.items() for index, batch in enumerate(each)}
+    settings = {"batches": len(batches), "larger": {size: len(each) for size, each in several.items()}}
+    return Workload(__name__, settings, feeds, list(next(iter(single.values())).shape))
 
 
 def write_spec(folder: Path, subject: Subject, threads: int, seconds: float) -> Path:
@@ -220,6 +225,10 @@ def work(spec_file: Path) -> None:
     folder = spec_file.parent
     single = _read_feed(folder / "single.npz")
     batches = [_read_feed(folder / f"batch_{index}.npz") for index in range(spec["batches"])]
+    larger = {
+        size: [_read_feed(folder / f"batch_{size}_{index}.npz") for index in range(count)]
+        for size, count in spec["larger"].items()
+    }
     # The conversion of the feeds is not part of the model's time, so `prepare` is called before the clock starts.
     prepare: Callable[[Arrays], Any]
     run: Callable[[Any], Any]
@@ -231,8 +240,10 @@ def work(spec_file: Path) -> None:
     else:
         prepare, run = _load_torch(Path(spec["path"]), spec["threads"], spec["trust_remote_code"])
     result = time_calls(run, prepare(single), spec["seconds"])
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
-    result["samples_per_second"] = time_batches(run, [prepare(batch) for batch in batches], sizes, spec["seconds"])
+    for name, feeds in {"": batches, **{f"_{size}": each for size, each in larger.items()}}.items():
+        sizes = [len(next(iter(feed.values()))) for feed in feeds]
+        prepared = [prepare(feed) for feed in feeds]
+        result[f"samples_per_second{name}"] = time_batches(run, prepared, sizes, spec["seconds"])
     result["peak_memory_bytes"] = peak_memory_bytes()
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
     python infer.py "some text"                   the label, its probability and the input, between tabs
     python infer.py --pair "a text" "another"     where the model reads two texts at a time
+    python infer.py --query "what?" --file lines.txt     the lines by how well they answer, where the model scores pairs of texts
     python infer.py photo.jpg picture.png         images by their files
     python infer.py --file lines.txt --json       a text, two texts with a tab between them, or an image file on every line
     tail -f log.txt | python infer.py --stdin     every prediction as soon as its line is there
@@ -298,6 +299,12 @@ def read_outputs(logits: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return {"label": labels[best], "probability": probabilities[best], **every}
 
 
+def ranked(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The predictions for pairs of one query, the highest value first; the input is the second text alone."""
+    passages = ({**one, "input": one["input"][1]} for one in found)
+    return sorted(passages, key=lambda one: -next(iter(one["values"].values())))
+
+
 class Generator:
     """The language model of a bundle, ready to continue texts; its arguments are Predictor's."""
 
@@ -322,6 +329,7 @@ def make_parser(generates: bool) -> argparse.ArgumentParser:
     )
     parser.add_argument("inputs", nargs="*", help="texts, or image files")
     parser.add_argument("--pair", action="store_true", help="the inputs are pairs of texts")
+    parser.add_argument("--query", help="rank the inputs for this query, the best first")
     parser.add_argument("--file", help="read the inputs from the lines of this file")
     parser.add_argument("--stdin", action="store_true", help="read the inputs from standard input, line by line")
     parser.add_argument("--json", action="store_true", help="write each prediction as a line of JSON, with all logits")
@@ -345,9 +353,12 @@ def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, mani
         parser.error(f"expected one of inputs, --file or --stdin, found {given or 'none'} of them")
     if flags.benchmark and flags.stdin:
         parser.error("expected inputs or --file with --benchmark, found --stdin")
-    if flags.pair != pair and given:
+    ranks = pair and manifest["outputs"]["kind"] == "values"
+    if flags.query is not None and (flags.pair or not ranks):
+        parser.error("expected --query with a model that scores pairs of texts, and without --pair, found the contrary")
+    if flags.pair != pair and given and flags.query is None:
         parser.error(f"expected {'pairs of texts: pass --pair' if pair else f'single {inputs}s, without --pair'}")
-    if pair and len(flags.inputs) % 2:
+    if pair and flags.query is None and len(flags.inputs) % 2:
         parser.error(f"expected two texts for each prediction, found {len(flags.inputs)} texts")
     if flags.threads is not None and flags.threads < 1:
         parser.error(f"expected --threads of 1 or more, found {flags.threads}")
@@ -464,7 +475,9 @@ def main(argv: list[str] | None = None) -> None:
     manifest = read_manifest(directory)
     check_flags(parser, flags, manifest)
     inputs = manifest["inputs"]
-    examples = read_examples(flags, 2 if inputs.get("pair") else 1, inputs["kind"] == "text")
+    examples = read_examples(flags, 2 if flags.pair else 1, inputs["kind"] == "text")
+    if flags.query is not None:
+        examples = ((flags.query, passage) for (passage,) in examples)
     # Pillow's, of an image so large that it is refused here.
     warnings.simplefilter("ignore")
     # A file's name need not be UTF-8; it is written as it was given.
@@ -495,7 +508,8 @@ def main(argv: list[str] | None = None) -> None:
             write_continuation(model, prompt, sampling, flags.json)
     else:
         at_once = flags.threads or available_cores() if in_file else 1
-        for found in in_order(model.predict, examples, at_once):
+        predictions = in_order(model.predict, examples, at_once)
+        for found in predictions if flags.query is None else ranked(predictions):
             write_prediction(found, flags.json)
 
 

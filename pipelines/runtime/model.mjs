@@ -69,6 +69,19 @@ export async function predict(bundle, example) {
     return {...readOutputs(logits, bundle.manifest.outputs), milliseconds};
 }
 
+// The passages (texts) and their values as predict() gives them, the highest first, of a model that scores pairs; it ends early, with what
+// is there, once `goOn` gives false.
+export async function rank(bundle, query, passages, goOn = () => true) {
+    const found = [];
+    for (const passage of passages) {
+        if (goOn()) found.push({passage, ...await predict(bundle, [query, passage])});
+        await new Promise((shown) => setTimeout(shown)); // lets the browser read keys
+    }
+    found.sort((a, b) => b.logits[0] - a.logits[0]);
+    const milliseconds = found.reduce((sum, one) => sum + one.milliseconds, 0);
+    return {names: found.map((one) => one.passage), logits: found.map((one) => one.logits[0]), milliseconds};
+}
+
 // What a model's outputs say: names, their logits, and probabilities unless they are values.
 export function readOutputs(logits, {kind, names, labels, activation}) {
     if (kind === "values") return {names, logits};

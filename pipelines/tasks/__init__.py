@@ -22,6 +22,7 @@ TASKS = {
     "text-generation": "pipelines.tasks.text_generation.task:LanguageModeling",
     "text-regression": "pipelines.tasks.text_regression:TextRegression",
     "multi-label-classification": "pipelines.tasks.multi_label_classification:MultiLabelClassification",
+    "text-ranking": "pipelines.tasks.text_ranking.task:TextRanking",
 }
 DEFAULT_TASK = "text-classification"
 

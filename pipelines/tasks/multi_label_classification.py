@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import datasets
 import numpy as np
@@ -48,8 +48,6 @@ SHOWN_LABELS = 50
 
 @dataclass
 class LabelSetConfig(Checked):
-    of_data = True
-
     label_separator: str | None = flag(
         None,
         "What parts the labels in a cell of the label column, such as ';'; an empty cell then is a text that no label fits. Left out: the "
@@ -60,6 +58,8 @@ class LabelSetConfig(Checked):
         "Make examples of several labels from texts that have one class each: up to this many random texts of a split are joined, with the "
         "labels of all. Of no use but to try things out, as the demo does.",
     )
+
+    OF_DATA: ClassVar = ("label_separator", "joined_texts")  # for parse_config()
 
 
 class MultiLabelPresentation(TextClassifierPresentation):

@@ -45,6 +45,20 @@ def regression_metrics(scores: np.ndarray, references: np.ndarray) -> dict[str, 
     }
 
 
+def check_scores(scores: np.ndarray, split: str, column: str) -> None:
+    """Raise InputError for scores of a split that a loss would leave out, or from which nothing can be learnt."""
+    if np.isin(scores, (IGNORED, UNLABELLED)).any():
+        raise InputError(
+            f"expected scores other than {IGNORED} and {UNLABELLED} in the column {column!r}, found some: the losses leave these "
+            "numbers out. Shift or rescale the scores."
+        )
+    if split != "test" and np.ptp(scores) == 0:
+        raise InputError(
+            f"expected scores that differ in the column {column!r}, found {scores[0]:g} in every row of the {split} split: there "
+            "is nothing to learn. Name the column with --label_column, or use other rows."
+        )
+
+
 class RegressionPresentation(TextPresentation):
     """What a report says of a model that scores texts, or pairs of texts."""
 
@@ -125,19 +139,9 @@ class TextRegression(ClassifierLoss, TextTask):
         return super().recognizes(config) and config.get("problem_type") == "regression"
 
     def load_data(self) -> Examples:
-        examples, column = load_examples(self.config, TEXTS, read_scores), self.config.label_column
+        examples = load_examples(self.config, TEXTS, read_scores)
         for name, split in examples.splits.items():
-            scores = np.asarray(split["label"][:])
-            if np.isin(scores, (IGNORED, UNLABELLED)).any():
-                raise InputError(
-                    f"expected scores other than {IGNORED} and {UNLABELLED} in the column {column!r}, found some: the losses leave these "
-                    "numbers out. Shift or rescale the scores."
-                )
-            if name != "test" and np.ptp(scores) == 0:
-                raise InputError(
-                    f"expected scores that differ in the column {column!r}, found {scores[0]:g} in every row of the {name} split: there "
-                    "is nothing to learn. Name the column with --label_column, or use other rows."
-                )
+            check_scores(np.asarray(split["label"][:]), name, self.config.label_column)
         return examples
 
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:

@@ -36,12 +36,24 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
     transformers groups within one device's batch and draws from the global generator, so two processes see other batches than one,
     and dropout on one of them shifts its order against the other's. Here the group is the global batch and an epoch has its own seed.
-    `fillers` more indices follow at the end (see Filled). `rows_of` tells which rows an epoch has (see WithTransfer).
+    `fillers` more indices follow at the end (see Filled). `rows_of` tells which rows an epoch has (see WithTransfer). Rows of the same of
+    `groups`, such as the candidates of a query, stay together, so that a loss may compare them.
     """
 
     def __init__(
-        self, batch_size: int, lengths: list[int], seed: int, fillers: int = 0, rows_of: RowsOf | None = None
+        self,
+        batch_size: int,
+        lengths: list[int],
+        seed: int,
+        fillers: int = 0,
+        rows_of: RowsOf | None = None,
+        groups: list[int] | None = None,
     ) -> None:
+        self.total, self.members = len(lengths), None
+        if groups is not None:
+            of = np.unique(groups, return_inverse=True)[1]
+            self.members = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1])
+            lengths = [max(lengths[row] for row in rows) for rows in self.members]
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
         self.seed, self.fillers, self.rows_of, self.all_lengths = seed, fillers, rows_of, lengths
         self.set_epoch(0)
@@ -52,12 +64,13 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         self.lengths = [self.all_lengths[row] for row in self.rows]
 
     def __len__(self) -> int:
-        return len(self.lengths) + self.fillers
+        return (len(self.lengths) if self.members is None else self.total) + self.fillers
 
     def __iter__(self) -> Iterator[int]:
         for place in super().__iter__():
-            yield int(self.rows[place])
-        yield from range(len(self.all_lengths), len(self.all_lengths) + self.fillers)
+            row = int(self.rows[place])
+            yield from [row] if self.members is None else self.members[row].tolist()
+        yield from range(self.total, self.total + self.fillers)
 
 
 class Filled(torch.utils.data.Dataset):
@@ -251,7 +264,8 @@ class Trainer(transformers.Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         examples = dataset.examples if isinstance(dataset, Filled) else dataset
         draws = isinstance(examples, WithTransfer)
-        if not self._groups_lengths() and not draws:
+        groups = list(examples["group"]) if "group" in getattr(examples, "column_names", []) else None
+        if not self._groups_lengths() and not draws and groups is None:
             return super()._get_train_sampler(train_dataset)
         global_batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -259,9 +273,8 @@ class Trainer(transformers.Trainer):
         lengths = list(examples["length"]) if has_lengths else [1] * len(examples)
         in_epoch = examples.in_epoch if draws else len(examples)
         fillers = -in_epoch % (self._train_batch_size * self.args.world_size) if isinstance(dataset, Filled) else 0
-        return EpochLengthGroupedSampler(
-            global_batch, lengths, seed, fillers, examples.rows_of_epoch if draws else None
-        )
+        rows_of = examples.rows_of_epoch if draws else None
+        return EpochLengthGroupedSampler(global_batch, lengths, seed, fillers, rows_of, groups)
 
     def num_examples(self, dataloader: Any) -> int:
         examples = getattr(dataloader.dataset, "examples", dataloader.dataset)

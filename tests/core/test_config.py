@@ -208,6 +208,7 @@ CONFIGS = {
     ],
     "text-regression": ["bert_stsb"],
     "multi-label-classification": ["bert_bbc_topics"],
+    "text-ranking": ["minilm_bbc_reranking", "ms_marco_reranking"],
     "image-classification": ["vit_beans", "vit_cifar10", "vit_digits", "vit_imagefolder"],
     "text-generation": ["gpt2_bbc_news", "gpt2_wikitext"],
 }
@@ -250,6 +251,10 @@ def test_a_default_configs_data_settings_are_of_its_own_data_set(monkeypatch):
     assert (other.teacher, other.distill) == (settings.teacher, settings.distill)
     monkeypatch.setattr("sys.argv", ["recipe", "--dataset", "mine.csv", "--config", str(demo)])
     assert read_settings("text-classification").data.text_part == "first_line"
+    # A task's own settings of the data, too.
+    monkeypatch.setattr("sys.argv", ["recipe", "--dataset", "mine.csv"])
+    ranking = read_settings("text-ranking", demo_config("text-ranking")).ranking
+    assert (ranking.tfidf_candidates, ranking.title_pairs, ranking.ranking_loss) == (None, None, "listwise")
 
 
 def test_what_a_demo_makes_of_its_own_texts_is_not_made_of_others(monkeypatch):

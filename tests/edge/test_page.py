@@ -25,6 +25,7 @@ from conftest import make_texts
 from pipelines.core.config import BundleConfig, DataConfig, QuantizeConfig
 from pipelines.core.errors import InputError
 from pipelines.edge.bundle import build_bundle, write_manifest
+from pipelines.edge.load import load
 from pipelines.edge.settings import image_settings
 from pipelines.edge.web import HERE, LIBRARIES, RUNTIME_LIBRARY, add_page
 from pipelines.onnx.quantize import quantize_onnx
@@ -249,6 +250,31 @@ def test_values_and_several_labels_in_a_browser(browser, tokenizer, tmp_path, li
                 assert shown == {name: f"{100 * share:.1f} %" for name, share in probabilities.items()}
                 assert chosen == expected["labels"]
             page.close()
+
+
+@pytest.mark.slow
+def test_lines_are_ranked_in_a_browser(browser, tokenizer, tmp_path, libraries):
+    bundle = bundle_by_hand(tmp_path / "bundle", tokenizer, VALUES | {"ranks": True}, [1, 1])
+    add_page(bundle, BundleConfig(web_assets=str(libraries)), tuple(LIBRARIES))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["inputs"]["pair"] = True
+    write_manifest(bundle, manifest)
+    lines = ["the goal", "software and code", "a"]
+    expected = load(bundle).rank("team", lines)
+    with served(bundle) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+        assert page.inner_text("#title") == "Which line answers best?"
+        page.fill("#text", "team")
+        page.fill("#pair", "\n".join([*lines[:2], "", lines[2]]))
+        page.wait_for_selector("tr >> nth=2", timeout=120_000)
+        rows = page.eval_on_selector_all("tr", "rows => rows.map((row) => [row.cells[0].textContent, row.title])")
+        assert [text for text, _ in rows] == [one["input"] for one in expected]
+        assert [float(score) for _, score in rows] == pytest.approx(
+            [one["values"]["score"] for one in expected], abs=1e-5
+        )
+        page.close()
 
 
 @contextmanager

@@ -1,0 +1,232 @@
+"""Queries with their candidates: read as pairs or as lists, or found by TF-IDF; and split by query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import datasets
+import numpy as np
+import pandas
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from pipelines.core.config import Checked, DataConfig, flag
+from pipelines.core.disk import digest
+from pipelines.core.errors import InputError
+from pipelines.data.examples import Examples, Given, hash_of, read_given, split_examples
+from pipelines.data.references import read_scores
+from pipelines.data.tables import JSON_SUFFIXES, read_table
+from pipelines.data.text import TEXTS, content, lines_of, map_kept
+
+QUERIES_AT_A_TIME = 1000  # whose similarities to all passages are in memory
+PASSAGE = "passage"  # the column of the passages that documents give
+
+
+@dataclass
+class RankingConfig(Checked):
+    relevance: str = flag(
+        "binary",
+        "What the labels say: 'binary', 1 for a passage that answers the query and 0 for another, scored by MRR@10; or 'graded', how well it does, "
+        "such as 0 to 3 or the scores of another model, scored by NDCG@10.",
+        choices=["binary", "graded"],
+    )
+    ranking_loss: str | None = flag(
+        None,
+        "The loss against the labels: 'binary_cross_entropy' of each pair; 'listwise', the cross entropy of a softmax over the candidates of a "
+        "query; 'squared_error' of each pair; or 'margin', the squared error of the differences between the candidates of a query (MarginMSE). "
+        "Left out: binary_cross_entropy, or squared_error where the labels are graded.",
+        choices=["binary_cross_entropy", "listwise", "squared_error", "margin"],
+    )
+    soft_ranking_loss: str = flag(
+        "squared_error",
+        "The loss against the teacher's scores: their 'squared_error', or 'margin' as in --ranking_loss.",
+        choices=["squared_error", "margin"],
+    )
+    first_stage: bool = flag(
+        False,
+        "The candidates of each query stand in the order in which a first stage found them, such as BM25: then this order is a row of the "
+        "report.",
+    )
+    tfidf_candidates: Annotated[int | None, "at least 2"] = flag(
+        None,
+        "Give each query so many candidates, the best ones by TF-IDF out of all passages of its split, where the data set has only the right "
+        "passages; no label column is read. A training query gets its right passages besides.",
+    )
+    train_candidates: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "Train on the first so many candidates of each query and its relevant ones, not on all: more queries in the same time. Validation and "
+        "test have all.",
+    )
+    title_pairs: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "For single texts, with --tfidf_candidates: the first line of each is the query, the last so many characters of its other lines are the "
+        "right passage.",
+    )
+
+    OF_DATA: ClassVar = ("relevance", "first_stage", "tfidf_candidates", "title_pairs")  # for parse_config()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.title_pairs is not None and self.tfidf_candidates is None:
+            raise InputError("expected --tfidf_candidates with --title_pairs, found none. Pass a number, such as 10.")
+        if self.tfidf_candidates is not None and self.relevance != "binary":
+            raise InputError(
+                "expected --relevance binary with --tfidf_candidates, which knows only right passages, found graded. Leave one out."
+            )
+
+    @property
+    def label_loss(self) -> str:
+        return self.ranking_loss or ("binary_cross_entropy" if self.relevance == "binary" else "squared_error")
+
+    @property
+    def read_as(self) -> str:
+        """What of these settings the examples depend on."""
+        return f"{self.tfidf_candidates} {self.title_pairs} {self.train_candidates}"
+
+
+# ---- Reading
+
+
+def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
+    """A table, of json with the lists in it."""
+    if not path.name.lower().endswith(JSON_SUFFIXES):
+        return read_table(path, config)
+    read = datasets.Dataset.from_json(str(path))
+    assert isinstance(read, datasets.Dataset)
+    return read
+
+
+def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
+    """Of each pair its texts, and the query alone, which is in one split only."""
+    found = content(rows)
+    return [one and (one[0], one[1].partition(b"\0")[0]) for one in found]
+
+
+PAIRS = replace(TEXTS, usable="a query and a passage", read_file=_read_file, content=_content)
+
+
+def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: RankingConfig) -> datasets.Dataset:
+    """A row for each pair of a query and a candidate, in the columns that the flags name; `split` may have lists of candidates, right
+    passages alone, or documents."""
+    split = split.flatten()  # a column of the Hub may have others in it: passages.passage_text
+    query, passage, label = (str(one) for one in (config.text_column, config.text_pair_column, config.label_column))
+    if ranking.tfidf_candidates is not None:
+        texts = {query} if ranking.title_pairs else {query, passage}
+        if not texts <= {*split.column_names} or len(split) == 0:
+            return split.remove_columns(label) if label in split.column_names else split  # which the checks refuse
+        columns = [split[query][:], split[passage][:] if ranking.title_pairs is None else split[query][:]]
+        if ranking.title_pairs is not None:
+            columns = list(zip(*(title_pair(text or "", ranking.title_pairs) for text in columns[0]), strict=True))
+        found = zip(*find_candidates(*columns, ranking.tfidf_candidates), strict=True)
+        return datasets.Dataset.from_dict(dict(zip((query, passage, label), map(list, found), strict=True)))
+    is_list = isinstance(split.features.get(passage), (datasets.List, datasets.LargeList))
+    if not is_list or not {query, label} <= {*split.column_names}:
+        return split
+
+    def pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {query: [], passage: [], label: []}
+        for text, candidates, labels in zip(batch[query], batch[passage], batch[label], strict=True):
+            labels = _labels_of(candidates, labels, name, config)
+            columns[query] += [text] * len(candidates)
+            columns[passage] += candidates
+            columns[label] += labels
+        return columns
+
+    columns = [query, passage, label]
+    return map_kept(split, pairs, "candidates", [split._fingerprint, columns], remove_columns=split.column_names)
+
+
+def _labels_of(candidates: list[str], labels: Any, name: str, config: DataConfig) -> list[Any]:
+    """The labels of a list of candidates: as many as there are, or the place (from 0 on) or the text of the right one."""
+    if isinstance(labels, list) and len(labels) == len(candidates):
+        return labels
+    if isinstance(labels, list):
+        raise InputError(
+            f"expected a label for each candidate in the column {config.label_column!r} of the split {name!r}, found {len(labels)} labels for "
+            f"{len(candidates)} candidates. Correct the lists, or give the text or the place of the right one."
+        )
+    return [float(labels in (place, text)) for place, text in enumerate(candidates)]
+
+
+def title_pair(text: str, characters: int) -> tuple[str, str]:
+    """The first line of a text, and the last `characters` of its other lines."""
+    title, *others = lines_of(text) or [""]
+    return title, "\n".join(others)[-characters:]
+
+
+def find_candidates(queries: list[str], right: list[str], count: int) -> Iterator[tuple[str, str, float]]:
+    """Pairs and their labels: of each query the `count` passages that are nearest to it by TF-IDF, the nearest first; and after them those of
+    its `right` passages (one for each row of `queries`) that are not among these."""
+    corpus = list(dict.fromkeys(filter(None, right)))
+    place = {text: index for index, text in enumerate(corpus)}
+    places: dict[str, list[int]] = {}
+    for query, text in zip(queries, right, strict=True):
+        places.setdefault(query, []).extend([place[text]] if text else [])
+    vectorizer = TfidfVectorizer(sublinear_tf=True)
+    weights = vectorizer.fit_transform([*corpus, *places])[: len(corpus)]
+    asked = list(places)
+    for start in range(0, len(asked), QUERIES_AT_A_TIME):
+        part = asked[start : start + QUERIES_AT_A_TIME]
+        nearness = (vectorizer.transform(part) @ weights.T).toarray()
+        best = np.argsort(-nearness, axis=1, kind="stable")[:, :count].tolist()
+        for query, found in zip(part, best, strict=True):
+            for index in dict.fromkeys([*found, *places[query]]):
+                yield query, corpus[index], float(index in places[query])
+
+
+# ---- Splitting
+
+
+def load_rankings(config: DataConfig, ranking: RankingConfig) -> Examples:
+    """The splits: pairs in the columns `text` (query) and `text_pair` (passage), and as `label` the score of the pair and the number of its
+    query (two float32); all candidates of a query in one split, one after another, in their order.
+
+    What load_examples() does with examples is done with queries here: a query is in one split only, and limits count queries.
+    """
+    given, details, *_ = read_given(
+        config, PAIRS, read_scores, partial(unpack, config=config, ranking=ranking), ranking.read_as
+    )
+    rows = {role: rows_of_queries(split.hashes) for role, split in given.items()}
+    queries = {role: _as_queries(split, rows[role]) for role, split in given.items()}
+    examples = split_examples(queries, config, "queries", details)
+    pairs = {role: _with_labels(split, rows[role]) for role, split in given.items()}
+    for role, split in examples.splits.items():
+        origin = role if role in given else "train"
+        is_right = given[origin].labels > 0
+        # What TF-IDF did not find is for training alone.
+        most = ranking.train_candidates if role == "train" else ranking.tfidf_candidates
+        chosen = [rows[origin][query] for query in split["query"]]
+        if most is not None:
+            own = is_right if role == "train" else np.zeros_like(is_right)
+            chosen = [one[(np.arange(len(one)) < most) | own[one]] for one in chosen]
+        examples.splits[role] = pairs[origin].select(np.concatenate(chosen), keep_in_memory=True)
+    counts = {role: len(split) for role, split in examples.splits.items()}
+    details = {**examples.details, "pairs": counts}
+    return replace(examples, details=details, fingerprint=digest([examples.fingerprint, ranking.read_as]))
+
+
+def rows_of_queries(hashes: np.ndarray) -> list[np.ndarray]:
+    """The rows of each query, in the order of both, by their hashes (rows, 2) of pair and query; of equal pairs the first."""
+    table = pandas.DataFrame({"query": pandas.factorize(hashes[:, 1])[0], "pair": hashes[:, 0]})
+    number = table.drop_duplicates()["query"].sort_values(kind="stable")
+    return np.split(number.index.to_numpy(), np.cumsum(np.bincount(number))[:-1])
+
+
+def _as_queries(split: Given, rows: list[np.ndarray]) -> Given:
+    """The queries of a split as its examples: their inputs are their numbers."""
+    whole = [hash_of(split.hashes[own, 0].tobytes() + split.labels[own].tobytes()) for own in rows]
+    shared = [split.hashes[own[0], 1] for own in rows]
+    hashes = np.stack([np.array(whole, np.uint64), np.array(shared, np.uint64)], axis=1)
+    numbers = np.arange(len(rows))
+    return Given(split.name, datasets.Dataset.from_dict({"query": numbers}), hashes, np.zeros(len(rows), np.int64))
+
+
+def _with_labels(split: Given, rows: list[np.ndarray]) -> datasets.Dataset:
+    """The pairs of a split with the column `label`; float32 has whole numbers up to 16 million."""
+    labels = np.zeros((len(split.labels), 2), np.float32)
+    labels[:, 0] = split.labels
+    labels[np.concatenate(rows), 1] = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
+    return split.inputs.add_column("label", list(labels), feature=datasets.List(datasets.Value("float32")))

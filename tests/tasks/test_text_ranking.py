@@ -1,0 +1,355 @@
+"""A reranker: queries with candidates as pairs, as lists and from TF-IDF, split by query; losses against formulas; and the whole chain."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from conftest import FILLER, WORDS, tiny_model
+from pipelines.cli import main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig, DistillConfig
+from pipelines.core.errors import InputError
+from pipelines.core.task import IGNORED, StageResult
+from pipelines.tasks import task_of_model
+from pipelines.tasks.text_ranking.candidates import RankingConfig, find_candidates, title_pair
+from pipelines.tasks.text_ranking.task import TextRanking, first_candidates, ranking_metrics
+
+COLUMNS = {"text_column": "query", "text_pair_column": "passage"}
+
+
+def write_candidates(path: Path, queries: int = 80, candidates: int = 4, lists: bool = True) -> Path:
+    """Queries whose right candidate is about sport, and no other."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(queries):
+        query, place = f"{' '.join(generator.choice(FILLER, 2))} {number}", int(generator.integers(candidates))
+        topics = [
+            "sport" if index == place else str(generator.choice(["tech", "trade"])) for index in range(candidates)
+        ]
+        passages = [
+            " ".join([*generator.choice(WORDS[topic], 3), *generator.choice(FILLER, 3)]) + f" {number} {index}"
+            for index, topic in enumerate(topics)
+        ]
+        labels = [float(index == place) for index in range(candidates)]
+        if lists:
+            rows.append({"query": query, "passage": passages, "label": labels})
+        else:
+            pairs = zip(passages, labels, strict=True)
+            rows += [{"query": query, "passage": text, "label": label} for text, label in pairs]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory) -> Path:
+    return write_candidates(tmp_path_factory.mktemp("lists") / "candidates.jsonl")
+
+
+@pytest.fixture(scope="module")
+def ranking(lists) -> TextRanking:
+    return TextRanking(DataConfig(dataset=str(lists), max_length=32, **COLUMNS))
+
+
+# ---- Data
+
+
+def test_all_candidates_of_a_query_are_in_one_split_in_their_order(ranking, lists):
+    rows = {row["query"]: row for row in map(json.loads, lists.read_text().splitlines())}
+    seen: list[str] = []
+    for split in ranking.splits.values():
+        by_query: dict[str, list[dict]] = {}
+        for row in split:
+            by_query.setdefault(row["text"], []).append(row)
+        for number, (query, own) in enumerate(by_query.items()):
+            assert [row["text_pair"] for row in own] == rows[query]["passage"]
+            assert [row["label"][0] for row in own] == rows[query]["label"]
+            assert len({row["label"][1] for row in own}) == 1, number
+        seen += by_query
+    assert sorted(seen) == sorted(rows)
+    assert ranking.details["examples"] == {"train": 56, "validation": 8, "test": 16}
+    assert ranking.details["pairs"] == {"train": 224, "validation": 32, "test": 64}
+
+
+def test_fewer_candidates_to_train_on(ranking, lists):
+    fewer = TextRanking(ranking.config, RankingConfig(train_candidates=2))
+    expected = [row for place, row in enumerate(ranking.splits["train"]) if place % 4 < 2 or row["label"][0] > 0]
+    assert list(fewer.splits["train"]) == expected
+    assert list(fewer.splits["test"]) == list(ranking.splits["test"])
+    assert fewer.describe() != ranking.describe()
+
+
+def test_pairs_a_right_text_and_a_right_place_are_read_as_lists_are(ranking, lists, tmp_path):
+    def read(path: Path, **columns: str) -> list[dict]:
+        task = TextRanking(DataConfig(dataset=str(path), max_length=32, **(COLUMNS | columns)))
+        return [dict(row) for split in task.splits.values() for row in split]
+
+    expected = [dict(row) for split in ranking.splits.values() for row in split]
+    assert read(write_candidates(tmp_path / "pairs.jsonl", lists=False)) == expected
+    rows = [json.loads(line) for line in lists.read_text().splitlines()]
+    for row in rows:
+        row["place"] = row["label"].index(1)
+        row["text"] = row["passage"][row["place"]]
+    path = tmp_path / "right.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read(path, label_column="place") == read(path, label_column="text") == expected
+    # As MS MARCO has it: a column that holds both lists.
+    nested = [{"query": row["query"], "passages": {"passage": row["passage"], "label": row["label"]}} for row in rows]
+    datasets.Dataset.from_list(nested).save_to_disk(tmp_path / "nested")
+    assert read(tmp_path / "nested", text_pair_column="passages.passage", label_column="passages.label") == expected
+
+
+def test_bad_candidates_are_one_message(lists, tmp_path):
+    rows = [json.loads(line) for line in lists.read_text().splitlines()]
+
+    def message(change: dict, ranking: RankingConfig | None = None, **settings) -> str:
+        path = tmp_path / "bad.jsonl"
+        path.write_text("\n".join(json.dumps(row | change) for row in rows))
+        with pytest.raises(InputError) as caught:
+            TextRanking(DataConfig(**({"dataset": str(path), "max_length": 32} | COLUMNS | settings)), ranking).data  # noqa: B018
+        return str(caught.value)
+
+    assert "found 3 labels for 4 candidates" in message({"label": [0, 1, 0]})
+    assert "expected labels 0 and 1 in the column 'label', found 2" in message({"label": [0, 1, 2, 0]})
+    assert "--text_pair_column" in message({}, text_pair_column=None)
+    assert "expected a column 'nothing'" in message({}, text_pair_column="nothing")
+    graded = RankingConfig(relevance="graded", ranking_loss="listwise")
+    assert "expected labels from 0 to inf for --ranking_loss listwise, found -1" in message(
+        {"label": [0, -1, 2, 0]}, graded
+    )
+    with pytest.raises(InputError, match="--tfidf_candidates with --title_pairs"):
+        RankingConfig(title_pairs=100)
+
+
+def test_candidates_of_tfidf(tmp_path):
+    queries, right = ["a goal", "the bank", "a goal"], ["goal of the team", "shares and profit", "match today"]
+    found = list(find_candidates(queries, right, 1))
+    # The nearest passage, and after it the right ones that it is not.
+    assert found[:2] == [("a goal", "goal of the team", 1.0), ("a goal", "match today", 1.0)]
+    assert [(text, label) for query, text, label in found if query == "the bank"][-1] == ("shares and profit", 1.0)
+    assert title_pair("\n  Headline \n\nfirst line\nlast line", 9) == ("Headline", "last line")
+
+    folder = tmp_path / "documents" / "topic"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(60):
+        words = generator.choice([*WORDS["tech"], *FILLER], 6)
+        (folder / f"{number}.txt").write_text(f"{words[0]} {words[1]} {number}\n{' '.join(words)} and {number} more\n")
+    config = DataConfig(dataset=str(folder.parent), max_length=32)
+    task = TextRanking(config, RankingConfig(tfidf_candidates=5, title_pairs=40))
+    labels = {name: np.asarray(split["label"][:]) for name, split in task.splits.items()}
+    counts = np.unique(labels["test"][:, 1], return_counts=True)[1]
+    assert (counts == 5).all()  # what TF-IDF found, right or not
+    right = [labels["train"][labels["train"][:, 1] == query, 0].sum() for query in np.unique(labels["train"][:, 1])]
+    assert right == [1.0] * len(right)
+    assert list(task.baselines) == ["first_stage", "bm25"]
+
+
+# ---- Losses and scores
+
+
+def references_of(sizes: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    return generator.normal(size=len(groups)), generator.integers(0, 2, len(groups)).astype(float), groups
+
+
+def test_losses_are_those_of_the_formulas(lists):
+    sizes = [4, 3, 1, 5]
+    logits, labels, groups = references_of(sizes)
+    teacher = logits + np.random.default_rng(1).normal(size=len(logits))
+    rows = [np.flatnonzero(groups == group) for group in range(len(sizes))]
+
+    def margin(errors: np.ndarray) -> float:
+        total = 0.0
+        for own in rows:
+            for row in own:
+                others = [other for other in own if other != row]
+                total += (
+                    np.mean([(errors[row] - errors[other]) ** 2 for other in others]) if others else errors[row] ** 2
+                )
+        return total
+
+    cross_entropy = -(labels * np.log(1 / (1 + np.exp(-logits))) + (1 - labels) * np.log(1 / (1 + np.exp(logits))))
+    listwise = 0.0
+    for own in rows:
+        if len(own) == 1:
+            listwise += cross_entropy[own[0]]
+        elif labels[own].any():
+            softmax = np.exp(logits[own]) / np.exp(logits[own]).sum()
+            listwise -= len(own) * (labels[own] / labels[own].sum() * np.log(softmax)).sum()
+    expected = {
+        "binary_cross_entropy": cross_entropy.sum(),
+        "squared_error": ((logits - labels) ** 2).sum(),
+        "margin": margin(logits - labels),
+        "listwise": listwise,
+    }
+    order = np.random.default_rng(2).permutation(len(logits))
+    references = np.stack([labels, groups], axis=1)[order]
+    # The last row only fills up a batch.
+    outputs = {"logits": torch.tensor([*logits[order], 9.0])[:, None]}
+    filled = torch.tensor([*references.tolist(), [IGNORED, IGNORED]])
+    for name, value in expected.items():
+        task = TextRanking(DataConfig(dataset=str(lists)), RankingConfig(ranking_loss=name))
+        loss, count = task.label_loss(outputs, filled)
+        # Divided by all numbers of the references, it is the mean over pairs.
+        assert (loss / count).item() == pytest.approx(value / len(logits), rel=1e-5), name
+    for name, value in {"squared_error": ((logits - teacher) ** 2).sum(), "margin": margin(logits - teacher)}.items():
+        task = TextRanking(DataConfig(dataset=str(lists)), RankingConfig(soft_ranking_loss=name))
+        stored = {"teacher_logits": torch.tensor([*teacher[order], 0.0])[:, None]}
+        assert task.soft_loss(outputs, stored, filled, DistillConfig()).item() == pytest.approx(2 * value, rel=1e-5), (
+            name
+        )
+    weights = task.token_weights({"attention_mask": torch.ones(len(filled), 3)}, filled, 3)
+    assert weights.sum().item() == pytest.approx(2 * len(logits))
+
+
+def test_metrics_count_a_query_as_one():
+    references = np.array([[0, 5], [1, 5], [0, 5], [1, 2], [0, 2]], float)
+    scores = np.array([3.0, 2.0, 1.0, 0.5, 0.1])
+    assert ranking_metrics(scores, references)["mrr_at_10"].tolist() == [
+        1,
+        1 / 2,
+    ]  # in the order of the queries' numbers
+    assert first_candidates(scores, references).tolist() == [3, 0]
+    # Scores below 0: the gain is counted from the lowest of the query.
+    graded = np.array([[-2, 0], [-1, 0], [1, 0]], float)
+    expected = (1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3))
+    assert ranking_metrics(np.array([0.0, 2.0, 1.0]), graded)["ndcg_at_10"].tolist() == [pytest.approx(expected)]
+
+
+def test_a_batch_has_whole_queries(ranking, tokenizer):
+    from pipelines.training.trainer import EpochLengthGroupedSampler
+
+    features = ranking.features(tokenizer)["train"]
+    lengths, groups = list(features["length"]), list(features["group"])
+    sampler = EpochLengthGroupedSampler(8, lengths, seed=0, fillers=2, groups=groups)
+    order = list(sampler)
+    assert len(order) == len(sampler) == len(features) + 2
+    assert sorted(order) == list(range(len(features) + 2))
+    starts = [groups[row] for row in order[:-2:4]]
+    assert starts == [groups[row] for row in order[3:-2:4]]
+    assert len(set(starts)) == len(starts)
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+    batch = ranking.collate(tokenizer)([features[row] for row in order[:4]])
+    assert {*batch} == {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    assert batch["labels"].shape == (4, 2)
+    assert len(set(batch["labels"][:, 1].tolist())) == 1
+
+
+def test_a_teacher_must_rank_better_than_chance(ranking, tmp_path, pretrained):
+    with pytest.raises(InputError, match="an order at random"):
+        ranking.check_teacher({"mrr_at_10": 0.1}, None)
+    ranking.check_teacher({"mrr_at_10": 0.9}, None)
+    model = ranking.load_model(str(pretrained), "new if other")
+    model.save_pretrained(tmp_path)
+    assert task_of_model(tmp_path) == "text-ranking"
+    tiny_model().save_pretrained(tmp_path / "classifier")
+    assert task_of_model(tmp_path / "classifier") == "text-classification"
+
+
+# ---- The whole chain
+
+
+@pytest.fixture(scope="module")
+def run(lists, pretrained, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "ranking"
+    flags = f"""
+        compress --task text-ranking --dataset {lists} --text_column query --text_pair_column passage --first_stage
+        --teacher_model {pretrained} --output_dir {directory} --max_length 32 --teacher_epochs 4 --teacher_learning_rate 3e-3
+        --num_train_epochs 3 --learning_rate 3e-3 --per_device_train_batch_size 16 --soft_ranking_loss margin --student_layers 2
+        --prune_heads 0 --prune_ffn 0 --max_quality_drop 0.3 --use_cpu
+        --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
+    """.split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pocketformers", *flags])
+        run_main(main)
+    return directory
+
+
+def test_the_whole_chain(run, ranking):
+    report = json.loads((run / "report.json").read_text())
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert (report["task"], report["primary_metric"], report["test_examples"]) == ("text-ranking", "mrr_at_10", 16)
+    assert [*stages][-3:] == ["teacher_quantized", "first_stage", "bm25"]
+    first_stage = stages["first_stage"]["metrics"]["mrr_at_10"]
+    references = np.asarray(ranking.splits["test"]["label"][:])
+    assert first_stage == pytest.approx(
+        np.mean([1 / (1 + int(np.argmax(own))) for own in references[:, 0].reshape(-1, 4)])
+    )
+    assert stages["teacher"]["metrics"]["mrr_at_10"] > 0.9
+    assert stages["quantized"]["metrics"]["mrr_at_10"] > first_stage + 0.1
+    assert stages["quantized"]["samples_per_second_128"] > 0
+    assert report["without_relevant"] == 0
+    page = (run / "report.md").read_text()
+    assert "16 test queries" in page
+    assert "pairs/s at 128" in page
+    card = (run / "README.md").read_text()
+    assert "CrossEncoder" in card
+    assert "type: mrr" in card
+
+
+def test_the_bundle_ranks_the_lines_of_a_file(run, tmp_path):
+    from pipelines import load
+
+    lines = ["the bank said profit", "match the goal", "code server"]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    infer = [sys.executable, str(run / "bundle" / "infer.py")]
+
+    def start(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*infer, *flags], capture_output=True, text=True)
+
+    done = start("--query", "the year", "--file", str(tmp_path / "lines.txt"), "--json")
+    found = list(map(json.loads, done.stdout.splitlines()))
+    scores = [one["values"]["score"] for one in found]
+    assert found[0]["input"] == "match the goal"
+    assert scores == sorted(scores, reverse=True)
+    assert found == load(run / "bundle").rank("the year", lines)
+    assert found[0] == load(run / "bundle")(("the year", "match the goal")) | {"input": "match the goal"}
+    score, text = start("--query", "the year", *lines).stdout.splitlines()[0].split("\t")
+    assert (float(score), text) == (pytest.approx(scores[0], rel=1e-4), "match the goal")
+    refused = start("--query", "the year", "--pair", *lines)
+    assert (refused.returncode, "without --pair" in refused.stderr) == (2, True)
+    assert len(start("--pair", "the year", "match the goal").stdout.splitlines()) == 1
+
+
+def test_the_report_names_the_queries_that_lost(ranking, tokenizer):
+    references = np.asarray(ranking.splits["test"]["label"][:])
+    worse = references[:, 0].copy()
+    worse[references[:, 1] == references[0, 1]] = [0.0, 0.1, 0.2, 0.3]
+    stages = [
+        StageResult(name, name, "onnx", scores, {}, {})
+        for name, scores in (("teacher", references[:, 0]), ("onnx", worse))
+    ]
+    found = ranking.compare(stages, tokenizer, shipped="onnx")
+    place = 4 - int(np.argmax(references[:4, 0]))
+    expected = 1 - (1 - 1 / place) / 16
+    assert found.stages["onnx"]["metrics"]["mrr_at_10"] == pytest.approx(expected)
+    assert found.report["worse_examples"]["total"] == int(place > 1)
+    assert found.stages["onnx"]["agreement"] == (1 if place == 1 else 15 / 16)
+
+
+def test_it_opens_as_a_cross_encoder(run):
+    cross_encoder = pytest.importorskip("sentence_transformers").CrossEncoder
+    import onnxruntime
+    from transformers import AutoTokenizer
+
+    model = cross_encoder(str(run / "student"), max_length=32, device="cpu")
+    passages = ["match the goal", "the bank said profit", "code"]
+    ranked = model.rank("the year", passages)
+    scores = np.array([one["score"] for one in sorted(ranked, key=lambda one: one["corpus_id"])])
+    assert ranked[0]["corpus_id"] == 0
+    # The numbers of the exported graph, not their sigmoid.
+    tokenizer = AutoTokenizer.from_pretrained(run / "onnx")
+    inputs = tokenizer(["the year"] * 3, passages, padding=True, return_tensors="np")
+    session = onnxruntime.InferenceSession(str(run / "onnx" / "model.onnx"))
+    logits = session.run(["logits"], {one.name: inputs[one.name] for one in session.get_inputs()})[0][:, 0]
+    np.testing.assert_allclose(scores, logits, atol=1e-4)
