@@ -228,6 +228,9 @@ class Task(Protocol):
     def align_labels(self, model: Any, source: str) -> None:
         """Put the head of the model that was loaded from `source` in the data's order; raises InputError for other labels."""
 
+    def fit_outputs(self, student: Any, teacher_source: str) -> None:
+        """Let the outputs of a student that is not yet trained have the teacher's shape, where no labels say which they have."""
+
     # ---- Losses: sums over examples (or tokens), so that the trainer can divide by the count of the global batch
 
     @property

@@ -248,7 +248,7 @@ def open_model(directory: str | Path, manifest: dict[str, Any] | None, **how: An
 
 
 class Predictor:
-    """The model of a bundle that gives labels or values, ready to predict.
+    """The model of a bundle that gives labels, values or a vector, ready to predict.
 
     A `manifest` is taken as it is; left out, the bundle's is read and its files are checked. `threads` and `provider` are as in
     open_session().
@@ -257,7 +257,8 @@ class Predictor:
     def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
         self.manifest, self.session = open_model(directory, manifest, **how)
         names = [value.name for value in self.session.get_inputs()]
-        settings = self.manifest["inputs"]
+        settings, output = self.manifest["inputs"], self.manifest["outputs"].get("output")
+        self.read = None if output is None else [output]  # of several outputs
         if settings["kind"] == "image":
             self.prepare = image_inputs(settings, names)
         else:
@@ -265,7 +266,7 @@ class Predictor:
 
     def logits(self, example: Example) -> Any:
         """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch."""
-        return self.session.run(None, self.prepare(example))[0].reshape(-1)
+        return self.session.run(self.read, self.prepare(example))[0].reshape(-1)
 
     def predict(self, example: Example) -> dict[str, Any]:
         given = example[0] if len(example) == 1 else list(example)
@@ -273,12 +274,14 @@ class Predictor:
 
 
 def read_outputs(logits: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a model's outputs say: values by their names; the likeliest label; or, with a sigmoid, every label above its threshold.
+    """What a model's outputs say: the vector of a text; values by their names; the likeliest label; or, with a sigmoid, every label above its threshold.
 
     The activation "none" is for a graph whose outputs are probabilities already.
     """
     import numpy as np
 
+    if settings["kind"] == "vector":
+        return {"vector": logits.tolist()}
     if settings["kind"] == "values":
         return {"values": dict(zip(settings["names"], logits.tolist(), strict=True))}
     labels, activation = settings["labels"], settings["activation"]

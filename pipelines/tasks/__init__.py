@@ -21,6 +21,7 @@ TASKS = {
     "image-classification": "pipelines.tasks.image_classification:ImageClassification",
     "text-generation": "pipelines.tasks.text_generation.task:LanguageModeling",
     "text-regression": "pipelines.tasks.text_regression:TextRegression",
+    "sentence-embedding": "pipelines.tasks.sentence_embedding.task:SentenceEmbedding",
 }
 DEFAULT_TASK = "text-classification"
 

@@ -1,4 +1,4 @@
-"""Retrieval and ranking: at which place the relevant text stands for each query, what that is worth, and BM25. NumPy and SciPy alone.
+"""Retrieval and ranking: at which place the relevant text stands for each query, what that is worth; BM25 and TF-IDF. NumPy and SciPy alone.
 
 What is relevant is counted after all others of the same score, so that a model that tells nothing apart has the worst place, not the best.
 All functions give one number a query, whose mean is the metric: a paired bootstrap draws queries.
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
-from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
 METRICS = ("recall_at_1", "recall_at_10", "mrr_at_10", "ndcg_at_10")
 K1, B = 1.2, 0.75  # of BM25, as Lucene has them
@@ -85,4 +85,16 @@ class Bm25(BaseEstimator):
 
     def scores(self, queries: Any) -> np.ndarray:
         """(queries, texts): how well each text of the corpus fits each query."""
+        return np.asarray((self.words_.transform(queries) @ self.weights_.T).toarray())
+
+
+class Tfidf(BaseEstimator):
+    """Cosines of weighted words, with the methods of Bm25."""
+
+    def fit(self, texts: Any, labels: Any = None) -> Tfidf:
+        self.words_ = TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
+        self.weights_ = self.words_.fit_transform(texts)
+        return self
+
+    def scores(self, queries: Any) -> np.ndarray:
         return np.asarray((self.words_.transform(queries) @ self.weights_.T).toarray())
