@@ -6,6 +6,7 @@
     python infer.py --file lines.txt --json       a text, two texts with a tab between them, or an image file on every line
     tail -f log.txt | python infer.py --stdin     every prediction as soon as its line is there
     python infer.py "Once upon" --top_p 0.9 --sampling_temperature 0.8     where the model continues texts
+    python infer.py --file lines.txt --output vectors.npy     where it makes vectors of texts: an array (lines, size)
 
 What the inputs are and how the outputs are read stands in manifest.json. Exit status: 0 done, 1 bad input or a damaged bundle, 2 a bad flag.
 """
@@ -232,7 +233,7 @@ def image_inputs(settings: dict[str, Any], names: list[str]) -> Callable[[Exampl
 
 
 def module_beside(name: str) -> Any:
-    """generate.py or images.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
+    """generate.py, images.py or vectors.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
     sys.dont_write_bytecode |= not __package__  # a bundle stays as it was built
     return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
 
@@ -319,7 +320,8 @@ class Generator:
 # ---- The command
 
 
-def make_parser(generates: bool) -> argparse.ArgumentParser:
+def make_parser(beside: str | None) -> argparse.ArgumentParser:
+    """The flags of a bundle that has the module `beside` infer.py, or none."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -331,7 +333,12 @@ def make_parser(generates: bool) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
-    if generates:
+    if beside == "vectors":
+        parser.add_argument("--output", help="write the vectors of all inputs as one array to this .npy file")
+        kinds = module_beside("vectors").KINDS
+        words = "numbers of --output; binary: 8 to a byte, 1 where a number is above 0"
+        parser.add_argument("--vector_type", default=kinds[0], choices=kinds, help=words)
+    if beside == "generate":
         for field in fields(module_beside("generate").Sampling):
             kind = float if field.type == "float" else int
             several = "+" if field.default == () else None
@@ -393,6 +400,8 @@ def write_prediction(found: dict[str, Any], as_json: bool) -> None:
     given = found["input"] if isinstance(found["input"], str) else "\t".join(found["input"])
     if as_json:
         line = json.dumps(found, ensure_ascii=False)
+    elif "vector" in found:
+        line = "\t".join([" ".join(f"{value:.6g}" for value in found["vector"]), given])
     elif "values" in found:
         line = "\t".join([*(f"{value:.6g}" for value in found["values"].values()), given])
     elif "labels" in found:
@@ -401,6 +410,16 @@ def write_prediction(found: dict[str, Any], as_json: bool) -> None:
     else:
         line = f"{found['label']}\t{found['probability']:.4f}\t{given}"
     print(line, flush=True)
+
+
+def write_vectors(found: list[Any], path: str, kind: str) -> None:
+    """One array (inputs, size) as a .npy file."""
+    import numpy as np
+
+    try:
+        np.save(path, module_beside("vectors").convert(np.array(found), kind))
+    except OSError as error:
+        raise BundleError(f"expected to write {path}, found: {error}. Give another --output.") from error
 
 
 def write_continuation(generator: Generator, prompt: str, sampling: Any, as_json: bool) -> None:
@@ -461,8 +480,10 @@ def sample(settings: dict[str, Any]) -> Example:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     directory = Path(__file__).absolute().parent
-    generates = (directory / "generate.py").is_file()  # only the bundle of a language model has it
-    parser = make_parser(generates)
+    # Only the bundle of a language model, or of an embedder, has one of these.
+    beside = next((name for name in ("generate", "vectors") if (directory / f"{name}.py").is_file()), None)
+    generates = beside == "generate"
+    parser = make_parser(beside)
     flags = parser.parse_args(argv)
     manifest = read_manifest(directory)
     check_flags(parser, flags, manifest)
@@ -498,6 +519,9 @@ def main(argv: list[str] | None = None) -> None:
             write_continuation(model, prompt, sampling, flags.json)
     else:
         at_once = flags.threads or available_cores() if in_file else 1
+        if getattr(flags, "output", None) is not None:
+            write_vectors(list(in_order(model.logits, examples, at_once)), flags.output, flags.vector_type)
+            return
         for found in in_order(model.predict, examples, at_once):
             write_prediction(found, flags.json)
 

@@ -11,6 +11,7 @@ import numpy as np
 from pipelines.core.config import Checked, DataConfig, Positive, flag
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
+from pipelines.core.task import TRANSFER, UNLABELLED
 from pipelines.data.documents import load_texts
 from pipelines.data.examples import (
     Examples,
@@ -137,7 +138,7 @@ def _title_pair(text: str, characters: int) -> tuple[str, str]:
 
 
 def single_texts(examples: Examples, embedding: EmbeddingConfig) -> Examples:
-    """The same splits as rows of one text each, with the column `label`.
+    """The same splits, or a transfer set, as rows of one text each, with the column `label`.
 
     To train on: all different texts, or with --learn_from pairs both texts of each pair, one after the other. To search: the queries, then
     the corpus, see queries_and_corpus. Of scored pairs all first texts, then all second ones, both with the score.
@@ -151,9 +152,9 @@ def single_texts(examples: Examples, embedding: EmbeddingConfig) -> Examples:
         )
         if role == "train" and embedding.learn_from == "pairs":
             rows[role] = [text for pair in zip(texts, others, strict=True) for text in pair], np.repeat(labels, 2)
-        elif role == "train" or not others:
+        elif role in ("train", TRANSFER) or not others:
             different = [*dict.fromkeys([*texts, *others])]
-            rows[role] = different, np.zeros(len(different), np.int64)
+            rows[role] = different, np.full(len(different), UNLABELLED if role == TRANSFER else 0)
         elif embedding.score_column is not None:
             rows[role] = [*texts, *others], np.tile(labels, 2)
         else:
@@ -168,7 +169,7 @@ def single_texts(examples: Examples, embedding: EmbeddingConfig) -> Examples:
 
 
 def is_paired(examples: Examples) -> bool:
-    return "text_pair" in examples.splits["train"].column_names
+    return all("text_pair" in split.column_names for split in examples.splits.values())
 
 
 def queries_and_corpus(examples: Examples, split: datasets.Dataset, most: int) -> tuple[list[str], np.ndarray]:

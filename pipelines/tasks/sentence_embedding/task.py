@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from sklearn.base import BaseEstimator
 from sklearn.preprocessing import FunctionTransformer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -37,7 +38,7 @@ from pipelines.models.embedder import SETTINGS, StaticVectorsConfig, embedder_co
 from pipelines.models.predict import predict_torch
 from pipelines.onnx.predict import run_session
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.ranking import METRICS, Bm25, Tfidf, metrics_of_places
+from pipelines.tasks.ranking import METRICS, Bm25, Tfidf, metrics_of_places, places
 from pipelines.tasks.sentence_embedding import losses, scores
 from pipelines.tasks.sentence_embedding.data import (
     CORPUS,
@@ -134,7 +135,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
 
     def features(self, processor: Any, data: Examples | None = None) -> Any:
         """The tokens of each text; with --learn_from pairs a training example has those of two, in lists."""
-        found = super().features(processor, data or self.rows)
+        found = super().features(processor, self.rows if data is None else single_texts(data, self.embedding))
         return {**found, "train": _in_pairs(found["train"])} if self.learns_pairs and data is None else found
 
     def collate(self, processor: Any) -> Collate:
@@ -366,29 +367,24 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         return verify_predictor(directory, self, processor, probes, self.rows.splits["validation"])
 
 
-class Retriever:
+class Retriever(BaseEstimator):
     """An estimator of scikit-learn that searches by Bm25 or Tfidf in what it was fitted on."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind
 
-    def __repr__(self) -> str:
-        return f"Retriever({self.kind.__name__})"
-
     def fit(self, inputs: Any, labels: Any = None) -> Retriever:
-        self.index = self.kind().fit(_split(inputs)[2])
-        vars(self.index.words_).pop("_stop_words_id", None)  # an address, which is another one in every process
+        self.index_ = self.kind().fit(_split(inputs)[2])
+        vars(self.index_.words_).pop("_stop_words_id", None)  # an address, which is another one in every process
         return self
 
     def predict(self, inputs: Any) -> np.ndarray:
         """The nearest text of its own corpus for each input: what is timed."""
         queries, _, others = _split(inputs)
-        return np.asarray(self.index.scores([*queries, *others]).argmax(axis=1))
+        return np.asarray(self.index_.scores([*queries, *others]).argmax(axis=1))
 
     def places(self, inputs: Any) -> np.ndarray:
         """The place of the positive of each query among the corpus that comes with it."""
-        from pipelines.tasks.ranking import places
-
         queries, labels, corpus = _split(inputs)
         return places(self.kind().fit(corpus).scores(queries), labels - len(queries))
 
