@@ -204,6 +204,7 @@ def test_a_token_is_not_recorded(tmp_path):
 CONFIGS = {
     "text-classification": ["bert_bbc_headlines", "bert_bbc_news", "bert_few_labels", "bert_mnli", "bert_sst2"],
     "text-regression": ["bert_stsb"],
+    "sentence-embedding": ["minilm_bbc_retrieval", "minilm_bbc_static", "mpnet_all_nli", "mpnet_stsb"],
     "image-classification": ["vit_beans", "vit_cifar10", "vit_digits", "vit_imagefolder"],
     "text-generation": ["gpt2_bbc_news", "gpt2_wikitext"],
 }

@@ -22,6 +22,7 @@ from pipelines.onnx.verify import verify_quality
 from pipelines.tasks import TASKS, TaskConfig, make_task, task_class
 from pipelines.tasks.classification import ClassifierPresentation, compare_classifiers
 from pipelines.tasks.metrics import classification_metrics
+from pipelines.tasks.sentence_embedding.data import EmbeddingConfig
 
 CLASSIFICATION, REGRESSION = task_class("text-classification"), task_class("text-regression")
 # A class of 30 among 300, which accuracy hardly sees.
@@ -132,6 +133,7 @@ def test_an_unknown_gate_is_refused_with_the_list_before_the_data_is_read(name):
     assert kind.metrics[kind.primary_metric] == kind.greater_is_better
     settings = Settings(task=TaskConfig(name), data=DataConfig(dataset="no/such/file.csv"), language=LanguageConfig())
     settings.augment, settings.label = SimpleNamespace(any=False), LabelConfig()
+    settings.embedding = EmbeddingConfig()
     for one in (GateConfig("acuracy"), QuantizeConfig(gate="acuracy")):
         settings.gate = one
         with pytest.raises(InputError, match=f"expected --gate out of {', '.join(kind.metrics)}, found 'acuracy'"):

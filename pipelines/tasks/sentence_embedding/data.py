@@ -44,7 +44,7 @@ class EmbeddingConfig(Checked):
     )
     title_pairs: Annotated[int | None, "at least 1"] = flag(
         None,
-        "Make a pair of each text: its first line is the query, the last so many characters of its other lines are the positive. A text "
+        "Make a pair of each single text: its first line is the query, the last so many characters of its other lines are the positive. A text "
         "whose first line another one has is left out.",
     )
     reference_model: str | None = flag(
@@ -114,16 +114,17 @@ def load_pairs(config: DataConfig, embedding: EmbeddingConfig) -> Examples:
 
 def _given(split: datasets.Dataset, name: str, config: DataConfig, embedding: EmbeddingConfig) -> Given:
     inputs = inputs_of(prepared(split, name, config, TEXTS, labelled=False), config, TEXTS)
-    if embedding.title_pairs is not None:
-        pairs = [_title_pair(text or "", embedding.title_pairs) for text in inputs["text"]]
+    characters = embedding.title_pairs if config.text_pair_column is None else None
+    if characters is not None:
+        pairs = [_title_pair(text or "", characters) for text in inputs["text"]]
         inputs = datasets.Dataset.from_dict(
             {"text": [title for title, _ in pairs], "text_pair": [end for _, end in pairs]}
         )
     hashes = hash_rows(inputs, name, TEXTS)
-    if embedding.title_pairs is not None:  # so that no query has two positives
+    if characters is not None:  # so that no query has two positives
         hashes[:, 1] = [hash_of(" ".join(title.split()).encode()) for title in inputs["text"]]
     usable = hashes[:, 0] > 0
-    if not usable.any() or (not usable.all() and config.missing == "error" and embedding.title_pairs is None):
+    if not usable.any() or (not usable.all() and config.missing == "error" and characters is None):
         raise InputError(
             f"expected text in every row of the split {name!r}, found {int((~usable).sum())} of {len(usable)} rows without; remove these "
             "rows, or leave them out with --missing drop"

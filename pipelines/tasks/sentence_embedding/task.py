@@ -70,6 +70,9 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     lora_settings: dict[str, Any] = {"task_type": "FEATURE_EXTRACTION", "target_modules": "all-linear"}
     student_kinds = {"static": StaticVectorsConfig}
     label_names: list[str] = []
+    # Of texts alone; see __init__ for pairs.
+    primary_metric = "overlap_at_10"
+    metrics: Mapping[str, bool] = dict.fromkeys(("overlap_at_10", "similarity_spearman"), True)
     example = '"A text."'
     _reads_pairs = False
 
@@ -77,12 +80,9 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         super().__init__(config)
         self.embedding = embedding or EmbeddingConfig()
         if self.embedding.score_column is not None:
-            self.primary_metric, metrics = "spearman", ("spearman", "pearson")
+            self.primary_metric, self.metrics = "spearman", dict.fromkeys(("spearman", "pearson"), True)
         elif self.searches:
-            self.primary_metric, metrics = "mrr_at_10", METRICS
-        else:
-            self.primary_metric, metrics = "overlap_at_10", ("overlap_at_10", "similarity_spearman")
-        self.metrics: Mapping[str, bool] = dict.fromkeys(metrics, True)
+            self.primary_metric, self.metrics = "mrr_at_10", dict.fromkeys(METRICS, True)
 
     @classmethod
     def recognizes(cls, config: dict[str, Any]) -> bool:
