@@ -255,7 +255,7 @@ def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: s
     """How to use the published model, in three lines each: in Python, in a browser, and from the bundle where there is one."""
     dtype = "q8" if "onnx/model_quantized.onnx" in files else "fp32"
     parts = [
-        "In Python, with transformers (`hf auth login` first while the repository is private):",
+        f"In Python, with {presentation.hub_library} (`hf auth login` first while the repository is private):",
         python_code(report, presentation, repo_id),
     ]
     if not of_another_kind(report):

@@ -118,6 +118,8 @@ class Presentation(Protocol):
     latency_of: str  # what a latency is the time of: "one example", "one token"
     speed_unit: str  # "samples/s"
     hub_metrics: Mapping[str, str]  # our metrics and the names that the Hub gives them
+    hub_task: str | None  # the Hub's name of the task, where it has another
+    hub_library: str  # that opens the model
     limitations: Sequence[str]
 
     def kind(self, report: dict[str, Any]) -> str:

@@ -178,6 +178,8 @@ def embedder_config(source: str, pooling: str | None = None, **code: bool) -> An
     wrote; of an encoder alone `pooling` and normalization. Raises InputError where there is none of them."""
     config = load(AutoConfig.from_pretrained, source, "a model's config.json", **code)
     settings = read_modules(resolve(source)) or getattr(config, SETTINGS, None)
+    if isinstance(config, StaticVectorsConfig):
+        pooling = "mean"
     if settings is None:
         if pooling is None:
             raise InputError(

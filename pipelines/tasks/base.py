@@ -71,6 +71,8 @@ class BasePresentation:
     latency_digits = 1
     latency_of = "one example"
     speed_unit = "samples/s"
+    hub_task: str | None = None
+    hub_library = "transformers"
 
     def columns(self, stage: dict[str, Any]) -> dict[str, str]:
         return {}

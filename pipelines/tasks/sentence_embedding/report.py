@@ -83,6 +83,8 @@ class EmbedderPresentation(TextPresentation, BasePresentation):
     unit = "queries"
     latency_of = "one text"
     speed_unit = "texts/s"
+    hub_task = "sentence-similarity"
+    hub_library = "sentence-transformers"
     hub_metrics: Mapping[str, str] = {
         "mrr_at_10": "mrr_at_10",
         "ndcg_at_10": "ndcg_at_10",

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from sklearn.base import BaseEstimator
 from sklearn.preprocessing import FunctionTransformer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -38,7 +37,7 @@ from pipelines.models.embedder import SETTINGS, StaticVectorsConfig, embedder_co
 from pipelines.models.predict import predict_torch
 from pipelines.onnx.predict import run_session
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.ranking import METRICS, Bm25, Tfidf, metrics_of_places, places
+from pipelines.tasks.ranking import METRICS, Bm25, Retriever, Tfidf, metrics_of_places
 from pipelines.tasks.sentence_embedding import losses, scores
 from pipelines.tasks.sentence_embedding.data import (
     CORPUS,
@@ -313,7 +312,8 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         return {"bm25": partial(_retriever, Bm25), "tfidf": partial(_retriever, Tfidf)}
 
     def baseline_inputs(self, examples: Dataset) -> list[str]:
-        """Queries and corpus as text, each with what queries_and_corpus() says of it and a tab before it."""
+        """Queries and corpus as text, each with what queries_and_corpus() says of it and a tab before it, as Retriever
+        reads them."""
         texts, labels = queries_and_corpus(self.data, examples, self.embedding.corpus_size)
         return [f"{label}\t{text}" for text, label in zip(texts, labels.tolist(), strict=True)]
 
@@ -367,38 +367,8 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         return verify_predictor(directory, self, processor, probes, self.rows.splits["validation"])
 
 
-class Retriever(BaseEstimator):
-    """An estimator of scikit-learn that searches by Bm25 or Tfidf in what it was fitted on."""
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
-
-    def fit(self, inputs: Any, labels: Any = None) -> Retriever:
-        self.index_ = self.kind().fit(_split(inputs)[2])
-        vars(self.index_.words_).pop("_stop_words_id", None)  # an address, which is another one in every process
-        return self
-
-    def predict(self, inputs: Any) -> np.ndarray:
-        """The nearest text of its own corpus for each input: what is timed."""
-        queries, _, others = _split(inputs)
-        return np.asarray(self.index_.scores([*queries, *others]).argmax(axis=1))
-
-    def places(self, inputs: Any) -> np.ndarray:
-        """The place of the positive of each query among the corpus that comes with it."""
-        queries, labels, corpus = _split(inputs)
-        return places(self.kind().fit(corpus).scores(queries), labels - len(queries))
-
-
 def _retriever(kind: Any, inputs: Any, labels: np.ndarray) -> Any:
     yield FunctionTransformer(), [Retriever(kind)]
-
-
-def _split(inputs: Any) -> tuple[list[str], np.ndarray, list[str]]:
-    """Queries, the row of each one's positive, and corpus of what baseline_inputs() gives."""
-    rows = [str(one).partition("\t") for one in inputs]
-    queries = [(text, int(label)) for label, _, text in rows if label != str(CORPUS)]
-    corpus = [text for label, _, text in rows if label == str(CORPUS)]
-    return [text for text, _ in queries], np.array([label for _, label in queries], np.int64), corpus
 
 
 def _in_pairs(rows: Dataset) -> Dataset:
