@@ -20,6 +20,7 @@ from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
+from pipelines.hub import check_run
 from pipelines.models.embedder import SETTINGS, load_embedder, pool, width_of
 from pipelines.models.removal import load_model
 from pipelines.models.students import build_student
@@ -93,7 +94,7 @@ def test_the_whole_chain(run, embedder):
     stages = {stage["name"]: stage for stage in report["stages"]}
     assert (report["task"], report["primary_metric"]) == ("sentence-embedding", "mrr_at_10")
     assert [*stages][-3:] == ["teacher_quantized", "bm25", "tfidf"]
-    assert stages["teacher"]["metrics"]["mrr_at_10"] > 0.3
+    assert stages["teacher"]["metrics"]["mrr_at_10"] > 0.2
     assert stages["quantized"]["metrics"]["mrr_at_10"] > 0.7 * stages["teacher"]["metrics"]["mrr_at_10"]
     assert (stages["teacher"]["agreement"], stages["bm25"]["agreement"]) == (1, None)
     assert stages["onnx"]["agreement"] > 0.5
@@ -105,6 +106,9 @@ def test_the_whole_chain(run, embedder):
     assert "recall@10" in page
     assert "whose positive quantized finds at a later place" in page
     assert "SentenceTransformer" in (run / "README.md").read_text()
+    # What sentence-transformers reads is published, the folders of its modules among it.
+    assert {"modules.json", "1_Pooling/config.json", "onnx/model_quantized.onnx"} <= check_run(run)[1].keys()
+    assert "pipeline_tag: sentence-similarity" in (run / "README.md").read_text()
     # Used as it is: no training of the teacher.
     assert "steps" not in json.loads((run / "teacher" / "record.json").read_text())["details"]
 
@@ -222,7 +226,9 @@ def test_vectors_in_fewer_bytes():
 def test_titles_are_queries_of_the_ends_of_their_articles(tmp_path):
     for index in range(30):
         (tmp_path / "news").mkdir(exist_ok=True)
-        (tmp_path / "news" / f"{index}.txt").write_text(f"Title {index % 29}\n\nBegin {index}.\nThe end of {index}.")
+        (tmp_path / "news" / f"{index}.txt").write_text(
+            f"Title {100 + index % 29}\n\nBegin {100 + index}.\nThe end of {100 + index}."
+        )
     task = SentenceEmbedding(DataConfig(dataset=str(tmp_path)), EmbeddingConfig(title_pairs=12))
     sizes = {role: len(split) for role, split in task.splits.items()}
     assert sum(sizes.values()) == 29  # one title is there twice

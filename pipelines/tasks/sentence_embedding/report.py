@@ -80,7 +80,6 @@ def compare_embedders(
 class EmbedderPresentation(TextPresentation, BasePresentation):
     """What a report says of an embedder."""
 
-    unit = "queries"
     latency_of = "one text"
     speed_unit = "texts/s"
     hub_task = "sentence-similarity"

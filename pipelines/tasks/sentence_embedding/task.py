@@ -13,7 +13,7 @@ from datasets import Dataset
 from sklearn.preprocessing import FunctionTransformer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoModel, DataCollatorWithPadding
+from transformers import AutoModel, DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from pipelines.core.config import DataConfig, DistillConfig, TransferConfig
 from pipelines.core.errors import InputError
@@ -150,9 +150,16 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     def load_processor(self, source: str) -> Any:
         """The tokenizer, for a static embedder without special tokens, as sentence-transformers reads it."""
         tokenizer = super().load_processor(source)
-        if isinstance(self.load_config(source), StaticVectorsConfig):
-            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
-        return tokenizer
+        if not isinstance(self.load_config(source), StaticVectorsConfig):
+            return tokenizer
+        backend = tokenizer.backend_tokenizer
+        backend.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+        # Not the teacher's class, which would put them back.
+        settings = {
+            name: getattr(tokenizer, name) for name in ("pad_token", "unk_token", "padding_side", "truncation_side")
+        }
+        names = ["input_ids", "attention_mask"]
+        return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **settings)
 
     def input_sizes(self, source: str) -> dict[str, Any]:
         tokenizer = self.load_processor(source)
