@@ -236,13 +236,14 @@ def load_embedder(source: str, config: Any = None, from_scratch: bool = False, *
 
     Raises InputError where weights are missing.
     """
-    config = config or embedder_config(source, **code)
+    config = config or embedder_config(source, None, **code)
     if from_scratch:
         model = new_model(AutoModel, source, config, **code)
     else:
         encoder = AutoModel._model_mapping.get(type(config), object)
         model = load_weights(AutoModel, source, config=config, **without_pooler(encoder), **code)
-    model.__class__ = embedder_class(type(model))
+    encoder_class: Any = type(model)
+    model.__class__ = embedder_class(encoder_class)
     model.add_dense()
     if not from_scratch:
         for layer, shape in zip(model.dense, getattr(config, SETTINGS)["dense"], strict=True):

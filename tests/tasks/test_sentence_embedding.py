@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
-from pipelines.hub import check_run
+from pipelines.hub import check_run, published_tokenizer
 from pipelines.models.embedder import SETTINGS, load_embedder, pool, width_of
 from pipelines.models.removal import load_model
 from pipelines.models.students import build_student
@@ -332,3 +333,76 @@ def test_what_cannot_work_is_refused(pairs, pretrained, embedder):
         EmbeddingConfig(margin_weight=1)
     with pytest.raises(InputError, match="--matryoshka_sizes"):
         EmbeddingConfig(matryoshka_sizes="small")
+
+
+IN_NODE = """
+import { env, pipeline, AutoModel, AutoTokenizer } from "@huggingface/transformers";
+env.localModelPath = process.argv[1]; env.allowRemoteModels = false;
+const texts = JSON.parse(process.argv[2]), found = {};
+for (const dtype of ["fp32", "q8"]) {
+    const embed = await pipeline("feature-extraction", "small", { dtype });
+    found[dtype] = (await embed(texts, { pooling: "mean", normalize: true })).tolist();
+}
+const tokenizer = await AutoTokenizer.from_pretrained("small"), model = await AutoModel.from_pretrained("small", { dtype: "fp32" });
+found.graph = (await model(tokenizer(texts, { padding: true }))).sentence_embedding.tolist();
+console.log(JSON.stringify(found));
+"""
+IN_PYTHON = """
+import json, sys
+import chromadb
+from fastembed import TextEmbedding
+from fastembed.common.model_description import ModelSource, PoolingType
+from pipelines import load
+
+published, bundle, texts = *sys.argv[1:3], json.loads(sys.argv[3])
+how = {"pooling": PoolingType.MEAN, "normalization": True, "dim": 32, "model_file": "onnx/model.onnx"}
+TextEmbedding.add_custom_model(model="own/small", sources=ModelSource(hf="own/small"), **how)
+found = {"fastembed": [one.tolist() for one in TextEmbedding("own/small", specific_model_path=published).embed(texts)]}
+
+
+class Small(chromadb.EmbeddingFunction):
+    def __init__(self):
+        self.model = load(bundle)
+
+    def __call__(self, input):
+        return list(self.model(list(input)))
+
+
+collection = chromadb.EphemeralClient().create_collection("texts", embedding_function=Small())
+collection.add(ids=list(map(str, range(len(texts)))), documents=texts)
+found["chroma"] = collection.get(include=["embeddings"])["embeddings"].tolist()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.packages
+def test_others_embed_as_we_do(run, tmp_path):
+    from pipelines import load
+
+    report, files = check_run(run)
+    settings = SentenceEmbedding.presentation.tokenizer_settings(report)
+    for name, content in (files | published_tokenizer(files, settings)).items():
+        path = tmp_path / "published" / "small" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    texts = ["a goal for the team 1", "shares of the bank", "the phone"]
+    node, python = tmp_path / "node", tmp_path / "python" / "bin" / "python"
+    node.mkdir()
+    subprocess.run(
+        ["npm", "install", "--silent", "--ignore-scripts", "@huggingface/transformers@4"], cwd=node, check=True
+    )
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "python"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "fastembed>=0.9", "chromadb>=1.5"], check=True)
+    given, found = json.dumps(texts), {}
+    script = ["node", "--input-type=module", "--eval", IN_NODE, str(tmp_path / "published"), given]
+    small = [str(python), "-c", IN_PYTHON, str(tmp_path / "published" / "small"), str(run / "bundle"), given]
+    for command in (script, small):
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(command, cwd=node, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found |= json.loads(done.stdout.splitlines()[-1])
+    ours = {name: load(run / name)(texts) for name in ("onnx", "quantized")}
+    for name in ("fp32", "graph", "fastembed"):
+        np.testing.assert_allclose(found[name], ours["onnx"], atol=1e-5)
+    np.testing.assert_allclose(found["chroma"], ours["quantized"], atol=1e-6)
+    np.testing.assert_allclose(found["q8"], ours["quantized"], atol=0.05)

@@ -82,7 +82,7 @@ class EmbedderPresentation(TextPresentation, BasePresentation):
 
     latency_of = "one text"
     speed_unit = "texts/s"
-    hub_task = "sentence-similarity"
+    hub_task: str | None = "sentence-similarity"
     hub_library = "sentence-transformers"
     hub_metrics: Mapping[str, str] = {
         "mrr_at_10": "mrr_at_10",
