@@ -236,6 +236,7 @@ def test_titles_are_queries_of_the_ends_of_their_articles(tmp_path):
     rows = task.rows.splits["test"]
     labels, texts = np.array(rows["label"]), rows["text"][:]
     assert (labels == CORPUS).sum() == 29
+    assert len(task.rows.splits["validation"]) == 2 * sizes["validation"]  # searched among its own
     for row in range(sizes["test"]):
         assert (texts[row], texts[labels[row]]) == (f"Title {texts[row][6:]}", f"The end of {texts[row][6:]}."[-12:])
     assert sorted(task.rows.splits["train"]["text"]) == sorted(

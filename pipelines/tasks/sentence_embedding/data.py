@@ -53,7 +53,8 @@ class EmbeddingConfig(Checked):
     )
     corpus_size: Annotated[int, "at least 1"] = flag(
         10_000,
-        "Texts that queries are searched in: the positives of the split, and those of the others up to this many.",
+        "Texts that the queries of the test split are searched in: their positives, and those of the other splits up to this many. Those of the "
+        "validation split are searched in their own positives.",
     )
     learn_from: str = flag(
         "texts",
@@ -159,7 +160,7 @@ def single_texts(examples: Examples, embedding: EmbeddingConfig) -> Examples:
         elif embedding.score_column is not None:
             rows[role] = [*texts, *others], np.tile(labels, 2)
         else:
-            rows[role] = queries_and_corpus(examples, split, embedding.corpus_size)
+            rows[role] = queries_and_corpus(examples, split, embedding.corpus_size if role == "test" else 0)
     splits = {
         role: datasets.Dataset.from_dict({"text": texts, "label": labels}) for role, (texts, labels) in rows.items()
     }
@@ -180,8 +181,8 @@ def queries_and_corpus(examples: Examples, split: datasets.Dataset, most: int) -
     """
     queries, own = split["text"][:], split["text_pair"][:]
     corpus = {text: len(queries) + place for place, text in enumerate(dict.fromkeys(own))}
-    for text in (text for role in sorted(examples.splits) for text in examples.splits[role]["text_pair"][:]):
-        if len(corpus) >= most:
-            break
-        corpus.setdefault(text, len(queries) + len(corpus))
+    for role in sorted(examples.splits) if most else ():
+        for text in examples.splits[role]["text_pair"][:]:
+            if len(corpus) < most:
+                corpus.setdefault(text, len(queries) + len(corpus))
     return [*queries, *corpus], np.array([corpus[text] for text in own] + [CORPUS] * len(corpus))

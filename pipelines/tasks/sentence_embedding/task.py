@@ -321,7 +321,8 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     def baseline_inputs(self, examples: Dataset) -> list[str]:
         """Queries and corpus as text, each with what queries_and_corpus() says of it and a tab before it, as Retriever
         reads them."""
-        texts, labels = queries_and_corpus(self.data, examples, self.embedding.corpus_size)
+        most = self.embedding.corpus_size if examples is self.splits["test"] else 0
+        texts, labels = queries_and_corpus(self.data, examples, most)
         return [f"{label}\t{text}" for text, label in zip(texts, labels.tolist(), strict=True)]
 
     def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
