@@ -320,8 +320,8 @@ class Generator:
 # ---- The command
 
 
-def make_parser(beside: str | None) -> argparse.ArgumentParser:
-    """The flags of a bundle that has the module `beside` infer.py, or none."""
+def make_parser(beside: list[str]) -> argparse.ArgumentParser:
+    """The flags of a bundle that has the modules `beside` infer.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -333,12 +333,12 @@ def make_parser(beside: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
-    if beside == "vectors":
+    if "vectors" in beside:
         parser.add_argument("--output", help="write the vectors of all inputs as one array to this .npy file")
         kinds = module_beside("vectors").KINDS
         words = "numbers of --output; binary: 8 to a byte, 1 where a number is above 0"
         parser.add_argument("--vector_type", default=kinds[0], choices=kinds, help=words)
-    if beside == "generate":
+    if "generate" in beside:
         for field in fields(module_beside("generate").Sampling):
             kind = float if field.type == "float" else int
             several = "+" if field.default == () else None
@@ -481,8 +481,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     directory = Path(__file__).absolute().parent
     # Only the bundle of a language model, or of an embedder, has one of these.
-    beside = next((name for name in ("generate", "vectors") if (directory / f"{name}.py").is_file()), None)
-    generates = beside == "generate"
+    beside = [name for name in ("generate", "vectors") if (directory / f"{name}.py").is_file()]
+    generates = "generate" in beside
     parser = make_parser(beside)
     flags = parser.parse_args(argv)
     manifest = read_manifest(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         return f"{self.name} {self.embedding.title_pairs} {self.embedding.score_column}"
 
     def describe(self) -> dict[str, Any]:
-        given, usual = (vars(one) for one in (self.embedding, EmbeddingConfig()))
+        given, usual = (asdict(one) for one in (self.embedding, EmbeddingConfig()))
         return super().describe() | {name: value for name, value in given.items() if value != usual[name]}
 
     def load_data(self) -> Examples:
