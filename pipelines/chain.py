@@ -192,7 +192,8 @@ def _check_quality(run: Run, name: str, settings: Settings) -> None:
 
 def read_settings(task: str, default_config: Path | None = None) -> Settings:
     """The settings of the chain for a task, from --config (else `default_config`) and the flags."""
-    settings = parse_config([*task_class(task).settings, *CHAIN], default_config)
+    kind = task_class(task)
+    settings = parse_config([*kind.settings, *CHAIN], default_config, defaults=kind.defaults)
     settings.task = TaskConfig(task)
     return settings
 

@@ -53,7 +53,7 @@ def main() -> None:
 def read_settings(verb: str, argv: list[str]) -> Settings:
     """The settings of a verb. Which flags there are depends on the task, so that is looked up first."""
     from pipelines.chain import demo_config
-    from pipelines.tasks import DEFAULT_TASK, TaskConfig, task_of_model
+    from pipelines.tasks import DEFAULT_TASK, TaskConfig, task_class, task_of_model
     from pipelines.verbs import DemoConfig, ModelConfig, ModelsConfig, OutputConfig, kinds_of
 
     program = f"pocketformers {verb}"
@@ -65,7 +65,7 @@ def read_settings(verb: str, argv: list[str]) -> Settings:
     models = [first.model.model, *first.models.models, run]
     task = first.task.task or next(filter(None, map(task_of_model, models)), DEFAULT_TASK)
     demo = demo_config(task) if first.demo.demo and verb == "compress" else None
-    settings = parse_config(kinds_of(verb, task), demo, argv, program)
+    settings = parse_config(kinds_of(verb, task), demo, argv, program, defaults=task_class(task).defaults)
     settings.task = TaskConfig(task)
     if verb not in ("compress", "push") and any(getattr(one, "push_to_hub", False) for one in vars(settings).values()):
         raise InputError(

@@ -124,8 +124,10 @@ def check_run(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
             raise unfit(f"report.json to be of the stage {name!r} in {directory}", f"that {name}/ was rebuilt after it")
     source = check_verified(directory, records, report["shipped"])
     files = {name: directory / name for name in REPORT_FILES if name != MODEL_CARD}
-    # Adapters and the like lie in sub-folders of a stage; what `from_pretrained` reads does not.
-    files |= {name: directory / source / name for name in records[source]["files"] if "/" not in name}
+    # Adapters and the like lie in sub-folders of a stage; what `from_pretrained` reads does not, but for the numbered modules of an embedder.
+    files |= {
+        name: directory / source / name for name in records[source]["files"] if "/" not in name or name[0].isdigit()
+    }
     for stage, suffix in GRAPHS.items():
         for name in records[stage]["files"] if stage in records else ():
             graph, dot, weights = name.partition(".onnx")
@@ -253,7 +255,7 @@ def usage_section(report: dict[str, Any], presentation: Presentation, repo_id: s
     """How to use the published model, in three lines each: in Python, in a browser, and from the bundle where there is one."""
     dtype = "q8" if "onnx/model_quantized.onnx" in files else "fp32"
     parts = [
-        "In Python, with transformers (`hf auth login` first while the repository is private):",
+        f"In Python, with {presentation.hub_library} (`hf auth login` first while the repository is private):",
         python_code(report, presentation, repo_id),
     ]
     if not of_another_kind(report):

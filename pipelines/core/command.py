@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -35,18 +35,21 @@ def parse_config(
     argv: list[str] | None = None,
     program: str | None = None,
     only: bool = False,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Read the dataclasses `kinds` from the YAML file named by `--config` (else `default_config`), then from the flags.
 
     The file is read as the flags that it stands for, before those of the command line. What `default_config` says of its own data set
     is left out where a flag names another one. Raises InputError for a file that is missing or
     malformed, an unknown key or a bad value in it; a bad flag exits with status 2 as argparse does. With `only` these few settings are
-    looked up ahead of the others, whose flags and keys are left alone.
+    looked up ahead of the others, whose flags and keys are left alone. Flags that are in `defaults` have these instead of their own.
     """
     kinds, argv = list(kinds), sys.argv[1:] if argv is None else argv
     parser = _make_parser(kinds, default_config, program, only)
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**{flag: value for flag, value in (defaults or {}).items() if flag in known})
     flags = {action.dest: action for action in reversed(parser._actions)}
-    defaults, (named, unknown) = vars(parser.parse_known_args([])[0]), parser.parse_known_args(argv)
+    usual, (named, unknown) = vars(parser.parse_known_args([])[0]), parser.parse_known_args(argv)
     if unknown and not only:
         words = [word.partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
         hint = did_you_mean([f"--{word.strip('_')}" for word in words], [f"--{flag}" for flag in flags])
@@ -72,7 +75,7 @@ def parse_config(
             )
             raise InputError(found + (f" (in {named.config})" if in_file else "")) from bad
         parser.error(str(error))
-    changed = {flag: value for flag, value in values.items() if value != defaults[flag]}
+    changed = {flag: value for flag, value in values.items() if value != usual[flag]}
     settings.given = {flag: value for flag, value in changed.items() if not flag.startswith(NOT_RECORDED)}
     return settings
 

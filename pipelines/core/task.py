@@ -112,13 +112,14 @@ class Comparison:
 class Presentation(Protocol):
     """A task in words and code for people; what a report says is taken from the report as JSON, so that it can be written again later."""
 
-    hub_task: str  # what the Hub calls the task, where that is another name; else ""
     unit: str  # what the test split holds: "examples", "documents"
     digits: int  # decimals of the primary metric
     latency_digits: int
     latency_of: str  # what a latency is the time of: "one example", "one token"
     speed_unit: str  # "samples/s"
     hub_metrics: Mapping[str, str]  # our metrics and the names that the Hub gives them
+    hub_task: str | None  # the Hub's name of the task, where it has another
+    hub_library: str  # that opens the model
     limitations: Sequence[str]
 
     def kind(self, report: dict[str, Any]) -> str:
@@ -231,6 +232,9 @@ class Task(Protocol):
 
     def config_entries(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What the config.json of a model with these scores on the validation split says besides: what its outputs are read by."""
+
+    def fit_outputs(self, student: Any, teacher_source: str) -> None:
+        """Let the outputs of a student that is not yet trained have the teacher's shape, where no labels say which they have."""
 
     # ---- Losses: sums over examples (or tokens), so that the trainer can divide by the count of the global batch
 

@@ -21,11 +21,11 @@ from pipelines.core.records import Outcome, read_record, shipped_files
 from pipelines.core.sources import WEIGHT_SUFFIXES
 from pipelines.core.task import Arrays, Collate, Task
 from pipelines.data.sources import check_onnx_directory
-from pipelines.edge.settings import check_tokenizer, text_settings
+from pipelines.edge.settings import check_tokenizer, head_outputs, text_settings
 from pipelines.edge.web import RUNTIME_LIBRARY, TOKENIZER_LIBRARY, add_page
 from pipelines.onnx.export import ONNX_FILE
 from pipelines.onnx.runtimes import oldest_runtime
-from pipelines.runtime import generate, images, infer
+from pipelines.runtime import generate, images, infer, vectors
 
 MANIFEST = "manifest.json"
 VERIFIED_EXAMPLES = 32
@@ -63,7 +63,7 @@ def build_bundle(source: str, directory: Path, task: Task, bundle: BundleConfig)
     processor = task.load_processor(source)
     settings = task.bundle_settings(directory, processor)
     kind = settings["inputs"]["kind"]
-    parts = {"image": [images], "continuation": [generate]}
+    parts = {"image": [images], "continuation": [generate], "vector": [vectors]}
     for module in [infer, *parts.get(kind, []), *parts.get(settings["outputs"]["kind"], [])]:
         path = Path(str(module.__file__))
         shutil.copyfile(path, directory / path.name)
@@ -190,11 +190,12 @@ def verify_predictor(directory: Path, task: Task, processor: Any, probes: Iterab
 def pipeline_outputs(directory: Path, task: Task, processor: Any, split: str, count: int) -> Iterator[np.ndarray]:
     """The outputs (labels,) of a graph for each of the first examples of a split, prepared by the pipeline's own processor."""
     session = infer.open_session(directory / ONNX_FILE)
+    read = head_outputs(directory).get("output")
     names = [value.name for value in session.get_inputs()]
     features, collate = task.features(processor)[split], task.collate(processor)
     for index in range(count):
         batch = collate([features[index]])
-        yield session.run(None, {name: np.asarray(batch[name]) for name in names})[0].reshape(-1)
+        yield session.run(read and [read], {name: np.asarray(batch[name]) for name in names})[0].reshape(-1)
 
 
 def verify_generator(directory: Path, processor: Any, prompts: list[str]) -> dict[str, Any]:

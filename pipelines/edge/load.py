@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipelines.core.errors import InputError
 from pipelines.edge.settings import settings_of
 from pipelines.runtime.generate import Sampling
@@ -15,7 +17,8 @@ GRAPHS = ("model.onnx", "onnx/model_fused.onnx", "onnx/model_quantized.onnx", "o
 
 
 class Model:
-    """A model that predicts: a dict like a line of `infer.py --json` for one input, a list of them for a list.
+    """A model that predicts: a dict like a line of `infer.py --json` for one input, a list of them for a list; an embedder gives an array,
+    (size,) or (inputs, size).
 
     An input is a text, a pair of texts as a tuple, or an image: its path, or an image of Pillow. A language model also takes the fields
     of `Sampling`, such as max_new_tokens.
@@ -34,6 +37,9 @@ class Model:
             found = [self.predictor.predict(example, how) for example in examples]
         elif sampling:
             raise TypeError(f"expected inputs alone, found {', '.join(sampling)}: the model continues no texts.")
+        elif self.manifest["outputs"]["kind"] == "vector":
+            vectors = np.array([self.predictor.logits(example) for example in examples])
+            return vectors if isinstance(inputs, list) else vectors[0]
         else:
             found = [self.predictor.predict(example) for example in examples]
         return found if isinstance(inputs, list) else found[0]

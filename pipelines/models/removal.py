@@ -24,6 +24,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.data.sources import check_model
 from pipelines.models import small
+from pipelines.models.embedder import is_embedder, load_embedder
 from pipelines.models.families import Group, groups_of, input_axis, layers_of, slices, unit_count, unit_width
 from pipelines.models.loading import load_weights
 
@@ -108,10 +109,13 @@ def _used(layer: nn.Module, group: Group) -> np.ndarray:
 def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
     """The model in a stage's directory, of the class that its config names, in float32, in eval mode, without the zeros of pruning.
 
-    Raises InputError where the weights are not whole safetensors, the class is not transformers' own and not trusted, or has no head.
+    Raises InputError where the weights are not whole safetensors, the class is not transformers' own and not trusted, or has no head: an embedder has
+    modules in place of one.
     """
     located = resolve(str(directory))
     check_model(located)
+    if is_embedder(located):
+        return remove_zeros(load_embedder(str(directory), trust_remote_code=trust_remote_code).eval())
     try:
         config = transformers.AutoConfig.from_pretrained(located, trust_remote_code=trust_remote_code)
         name = config.architectures[0]

@@ -23,6 +23,12 @@ class Student(NamedTuple):
 
 def build_student(student: StudentConfig, teacher: str, task: Task) -> Student:
     """The student, not yet trained, of the teacher in `teacher`: what `student_model` names, or else the teacher's `student_layers`."""
+    built = _build(student, teacher, task)
+    task.fit_outputs(built.model, teacher)
+    return built
+
+
+def _build(student: StudentConfig, teacher: str, task: Task) -> Student:
     if student.checkpoint is not None:
         model = task.load_model(student.checkpoint, task.student_head, student.student_from_scratch)
         return Student(model, task.load_processor(student.checkpoint), None)

@@ -37,7 +37,7 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
     possible = {"student": "distillation", "pruned": "pruning", "quantized": _bits(report)}
     data = ModelCardData(
         license=None if None in licenses else _one_or_list(licenses),
-        library_name=None if of_another_kind(report) else "transformers",
+        library_name=library_of(report, presentation),
         base_model=_one_or_list(on_hub),
         datasets=[dataset["hub_id"]] if dataset["hub_id"] else None,
         metrics=list(presentation.hub_metrics.values()),
@@ -91,7 +91,7 @@ def _usage_section(report: dict[str, Any], presentation: Presentation) -> str:
     own = [stage for stage in report["stages"] if stage["name"] not in BASELINES]
     opened = [stage for stage in own if stage["format"] == "transformers"][-1]
     parts = [
-        "In a copy of this directory, with transformers:",
+        f"In a copy of this directory, with {presentation.hub_library}:",
         python_code(report, presentation, opened["path"]),
     ]
     if opened["name"] == "pruned":
@@ -113,10 +113,16 @@ def of_another_kind(report: dict[str, Any]) -> bool:
     return report.get("student_kind") is not None
 
 
+def library_of(report: dict[str, Any], presentation: Presentation) -> str | None:
+    """What opens the model; None for a student of a class that transformers does not have."""
+    library = presentation.hub_library
+    return None if of_another_kind(report) and library == "transformers" else library
+
+
 def python_code(report: dict[str, Any], presentation: Presentation, model: str) -> str:
-    """The code that predicts with transformers and a model directory, or published model."""
+    """The code that predicts with the model's library and a model directory, or published model."""
     code = textwrap.dedent(presentation.in_python(report, model)).strip()
-    if not of_another_kind(report):
+    if library_of(report, presentation):
         return fence(code, "python")
     return fence(f"import pipelines.models.small  # of Pocketformers\n{code}", "python") + (
         "\n\nThe first line brings the model's class, which transformers does not have. The ONNX files need neither of the two."

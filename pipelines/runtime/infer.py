@@ -7,6 +7,7 @@
     python infer.py --file lines.txt --json       a text, two texts with a tab between them, or an image file on every line
     tail -f log.txt | python infer.py --stdin     every prediction as soon as its line is there
     python infer.py "Once upon" --top_p 0.9 --sampling_temperature 0.8     where the model continues texts
+    python infer.py --file lines.txt --output vectors.npy     where it makes vectors of texts: an array (lines, size)
 
 What the inputs are and how the outputs are read stands in manifest.json. Exit status: 0 done, 1 bad input or a damaged bundle, 2 a bad flag.
 """
@@ -233,7 +234,7 @@ def image_inputs(settings: dict[str, Any], names: list[str]) -> Callable[[Exampl
 
 
 def module_beside(name: str) -> Any:
-    """generate.py or images.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
+    """generate.py, images.py or vectors.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
     sys.dont_write_bytecode |= not __package__  # a bundle stays as it was built
     return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
 
@@ -249,7 +250,7 @@ def open_model(directory: str | Path, manifest: dict[str, Any] | None, **how: An
 
 
 class Predictor:
-    """The model of a bundle that gives labels or values, ready to predict.
+    """The model of a bundle that gives labels, values or a vector, ready to predict.
 
     A `manifest` is taken as it is; left out, the bundle's is read and its files are checked. `threads` and `provider` are as in
     open_session().
@@ -258,7 +259,8 @@ class Predictor:
     def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
         self.manifest, self.session = open_model(directory, manifest, **how)
         names = [value.name for value in self.session.get_inputs()]
-        settings = self.manifest["inputs"]
+        settings, output = self.manifest["inputs"], self.manifest["outputs"].get("output")
+        self.read = None if output is None else [output]  # of several outputs
         if settings["kind"] == "image":
             self.prepare = image_inputs(settings, names)
         else:
@@ -266,7 +268,7 @@ class Predictor:
 
     def logits(self, example: Example) -> Any:
         """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch."""
-        return self.session.run(None, self.prepare(example))[0].reshape(-1)
+        return self.session.run(self.read, self.prepare(example))[0].reshape(-1)
 
     def predict(self, example: Example) -> dict[str, Any]:
         given = example[0] if len(example) == 1 else list(example)
@@ -274,12 +276,14 @@ class Predictor:
 
 
 def read_outputs(logits: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a model's outputs say: values by their names; the likeliest label; or, with a sigmoid, every label above its threshold.
+    """What a model's outputs say: the vector of a text; values by their names; the likeliest label; or, with a sigmoid, every label above its threshold.
 
     The activation "none" is for a graph whose outputs are probabilities already.
     """
     import numpy as np
 
+    if settings["kind"] == "vector":
+        return {"vector": logits.tolist()}
     if settings["kind"] == "values":
         return {"values": dict(zip(settings["names"], logits.tolist(), strict=True))}
     labels, activation = settings["labels"], settings["activation"]
@@ -323,7 +327,8 @@ class Generator:
 # ---- The command
 
 
-def make_parser(generates: bool) -> argparse.ArgumentParser:
+def make_parser(beside: list[str]) -> argparse.ArgumentParser:
+    """The flags of a bundle that has the modules `beside` infer.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -336,7 +341,12 @@ def make_parser(generates: bool) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
-    if generates:
+    if "vectors" in beside:
+        parser.add_argument("--output", help="write the vectors of all inputs as one array to this .npy file")
+        kinds = module_beside("vectors").KINDS
+        words = "numbers of --output; binary: 8 to a byte, 1 where a number is above 0"
+        parser.add_argument("--vector_type", default=kinds[0], choices=kinds, help=words)
+    if "generate" in beside:
         for field in fields(module_beside("generate").Sampling):
             kind = float if field.type == "float" else int
             several = "+" if field.default == () else None
@@ -401,6 +411,8 @@ def write_prediction(found: dict[str, Any], as_json: bool) -> None:
     given = found["input"] if isinstance(found["input"], str) else "\t".join(found["input"])
     if as_json:
         line = json.dumps(found, ensure_ascii=False)
+    elif "vector" in found:
+        line = "\t".join([" ".join(f"{value:.6g}" for value in found["vector"]), given])
     elif "values" in found:
         line = "\t".join([*(f"{value:.6g}" for value in found["values"].values()), given])
     elif "labels" in found:
@@ -409,6 +421,16 @@ def write_prediction(found: dict[str, Any], as_json: bool) -> None:
     else:
         line = f"{found['label']}\t{found['probability']:.4f}\t{given}"
     print(line, flush=True)
+
+
+def write_vectors(found: list[Any], path: str, kind: str) -> None:
+    """One array (inputs, size) as a .npy file."""
+    import numpy as np
+
+    try:
+        np.save(path, module_beside("vectors").convert(np.array(found), kind))
+    except OSError as error:
+        raise BundleError(f"expected to write {path}, found: {error}. Give another --output.") from error
 
 
 def write_continuation(generator: Generator, prompt: str, sampling: Any, as_json: bool) -> None:
@@ -469,8 +491,10 @@ def sample(settings: dict[str, Any]) -> Example:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     directory = Path(__file__).absolute().parent
-    generates = (directory / "generate.py").is_file()  # only the bundle of a language model has it
-    parser = make_parser(generates)
+    # Only the bundle of a language model, or of an embedder, has one of these.
+    beside = [name for name in ("generate", "vectors") if (directory / f"{name}.py").is_file()]
+    generates = "generate" in beside
+    parser = make_parser(beside)
     flags = parser.parse_args(argv)
     manifest = read_manifest(directory)
     check_flags(parser, flags, manifest)
@@ -508,6 +532,9 @@ def main(argv: list[str] | None = None) -> None:
             write_continuation(model, prompt, sampling, flags.json)
     else:
         at_once = flags.threads or available_cores() if in_file else 1
+        if getattr(flags, "output", None) is not None:
+            write_vectors(list(in_order(model.logits, examples, at_once)), flags.output, flags.vector_type)
+            return
         predictions = in_order(model.predict, examples, at_once)
         for found in predictions if flags.query is None else ranked(predictions):
             write_prediction(found, flags.json)

@@ -2,7 +2,7 @@
 // The resampling is Pillow's, to the bit, so that the model sees the pixels that it was trained on; a canvas, with which transformers.js
 // resizes, gives others.
 
-// Opens the bundle at the URL `base`, whose web/ holds the libraries. predict() and continueText() work with what this returns.
+// Opens the bundle at the URL `base`, whose web/ holds the libraries. predict(), search() and continueText() work with what this returns.
 export async function openBundle(base) {
     const read = async (name) => {
         // A bundle that was rebuilt must not meet files of the old one in the browser's cache.
@@ -65,7 +65,7 @@ export async function predict(bundle, example) {
     const start = performance.now();
     const outputs = await bundle.session.run(prepare(bundle, example));
     const milliseconds = performance.now() - start;
-    const logits = Array.from(outputs[bundle.session.outputNames[0]].data);
+    const logits = Array.from(outputs[bundle.manifest.outputs.output ?? bundle.session.outputNames[0]].data);
     return {...readOutputs(logits, bundle.manifest.outputs), milliseconds};
 }
 
@@ -82,8 +82,27 @@ export async function rank(bundle, query, passages, goOn = () => true) {
     return {names: found.map((one) => one.passage), logits: found.map((one) => one.logits[0]), milliseconds};
 }
 
-// What a model's outputs say: names, their logits, and probabilities unless they are values.
+// The lines of a text by their cosine with a query, which is an array of both: names, cosines, and the milliseconds of it. Vectors of lines are
+// kept, so that another query takes one run of the model.
+export async function search(bundle, [query, text]) {
+    const start = performance.now();
+    const names = [...new Set(text.split("\n").map((line) => line.trim()).filter(Boolean))];
+    const vectors = (bundle.vectors ??= new Map());
+    for (const line of [query, ...names]) {
+        if (!vectors.has(line)) vectors.set(line, (await predict(bundle, [line])).vector);
+    }
+    const logits = names.map((line) => cosine(vectors.get(query), vectors.get(line)));
+    return {names, logits, cosines: logits, milliseconds: performance.now() - start};
+}
+
+export function cosine(left, right) {
+    const dot = (a, b) => a.reduce((sum, value, place) => sum + value * b[place], 0);
+    return dot(left, right) / (Math.sqrt(dot(left, left) * dot(right, right)) || 1);
+}
+
+// What a model's outputs say: names, their logits, and probabilities unless they are values; or the vector of a text.
 export function readOutputs(logits, {kind, names, labels, activation}) {
+    if (kind === "vector") return {vector: logits};
     if (kind === "values") return {names, logits};
     const sigmoid = (logit) => 1 / (1 + Math.exp(-logit));
     const activations = {softmax, sigmoid: (values) => values.map(sigmoid), none: (values) => values};

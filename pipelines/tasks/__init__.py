@@ -23,6 +23,7 @@ TASKS = {
     "text-regression": "pipelines.tasks.text_regression:TextRegression",
     "multi-label-classification": "pipelines.tasks.multi_label_classification:MultiLabelClassification",
     "text-ranking": "pipelines.tasks.text_ranking.task:TextRanking",
+    "sentence-embedding": "pipelines.tasks.sentence_embedding.task:SentenceEmbedding",
 }
 DEFAULT_TASK = "text-classification"
 

@@ -66,12 +66,13 @@ def listed_examples(order: np.ndarray, texts: list[str], **columns: np.ndarray) 
 class BasePresentation:
     """What a report says of a task on examples, each of which is read once."""
 
-    hub_task = ""
     unit = "examples"
     digits = 3
     latency_digits = 1
     latency_of = "one example"
     speed_unit = "samples/s"
+    hub_task: str | None = None
+    hub_library = "transformers"
 
     def columns(self, stage: dict[str, Any]) -> dict[str, str]:
         return {}
@@ -94,6 +95,7 @@ class BaseTask(Task):
     """What is the same for every kind of task."""
 
     settings: tuple[type, ...] = (DataConfig,)  # the dataclasses that it is made of
+    defaults: Mapping[str, Any] = {}  # flags of the chain whose defaults are other ones for it
     auto_class: Any  # of transformers, for a model with its head
     examples_of: Kind = TEXTS
     document_start: str | None = None  # what begins a document where rows are less than one
@@ -206,7 +208,8 @@ class BaseTask(Task):
     def check_tokens(self, tokenizer: Any, column: str, size: float, source: str) -> None:
         """Raise InputError unless all numbers in this column of the tokens are below `size`, the embeddings of the model in `source`."""
         numbers = [
-            pc.max(pc.list_flatten(split.data.column(column))).as_py() for split in self.features(tokenizer).values()
+            pc.max(pc.list_flatten(split.data.column(column), recursive=True)).as_py()
+            for split in self.features(tokenizer).values()
         ]
         if column == "input_ids":
             numbers.append(tokenizer.pad_token_id)
@@ -230,6 +233,9 @@ class BaseTask(Task):
 
     def check_label_order(self, processor: Any, predict: Predict) -> None:
         """Nothing: only classes have an order that can be wrong."""
+
+    def fit_outputs(self, student: Any, teacher_source: str) -> None:
+        """Nothing: a head is for the data's labels."""
 
     def bundle_obstacle(self, source: str) -> str | None:
         """Why there can be no bundle: a tokenizer that the runtime does not read."""

@@ -65,7 +65,7 @@ class LabelSetConfig(Checked):
 class MultiLabelPresentation(TextClassifierPresentation):
     """What a report says of a model that gives a text any number of labels."""
 
-    hub_task = "text-classification"
+    hub_task: str | None = "text-classification"
     hub_metrics: Mapping[str, str] = {"micro_f1": "f1"}
     limitations: Sequence[str] = (
         "Each label is predicted by itself, where its probability reaches its threshold; a text may get none. The thresholds were chosen on the "

@@ -1,4 +1,4 @@
-"""Retrieval and ranking: at which place the relevant text stands for each query, what that is worth, and BM25. NumPy and SciPy alone.
+"""Retrieval and ranking: at which place the relevant text stands for each query, what that is worth; BM25 and TF-IDF. NumPy and SciPy alone.
 
 What is relevant is counted after all others of the same score, so that a model that tells nothing apart has the worst place, not the best.
 All functions give one number a query, whose mean is the metric: a paired bootstrap draws queries.
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
-from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
-METRICS = ("recall_at_1", "recall_at_10", "mrr_at_10", "ndcg_at_10")
+METRICS = ("mrr_at_10", "ndcg_at_10", "recall_at_1", "recall_at_10")
 K1, B = 1.2, 0.75  # of BM25, as Lucene has them
 
 
@@ -26,10 +26,10 @@ def metrics_of_places(found: np.ndarray) -> dict[str, np.ndarray]:
     """METRICS of queries with one relevant text each, whose places (queries,) these are."""
     seen = found <= 10
     return {
-        "recall_at_1": (found <= 1).astype(float),
-        "recall_at_10": seen.astype(float),
         "mrr_at_10": np.where(seen, 1 / found, 0.0),
         "ndcg_at_10": np.where(seen, 1 / np.log2(1 + found), 0.0),
+        "recall_at_1": (found <= 1).astype(float),
+        "recall_at_10": seen.astype(float),
     }
 
 
@@ -56,10 +56,10 @@ def metrics_of_groups(scores: np.ndarray, relevance: np.ndarray, groups: np.ndar
     first = np.full(len(queries), np.inf)
     np.minimum.at(first, of[is_relevant], place[is_relevant])
     return {
-        "recall_at_1": share(total(is_relevant & (place <= 1)), total(is_relevant)),
-        "recall_at_10": share(total(is_relevant & (place <= 10)), total(is_relevant)),
         "mrr_at_10": np.where(first <= 10, 1 / first, 0.0),
         "ndcg_at_10": share(total(found * discount), total(best * discount)),
+        "recall_at_1": share(total(is_relevant & (place <= 1)), total(is_relevant)),
+        "recall_at_10": share(total(is_relevant & (place <= 10)), total(is_relevant)),
     }
 
 
@@ -86,3 +86,46 @@ class Bm25(BaseEstimator):
     def scores(self, queries: Any) -> np.ndarray:
         """(queries, texts): how well each text of the corpus fits each query."""
         return np.asarray((self.words_.transform(queries) @ self.weights_.T).toarray())
+
+
+class Tfidf(BaseEstimator):
+    """Cosines of weighted words, with the methods of Bm25."""
+
+    def fit(self, texts: Any, labels: Any = None) -> Tfidf:
+        self.words_ = TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
+        self.weights_ = self.words_.fit_transform(texts)
+        return self
+
+    def scores(self, queries: Any) -> np.ndarray:
+        return np.asarray((self.words_.transform(queries) @ self.weights_.T).toarray())
+
+
+class Retriever(BaseEstimator):
+    """An estimator of scikit-learn that searches by Bm25 or Tfidf in what it was fitted on: see split_inputs() for its inputs."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def fit(self, inputs: Any, labels: Any = None) -> Retriever:
+        self.index_ = self.kind().fit(split_inputs(inputs)[2])
+        vars(self.index_.words_).pop("_stop_words_id", None)  # an address, which is another one in every process
+        return self
+
+    def predict(self, inputs: Any) -> np.ndarray:
+        """The nearest text of its own corpus for each input: what is timed."""
+        queries, _, others = split_inputs(inputs)
+        return np.asarray(self.index_.scores([*queries, *others]).argmax(axis=1))
+
+    def places(self, inputs: Any) -> np.ndarray:
+        """The place of the positive of each query among the corpus that comes with it."""
+        queries, labels, corpus = split_inputs(inputs)
+        return places(self.kind().fit(corpus).scores(queries), labels - len(queries))
+
+
+def split_inputs(inputs: Any) -> tuple[list[str], np.ndarray, list[str]]:
+    """Queries (text), the row of each one's positive (in queries and corpus, one after the other), and corpus, of texts that have that row, or
+    -1 for a text of the corpus, and a tab before them."""
+    rows = [str(one).partition("\t") for one in inputs]
+    queries = [(text, int(label)) for label, _, text in rows if label != "-1"]
+    corpus = [text for label, _, text in rows if label == "-1"]
+    return [text for text, _ in queries], np.array([label for _, label in queries], np.int64), corpus

@@ -62,7 +62,7 @@ def check_scores(scores: np.ndarray, split: str, column: str) -> None:
 class RegressionPresentation(TextPresentation):
     """What a report says of a model that scores texts, or pairs of texts."""
 
-    hub_task = "text-classification"
+    hub_task: str | None = "text-classification"
     hub_metrics: Mapping[str, str] = {"pearson": "pearsonr", "spearman": "spearmanr"}
     limitations: Sequence[str] = (
         "The score has the unit and the range of the training labels. Nothing keeps it within that range.",

@@ -28,10 +28,14 @@ from pipelines.edge.bundle import build_bundle, write_manifest
 from pipelines.edge.load import load
 from pipelines.edge.settings import image_settings
 from pipelines.edge.web import HERE, LIBRARIES, RUNTIME_LIBRARY, add_page
+from pipelines.onnx.export import export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.runtime import images, infer
 from pipelines.runtime.generate import LanguageModel, Sampling
+from pipelines.tasks.sentence_embedding.data import EmbeddingConfig
+from pipelines.tasks.sentence_embedding.task import SentenceEmbedding
 from pipelines.tasks.text_classification import TextClassification
+from pipelines.training.fine_tune import save
 
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js on the PATH")
 TEXTS = [text for text, _ in make_texts(12, seed=5)]
@@ -391,6 +395,31 @@ def test_pairs_in_a_browser(browser, text_onnx, tmp_path, libraries):
             np.testing.assert_allclose(shown_logits(page, predictor), predictor.logits(tuple(pair)), atol=1e-3)
         page.fill("#text", "")
         assert page.inner_text("#predictions") == ""  # until there are two texts again
+
+
+@pytest.mark.slow
+def test_lines_are_searched_in_a_browser(browser, pretrained, csv_file, tokenizer, tmp_path, libraries):
+    data = DataConfig(dataset=str(csv_file), text_pair_column="label", max_length=16)
+    task = SentenceEmbedding(data, EmbeddingConfig(pooling="mean"))
+    save(task.load_model(str(pretrained)), tokenizer, tmp_path / "model")
+    (tmp_path / "onnx").mkdir()
+    export_onnx(str(tmp_path / "model"), tmp_path / "onnx", task)
+    with opened(browser, tmp_path / "onnx", tmp_path / "bundle", task, libraries) as page:
+        assert page.inner_text("#title") == "Which line is nearest to the text?"
+        predictor = infer.Predictor(tmp_path / "bundle")
+        page.fill("#pair", "\n".join([*TEXTS, "", TEXTS[0]]))
+        for query in ("a goal for the team", "NAÏVE 東京"):
+            page.fill("#text", query)
+            page.wait_for_timeout(300)
+            page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+            rows = page.eval_on_selector_all("tr", "rows => rows.map((row) => [row.cells[0].textContent, row.title])")
+            vectors = np.array([predictor.logits((text,)) for text in (query, *TEXTS)])
+            cosines = vectors[1:] @ vectors[0] / np.linalg.norm(vectors[1:], axis=1) / np.linalg.norm(vectors[0])
+            expected = dict(zip(TEXTS, cosines, strict=True))
+            assert len(rows) == 10
+            found = [float(title.removeprefix("cosine ")) for _, title in rows]
+            np.testing.assert_allclose(found, [expected[text] for text, _ in rows], atol=1e-3)
+            np.testing.assert_allclose(found, np.sort(cosines)[::-1][:10], atol=1e-3)
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Sentence embeddings: texts become vectors whose cosines say how alike they are."""

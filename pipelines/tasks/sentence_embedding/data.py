@@ -1,0 +1,190 @@
+"""Texts, pairs and scored pairs in three splits, and the rows of single texts that an embedder reads of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
+
+import datasets
+import numpy as np
+
+from pipelines.core.config import Checked, DataConfig, Positive, flag
+from pipelines.core.disk import digest
+from pipelines.core.errors import InputError
+from pipelines.core.task import TRANSFER, UNLABELLED
+from pipelines.data.documents import load_texts
+from pipelines.data.examples import (
+    Examples,
+    Given,
+    hash_of,
+    hash_rows,
+    inputs_of,
+    load_examples,
+    prepared,
+    split_examples,
+)
+from pipelines.data.references import read_scores
+from pipelines.data.splits import choose_splits
+from pipelines.data.text import TEXTS, lines_of
+from pipelines.models.embedder import POOLINGS
+
+CORPUS = -1  # the label of a row that is searched; a query's is the row of its positive
+
+
+@dataclass
+class EmbeddingConfig(Checked):
+    pooling: str | None = flag(
+        None,
+        "How the vectors of the tokens become one, of a model that is an encoder alone; a directory of sentence-transformers says it itself.",
+        choices=list(POOLINGS),
+    )
+    score_column: str | None = flag(
+        None,
+        "The column with how alike the two texts of a pair are: the models are scored by their correlation with it.",
+    )
+    title_pairs: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "Make a pair of each single text: its first line is the query, the last so many characters of its other lines are the positive. A text "
+        "whose first line another one has is left out.",
+    )
+    reference_model: str | None = flag(
+        None,
+        "For texts without pairs: the embedder, as a rule the teacher, whose nearest neighbours the models are scored by.",
+    )
+    corpus_size: Annotated[int, "at least 1"] = flag(
+        10_000,
+        "Texts that the queries of the test split are searched in: their positives, and those of the other splits up to this many. Those of the "
+        "validation split are searched in their own positives.",
+    )
+    learn_from: str = flag(
+        "texts",
+        "What a training example is: one of all 'texts', of which the teacher's vector is learnt; or a 'pair' as a row, of which queries "
+        "learn to find their positives among those of the batch (multiple negatives), or cosines to be the scores.",
+        choices=["texts", "pairs"],
+    )
+    vector_loss: str = flag(
+        "cosine",
+        "The distance from the teacher's vector: 1 minus the 'cosine', or the 'squared_error'. Vectors of another size learn the teacher's "
+        "cosines with the other texts of the batch instead.",
+        choices=["cosine", "squared_error"],
+    )
+    similarity_weight: float = flag(
+        0.0, "Weight of the divergence of the distributions of likeness over the other texts of the batch."
+    )
+    similarity_temperature: Positive = flag(0.05, "Temperature of these distributions.")
+    margin_weight: float = flag(0.0, "Weight of MarginMSE, with --learn_from pairs.")
+    matryoshka_sizes: str | None = flag(
+        None,
+        "Sizes to which the student's vectors may be cut, such as 64,128: their first numbers learn the teacher's cosines, too.",
+        metavar="64,128",
+    )
+    vector_size: Annotated[int | None, "at least 1"] = flag(
+        None,
+        "Size of the student's vectors: a Dense module that starts as the principal components of the teacher's. Left out: the teacher's.",
+    )
+
+    OF_DATA: ClassVar = ("score_column", "title_pairs")  # for parse_config()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.margin_weight > 0 and self.learn_from != "pairs":
+            raise InputError(
+                "expected --learn_from pairs with --margin_weight, found texts. Pass it, or leave the weight out."
+            )
+        try:
+            self.sizes = [int(size) for size in self.matryoshka_sizes.split(",")] if self.matryoshka_sizes else []
+        except ValueError as error:
+            raise InputError(f"expected --matryoshka_sizes such as 64,128, found {self.matryoshka_sizes!r}.") from error
+
+
+def load_pairs(config: DataConfig, embedding: EmbeddingConfig) -> Examples:
+    """The texts (column `text`), or pairs (`text_pair`, too), in three splits; `label` is the score of a pair, else 0."""
+    if embedding.score_column is not None:
+        if config.text_pair_column is None:
+            raise InputError(
+                "expected --text_pair_column with --score_column, found single texts. Pass the column of the second text."
+            )
+        return load_examples(replace(config, label_column=embedding.score_column), TEXTS, read_scores)
+    source = load_texts(config)
+    roles = choose_splits(source.splits, config, lambda split: config.text_column in split.column_names)
+    given = {
+        role: _given(source.splits[name], name, config, embedding) for role, name in roles.items() if name is not None
+    }
+    examples = split_examples(given, config, "texts", source.details, datasets.Value("int64"))
+    del examples.details["conflicting_labels"]
+    return examples
+
+
+def _given(split: datasets.Dataset, name: str, config: DataConfig, embedding: EmbeddingConfig) -> Given:
+    inputs = inputs_of(prepared(split, name, config, TEXTS, labelled=False), config, TEXTS)
+    characters = embedding.title_pairs if config.text_pair_column is None else None
+    if characters is not None:
+        pairs = [_title_pair(text or "", characters) for text in inputs["text"]]
+        inputs = datasets.Dataset.from_dict(
+            {"text": [title for title, _ in pairs], "text_pair": [end for _, end in pairs]}
+        )
+    hashes = hash_rows(inputs, name, TEXTS)
+    if characters is not None:  # so that no query has two positives
+        hashes[:, 1] = [hash_of(" ".join(title.split()).encode()) for title in inputs["text"]]
+    usable = hashes[:, 0] > 0
+    if not usable.any() or (not usable.all() and config.missing == "error" and characters is None):
+        raise InputError(
+            f"expected text in every row of the split {name!r}, found {int((~usable).sum())} of {len(usable)} rows without; remove these "
+            "rows, or leave them out with --missing drop"
+        )
+    kept = np.flatnonzero(usable)
+    return Given(name, inputs.select(kept), hashes[kept], np.zeros(len(kept), np.int64))
+
+
+def _title_pair(text: str, characters: int) -> tuple[str, str]:
+    title, *rest = lines_of(text) or [""]
+    return title, "\n".join(rest)[-characters:]
+
+
+def single_texts(examples: Examples, embedding: EmbeddingConfig) -> Examples:
+    """The same splits, or a transfer set, as rows of one text each, with the column `label`.
+
+    To train on: all different texts, or with --learn_from pairs both texts of each pair, one after the other. To search: the queries, then
+    the corpus, see queries_and_corpus. Of scored pairs all first texts, then all second ones, both with the score.
+    """
+    rows: dict[str, tuple[list[str], Any]] = {}
+    for role, split in examples.splits.items():
+        texts, labels, others = (
+            split["text"][:],
+            split["label"][:],
+            split["text_pair"][:] if is_paired(examples) else [],
+        )
+        if role == "train" and embedding.learn_from == "pairs":
+            rows[role] = [text for pair in zip(texts, others, strict=True) for text in pair], np.repeat(labels, 2)
+        elif role in ("train", TRANSFER) or not others:
+            different = [*dict.fromkeys([*texts, *others])]
+            rows[role] = different, np.full(len(different), UNLABELLED if role == TRANSFER else 0)
+        elif embedding.score_column is not None:
+            rows[role] = [*texts, *others], np.tile(labels, 2)
+        else:
+            rows[role] = queries_and_corpus(examples, split, embedding.corpus_size if role == "test" else 0)
+    splits = {
+        role: datasets.Dataset.from_dict({"text": texts, "label": labels}) for role, (texts, labels) in rows.items()
+    }
+    key = [examples.fingerprint, embedding.learn_from, embedding.corpus_size, embedding.score_column]
+    return Examples(
+        datasets.DatasetDict(splits), examples.details, digest(["single texts", *key]), hashes=examples.hashes
+    )
+
+
+def is_paired(examples: Examples) -> bool:
+    return all("text_pair" in split.column_names for split in examples.splits.values())
+
+
+def queries_and_corpus(examples: Examples, split: datasets.Dataset, most: int) -> tuple[list[str], np.ndarray]:
+    """The queries of a split and then the corpus, every text once: the positives of the split, and those of the others until it has `most`.
+
+    The labels are the row of each query's positive, and CORPUS for the rest.
+    """
+    queries, own = split["text"][:], split["text_pair"][:]
+    corpus = {text: len(queries) + place for place, text in enumerate(dict.fromkeys(own))}
+    for role in sorted(examples.splits) if most else ():
+        for text in examples.splits[role]["text_pair"][:]:
+            if len(corpus) < most:
+                corpus.setdefault(text, len(queries) + len(corpus))
+    return [*queries, *corpus], np.array([corpus[text] for text in own] + [CORPUS] * len(corpus))

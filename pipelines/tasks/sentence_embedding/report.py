@@ -1,0 +1,178 @@
+"""What the report of an embedder has of its own: what is compared, and how its pages say it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.core.task import Comparison, StageResult
+from pipelines.report.markdown import markdown_table, number
+from pipelines.report.pages import TEACHER
+from pipelines.runtime.vectors import unit
+from pipelines.tasks.base import BasePresentation, check_predictions, listed_examples
+from pipelines.tasks.sentence_embedding.data import CORPUS
+from pipelines.tasks.sentence_embedding.scores import likeness, options, overlap, places_of, rank_correlation, spearman
+from pipelines.tasks.texts import TextPresentation, token_limit
+
+Sample = tuple[np.ndarray, ...]
+TITLES = {"recall_at_1": "recall@1", "recall_at_10": "recall@10", "ndcg_at_10": "NDCG@10", "pearson": "pearson"}
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values.mean(axis=-1))
+
+
+def compare_embedders(
+    stages: list[StageResult],
+    labels: np.ndarray,
+    texts: list[str],
+    score: Callable[[np.ndarray], dict[str, Any]],
+    sample: Callable[[np.ndarray], Sample],
+    searches: bool,
+    sizes: list[int],
+    shipped: str,
+    teacher: str = TEACHER,
+) -> Comparison:
+    """What a report says of embedders: `labels` are those of single_texts(), predictions vectors (rows, size), or places (queries,).
+
+    `score` gives the metrics of predictions of the test split, `sample` what the primary one is computed from. Agreement is the mean overlap
+    of the ten nearest texts with the teacher's. `sizes` are those to which vectors may be cut.
+    """
+    queries = int((labels != CORPUS).sum())
+    for stage in stages:
+        shape = (queries,) if stage.format == "sklearn" else (len(labels), stage.predictions.shape[-1])
+        check_predictions([stage], shape, "a vector for each text, or the place of each query's positive", stage.name)
+    found = {stage.name: stage.predictions for stage in stages}
+    reference = likeness(found[teacher], labels, searches)
+    compared: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        compared[stage.name] = {"metrics": score(stage.predictions), "agreement": None, "similarity_spearman": None}
+        if stage.format != "sklearn":
+            own = likeness(stage.predictions, labels, searches)
+            compared[stage.name] |= {
+                "agreement": float(overlap(own, reference).mean()),
+                "similarity_spearman": rank_correlation(own, reference),
+                "vector_size": stage.predictions.shape[1],
+            }
+    samples = {name: sample(predictions) for name, predictions in found.items()}
+    metric = spearman if len(samples[teacher]) == 2 else mean
+    if "onnx" in found and shipped in found and found["onnx"].shape == found[shipped].shape:
+        cosines = (unit(found["onnx"]) * unit(found[shipped])).sum(axis=1)
+        compared[shipped]["cosine_to_fp32"] = {"mean": float(cosines.mean()), "least": float(cosines.min())}
+    report: dict[str, Any] = {
+        "test_examples": len(samples[teacher][0]),
+        "corpus_examples": len(labels) - queries,
+        "vector_options": options(found[shipped], sizes, lambda vectors: float(metric(*sample(vectors)))),
+    }
+    if searches:
+        before, after = (places_of(found[name], labels) for name in (teacher, shipped))
+        order = np.argsort(1 / after - 1 / before, kind="stable")
+        columns = {"teacher_place": before, "shipped_place": after}
+        worse = order[after[order] > before[order]]
+        examples = listed_examples(worse, texts, **columns)
+        report["worse_examples"] = {"total": len(worse), "better": int((after < before).sum()), "examples": examples}
+    return Comparison(compared, report, samples, metric)
+
+
+class EmbedderPresentation(TextPresentation, BasePresentation):
+    """What a report says of an embedder."""
+
+    latency_of = "one text"
+    speed_unit = "texts/s"
+    hub_task: str | None = "sentence-similarity"
+    hub_library = "sentence-transformers"
+    hub_metrics: Mapping[str, str] = {
+        "mrr_at_10": "mrr_at_10",
+        "ndcg_at_10": "ndcg_at_10",
+        "recall_at_1": "recall_at_1",
+        "spearman": "spearmanr",
+    }
+    limitations: Sequence[str] = (
+        "A cosine says which of several texts is nearer to another one. It is no probability, and no threshold holds for all texts.",
+        "Vectors of one model cannot be compared with those of another, not even of its teacher: index all texts anew.",
+        "It learned from its teacher and its data, errors and biases included.",
+    )
+
+    def kind(self, report: dict[str, Any]) -> str:
+        return "sentence embeddings: texts become vectors, and like texts near ones"
+
+    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
+        metrics = stage["metrics"]
+        return {title: number(metrics[name], ".3f") for name, title in TITLES.items() if name in metrics} | {
+            "similarity": number(stage.get("similarity_spearman"), ".3f")
+        }
+
+    def how_scored(self, report: dict[str, Any]) -> str:
+        searched = ""
+        if "worse_examples" in report:
+            searched = (
+                f"Each query is searched by its cosine in a corpus of {report['corpus_examples']:,} texts, of which one is its positive; texts of the "
+                "same cosine count against it. *mrr at 10*: 1 / the place of the positive, 0 beyond the tenth. *recall@k*: the share of "
+                "positives among the first k. *NDCG@10*: 1 / log2(1 + place). "
+            )
+        return (
+            f"{searched}*agreement*: the share of the ten nearest texts that are among the teacher's ten, too. *similarity*: Spearman's "
+            "correlation of all cosines with the teacher's. *retained*: the score divided by the teacher's."
+        )
+
+    def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
+        name, parts = shipped["name"], []
+        if closeness := shipped.get("cosine_to_fp32"):
+            parts.append(
+                f"The vectors of {name} have a mean cosine of {closeness['mean']:.4f} with those of the fp32 model, and one of "
+                f"{closeness['least']:.4f} at least."
+            )
+        rows = [
+            [one["kind"], str(one["size"]), str(one["bytes"]), f"{one['score']:.3f}"]
+            for one in report["vector_options"]
+        ]
+        metric = report["primary_metric"].replace("_", " ")
+        parts.append(f"The vectors of {name} in fewer bytes (infer.py --vector_type), and what that costs:")
+        parts.append(markdown_table(["numbers", "size", "bytes", metric], rows))
+        if worse := report.get("worse_examples"):
+            examples = worse["examples"][:listed]
+            parts.append(
+                f"Test queries whose positive {name} finds at a later place than the teacher: {worse['total']:,} of "
+                f"{report['test_examples']:,}. The other way round: {worse['better']:,}."
+                + (f" The {len(examples)} that lost most:" if examples else "")
+            )
+            if examples:
+                header = ["query", "text", "teacher's place", f"{name}'s place"]
+                cells = [
+                    [str(one["index"]), one["text"], str(one["teacher_place"]), str(one["shipped_place"])]
+                    for one in examples
+                ]
+                parts.append(markdown_table(header, cells, text_columns=2))
+        return "\n\n".join(parts)
+
+    def in_python(self, report: dict[str, Any], model: str) -> str:
+        return f"""
+            from sentence_transformers import SentenceTransformer
+            model = SentenceTransformer({json.dumps(model)})
+            print(model.similarity(model.encode("A query."), model.encode(["A text.", "Another text."])))
+        """
+
+    def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
+        return f"""
+            import onnxruntime
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
+            inputs = tokenizer(["A text."], truncation=True, max_length={token_limit(report)}, return_tensors="np")
+            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
+            print(session.run(["sentence_embedding"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0])
+        """
+
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        name = json.dumps(repo_id)
+        return f"""
+            import {{ AutoModel, AutoTokenizer }} from "@huggingface/transformers";
+            const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await AutoModel.from_pretrained({name}, {{ dtype: "{dtype}" }});
+            console.log((await model(tokenizer(["A text."]))).sentence_embedding.tolist());
+        """
+
+    def in_shell(self, report: dict[str, Any]) -> str:
+        return "--file texts.txt --output vectors.npy"

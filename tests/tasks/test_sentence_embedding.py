@@ -1,0 +1,409 @@
+"""Sentence embeddings: pooling and losses against formulas, the layout of sentence-transformers, and the whole chain on pairs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from scipy.stats import spearmanr
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from conftest import FILLER, WORDS, make_tokenizer, tiny_config
+from pipelines.cli import main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig, DistillConfig, StudentConfig
+from pipelines.core.errors import InputError
+from pipelines.hub import check_run, published_tokenizer
+from pipelines.models.embedder import SETTINGS, load_embedder, pool, width_of
+from pipelines.models.removal import load_model
+from pipelines.models.students import build_student
+from pipelines.runtime.vectors import convert, search, unit
+from pipelines.tasks.ranking import Bm25, Retriever
+from pipelines.tasks.sentence_embedding import losses
+from pipelines.tasks.sentence_embedding.data import CORPUS, EmbeddingConfig
+from pipelines.tasks.sentence_embedding.task import SentenceEmbedding
+from pipelines.training.fine_tune import save
+
+ALL_WORDS = [*FILLER, *(word for words in WORDS.values() for word in words)]
+
+
+def write_pairs(path: Path, pairs: int = 150) -> Path:
+    """Queries of four words, and positives that have three of them."""
+    generator = np.random.default_rng(0)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "other", "score"])
+        for index in range(pairs):
+            words = generator.choice(ALL_WORDS, 4, replace=False)
+            others = [*words[:3], *generator.choice(ALL_WORDS, generator.integers(3, 8))]
+            writer.writerow([f"{' '.join(words)} {index}", " ".join(generator.permutation(others)), index % 6])
+    return path
+
+
+def write_embedder(directory: Path, dense: bool = False, pooling: str = "mean") -> Path:
+    """A tiny BERT as sentence-transformers saves it, with pooling and normalization, perhaps a Dense module between them."""
+    directory.mkdir()
+    torch.manual_seed(0)
+    AutoModel.from_config(tiny_config("bert", initializer_range=0.02)).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory)
+    settings = {"pooling": pooling, "dense": [], "normalize": True, "max_length": 32}
+    setattr(config, SETTINGS, settings)
+    model = load_embedder(str(directory), config)
+    if dense:
+        model.append_dense(24)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.csv")
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_embedder(tmp_path_factory.mktemp("embedder") / "model")
+
+
+@pytest.fixture(scope="module")
+def run(pairs: Path, embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole chain, with the flags that a stranger would give."""
+    run = tmp_path_factory.mktemp("chain") / "run"
+    flags = f"""
+        compress --task sentence-embedding --dataset {pairs} --text_pair_column other --teacher_model {embedder} --output_dir {run}
+        --max_length 32 --num_train_epochs 4 --learning_rate 3e-3 --student_layers 2 --prune_steps 1 --prune_epochs 1
+        --prune_heads 0 --prune_ffn 0.25 --max_quality_drop 0.4 --use_cpu --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
+        --matryoshka_sizes 16
+    """.split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pocketformers", *flags])
+        run_main(main)
+    return run
+
+
+def test_the_whole_chain(run, embedder):
+    report = json.loads((run / "report.json").read_text())
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert (report["task"], report["primary_metric"]) == ("sentence-embedding", "mrr_at_10")
+    assert [*stages][-3:] == ["teacher_quantized", "bm25", "tfidf"]
+    assert stages["teacher"]["metrics"]["mrr_at_10"] > 0.2
+    assert stages["quantized"]["metrics"]["mrr_at_10"] > 0.7 * stages["teacher"]["metrics"]["mrr_at_10"]
+    assert (stages["teacher"]["agreement"], stages["bm25"]["agreement"]) == (1, None)
+    assert stages["onnx"]["agreement"] > 0.5
+    assert stages["quantized"]["cosine_to_fp32"]["least"] > 0.95
+    kinds = [(one["kind"], one["size"], one["bytes"]) for one in report["vector_options"]]
+    assert kinds == [("float32", 32, 128), ("int8", 32, 32), ("binary", 32, 4), ("float32", 16, 64), ("int8", 16, 16)]
+    assert report["vector_options"][0]["score"] == pytest.approx(stages["quantized"]["metrics"]["mrr_at_10"])
+    page = (run / "report.md").read_text()
+    assert "recall@10" in page
+    assert "whose positive quantized finds at a later place" in page
+    assert "SentenceTransformer" in (run / "README.md").read_text()
+    # What sentence-transformers reads is published, the folders of its modules among it.
+    assert {"modules.json", "1_Pooling/config.json", "onnx/model_quantized.onnx"} <= check_run(run)[1].keys()
+    assert "pipeline_tag: sentence-similarity" in (run / "README.md").read_text()
+    # Used as it is: no training of the teacher.
+    assert "steps" not in json.loads((run / "teacher" / "record.json").read_text())["details"]
+
+
+def test_the_bundle_gives_the_vectors_of_the_graph(run, tmp_path):
+    import onnxruntime
+
+    from pipelines import load
+
+    session = onnxruntime.InferenceSession(run / "quantized" / "model.onnx")
+    assert [value.name for value in session.get_outputs()] == ["token_embeddings", "sentence_embedding"]
+    texts = ["a goal for the team 1", "shares fell"]
+    found = load(run / "bundle")(texts)
+    assert (found.shape, found.dtype) == ((2, 32), np.float32)
+    assert np.linalg.norm(found, axis=1) == pytest.approx(1, abs=1e-5)
+    np.testing.assert_array_equal(load(run / "quantized")(texts[1]), found[1])
+    lines, output = tmp_path / "lines.txt", tmp_path / "vectors.npy"
+    lines.write_text("\n".join(texts))
+    command = [sys.executable, str(run / "bundle" / "infer.py"), "--file", str(lines)]
+    subprocess.run([*command, "--output", str(output)], check=True)
+    np.testing.assert_array_equal(np.load(output), found)
+    subprocess.run([*command, "--output", str(output), "--vector_type", "int8"], check=True)
+    np.testing.assert_array_equal(np.load(output), convert(found, "int8"))
+    written = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert np.array(json.loads(written[1])["vector"], np.float32) == pytest.approx(found[1])
+
+
+@pytest.mark.parametrize(
+    ("pooling", "dense"), [("mean", False), ("cls", True), ("lasttoken", False), ("weightedmean", True)]
+)
+def test_sentence_transformers_opens_what_is_written_and_gives_the_same_vectors(pooling, dense, run, tmp_path):
+    transformer = pytest.importorskip("sentence_transformers").SentenceTransformer
+    directory = write_embedder(tmp_path / "model", dense, pooling)
+    texts = ["a goal for the team 1", "shares", "a match of the season and the coach"]
+    stock = transformer(str(directory), device="cpu")
+    assert stock.max_seq_length == 32
+    np.testing.assert_allclose(vectors_of(directory, texts), stock.encode(texts), atol=1e-6)
+    # And the other way round, as that library writes it.
+    stock.save_pretrained(str(tmp_path / "again"), create_model_card=False)
+    np.testing.assert_allclose(vectors_of(tmp_path / "again", texts), stock.encode(texts), atol=1e-6)
+    if pooling == "mean":  # zeros of pruning are removed by us, and stay for others
+        pruned = transformer(str(run / "pruned"), device="cpu")
+        np.testing.assert_allclose(vectors_of(run / "pruned", texts), pruned.encode(texts), atol=1e-6)
+
+
+def vectors_of(directory: Path, texts: list[str]) -> np.ndarray:
+    model, tokenizer = load_model(directory), AutoTokenizer.from_pretrained(directory)
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).sentence_embedding.numpy()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pooling_leaves_padding_out(side):
+    tokens, lengths = np.random.default_rng(0).normal(size=(3, 6, 4)), [6, 3, 1]
+    mask = np.array([[1] * n + [0] * (6 - n) for n in lengths])
+    expected: dict[str, list[np.ndarray]] = {"mean": [], "cls": [], "lasttoken": [], "weightedmean": []}
+    if side == "left":
+        mask = mask[:, ::-1].copy()
+    for row, own in zip(tokens, mask, strict=True):
+        real = row[own == 1]
+        weights = np.arange(1, len(real) + 1)[:, None]
+        expected["mean"].append(real.mean(axis=0))
+        expected["cls"].append(real[0])
+        expected["lasttoken"].append(real[-1])
+        expected["weightedmean"].append((real * weights).sum(axis=0) / weights.sum())
+    for how, wanted in expected.items():
+        np.testing.assert_allclose(pool(torch.from_numpy(tokens), torch.from_numpy(mask), how), wanted, atol=1e-6)
+
+
+def test_losses_are_their_formulas():
+    generator = np.random.default_rng(0)
+    student, teacher = generator.normal(size=(6, 5)), generator.normal(size=(6, 5))
+    left, right = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in (student, teacher))
+    given = torch.from_numpy(student), torch.from_numpy(teacher)
+    assert losses.vector_loss(*given, "cosine").item() == pytest.approx((1 - (left * right).sum(axis=1)).sum())
+    assert losses.vector_loss(*given, "squared_error").item() == pytest.approx(((left - right) ** 2).sum())
+
+    def others(unit: np.ndarray) -> np.ndarray:
+        return np.array([[unit[i] @ unit[j] for j in range(6) if j != i] for i in range(6)])
+
+    error = ((others(left) - others(right)) ** 2).mean(axis=1).sum()
+    assert losses.similarity_error(*given).item() == pytest.approx(error)
+    # The two may have other sizes.
+    assert losses.similarity_error(given[0][:, :2], given[1]).item() > 0
+    p, q = (softmax(others(one) / 0.1, axis=1) for one in (right, left))
+    assert losses.similarity_divergence(*given, 0.1).item() == pytest.approx((p * np.log(p / q)).sum())
+    margins = []
+    for both in (left.reshape(3, 2, 5), right.reshape(3, 2, 5)):
+        margins.append(
+            [[both[i, 0] @ both[i, 1] - both[i, 0] @ both[j, 1] for j in range(3) if j != i] for i in range(3)]
+        )
+    expected = ((np.array(margins[0]) - np.array(margins[1])) ** 2).mean(axis=1).sum()
+    pairs = [one.unflatten(0, (3, 2)) for one in given]
+    assert losses.margin_error(*pairs).item() == pytest.approx(expected)
+    scores = 20 * left.reshape(3, 2, 5)[:, 0] @ left.reshape(3, 2, 5)[:, 1].T
+    assert losses.multiple_negatives(pairs[0]).item() == pytest.approx(-np.log(np.diag(softmax(scores, axis=1))).sum())
+
+
+def test_vectors_in_fewer_bytes():
+    vectors = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    cosines = unit(vectors) @ unit(vectors).T
+    stored = convert(vectors, "int8")
+    assert (stored.dtype, stored.nbytes) == (np.int8, 80)
+    np.testing.assert_allclose(unit(stored) @ unit(stored).T, cosines, atol=0.02)
+    bits = convert(vectors, "binary")
+    assert bits.shape == (5, 2)
+    same = (np.sign(vectors[0]) == np.sign(vectors[1])).mean()
+    assert unit(bits)[0] @ unit(bits)[1] == pytest.approx(2 * same - 1)
+    places, found = search(stored[:1], stored, 3)
+    assert places[0, 0] == 0
+    assert found[0, 0] == pytest.approx(1)
+
+
+def test_titles_are_queries_of_the_ends_of_their_articles(tmp_path):
+    for index in range(30):
+        (tmp_path / "news").mkdir(exist_ok=True)
+        (tmp_path / "news" / f"{index}.txt").write_text(
+            f"Title {100 + index % 29}\n\nBegin {100 + index}.\nThe end of {100 + index}."
+        )
+    task = SentenceEmbedding(DataConfig(dataset=str(tmp_path)), EmbeddingConfig(title_pairs=12))
+    sizes = {role: len(split) for role, split in task.splits.items()}
+    assert sum(sizes.values()) == 29  # one title is there twice
+    rows = task.rows.splits["test"]
+    labels, texts = np.array(rows["label"]), rows["text"][:]
+    assert (labels == CORPUS).sum() == 29
+    assert len(task.rows.splits["validation"]) == 2 * sizes["validation"]  # searched among its own
+    for row in range(sizes["test"]):
+        assert (texts[row], texts[labels[row]]) == (f"Title {texts[row][6:]}", f"The end of {texts[row][6:]}."[-12:])
+    assert sorted(task.rows.splits["train"]["text"]) == sorted(
+        [*task.splits["train"]["text"], *task.splits["train"]["text_pair"]]
+    )
+    inputs = task.baseline_inputs(task.splits["test"])
+    retriever = Retriever(Bm25).fit(task.baseline_inputs(task.splits["train"]))
+    found = task.baseline_predictions(retriever, inputs)
+    assert found.shape == (sizes["test"],)
+    assert task.scores(found, labels)["recall_at_10"] > 0.9  # the number is in both
+    assert len(retriever.predict(inputs[:2])) == 2
+
+
+def test_training_examples_that_are_pairs(pairs, embedder):
+    settings = EmbeddingConfig(learn_from="pairs", score_column="score", margin_weight=0.5)
+    task = SentenceEmbedding(DataConfig(dataset=str(pairs), text_pair_column="other", max_length=32), settings)
+    processor = task.load_processor(str(embedder))
+    rows = task.features(processor)["train"]
+    assert len(rows) == len(task.splits["train"])
+    batch = task.collate(processor)([rows[0], rows[1]])
+    assert len(batch["input_ids"]) == 4
+    model = task.load_model(str(embedder)).eval()
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        outputs = task.outputs(model(**batch))
+    loss, count = task.label_loss(outputs, labels)
+    first, second = outputs["sentence_embedding"].numpy().reshape(2, 2, -1).transpose(1, 0, 2)
+    expected = ((first * second).sum(axis=1) - labels.numpy() / 5) ** 2
+    assert (loss.item(), count) == (pytest.approx(expected.sum(), rel=1e-5), 2)
+    stored = task.soft_targets(outputs, DistillConfig())
+    assert stored["teacher_sentence_embedding"].shape == (2, 2, 32)
+    assert task.soft_loss(outputs, stored, labels, DistillConfig()).item() == pytest.approx(0, abs=1e-5)
+    assert task.token_weights(batch, labels, batch["input_ids"].shape[1]).sum().item() == pytest.approx(2)
+    assert {*task.metrics} == {"spearman", "pearson"}
+    vectors = np.random.default_rng(0).normal(size=(2 * len(task.splits["test"]), 4))
+    found = task.scores(vectors, task.rows.splits["test"]["label"][:])
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*np.split(vectors, 2), strict=True)]
+    assert found["spearman"] == pytest.approx(spearmanr(cosines, task.splits["test"]["label"][:]).statistic)
+
+
+def test_texts_alone_are_scored_by_the_neighbours_of_the_reference(pairs, embedder):
+    data = DataConfig(dataset=str(pairs), max_length=32)
+    with pytest.raises(InputError, match="--reference_model"):
+        SentenceEmbedding(data).splits  # noqa: B018
+    task = SentenceEmbedding(data, EmbeddingConfig(reference_model=str(embedder), vector_size=8))
+    vectors = task._vectors(str(embedder), "validation")
+    same = task.scores(vectors, task.rows.splits["validation"]["label"][:])
+    assert same == {"overlap_at_10": 1, "similarity_spearman": pytest.approx(1)}
+    noise = np.random.default_rng(0).normal(size=vectors.shape)
+    other = task.scores(noise, task.rows.splits["validation"]["label"][:])
+    assert other["overlap_at_10"] < 0.9
+    # The smaller vectors of a student begin as the principal components of the teacher's.
+    student = task.load_model(str(embedder))
+    task.fit_outputs(student, str(embedder))
+    assert width_of(student.config) == 8
+    weight = student.dense[0].weight.detach().numpy()
+    np.testing.assert_allclose(weight @ weight.T, np.eye(8), atol=1e-5)
+    found = vectors @ weight.T
+    assert np.square(found).sum() > 0.5 * np.square(vectors).sum()
+
+
+def test_a_static_embedder_begins_as_the_vectors_of_single_tokens(pairs, embedder, tmp_path):
+    task = SentenceEmbedding(DataConfig(dataset=str(pairs), text_pair_column="other", max_length=32))
+    student = StudentConfig(student_model="static", student_width=16)
+    model, processor, _ = build_student(student, str(embedder), task)
+    assert [layer.out_features for layer in model.dense] == [32]
+    save(model, processor, tmp_path)
+    text = "goal match shares"
+    ids = processor(text)["input_ids"]
+    assert len(ids) == 3  # no special tokens
+    table = model.embedding.weight.detach().numpy()
+    vector = table[ids].mean(axis=0) @ model.dense[0].weight.detach().numpy().T
+    np.testing.assert_allclose(vectors_of(tmp_path, [text])[0], vector / np.linalg.norm(vector), atol=1e-6)
+    transformers = pytest.importorskip("sentence_transformers")
+    stock = transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    np.testing.assert_allclose(stock.encode([text, "the"]), vectors_of(tmp_path, [text, "the"]), atol=1e-6)
+
+
+def test_what_cannot_work_is_refused(pairs, pretrained, embedder):
+    data = DataConfig(dataset=str(pairs), text_pair_column="other", max_length=32)
+    task = SentenceEmbedding(data)
+    with pytest.raises(InputError, match="--pooling"):
+        task.load_model(str(pretrained))
+    pooled = SentenceEmbedding(data, EmbeddingConfig(pooling="cls")).load_model(str(pretrained))
+    assert pooled.config.sentence_embedding["pooling"] == "cls"
+    with pytest.raises(InputError, match="--learn_from pairs"):
+        task.load_model(str(embedder), "new if other")
+    with pytest.raises(InputError, match="no better than guessing"):
+        task.check_teacher({"mrr_at_10": 0.001}, None)
+    with pytest.raises(InputError, match="nothing to learn"):
+        task.check_soft_loss(DistillConfig(soft_target_weight=0))
+    with pytest.raises(InputError, match="no distributions"):
+        task.check_soft_loss(DistillConfig(divergence="reverse_kl"))
+    with pytest.raises(InputError, match="--margin_weight"):
+        EmbeddingConfig(margin_weight=1)
+    with pytest.raises(InputError, match="--matryoshka_sizes"):
+        EmbeddingConfig(matryoshka_sizes="small")
+
+
+IN_NODE = """
+import { env, pipeline, AutoModel, AutoTokenizer } from "@huggingface/transformers";
+env.localModelPath = process.argv[1]; env.allowRemoteModels = false;
+const texts = JSON.parse(process.argv[2]), found = {};
+for (const dtype of ["fp32", "q8"]) {
+    const embed = await pipeline("feature-extraction", "small", { dtype });
+    found[dtype] = (await embed(texts, { pooling: "mean", normalize: true })).tolist();
+}
+const tokenizer = await AutoTokenizer.from_pretrained("small"), model = await AutoModel.from_pretrained("small", { dtype: "fp32" });
+found.graph = (await model(tokenizer(texts, { padding: true }))).sentence_embedding.tolist();
+console.log(JSON.stringify(found));
+"""
+IN_PYTHON = """
+import json, sys
+import chromadb
+from fastembed import TextEmbedding
+from fastembed.common.model_description import ModelSource, PoolingType
+from pipelines import load
+
+published, bundle, texts = *sys.argv[1:3], json.loads(sys.argv[3])
+how = {"pooling": PoolingType.MEAN, "normalization": True, "dim": 32, "model_file": "onnx/model.onnx"}
+TextEmbedding.add_custom_model(model="own/small", sources=ModelSource(hf="own/small"), **how)
+found = {"fastembed": [one.tolist() for one in TextEmbedding("own/small", specific_model_path=published).embed(texts)]}
+
+
+class Small(chromadb.EmbeddingFunction):
+    def __init__(self):
+        self.model = load(bundle)
+
+    def __call__(self, input):
+        return list(self.model(list(input)))
+
+
+collection = chromadb.EphemeralClient().create_collection("texts", embedding_function=Small())
+collection.add(ids=list(map(str, range(len(texts)))), documents=texts)
+found["chroma"] = collection.get(include=["embeddings"])["embeddings"].tolist()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.packages
+def test_others_embed_as_we_do(run, tmp_path):
+    from pipelines import load
+
+    report, files = check_run(run)
+    settings = SentenceEmbedding.presentation.tokenizer_settings(report)
+    for name, content in (files | published_tokenizer(files, settings)).items():
+        path = tmp_path / "published" / "small" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    texts = ["a goal for the team 1", "shares of the bank", "the phone"]
+    node, python = tmp_path / "node", tmp_path / "python" / "bin" / "python"
+    node.mkdir()
+    subprocess.run(
+        ["npm", "install", "--silent", "--ignore-scripts", "@huggingface/transformers@4"], cwd=node, check=True
+    )
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "python"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "fastembed>=0.9", "chromadb>=1.5"], check=True)
+    given, found = json.dumps(texts), {}
+    script = ["node", "--input-type=module", "--eval", IN_NODE, str(tmp_path / "published"), given]
+    small = [str(python), "-c", IN_PYTHON, str(tmp_path / "published" / "small"), str(run / "bundle"), given]
+    for command in (script, small):
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(command, cwd=node, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found |= json.loads(done.stdout.splitlines()[-1])
+    ours = {name: load(run / name)(texts) for name in ("onnx", "quantized")}
+    for name in ("fp32", "graph", "fastembed"):
+        np.testing.assert_allclose(found[name], ours["onnx"], atol=1e-5)
+    np.testing.assert_allclose(found["chroma"], ours["quantized"], atol=1e-6)
+    np.testing.assert_allclose(found["q8"], ours["quantized"], atol=0.05)
