@@ -291,14 +291,13 @@ def training(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def timed_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmark's workers are forked, all of them: fresh ones take a second each for their imports (tests/report/test_benchmark.py)."""
-    from pipelines.onnx import measure
-    from processes import IMPORTS
+def timed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The benchmark's workers are no processes of their own, whose imports take seconds; tests/report/test_benchmark.py has those."""
+    from processes import time_here
 
-    monkeypatch.setattr(measure, "TORCH_IMPORTS", IMPORTS)
-    run_worker = measure.run_worker
-    monkeypatch.setattr(measure, "run_worker", lambda *arguments, fork: run_worker(*arguments, fork=True))
+    monkeypatch.setattr("pipelines.onnx.measure.run_worker", time_here)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
