@@ -27,23 +27,23 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 # The files that take longest come first, so that no process is left alone with one of them in the end.
 LONGEST = (
     "test_recipes.py",
-    "test_recipe_vit.py",
-    "test_recipe_gpt2.py",
-    "test_training.py",
-    "test_seeds.py",
     "test_hub.py",
     "test_benchmark_training.py",
+    "test_recipe_gpt2.py",
+    "test_recipe_vit.py",
+    "test_seeds.py",
     "test_inference_benchmark.py",
-    "test_search.py",
     "test_other_kinds.py",
     "test_export_language.py",
     "test_edge.py",
-    "test_main.py",
-    "test_teachers.py",
     "test_processes.py",
+    "test_search.py",
+    "test_training.py",
+    "test_teachers.py",
+    "test_main.py",
+    "test_text_regression.py",
     "test_soft_targets.py",
-    "test_distill.py",
-    "test_transfer.py",
+    "test_page.py",
 )
 
 
