@@ -27,23 +27,23 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 # The files that take longest come first, so that no process is left alone with one of them in the end.
 LONGEST = (
     "test_recipes.py",
-    "test_recipe_vit.py",
-    "test_recipe_gpt2.py",
-    "test_training.py",
-    "test_seeds.py",
     "test_hub.py",
     "test_benchmark_training.py",
+    "test_recipe_gpt2.py",
+    "test_recipe_vit.py",
+    "test_seeds.py",
     "test_inference_benchmark.py",
-    "test_search.py",
     "test_other_kinds.py",
     "test_export_language.py",
     "test_edge.py",
-    "test_main.py",
-    "test_teachers.py",
     "test_processes.py",
+    "test_search.py",
+    "test_training.py",
+    "test_teachers.py",
+    "test_main.py",
+    "test_text_regression.py",
     "test_soft_targets.py",
-    "test_distill.py",
-    "test_transfer.py",
+    "test_page.py",
 )
 
 
@@ -291,14 +291,13 @@ def training(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def timed_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmark's workers are forked, all of them: fresh ones take a second each for their imports (tests/report/test_benchmark.py)."""
-    from pipelines.onnx import measure
-    from processes import IMPORTS
+def timed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The benchmark's workers are no processes of their own, whose imports take seconds; tests/report/test_benchmark.py has those."""
+    from processes import time_here
 
-    monkeypatch.setattr(measure, "TORCH_IMPORTS", IMPORTS)
-    run_worker = measure.run_worker
-    monkeypatch.setattr(measure, "run_worker", lambda *arguments, fork: run_worker(*arguments, fork=True))
+    monkeypatch.setattr("pipelines.onnx.measure.run_worker", time_here)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -104,6 +106,12 @@ def recipe(argv: list[str]) -> None:
     os.chdir("/")
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
+
+
+def time_here(module: str, spec: Path, name: str, **_: Any) -> Any:
+    """What pipelines.onnx.measure.run_worker gives, from this process."""
+    importlib.import_module(module).work(spec)
+    return json.loads((spec.parent / "result.json").read_text())
 
 
 def values(ended: list[Ended]) -> list[Any]:

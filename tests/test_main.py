@@ -41,7 +41,7 @@ def record(directory: Path) -> dict:
     return json.loads((directory / "record.json").read_text())
 
 
-@pytest.mark.usefixtures("timed_in_forks")
+@pytest.mark.usefixtures("timed_here")
 def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path, capsys):
     data = ["--dataset", str(csv_file), "--max_length", "32"]
     out = {name: str(tmp_path / name) for name in ("teacher", "student", "pruned", "onnx", "quantized")}
@@ -141,7 +141,7 @@ def test_every_public_name_is_found():
     assert all(callable(getattr(pipelines, name)) for name in ("prune", "export", "quantize", "verify"))
 
 
-@pytest.mark.usefixtures("timed_in_forks")
+@pytest.mark.usefixtures("timed_here")
 def test_the_chain_of_a_language_model_stage_by_stage(stage, language_shape, language_text, tmp_path):
     task = ["--task", "text-generation"]
     data = ["--dataset", str(language_text), "--max_length", "32", "--vocabulary_size", "300"]

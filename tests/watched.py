@@ -9,13 +9,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from processes import recipe
+from pipelines.onnx import measure
+from processes import recipe, time_here
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 
 
 def watched_recipe(argv: list[str]) -> None:
-    """What a process of `run_recipe` does, under watch."""
+    """What a process of `run_recipe` does, under watch; the models are timed in it."""
+    measure.run_worker = time_here
     directory = output_directory(argv)
     notes = os.open(notes_of(directory), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     inside = os.path.join(directory, "")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import tiny_model
-from pipelines.onnx.measure import run_worker
+from processes import time_here
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -37,8 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher: Path, csv_file: Path)
     # In this process, which spares the seconds that the imports take; test_readme.py starts the file as a script.
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", command)
-        # Whose fresh processes are in test_benchmark.py.
-        patched.setattr(inference, "run_worker", lambda *given, **how: run_worker(*given, **how | {"fork": True}))
+        patched.setattr(inference, "run_worker", time_here)  # whose fresh processes are in test_benchmark.py
         patched.setenv("TQDM_DISABLE", "1")
         patched.setenv("TORCHINDUCTOR_CACHE_DIR", str(directory))  # which main sets, too
         inference.main()

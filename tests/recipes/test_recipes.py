@@ -39,7 +39,7 @@ STAGES = [
     "teacher_quantized",
 ]
 STAGES += ESTIMATORS
-pytestmark = pytest.mark.usefixtures("timed_in_forks")
+pytestmark = pytest.mark.usefixtures("timed_here")
 TOKEN = "hf_" + "a1B2c3D4" * 5
 
 

@@ -116,7 +116,7 @@ def argv(trained_teacher, csv_file, tmp_path_factory):
     return ["--dataset", str(csv_file), "--output_dir", str(directory), *flags, *SMALL]
 
 
-@pytest.mark.usefixtures("timed_in_forks")
+@pytest.mark.usefixtures("timed_here")
 def test_a_run_with_two_seeds_that_is_killed_in_the_second(argv, monkeypatch, capsys):
     directory = Path(argv[argv.index("--output_dir") + 1])
     real = chain.prune_and_recover

@@ -38,7 +38,7 @@ from pipelines.training.prune import checked_pruning
 from pipelines.training.trainer import train as learn
 from processes import run_processes, values
 
-pytestmark = pytest.mark.usefixtures("timed_in_forks")
+pytestmark = pytest.mark.usefixtures("timed_here")
 STAGES = ["teacher", "teacher_onnx", "student", "onnx", "quantized"]
 CHAIN = """
     --max_length 32 --num_train_epochs 3 --learning_rate 1e-2 --per_device_train_batch_size 8 --max_quality_drop 0.2 --use_cpu

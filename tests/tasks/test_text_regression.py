@@ -130,7 +130,7 @@ def test_the_comparison_names_the_texts_whose_error_grew(scored, tokenizer):
     assert example["text"] in text
 
 
-@pytest.mark.usefixtures("timed_in_forks")
+@pytest.mark.usefixtures("timed_here")
 def test_the_whole_chain_of_pairs(pretrained, tmp_path, monkeypatch, capsys):
     """Of single texts it is in test_other_kinds.py."""
     path, run = write_scores(tmp_path / "scores.csv"), tmp_path / "run"

@@ -115,7 +115,7 @@ def test_one_teacher_is_a_name_and_several_are_a_list(tmp_path):
         assert {suffix: one.teacher_model for suffix, one in two.teacher.each().items()} == {"": "a", "_2": "b"}
 
 
-@pytest.mark.usefixtures("timed_in_forks")
+@pytest.mark.usefixtures("timed_here")
 def test_the_whole_chain_with_two_teachers(pretrained, byte_encoder, csv_file, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     command = f"""
