@@ -36,7 +36,7 @@ ReadReferences = Callable[[dict[str, datasets.Dataset], DataConfig], References]
 def missing(values: np.ndarray) -> np.ndarray:
     """Which rows have no reference."""
     absent = np.isnan(values) if values.dtype.kind == "f" else values < 0
-    return absent if values.ndim == 1 else absent.any(axis=1)
+    return np.asarray(absent if values.ndim == 1 else absent.any(axis=1))
 
 
 def has_references(split: datasets.Dataset, config: DataConfig) -> bool:
@@ -221,7 +221,9 @@ def _parse_labels(text: str, separator: str | None) -> Any:
     if separator is not None:
         return text.split(separator)
     for parse in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(
+            ValueError, TypeError, SyntaxError, RecursionError, MemoryError
+        ):  # whatever a cell may hold
             return parse(text)
     return text or None
 
@@ -240,7 +242,7 @@ def _names_of(items: Any, declared: list[str] | None, cell: Any, split: str, con
             "text-classification where every text has one label"
         )
     if declared is not None:
-        return {declared[one] for one in items if one >= 0}
+        return {declared[one] for one in items if one is not None and one >= 0}
     return {str(one).strip() for one in items if not _is_empty(one)}
 
 

@@ -80,10 +80,11 @@ def head_outputs(directory: Path) -> dict[str, Any]:
         return {"kind": "values", "names": ["score"] if names == ["LABEL_0"] else names}
     if config.get("problem_type") != "multi_label_classification":
         return {"kind": "classes", "activation": "softmax", "labels": names}
-    outputs = {"kind": "classes", "activation": "sigmoid", "labels": names}
+    outputs: dict[str, Any] = {"kind": "classes", "activation": "sigmoid", "labels": names}
     thresholds = config.get("thresholds")
-    is_ours = isinstance(thresholds, dict) and thresholds.keys() == {*names}
-    return outputs | ({"thresholds": [thresholds[name] for name in names]} if is_ours else {})
+    if isinstance(thresholds, dict) and thresholds.keys() == {*names}:
+        return outputs | {"thresholds": [thresholds[name] for name in names]}
+    return outputs
 
 
 def generation_outputs(model: LanguageModel) -> dict[str, Any]:

@@ -61,6 +61,13 @@ class LabelSetConfig(Checked):
 
     OF_DATA: ClassVar = ("label_separator", "joined_texts")  # for parse_config()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_separator == "":
+            raise InputError(
+                "expected a text that parts labels as --label_separator, found an empty one. Leave it out, or name it."
+            )
+
 
 class MultiLabelPresentation(TextClassifierPresentation):
     """What a report says of a model that gives a text any number of labels."""
@@ -253,12 +260,15 @@ class MultiLabelClassification(TextTask, Classification):
 
     def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
         """The divergence between two distributions for each label: whether it fits or not."""
+
+        def of_each_label(logits: Tensor) -> Tensor:
+            # softmax([z, 0]) is the sigmoid of z and its complement.
+            others = () if distill.divergence == "squared_error" else (torch.zeros_like(logits),)
+            return torch.stack([logits, *others], dim=-1)
+
         settings = (distill.temperature, labels.ne(IGNORED), distill.divergence, distill.beta)
-        logits = [outputs["logits"], teacher["teacher_logits"]]
-        if distill.divergence == "squared_error":
-            return soft_target_loss(*(one.unsqueeze(-1) for one in logits), *settings)
-        # softmax([z, 0]) is the sigmoid of z and its complement.
-        return soft_target_loss(*(torch.stack([one, torch.zeros_like(one)], dim=-1) for one in logits), *settings)
+        student, from_teacher = of_each_label(outputs["logits"]), of_each_label(teacher["teacher_logits"])
+        return soft_target_loss(student, from_teacher, *settings)
 
     def token_weights(self, inputs: Tensors, labels: Tensor, tokens: int) -> Tensor:
         """As those of a classifier, times the labels, by whose number the sums of all losses are divided."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -21,8 +22,6 @@ from sklearn.metrics import average_precision_score, f1_score
 from transformers import AutoModel
 
 from conftest import FILLER, WORDS, make_tokenizer, tiny_config, tiny_model
-from pipelines.cli import main
-from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, LabelConfig
 from pipelines.core.errors import InputError
 from pipelines.core.records import fingerprint
@@ -38,6 +37,7 @@ from pipelines.training.trainer import train
 from processes import run_processes, values
 
 LABELS = list(WORDS)
+RECIPE = Path(__file__).parents[2] / "recipes" / "distill_multi_label.py"
 
 
 def make_topics(examples: int = 240) -> list[tuple[str, list[str]]]:
@@ -80,13 +80,14 @@ def test_the_whole_chain(tokenizer, tmp_path, monkeypatch, capsys):
     tokenizer.save_pretrained(pretrained)
     path, run = write_jsonl(tmp_path / "topics.jsonl", make_topics()), tmp_path / "run"
     flags = f"""
-        compress --task multi-label-classification --dataset {path} --teacher_model {pretrained} --output_dir {run} --max_length 32
+        --dataset {path} --teacher_model {pretrained} --output_dir {run} --max_length 32
         --teacher_epochs 8 --teacher_learning_rate 3e-3 --num_train_epochs 5 --learning_rate 3e-3 --per_device_train_batch_size 8
         --student_layers 1 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.2 --use_cpu
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false --baselines false --class_weights balanced
+        --label_baseline false
     """.split()
-    monkeypatch.setattr(sys, "argv", ["pocketformers", *flags])
-    run_main(main)
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *flags])
+    runpy.run_path(str(RECIPE), run_name="__main__")
     report = json.loads((run / "report.json").read_text())
     stages = {stage["name"]: stage for stage in report["stages"]}
     assert (report["task"], report["primary_metric"]) == ("multi-label-classification", "macro_f1")
@@ -218,6 +219,8 @@ def test_hidden_labels_are_no_test_split(tmp_path):
         (["a"], {}, "expected at least two classes in the column 'label', found 1"),
         ("a, b", {}, "expected a list of labels .* found 'a, b' .* --label_separator"),
         ([["a"]], {}, "expected a list of labels"),
+        ("[" * 5000, {}, "expected a list of labels"),
+        ("a", {"separator": ""}, "expected a text that parts labels"),
         (["a"], {"label_column": ["label", "text"]}, "expected different columns"),
         (["a"], {"label_column": ["label", "other"]}, "expected a column 'other'"),
         (
