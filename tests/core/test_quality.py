@@ -131,6 +131,7 @@ def test_an_unknown_gate_is_refused_with_the_list_before_the_data_is_read(name):
     kind = task_class(name)
     assert kind.metrics[kind.primary_metric] == kind.greater_is_better
     settings = Settings(task=TaskConfig(name), data=DataConfig(dataset="no/such/file.csv"), language=LanguageConfig())
+    settings.ranking = task_class("text-ranking").settings[-1]()
     settings.augment, settings.label = SimpleNamespace(any=False), LabelConfig()
     for one in (GateConfig("acuracy"), QuantizeConfig(gate="acuracy")):
         settings.gate = one
