@@ -153,6 +153,7 @@ def test_candidates_of_tfidf(tmp_path):
     right = [labels["train"][labels["train"][:, 1] == query, 0].sum() for query in np.unique(labels["train"][:, 1])]
     assert right == [1.0] * len(right)
     assert list(task.baselines) == ["first_stage", "bm25"]
+    assert list(find_candidates([("a headline alone", ""), *rows], 1)) == [("a headline alone", "", 0.0), *found]
     with pytest.raises(InputError, match="expected words"):
         list(find_candidates([("?", "!")], 2))
 

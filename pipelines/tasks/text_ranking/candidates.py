@@ -94,9 +94,8 @@ class RankingConfig(Checked):
 def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
     """A table as read_table() reads it, but json with its lists."""
     if path.name.lower().endswith(JSON_SUFFIXES):
-        with contextlib.suppress(
-            Exception
-        ):  # json in another form, or none: read_table() reads it, or says what is wrong
+        # Of json in another form read_table() makes something, or says what is wrong.
+        with contextlib.suppress(Exception):
             read = datasets.Dataset.from_json(str(path))
             if isinstance(read, datasets.Dataset) and not all(map(_is_plain, read.features.values())):
                 return read
@@ -126,12 +125,10 @@ def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: Rank
         if not {*needed} <= {*split.column_names} or len(split) == 0:
             return split
         texts = [[str(text or "") for text in split[column]] for column in needed]
-        rows = (
-            [title_pair(text, ranking.title_pairs) for text in texts[0]]
-            if ranking.title_pairs
-            else zip(*texts, strict=True)
-        )
-        found = zip(*find_candidates(list(rows), ranking.tfidf_candidates), strict=True)
+        rows = list(zip(*texts, strict=True))
+        if ranking.title_pairs is not None:
+            rows = [title_pair(text, ranking.title_pairs) for text in texts[0]]
+        found = zip(*find_candidates(rows, ranking.tfidf_candidates), strict=True)
         return datasets.Dataset.from_dict(dict(zip((query, passage, label), map(list, found), strict=True)))
     is_list = isinstance(split.features.get(passage), (datasets.List, datasets.LargeList))
     if not is_list or not {query, label} <= {*split.column_names}:
@@ -170,7 +167,9 @@ def title_pair(text: str, characters: int) -> tuple[str, str]:
 
 def find_candidates(rows: list[tuple[str, str]], count: int) -> Iterator[tuple[str, str, float]]:
     """Pairs and their labels, of rows of a query and a right passage: of each query the `count` passages that are nearest to it by TF-IDF, the
-    nearest first, and after them its right passages that are not among these."""
+    nearest first, and after them its right passages that are not among these. Rows without one of the texts come first, as they are."""
+    yield from ((*row, 0.0) for row in rows if not all(row))
+    rows = [row for row in rows if all(row)]
     corpus = list(dict.fromkeys(right for _, right in rows))
     place = {text: index for index, text in enumerate(corpus)}
     places: dict[str, list[int]] = {}
