@@ -62,24 +62,12 @@ function checkTokens({manifest, tokenizer}) {
 // The prediction for one example, an array of one or two texts or an image {data, width, height}: what readOutputs() gives, and the
 // milliseconds of preparing and running.
 export async function predict(bundle, example) {
+    if (bundle.manifest.outputs.ranks) return rank(bundle, ...example);
     const start = performance.now();
     const outputs = await bundle.session.run(prepare(bundle, example));
     const milliseconds = performance.now() - start;
     const logits = Array.from(outputs[bundle.manifest.outputs.output ?? bundle.session.outputNames[0]].data);
     return {...readOutputs(logits, bundle.manifest.outputs), milliseconds};
-}
-
-// The passages (texts) and their values as predict() gives them, the highest first, of a model that scores pairs; it ends early, with what
-// is there, once `goOn` gives false.
-export async function rank(bundle, query, passages, goOn = () => true) {
-    const found = [];
-    for (const passage of passages) {
-        if (goOn()) found.push({passage, ...await predict(bundle, [query, passage])});
-        await new Promise((shown) => setTimeout(shown)); // lets the browser read keys
-    }
-    found.sort((a, b) => b.logits[0] - a.logits[0]);
-    const milliseconds = found.reduce((sum, one) => sum + one.milliseconds, 0);
-    return {names: found.map((one) => one.passage), logits: found.map((one) => one.logits[0]), milliseconds};
 }
 
 // The lines of a text by their cosine with a query, which is an array of both: names, cosines, and the milliseconds of it. Vectors of lines are
@@ -107,6 +95,21 @@ export function readOutputs(logits, {kind, names, labels, activation}) {
     const sigmoid = (logit) => 1 / (1 + Math.exp(-logit));
     const activations = {softmax, sigmoid: (values) => values.map(sigmoid), none: (values) => values};
     return {names: labels, logits, probabilities: activations[activation](logits)};
+}
+
+// The lines of a text by their scores for a query, the highest first, as far as there is no newer question.
+async function rank(bundle, query, text) {
+    const mine = (bundle.asked = (bundle.asked ?? 0) + 1);
+    const start = performance.now();
+    const found = [];
+    for (const line of text.split("\n").filter((line) => line.trim())) {
+        const outputs = await bundle.session.run(prepare(bundle, [query, line]));
+        found.push([outputs[bundle.session.outputNames[0]].data[0], line]);
+        await new Promise((done) => setTimeout(done)); // lets the browser read keys
+        if (bundle.asked !== mine) break;
+    }
+    found.sort((a, b) => b[0] - a[0]);
+    return {names: found.map((one) => one[1]), logits: found.map((one) => one[0]), milliseconds: performance.now() - start};
 }
 
 function prepare({manifest: {inputs}, ort, session, tokenizer}, example) {

@@ -18,9 +18,12 @@ from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
+from pipelines.onnx.measure import estimator_workload
 from pipelines.tasks import task_of_model
+from pipelines.tasks.ranking import Bm25
 from pipelines.tasks.text_ranking.candidates import RankingConfig, find_candidates, title_pair
 from pipelines.tasks.text_ranking.task import TextRanking, first_candidates, ranking_metrics
+from pipelines.training.baselines import fit_baseline, load_baseline
 
 COLUMNS = {"text_column": "query", "text_pair_column": "passage"}
 
@@ -129,8 +132,8 @@ def test_bad_candidates_are_one_message(lists, tmp_path):
 
 
 def test_candidates_of_tfidf(tmp_path):
-    queries, right = ["a goal", "the bank", "a goal"], ["goal of the team", "shares and profit", "match today"]
-    found = list(find_candidates(queries, right, 1))
+    rows = [("a goal", "goal of the team"), ("the bank", "shares and profit"), ("a goal", "match today")]
+    found = list(find_candidates(rows, 1))
     # The nearest passage, and after it the right ones that it is not.
     assert found[:2] == [("a goal", "goal of the team", 1.0), ("a goal", "match today", 1.0)]
     assert [(text, label) for query, text, label in found if query == "the bank"][-1] == ("shares and profit", 1.0)
@@ -150,6 +153,33 @@ def test_candidates_of_tfidf(tmp_path):
     right = [labels["train"][labels["train"][:, 1] == query, 0].sum() for query in np.unique(labels["train"][:, 1])]
     assert right == [1.0] * len(right)
     assert list(task.baselines) == ["first_stage", "bm25"]
+    assert list(find_candidates([("a headline alone", ""), *rows], 1)) == [("a headline alone", "", 0.0), *found]
+    with pytest.raises(InputError, match="expected words"):
+        list(find_candidates([("?", "!")], 2))
+
+
+def test_the_orders_before_a_reranker(lists, tmp_path):
+    task = TextRanking(DataConfig(dataset=str(lists), **COLUMNS), RankingConfig(first_stage=True))
+    test = task.splits["test"]
+    references = np.asarray(test["label"][:])
+    inputs = task.baseline_inputs(test)
+    for name in task.baselines:
+        (tmp_path / name).mkdir()
+        fit_baseline(None, tmp_path / name, task, name)
+    found = {name: task.baseline_predictions(load_baseline(tmp_path / name), inputs) for name in task.baselines}
+    expected = np.mean([1 / (1 + int(np.argmax(own))) for own in references[:, 0].reshape(-1, 4)])
+    assert task.scores(found["first_stage"], references)["mrr_at_10"] == pytest.approx(expected)
+    # BM25 over the passages that are ranked together.
+    passages = sorted({passage for _, passage, _ in inputs})
+    whole = Bm25().fit(passages).scores([query for query, _, _ in inputs])
+    by_formula = [whole[row, passages.index(passage)] for row, (_, passage, _) in enumerate(inputs)]
+    np.testing.assert_allclose(found["bm25"], by_formula)
+    assert by_formula != [0.0] * len(inputs)
+    assert list(TextRanking(task.config).baselines) == ["mean_score", "bm25"]
+    # As it is timed: arrays of text.
+    feeds = estimator_workload(inputs).feeds
+    assert feeds["single"]["inputs"].shape == (1, 3)
+    assert load_baseline(tmp_path / "bm25").predict(feeds["batch_0"]["inputs"]).shape == (16,)
 
 
 # ---- Losses and scores
@@ -252,6 +282,13 @@ def test_a_teacher_must_rank_better_than_chance(ranking, tmp_path, pretrained):
     model = ranking.load_model(str(pretrained), "new if other")
     model.save_pretrained(tmp_path)
     assert task_of_model(tmp_path) == "text-ranking"
+    # A cross-encoder of the Hub says nothing of regression.
+    del model.config.problem_type
+    model.config.id2label = {0: "LABEL_0"}
+    model.save_pretrained(tmp_path)
+    ranking.load_processor(str(pretrained)).save_pretrained(tmp_path)
+    assert task_of_model(tmp_path) == "text-ranking"
+    assert ranking.load_model(str(tmp_path)).config.problem_type == "regression"
     tiny_model().save_pretrained(tmp_path / "classifier")
     assert task_of_model(tmp_path / "classifier") == "text-classification"
 
@@ -263,7 +300,7 @@ def test_a_teacher_must_rank_better_than_chance(ranking, tmp_path, pretrained):
 def run(lists, pretrained, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "ranking"
     flags = f"""
-        compress --task text-ranking --dataset {lists} --text_column query --text_pair_column passage --first_stage
+        compress --task text-ranking --dataset {lists} --text_column query --text_pair_column passage --baselines false
         --teacher_model {pretrained} --output_dir {directory} --max_length 32 --teacher_epochs 4 --teacher_learning_rate 3e-3
         --num_train_epochs 3 --learning_rate 3e-3 --per_device_train_batch_size 16 --soft_ranking_loss margin --student_layers 2
         --prune_heads 0 --prune_ffn 0 --max_quality_drop 0.3 --use_cpu
@@ -275,18 +312,12 @@ def run(lists, pretrained, tmp_path_factory) -> Path:
     return directory
 
 
-def test_the_whole_chain(run, ranking):
+def test_the_whole_chain(run):
     report = json.loads((run / "report.json").read_text())
     stages = {stage["name"]: stage for stage in report["stages"]}
     assert (report["task"], report["primary_metric"], report["test_examples"]) == ("text-ranking", "mrr_at_10", 16)
-    assert [*stages][-3:] == ["teacher_quantized", "first_stage", "bm25"]
-    first_stage = stages["first_stage"]["metrics"]["mrr_at_10"]
-    references = np.asarray(ranking.splits["test"]["label"][:])
-    assert first_stage == pytest.approx(
-        np.mean([1 / (1 + int(np.argmax(own))) for own in references[:, 0].reshape(-1, 4)])
-    )
     assert stages["teacher"]["metrics"]["mrr_at_10"] > 0.9
-    assert stages["quantized"]["metrics"]["mrr_at_10"] > first_stage + 0.1
+    assert stages["quantized"]["metrics"]["mrr_at_10"] > 0.8
     assert stages["quantized"]["samples_per_second_128"] > 0
     assert report["without_relevant"] == 0
     page = (run / "report.md").read_text()

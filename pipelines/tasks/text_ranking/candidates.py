@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -91,12 +92,18 @@ class RankingConfig(Checked):
 
 
 def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
-    """A table, of json with the lists in it."""
-    if not path.name.lower().endswith(JSON_SUFFIXES):
-        return read_table(path, config)
-    read = datasets.Dataset.from_json(str(path))
-    assert isinstance(read, datasets.Dataset)
-    return read
+    """A table as read_table() reads it, but json with its lists."""
+    if path.name.lower().endswith(JSON_SUFFIXES):
+        # Of json in another form read_table() makes something, or says what is wrong.
+        with contextlib.suppress(Exception):
+            read = datasets.Dataset.from_json(str(path))
+            if isinstance(read, datasets.Dataset) and not all(map(_is_plain, read.features.values())):
+                return read
+    return read_table(path, config)
+
+
+def _is_plain(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value)
 
 
 def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
@@ -110,17 +117,18 @@ PAIRS = replace(TEXTS, usable="a query and a passage", read_file=_read_file, con
 
 def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: RankingConfig) -> datasets.Dataset:
     """A row for each pair of a query and a candidate, in the columns that the flags name; `split` may have lists of candidates, right
-    passages alone, or documents."""
+    passages alone, or single texts. One without these columns stays as it is, for the checks to refuse."""
     split = split.flatten()  # a column of the Hub may have others in it: passages.passage_text
     query, passage, label = (str(one) for one in (config.text_column, config.text_pair_column, config.label_column))
     if ranking.tfidf_candidates is not None:
-        texts = {query} if ranking.title_pairs else {query, passage}
-        if not texts <= {*split.column_names} or len(split) == 0:
-            return split.remove_columns(label) if label in split.column_names else split  # which the checks refuse
-        columns = [split[query][:], split[passage][:] if ranking.title_pairs is None else split[query][:]]
+        needed = [query] if ranking.title_pairs else [query, passage]
+        if not {*needed} <= {*split.column_names} or len(split) == 0:
+            return split
+        texts = [[str(text or "") for text in split[column]] for column in needed]
+        rows = list(zip(*texts, strict=True))
         if ranking.title_pairs is not None:
-            columns = list(zip(*(title_pair(text or "", ranking.title_pairs) for text in columns[0]), strict=True))
-        found = zip(*find_candidates(*columns, ranking.tfidf_candidates), strict=True)
+            rows = [title_pair(text, ranking.title_pairs) for text in texts[0]]
+        found = zip(*find_candidates(rows, ranking.tfidf_candidates), strict=True)
         return datasets.Dataset.from_dict(dict(zip((query, passage, label), map(list, found), strict=True)))
     is_list = isinstance(split.features.get(passage), (datasets.List, datasets.LargeList))
     if not is_list or not {query, label} <= {*split.column_names}:
@@ -157,16 +165,24 @@ def title_pair(text: str, characters: int) -> tuple[str, str]:
     return title, "\n".join(others)[-characters:]
 
 
-def find_candidates(queries: list[str], right: list[str], count: int) -> Iterator[tuple[str, str, float]]:
-    """Pairs and their labels: of each query the `count` passages that are nearest to it by TF-IDF, the nearest first; and after them those of
-    its `right` passages (one for each row of `queries`) that are not among these."""
-    corpus = list(dict.fromkeys(filter(None, right)))
+def find_candidates(rows: list[tuple[str, str]], count: int) -> Iterator[tuple[str, str, float]]:
+    """Pairs and their labels, of rows of a query and a right passage: of each query the `count` passages that are nearest to it by TF-IDF, the
+    nearest first, and after them its right passages that are not among these. Rows without one of the texts come first, as they are."""
+    yield from ((*row, 0.0) for row in rows if not all(row))
+    rows = [row for row in rows if all(row)]
+    corpus = list(dict.fromkeys(right for _, right in rows))
     place = {text: index for index, text in enumerate(corpus)}
     places: dict[str, list[int]] = {}
-    for query, text in zip(queries, right, strict=True):
-        places.setdefault(query, []).extend([place[text]] if text else [])
+    for query, right in rows:
+        places.setdefault(query, []).append(place[right])
     vectorizer = TfidfVectorizer(sublinear_tf=True)
-    weights = vectorizer.fit_transform([*corpus, *places])[: len(corpus)]
+    try:
+        weights = vectorizer.fit_transform([*corpus, *places])[: len(corpus)]
+    except ValueError as error:
+        raise InputError(
+            f"expected words to find candidates by with --tfidf_candidates, found none in {len(corpus)} passages. Name the columns with "
+            "--text_column and --text_pair_column."
+        ) from error
     asked = list(places)
     for start in range(0, len(asked), QUERIES_AT_A_TIME):
         part = asked[start : start + QUERIES_AT_A_TIME]

@@ -60,6 +60,7 @@ class TextRanking(TextRegression):
     presentation = RankingPresentation()
     settings = (DataConfig, RankingConfig)
     demo = "minilm_bbc_reranking"
+    primary_metric = "mrr_at_10"
     metrics: Mapping[str, bool] = dict.fromkeys(METRICS, True)
 
     def __init__(self, config: DataConfig, ranking: RankingConfig | None = None) -> None:
@@ -68,7 +69,6 @@ class TextRanking(TextRegression):
             config = replace(config, text_pair_column=PASSAGE)
         super().__init__(config)
         self.ranking = ranking
-        self.primary_metric = "mrr_at_10"
         if ranking.relevance == "graded":
             self.primary_metric, self.presentation = "ndcg_at_10", RankingPresentation(other_metric="mrr_at_10")
 
@@ -76,9 +76,8 @@ class TextRanking(TextRegression):
     def recognizes(cls, config: dict[str, Any]) -> bool:
         """A cross-encoder of sentence-transformers with one output."""
         marks = {"sentence_transformers", "sbert_ce_default_activation_function"} & config.keys()
-        return (
-            super(TextRegression, cls).recognizes(config) and bool(marks) and len(config.get("id2label") or "12") == 1
-        )
+        has_one = len(config.get("id2label") or range(2)) == 1
+        return super(TextRegression, cls).recognizes(config) and bool(marks) and has_one
 
     def describe(self) -> dict[str, Any]:
         changed = asdict(self.ranking).items() - asdict(RankingConfig()).items()
@@ -234,7 +233,7 @@ class TextRanking(TextRegression):
         loss = of_query[teacher] - of_query[shipped]
         order = np.argsort(-loss, kind="stable")
         passages = np.asarray(test["text_pair"][:], object)
-        report = {
+        report: dict[str, Any] = {
             "test_examples": len(loss),
             "test_pairs": len(references),
             "without_relevant": int(np.sum(pandas.Series(_relevance(references)).groupby(references[:, 1]).max() == 0)),
