@@ -25,6 +25,7 @@ from pipelines.hub import check_run, published_tokenizer
 from pipelines.models.embedder import SETTINGS, load_embedder, pool, width_of
 from pipelines.models.removal import load_model
 from pipelines.models.students import build_student
+from pipelines.onnx.export import export_onnx
 from pipelines.runtime.vectors import convert, search, unit
 from pipelines.tasks.ranking import Bm25, Retriever
 from pipelines.tasks.sentence_embedding import losses
@@ -35,7 +36,7 @@ from pipelines.training.fine_tune import save
 ALL_WORDS = [*FILLER, *(word for words in WORDS.values() for word in words)]
 
 
-def write_pairs(path: Path, pairs: int = 150) -> Path:
+def write_pairs(path: Path, pairs: int = 120) -> Path:
     """Queries of four words, and positives that have three of them."""
     generator = np.random.default_rng(0)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -80,7 +81,7 @@ def run(pairs: Path, embedder: Path, tmp_path_factory: pytest.TempPathFactory) -
     run = tmp_path_factory.mktemp("chain") / "run"
     flags = f"""
         compress --task sentence-embedding --dataset {pairs} --text_pair_column other --teacher_model {embedder} --output_dir {run}
-        --max_length 32 --num_train_epochs 4 --learning_rate 3e-3 --student_layers 2 --prune_steps 1 --prune_epochs 1
+        --max_length 32 --num_train_epochs 2 --learning_rate 3e-3 --student_layers 2 --prune_steps 1 --prune_epochs 1
         --prune_heads 0 --prune_ffn 0.25 --max_quality_drop 0.4 --use_cpu --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
         --matryoshka_sizes 16
     """.split()
@@ -304,6 +305,8 @@ def test_a_static_embedder_begins_as_the_vectors_of_single_tokens(pairs, embedde
     model, processor, _ = build_student(student, str(embedder), task)
     assert [layer.out_features for layer in model.dense] == [32]
     save(model, processor, tmp_path)
+    (tmp_path / "onnx").mkdir()
+    assert export_onnx(str(tmp_path), tmp_path / "onnx", task).details["verification"]["padded_tokens"] > 0
     text = "goal match shares"
     ids = processor(text)["input_ids"]
     assert len(ids) == 3  # no special tokens
