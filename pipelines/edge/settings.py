@@ -4,6 +4,7 @@
                {"kind": "image", "channels", "resize", "resample", "crop", "rescale", "mean", "std", "value_range"}
     "outputs": {"kind": "classes", "activation": "softmax" | "sigmoid" | "none", "labels", and perhaps "thresholds" of a sigmoid}
                {"kind": "values", "names"}
+               {"kind": "spans", "labels"}, of tokens: O, and B- and I- of every type; inputs have "offsets" in their probes
                {"kind": "continuation", "end_tokens", "context", "cache"}
 
 A task writes them (Task.bundle_settings); pipelines/runtime reads them. Neither torch nor transformers is imported here.
@@ -66,11 +67,13 @@ def image_settings(processor: Any) -> dict[str, Any]:
 
 
 def head_outputs(directory: Path) -> dict[str, Any]:
-    """How the logits of a classification or regression head are read, by the `problem_type` and `id2label` of its config.json."""
+    """How the logits of a head are read, by the `problem_type` and `id2label` of its config.json."""
     config = read_json(directory / "config.json")
     # transformers leaves out of the file what is its default: two labels.
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     names = [labels[str(index)] for index in range(len(labels))]
+    if any(name.endswith("ForTokenClassification") for name in config.get("architectures") or []):
+        return {"kind": "spans", "labels": names}
     if config.get("problem_type") == "regression":
         return {"kind": "values", "names": ["score"] if names == ["LABEL_0"] else names}
     several = config.get("problem_type") == "multi_label_classification"

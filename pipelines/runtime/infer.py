@@ -2,6 +2,7 @@
 
     python infer.py "some text"                   the label, its probability and the input, between tabs
     python infer.py --pair "a text" "another"     where the model reads two texts at a time
+    python infer.py "Ann Lee called." --redact    the text with [LABEL] in place of every span, where the model finds spans
     python infer.py photo.jpg picture.png         images by their files
     python infer.py --file lines.txt --json       a text, two texts with a tab between them, or an image file on every line
     tail -f log.txt | python infer.py --stdin     every prediction as soon as its line is there
@@ -232,7 +233,7 @@ def image_inputs(settings: dict[str, Any], names: list[str]) -> Callable[[Exampl
 
 
 def module_beside(name: str) -> Any:
-    """generate.py or images.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
+    """generate.py, images.py or spans.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
     sys.dont_write_bytecode |= not __package__  # a bundle stays as it was built
     return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
 
@@ -248,7 +249,7 @@ def open_model(directory: str | Path, manifest: dict[str, Any] | None, **how: An
 
 
 class Predictor:
-    """The model of a bundle that gives labels or values, ready to predict.
+    """The model of a bundle that gives labels, values or spans, ready to predict.
 
     A `manifest` is taken as it is; left out, the bundle's is read and its files are checked. `threads` and `provider` are as in
     open_session().
@@ -261,14 +262,28 @@ class Predictor:
         if settings["kind"] == "image":
             self.prepare = image_inputs(settings, names)
         else:
-            self.prepare = text_inputs(Path(directory) / "tokenizer.json", settings, names)
+            path = Path(directory) / "tokenizer.json"
+            self.prepare = text_inputs(path, settings, names)
+        self.spans: Any = None
+        if self.manifest["outputs"]["kind"] == "spans":
+            module = module_beside("spans")
+            windows = module.Windows(path, settings["max_length"], names)
+            labels = self.manifest["outputs"]["labels"]
+            self.spans = module.SpanModel(windows, labels, lambda feed: self.session.run(None, feed)[0])
 
     def logits(self, example: Example) -> Any:
-        """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch."""
+        """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch.
+
+        Of a model that finds spans they are (tokens, labels), for texts of any length.
+        """
+        if self.spans is not None:
+            return self.spans.tokens(example[0])[1]
         return self.session.run(None, self.prepare(example))[0].reshape(-1)
 
     def predict(self, example: Example) -> dict[str, Any]:
         given = example[0] if len(example) == 1 else list(example)
+        if self.spans is not None:
+            return {"input": given, "spans": self.spans.spans(given)}
         return {"input": given, **read_outputs(self.logits(example), self.manifest["outputs"])}
 
 
@@ -316,7 +331,8 @@ class Generator:
 # ---- The command
 
 
-def make_parser(generates: bool) -> argparse.ArgumentParser:
+def make_parser(beside: str | None) -> argparse.ArgumentParser:
+    """The flags of a bundle that has the module `beside` infer.py, or none."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -328,7 +344,9 @@ def make_parser(generates: bool) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
-    if generates:
+    if beside == "spans":
+        parser.add_argument("--redact", action="store_true", help="write each text with [LABEL] in place of every span")
+    if beside == "generate":
         for field in fields(module_beside("generate").Sampling):
             kind = float if field.type == "float" else int
             several = "+" if field.default == () else None
@@ -390,6 +408,9 @@ def write_prediction(found: dict[str, Any], as_json: bool) -> None:
     given = found["input"] if isinstance(found["input"], str) else "\t".join(found["input"])
     if as_json:
         line = json.dumps(found, ensure_ascii=False)
+    elif "spans" in found:
+        spans = (f"{one['label']} {one['start']}-{one['end']} {one['text']}" for one in found["spans"])
+        line = f"{'; '.join(spans)}\t{given}"
     elif "values" in found:
         line = "\t".join([*(f"{value:.6g}" for value in found["values"].values()), given])
     elif "labels" in found:
@@ -458,8 +479,10 @@ def sample(settings: dict[str, Any]) -> Example:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     directory = Path(__file__).absolute().parent
-    generates = (directory / "generate.py").is_file()  # only the bundle of a language model has it
-    parser = make_parser(generates)
+    # Only the bundle of a language model, or of one that finds spans, has one of these.
+    beside = next((name for name in ("generate", "spans") if (directory / f"{name}.py").is_file()), None)
+    generates = beside == "generate"
+    parser = make_parser(beside)
     flags = parser.parse_args(argv)
     manifest = read_manifest(directory)
     check_flags(parser, flags, manifest)
@@ -496,7 +519,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         at_once = flags.threads or available_cores() if in_file else 1
         for found in in_order(model.predict, examples, at_once):
-            write_prediction(found, flags.json)
+            if getattr(flags, "redact", False):
+                print(module_beside("spans").redact(found["input"], found["spans"]), flush=True)
+            else:
+                write_prediction(found, flags.json)
 
 
 if __name__ == "__main__":
