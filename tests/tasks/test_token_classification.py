@@ -23,7 +23,7 @@ from pipelines.runtime.spans import find_spans, kept_range, redact
 from pipelines.tasks import task_of_model
 from pipelines.tasks.token_classification.baselines import MARK, PatternsAndNames, UsualTag, marked
 from pipelines.tasks.token_classification.entities import entities, entity_metrics, f1_of
-from pipelines.tasks.token_classification.task import TokenClassification, TokenConfig
+from pipelines.tasks.token_classification.task import TokenClassification
 
 
 def write_tokens(path: Path, examples: int = 200, long: int = 3) -> Path:

@@ -29,7 +29,7 @@ from pipelines.runtime.spans import OUTSIDE, OVERLAP
 from pipelines.tasks.base import check_predictions
 from pipelines.tasks.texts import TextTask
 from pipelines.tasks.token_classification import baselines
-from pipelines.tasks.token_classification.entities import entities, entity_metrics, f1_of
+from pipelines.tasks.token_classification.entities import entities, entity_metrics
 from pipelines.tasks.token_classification.report import TokenPresentation, compare_entities
 from pipelines.training.losses import ClassifierLoss
 
