@@ -28,7 +28,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, UNLABELLED
 from pipelines.data.examples import Examples, Given, hash_of, prepared, split_examples
 from pipelines.data.folders import load_source
-from pipelines.data.kinds import Kind
+from pipelines.data.kinds import Kind, Source
 from pipelines.data.splits import choose_splits
 from pipelines.data.tables import reason
 from pipelines.data.text import content, map_kept, read_text, tokenizer_content
@@ -117,13 +117,13 @@ TAGGED = Kind(
 )
 
 
-def load_tagged(config: DataConfig) -> Examples:
+def load_tagged(config: DataConfig, source: Source | None = None) -> Examples:
     """Load and check a data set of tagged texts, and give it a train, validation and test split, as load_examples does.
 
     The splits have the columns `text`, `starts` and `ends` (of each word, in characters) and `label`: the ids of its tags, as text with
     spaces between them. `label_names` are the tags; those of spans are O and B- and I- of every type.
     """
-    source = load_source(config, TAGGED)
+    source = source or load_source(config, TAGGED)
     roles = choose_splits(source.splits, config, lambda split: config.label_column in split.column_names)
     named = {role: name for role, name in roles.items() if name is not None}
     rows = {

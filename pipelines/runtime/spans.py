@@ -13,7 +13,6 @@ from typing import Any
 
 OUTSIDE = "O"
 OVERLAP = 4  # two neighbours of windows share this part of --max_length
-JOINER = "\u200d"  # joins emoji to one
 
 
 def kept_range(number: int, last: bool, tokens: int, overlap: int) -> tuple[int, int]:
@@ -58,7 +57,7 @@ def whole_characters(text: str, start: int, end: int) -> tuple[int, int]:
         start += 1
     while end > start and text[end - 1].isspace():
         end -= 1
-    while start < end < len(text) and (unicodedata.category(text[end])[0] == "M" or text[end] == JOINER):
+    while start < end < len(text) and unicodedata.category(text[end])[0] == "M":
         end += 1
     return start, end
 

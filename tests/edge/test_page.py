@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -28,12 +29,13 @@ from pipelines.edge.bundle import build_bundle, write_manifest
 from pipelines.edge.settings import image_settings
 from pipelines.edge.web import HERE, LIBRARIES, RUNTIME_LIBRARY, add_page
 from pipelines.onnx.quantize import quantize_onnx
-from pipelines.runtime import images, infer
+from pipelines.runtime import images, infer, spans
 from pipelines.runtime.generate import LanguageModel, Sampling
 from pipelines.tasks.text_classification import TextClassification
 
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js on the PATH")
 TEXTS = [text for text, _ in make_texts(12, seed=5)]
+SPAN_TEXTS = int(os.environ.get("SPAN_TEXTS", 1000))  # 10,000 were tried
 ODD_TEXTS = ["goal " * 100, "NAÏVE 東京 🙂 server", "[SEP] goal"]
 
 
@@ -135,6 +137,77 @@ def test_truncation_is_that_of_tokenizers(tokenizer):
         expected.append([len(types) - kept - 3, kept])
     script = f"console.log(JSON.stringify(given.map((pair) => model.truncatedLengths(...pair, {room}))))"
     assert node(script, lengths) == expected
+
+
+# Pieces of texts: combining marks before and after normalization, emoji of several code points, right-to-left and other scripts, white space.
+PIECES = [
+    *"\r\n \t \n . , @ - x",
+    "\r\n",
+    " ",
+    "🙂",
+    "👩\u200d👧",
+    "e\u0301",
+    "é",
+    "a\u0323\u0302",
+    "שלום",
+    "مرحبا",
+    "नमस्ते",
+    "東京",
+    "İ",
+    "ß",
+]
+PIECES += ["ﬁ", "ΟΔΟΣ", "Hello", "goal", "WORLD", "123", "’", "한국", "\u200b", "\u00a0", "[SEP]", "½"]
+SPAN_LABELS = ["O", "B-A", "I-A", "B-B", "I-B"]
+
+
+def wordpiece_of(texts: list[str]) -> Any:
+    """A tokenizer whose pieces are the letters of the texts and a few words."""
+    from tokenizers import BertWordPieceTokenizer
+
+    letters = sorted({one for text in texts for one in BertWordPieceTokenizer().normalize(text)} - {"½"})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "goal", "##lo", *letters, *(f"##{one}" for one in letters)]
+    return BertWordPieceTokenizer({piece: number for number, piece in enumerate(pieces)})
+
+
+@needs_node
+def test_spans_are_those_of_infer_py_wherever_they_begin(libraries, tmp_path):
+    generator = np.random.default_rng(0)
+    texts = ["".join(generator.choice(PIECES, generator.integers(0, 25))) for _ in range(SPAN_TEXTS)]
+    wordpiece_of(texts).save(str(tmp_path / "tokenizer.json"))
+    windows = spans.Windows(tmp_path / "tokenizer.json", 12, ["input_ids"])
+    script = """
+        const {Tokenizer} = await import(given.library);
+        const tokenizer = new Tokenizer(given.tokenizer, {});
+        const find = (text) => {
+            const placed = model.placedTokens(tokenizer, text);
+            const logits = placed.map((_, token) => given.labels.map((_, label) => (label === (token * token + 3 * token) % 5 ? 4 : 0)));
+            const {windows, before} = model.textWindows(tokenizer, placed, 12);
+            return {
+                spans: model.findSpans(text, placed.map(({start, end}) => [start, end]), logits, given.labels),
+                kept: windows.map(({tokens, from, to}) => tokens.slice(from, to).map(({token, start}) => [token, start])),
+                before,
+            };
+        };
+        console.log(JSON.stringify(given.texts.map(find)));
+    """
+    library = libraries / "@huggingface" / "tokenizers" / "dist" / "tokenizers.min.mjs"
+    given = {"library": library.as_uri(), "tokenizer": json.loads((tmp_path / "tokenizer.json").read_text())}
+    found = node(script, {**given, "labels": SPAN_LABELS, "texts": texts})
+    count = 0
+    for text, of_page in zip(texts, found, strict=True):
+        offsets = [place for _, _, places in windows(text) for place in places]
+        numbers = (np.arange(len(offsets)) ** 2 + 3 * np.arange(len(offsets))) % 5
+        expected = spans.find_spans(text, offsets, np.eye(5)[numbers] * 4, SPAN_LABELS)
+        for one, other in zip(expected, of_page["spans"], strict=True):
+            assert one["text"] == text[one["start"] : one["end"]] == other["text"] != ""
+            units = len(text[: one["start"]].encode("utf-16-le")) // 2
+            assert (one["label"], units) == (other["label"], other["start"])
+            assert one["score"] == pytest.approx(other["score"])
+        kept = [len(places) for _, _, places in windows(text)]
+        assert kept == [len(tokens) for tokens in of_page["kept"]]
+        assert of_page["before"] == 1
+        count += len(expected)
+    assert count > SPAN_TEXTS
 
 
 def test_libraries_come_from_the_named_directory_and_are_checked(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from pipelines.core.disk import digest
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.task import IGNORED, Candidates, Collate, Comparison, Presentation, StageResult, Tensors
 from pipelines.data.examples import Examples
+from pipelines.data.kinds import Source
 from pipelines.data.tagged import load_tagged, tag_windows
 from pipelines.data.text import TEXTS, tokenizer_content
 from pipelines.edge.bundle import VERIFIED_EXAMPLES, text_inputs, text_probes, verify_predictor
@@ -30,17 +31,24 @@ from pipelines.tasks.base import check_predictions
 from pipelines.tasks.texts import TextTask
 from pipelines.tasks.token_classification import baselines
 from pipelines.tasks.token_classification.entities import entities, entity_metrics
+from pipelines.tasks.token_classification.made import made_texts
 from pipelines.tasks.token_classification.report import TokenPresentation, compare_entities
 from pipelines.training.losses import ClassifierLoss
 
 
 @dataclass
 class TokenConfig(Checked):
+    of_data = True
+
     subtokens: str = flag(
         "all",
         "Which tokens of a word have a label in training: its first one, or all, the others that of the inside of the word's span. "
         "transformers' pipeline and the bundle read all; scores are those of first tokens either way.",
         choices=["all", "first"],
+    )
+    made_texts: Annotated[int | None, "at least 100"] = flag(
+        None,
+        "Make so many texts with invented personal data (with the package faker) in place of a --dataset: the demo.",
     )
 
 
@@ -64,13 +72,20 @@ class TokenClassification(ClassifierLoss, TextTask):
         super().__init__(config)
         self.token = token or TokenConfig()
         self.overlap = config.max_length // OVERLAP
+        if config.dataset is not None and self.token.made_texts:
+            raise InputError("expected a --dataset or --made_texts, found both. Leave one out.")
         if config.text_pair_column is not None:
             raise InputError(
                 "expected single texts, found --text_pair_column. Leave it out: a tag belongs to a word of one text."
             )
 
     def load_data(self) -> Examples:
-        return load_tagged(self.config)
+        made = self.token.made_texts
+        return load_tagged(self.config, Source(made_texts(made)) if made else None)
+
+    @property
+    def read_as(self) -> str:
+        return f"{self.name} {self.token.made_texts}"
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"subtokens": self.token.subtokens}
@@ -230,8 +245,15 @@ class TokenClassification(ClassifierLoss, TextTask):
         """Texts in windows; the page, whose library says nothing of where tokens are, has the places of the probes' tokens to try its own."""
         inputs = text_inputs(directory, processor, False, self.config.max_length)
         for probe in inputs["probes"]:
-            tokens = processor(probe["texts"][0], add_special_tokens=False, return_offsets_mapping=True)
-            probe["offsets"] = " ".join(f"{start}-{end}" for start, end in tokens["offset_mapping"])
+            tokens = processor(
+                probe["texts"][0],
+                truncation=True,
+                max_length=self.config.max_length,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+            )
+            places = zip(tokens["offset_mapping"], tokens["special_tokens_mask"], strict=True)
+            probe["offsets"] = " ".join(f"{start}-{end}" for (start, end), special in places if not special)
         return {"inputs": inputs, "outputs": head_outputs(directory)}
 
     def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
