@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from test_edge import image_files
 from test_load import LABELS, VALUES, bundle_by_hand
@@ -319,6 +321,38 @@ def test_values_and_several_labels_in_a_browser(browser, tokenizer, tmp_path, li
                 assert shown == {name: f"{100 * share:.1f} %" for name, share in probabilities.items()}
                 assert chosen == expected["labels"]
             page.close()
+
+
+@pytest.mark.slow
+def test_spans_in_a_browser(browser, tokenizer, tmp_path, libraries):
+    bundle, text = tmp_path / "bundle", "🙂 goal שלום 12, the coach said"
+    bundle.mkdir()
+    tokenizer.save_pretrained(bundle)
+    weights = np.random.default_rng(0).normal(size=(len(tokenizer), 5)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["weights", "input_ids"], ["logits"])],
+        "by_hand",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 5])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), bundle / "model.onnx")
+    add_page(bundle, BundleConfig(web_assets=str(libraries)), tuple(LIBRARIES))
+    inputs = {"kind": "text", "pair": False, "max_length": 8, "truncation_side": "right", "probes": []}
+    manifest = {"format": infer.FORMAT, "model": "model.onnx", "minimum_onnxruntime": "1.18.0", "inputs": inputs}
+    write_manifest(bundle, manifest | {"outputs": {"kind": "spans", "labels": SPAN_LABELS}})
+    expected = infer.Predictor(bundle).predict((text,))["spans"]
+    assert len(expected) > 1
+    with served(bundle) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.fill("#text", text)
+        page.wait_for_selector("mark", timeout=120_000)
+        marks = "marks => marks.map((mark) => [mark.textContent, mark.dataset.label])"
+        assert page.eval_on_selector_all("mark", marks) == [[one["text"], one["label"]] for one in expected]
+        assert page.text_content("#spans") == text
+        page.close()
 
 
 @contextmanager
