@@ -124,7 +124,7 @@ def load_tagged(config: DataConfig, source: Source | None = None) -> Examples:
     spaces between them. `label_names` are the tags; those of spans are O and B- and I- of every type.
     """
     source = source or load_source(config, TAGGED)
-    roles = choose_splits(source.splits, config, lambda split: config.label_column in split.column_names)
+    roles = choose_splits(source.splits, config, partial(_has_tags, config=config))
     named = {role: name for role, name in roles.items() if name is not None}
     rows = {
         name: _checked(list(_rows(prepared(source.splits[name], name, config, TAGGED), name, config)), name, config)
@@ -162,6 +162,12 @@ def _checked(rows: list[Tagged], name: str, config: DataConfig) -> list[Tagged]:
     return [row for row in rows if row.tags is not None and row.text.strip()]
 
 
+def _has_tags(split: datasets.Dataset, config: DataConfig) -> bool:
+    """Whether a split that no flag names can be scored: hidden tags are empty, or -1."""
+    rows = split[config.label_column][:] if config.label_column in split.column_names else []
+    return any(row is not None and (not isinstance(row, list) or row[:1] != [-1]) for row in rows)
+
+
 def _declared(split: datasets.Dataset, config: DataConfig) -> list[str] | None:
     """The names of a column of ClassLabels, in their order."""
     names: list[str] | None = getattr(getattr(split.features[config.label_column], "feature", None), "names", None)
@@ -195,6 +201,11 @@ def _of_tokens(tokens: list[Any], labels: list[Any] | None, declared: list[str] 
     if len(labels) != len(words):
         raise InputError(
             f"expected a tag for every token, found {len(words)} tokens and {len(labels)} tags in {where}; correct the row"
+        )
+    if declared is None and any(isinstance(label, int) for label in labels):
+        raise InputError(
+            f"expected the names of tags, found numbers without names in {where}; give names, or a column of datasets' ClassLabel, which has "
+            "them, for the numbers alone do not say which are spans"
         )
     if declared is not None and not all(0 <= label < len(declared) for label in labels):
         return Tagged(" ".join(words), starts.tolist(), ends.tolist(), None)  # hidden: -1
@@ -312,7 +323,8 @@ def tag_windows(
 
     The columns are those of tokenize(), with a label for each token: the tag of a word at its first token, where that token counts (see
     kept_range), and IGNORED anywhere else. In training, with `all_subtokens`, the other tokens of a word have labels, too: that of the
-    inside of its span. Of a data set without tags every first token is UNLABELLED.
+    inside of its span. Of a data set without tags every first token is UNLABELLED. `words` has the number of each
+    word at the first token that counts, `text_number` the row of the data set.
     """
     names = data.label_names
     inside = [
@@ -320,7 +332,7 @@ def tag_windows(
         for index, name in enumerate(names)
     ]
 
-    def encode(batch: dict[str, list[Any]], goes_on: bool) -> dict[str, list[Any]]:
+    def encode(batch: dict[str, list[Any]], rows: list[int], goes_on: bool) -> dict[str, list[Any]]:
         tokens = tokenizer(
             batch["text"],
             truncation=True,
@@ -335,6 +347,7 @@ def tag_windows(
         origins = tokens.pop("overflow_to_sample_mapping")
         every_offset, every_special = tokens.pop("offset_mapping"), tokens.pop("special_tokens_mask")
         labels: list[list[int]] = []
+        words: list[list[int]] = []
         lost = 0
         for row, windows in groupby(range(len(origins)), lambda window: origins[window]):
             text, numbers = batch["text"][row], list(windows)
@@ -342,14 +355,15 @@ def tag_windows(
                 starts, ends = batch["starts"][row], batch["ends"][row]
                 tags = [int(tag) for tag in batch["label"][row].split()]
             else:
-                words = list(words_of(text))
-                starts, ends, tags = [start for start, _ in words], [end for _, end in words], [UNLABELLED] * len(words)
+                starts, ends = map(list, zip(*words_of(text), strict=True))
+                tags = [UNLABELLED] * len(starts)
             word, found = -1, 0  # the last word that a token began
             for number in numbers:
                 offsets = every_offset[number]
                 places = [place for place, special in enumerate(every_special[number]) if not special]
                 first, after = kept_range(number - numbers[0], number == numbers[-1], len(places), overlap)
                 labels.append([IGNORED] * len(offsets))
+                words.append([IGNORED] * len(offsets))
                 for place in places[first:after]:
                     start, end = offsets[place]
                     while start < end and text[start].isspace():
@@ -358,7 +372,7 @@ def tag_windows(
                     if own < 0 or not start < min(end, ends[own]):
                         continue
                     if own > word:
-                        labels[-1][place], word, found = tags[own], own, found + 1
+                        labels[-1][place], words[-1][place], word, found = tags[own], own, own, found + 1
                     elif goes_on and tags[own] >= 0:
                         labels[-1][place] = inside[tags[own]]
             lost += len(tags) - found
@@ -367,7 +381,7 @@ def tag_windows(
                 "%d words have no token of their own (the tokenizer leaves them out or joins them to others): they are not read",
                 lost,
             )
-        return {**tokens, "labels": labels}
+        return {**tokens, "labels": labels, "words": words, "text_number": [rows[origin] for origin in origins]}
 
     key = [data.fingerprint, *tokenizer_content(tokenizer), max_length, overlap, all_subtokens]
     tokenizer = copy.deepcopy(tokenizer)  # the call leaves its truncation in it
@@ -379,6 +393,7 @@ def tag_windows(
                 "windows",
                 [*key, name],
                 remove_columns=split.column_names,
+                with_indices=True,
             )
             for name, split in data.splits.items()
         }

@@ -79,7 +79,6 @@ def test_columns_conll_and_spans_become_the_same_words_and_tags(tmp_path):
     task = load(tmp_path / "saved", text_column="tokens", label_column="ner")
     assert task.label_names == names  # the order that a checkpoint's head has
     assert words_and_tags(task) == expected
-    lists.cast_column("ner", datasets.List(datasets.Value("string")))  # no names: numbers
     blocks = ["\n".join(f"{word} x {tag}" for word, tag in zip(*row, strict=True)) for row in rows]
     (tmp_path / "data.conll").write_text("-DOCSTART- x O\n\n# a comment\n" + "\r\n\r\n".join(blocks) + "\n")
     assert words_and_tags(load(tmp_path / "data.conll")) == expected
@@ -113,6 +112,7 @@ def test_every_scheme_becomes_iob2():
         ([{"text": "some text", "label": [{"begin": 0, "end": 5, "label": "A"}]}], "expected spans"),
         ([{"text": ["a"], "label": None}, {"text": ["a", "b"], "label": ["O", "B-A"]}], "1 of 2 rows without"),
         ([{"text": ["a", "b"], "label": ["X", "X"]}], "at least two kinds"),
+        ([{"text": ["a", "b"], "label": [0, 3]}], "numbers without names"),
     ],
 )
 def test_bad_rows_are_refused(rows, message, tmp_path):

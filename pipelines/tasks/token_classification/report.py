@@ -18,16 +18,18 @@ from pipelines.tasks.token_classification.entities import Entity, entities, enti
 
 
 def compare_entities(
-    stages: dict[str, StageResult],
+    stages: list[StageResult],
     tags: dict[str, list[str]],
     expected: list[str],
-    documents: np.ndarray,
+    places: tuple[np.ndarray, np.ndarray],
     test: Any,
     kinds: list[str],
     shipped: str,
     teacher: str,
 ) -> Comparison:
-    """What a report says of the tags (words,) of every stage; `documents` (words,) are the rows of `test` that words belong to."""
+    """What a report says of the tags (words,) of every stage; `places` are the rows of `test` that words belong to, and their
+    numbers there, both (words,)."""
+    documents, _ = places
     found = {name: entities(own, documents) for name, own in tags.items()}
     gold = entities(expected, documents)
     words = {name: np.array(own) for name, own in tags.items()}
@@ -46,38 +48,40 @@ def compare_entities(
     }
 
     def per_document(some: set[Entity]) -> np.ndarray:
-        return np.bincount([document for document, *_ in some], minlength=len(test))
+        return np.bincount(np.array([document for document, *_ in some], int), minlength=len(test))
 
     lost = sorted((gold & found[teacher]) - found[shipped])
     report = {
         "label_names": kinds,
         "test_examples": len(test),
         "test_words": len(expected),
+        "test_words_without_token": sum(map(len, test["starts"])) - len(expected),
         "test_examples_per_class": scores[teacher]["examples_per_class"],
-        "lost_most": [lost_most(stage) for stage in stages.values() if "source_metrics" in stage.record["details"]],
+        "lost_most": [lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
         "lost_spans": {
             "total": len(lost),
             "expected": len(gold),
             "gained_total": len((gold & found[shipped]) - found[teacher]),
-            "examples": [_described(one, found[shipped], documents, test) for one in lost[:LISTED_EXAMPLES]],
+            "examples": [_described(one, found[shipped], places, test) for one in lost[:LISTED_EXAMPLES]],
         },
     }
     samples = {name: (per_document(own & gold), per_document(own), per_document(gold)) for name, own in found.items()}
     return Comparison(compared, report, samples, metric=f1_of)
 
 
-def _described(entity: Entity, shipped: set[Entity], documents: np.ndarray, test: Any) -> dict[str, Any]:
+def _described(
+    entity: Entity, shipped: set[Entity], places: tuple[np.ndarray, np.ndarray], test: Any
+) -> dict[str, Any]:
     """A span that is lost, in its text, and what the shipped model finds in its place."""
     document, start, end, kind = entity
-    first = int(np.searchsorted(documents, document))  # the document's own first word
-    row = test[document]
+    row, words = test[int(document)], places[1]
 
     def text_of(start: int, end: int) -> str:
-        return str(row["text"][row["starts"][start - first] : row["ends"][end - 1 - first]])
+        return str(row["text"][row["starts"][words[start]] : row["ends"][words[end - 1]]])
 
     instead = [one for one in sorted(shipped) if one[0] == document and one[1] < end and start < one[2]]
     return {
-        "index": document,
+        "index": int(document),
         "text": clip(row["text"], CLIPPED_TEXT),
         "span": text_of(start, end),
         "label": kind,

@@ -16,24 +16,23 @@ from transformers import AutoModelForTokenClassification
 from pipelines.core.config import Checked, DataConfig, DistillConfig, flag
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.task import IGNORED, Candidates, Collate, Comparison, Presentation, StageResult, Tensors
+from pipelines.core.task import IGNORED, Candidates, Collate, Comparison, Predict, Presentation, StageResult, Tensors
 from pipelines.data.examples import Examples
 from pipelines.data.kinds import Source
 from pipelines.data.tagged import load_tagged, tag_windows
 from pipelines.data.text import TEXTS, tokenizer_content
 from pipelines.edge.bundle import VERIFIED_EXAMPLES, text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
-from pipelines.models.loading import label_order, reorder_labels
 from pipelines.report.pages import TEACHER
 from pipelines.runtime import infer
 from pipelines.runtime.spans import OUTSIDE, OVERLAP
 from pipelines.tasks.base import check_predictions
+from pipelines.tasks.classification import Classification
 from pipelines.tasks.texts import TextTask
 from pipelines.tasks.token_classification import baselines
 from pipelines.tasks.token_classification.entities import entities, entity_metrics
 from pipelines.tasks.token_classification.made import made_texts
 from pipelines.tasks.token_classification.report import TokenPresentation, compare_entities
-from pipelines.training.losses import ClassifierLoss
 
 
 @dataclass
@@ -52,7 +51,7 @@ class TokenConfig(Checked):
     )
 
 
-class TokenClassification(ClassifierLoss, TextTask):
+class TokenClassification(TextTask, Classification):
     """A label for every word of a text; texts longer than --max_length are read in windows that overlap."""
 
     name = "token-classification"
@@ -129,14 +128,8 @@ class TokenClassification(ClassifierLoss, TextTask):
         """Raise InputError unless the teacher reads the student's tokens: every one of them has its own soft target."""
         super().check_teacher_fits(teacher_source, student, processor, online=True)
 
-    def align_labels(self, model: Any, source: str) -> None:
-        order = label_order(model.config, self.label_names)
-        if order is None:
-            raise InputError(
-                f"expected a model for the tags {self.label_names}, found id2label {model.config.id2label} in {source}. Fine-tune it on "
-                "this data set, or use the data set it was fine-tuned on."
-            )
-        reorder_labels(model, order, self.label_names)
+    def check_label_order(self, processor: Any, predict: Predict) -> None:
+        """Nothing: the tags of a head have names that say their order."""
 
     def check_teacher(self, metrics: dict[str, Any], config: Any) -> None:
         """Raise InputError for a teacher that finds nothing on the validation split, or gives every word one tag."""
@@ -214,30 +207,25 @@ class TokenClassification(ClassifierLoss, TextTask):
     # ---- Report
 
     def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
-        test = self.data.splits["test"]
-        references = self.features(processor)["test"]["labels"][:]
-        expected, documents = self.words(np.zeros((len(references), self.config.max_length)), references)[1:]
-        by_word = [
-            replace(
-                stage,
-                predictions=stage.predictions
-                if stage.predictions.ndim == 1
-                else self.words(stage.predictions, references)[0],
-            )
-            for stage in stages
+        test, features = self.data.splits["test"], self.features(processor)["test"]
+        found = [
+            (text, word)
+            for text, words in zip(features["text_number"], features["words"], strict=True)
+            for word in words
         ]
-        check_predictions(by_word, expected.shape, "words", teacher)
-        found = {stage.name: stage for stage in by_word}
-        return compare_entities(
-            found,
-            {name: self.tags(stage.predictions) for name, stage in found.items()},
-            self.tags(expected),
-            documents,
-            test,
-            self.kinds,
-            shipped,
-            teacher,
-        )
+        texts, words = np.array([(text, word) for text, word in found if word != IGNORED]).T
+        lengths = [len(starts) for starts in test["starts"]]
+        among_all = (np.cumsum(lengths) - lengths)[texts] + words  # baselines have a tag for words without a token, too
+        references = features["labels"][:]
+
+        def by_word(predictions: np.ndarray) -> np.ndarray:
+            return predictions[among_all] if predictions.ndim == 1 else self.words(predictions, references)[0]
+
+        stages = [replace(stage, predictions=by_word(stage.predictions)) for stage in stages]
+        check_predictions(stages, texts.shape, "words", teacher)
+        tags = {stage.name: self.tags(stage.predictions) for stage in stages}
+        expected = self.tags(self.words(np.zeros((len(references), self.config.max_length)), references)[1])
+        return compare_entities(stages, tags, expected, (texts, words), test, self.kinds, shipped, teacher)
 
     # ---- Bundle
 
@@ -281,7 +269,8 @@ class TokenClassification(ClassifierLoss, TextTask):
 
 def _collate_tokens(collate: Collate, rows: list[dict[str, Any]]) -> dict[str, Any]:
     labels = [row["labels"] for row in rows]
-    batch = collate([{name: value for name, value in row.items() if name != "labels"} for row in rows])
+    left_out = ("labels", "words", "text_number")
+    batch = collate([{name: value for name, value in row.items() if name not in left_out} for row in rows])
     tokens = batch["input_ids"].shape[1]
     padded = [[*own, *[IGNORED] * (tokens - len(own))] for own in labels]
     return {
