@@ -5,6 +5,7 @@
     "outputs": {"kind": "classes", "activation": "softmax" | "sigmoid" | "none", "labels", and perhaps "thresholds" of a sigmoid:
                  the probability of each label, in their order, from which on it is predicted; 0.5 where they are left out}
                {"kind": "values", "names", and perhaps "ranks": the value of a pair says how well the second text answers the first}
+               {"kind": "spans", "labels"}, of tokens: O, and B- and I- of every type; inputs have "offsets" in their probes
                {"kind": "continuation", "end_tokens", "context", "cache"}
                {"kind": "vector", "output"}, the name of the graph's output that is the vector of a text
 
@@ -68,14 +69,15 @@ def image_settings(processor: Any) -> dict[str, Any]:
 
 
 def head_outputs(directory: Path) -> dict[str, Any]:
-    """How the logits of a classification or regression head are read, by the `problem_type` and `id2label` of its config.json; or that the
-    model is an embedder."""
+    """How the logits of a head are read, by the `problem_type` and `id2label` of its config.json; or that the model is an embedder."""
     config = read_json(directory / "config.json")
     if "sentence_embedding" in config:  # see pipelines/models/embedder.py
         return {"kind": "vector", "output": "sentence_embedding"}
     # transformers leaves out of the file what is its default: two labels.
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     names = [labels[str(index)] for index in range(len(labels))]
+    if any(name.endswith("ForTokenClassification") for name in config.get("architectures") or []):
+        return {"kind": "spans", "labels": names}
     if config.get("problem_type") == "regression":
         return {"kind": "values", "names": ["score"] if names == ["LABEL_0"] else names}
     if config.get("problem_type") != "multi_label_classification":

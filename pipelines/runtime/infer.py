@@ -3,6 +3,7 @@
     python infer.py "some text"                   the label, its probability and the input, between tabs
     python infer.py --pair "a text" "another"     where the model reads two texts at a time
     python infer.py --query "what?" --file lines.txt     the lines by how well they answer, where the model scores pairs of texts
+    python infer.py "Ann Lee called." --redact    the text with [LABEL] in place of every span, where the model finds spans
     python infer.py photo.jpg picture.png         images by their files
     python infer.py --file lines.txt --json       a text, two texts with a tab between them, or an image file on every line
     tail -f log.txt | python infer.py --stdin     every prediction as soon as its line is there
@@ -234,7 +235,7 @@ def image_inputs(settings: dict[str, Any], names: list[str]) -> Callable[[Exampl
 
 
 def module_beside(name: str) -> Any:
-    """generate.py, images.py or vectors.py, which is beside this file in a bundle, and in the same package where this file is part of one."""
+    """A module that is beside this file in a bundle, such as generate.py, and in the same package where this file is part of one."""
     sys.dont_write_bytecode |= not __package__  # a bundle stays as it was built
     return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
 
@@ -250,7 +251,7 @@ def open_model(directory: str | Path, manifest: dict[str, Any] | None, **how: An
 
 
 class Predictor:
-    """The model of a bundle that gives labels, values or a vector, ready to predict.
+    """The model of a bundle that gives labels, values, spans or a vector, ready to predict.
 
     A `manifest` is taken as it is; left out, the bundle's is read and its files are checked. `threads` and `provider` are as in
     open_session().
@@ -264,14 +265,28 @@ class Predictor:
         if settings["kind"] == "image":
             self.prepare = image_inputs(settings, names)
         else:
-            self.prepare = text_inputs(Path(directory) / "tokenizer.json", settings, names)
+            path = Path(directory) / "tokenizer.json"
+            self.prepare = text_inputs(path, settings, names)
+        self.spans: Any = None
+        if self.manifest["outputs"]["kind"] == "spans":
+            module = module_beside("spans")
+            windows = module.Windows(path, settings["max_length"], names)
+            labels = self.manifest["outputs"]["labels"]
+            self.spans = module.SpanModel(windows, labels, lambda feed: self.session.run(None, feed)[0])
 
     def logits(self, example: Example) -> Any:
-        """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch."""
+        """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch.
+
+        Of a model that finds spans they are (tokens, labels), for texts of any length.
+        """
+        if self.spans is not None:
+            return self.spans.tokens(example[0])[1]
         return self.session.run(self.read, self.prepare(example))[0].reshape(-1)
 
     def predict(self, example: Example) -> dict[str, Any]:
         given = example[0] if len(example) == 1 else list(example)
+        if self.spans is not None:
+            return {"input": given, "spans": self.spans.spans(given)}
         return {"input": given, **read_outputs(self.logits(example), self.manifest["outputs"])}
 
 
@@ -341,6 +356,8 @@ def make_parser(beside: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
+    if "spans" in beside:
+        parser.add_argument("--redact", action="store_true", help="write each text with [LABEL] in place of every span")
     if "vectors" in beside:
         parser.add_argument("--output", help="write the vectors of all inputs as one array to this .npy file")
         kinds = module_beside("vectors").KINDS
@@ -413,6 +430,9 @@ def write_prediction(found: dict[str, Any], as_json: bool) -> None:
         line = json.dumps(found, ensure_ascii=False)
     elif "vector" in found:
         line = "\t".join([" ".join(f"{value:.6g}" for value in found["vector"]), given])
+    elif "spans" in found:
+        spans = (f"{one['label']} {one['start']}-{one['end']} {one['text']}" for one in found["spans"])
+        line = f"{'; '.join(spans)}\t{given}"
     elif "values" in found:
         line = "\t".join([*(f"{value:.6g}" for value in found["values"].values()), given])
     elif "labels" in found:
@@ -491,8 +511,8 @@ def sample(settings: dict[str, Any]) -> Example:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     directory = Path(__file__).absolute().parent
-    # Only the bundle of a language model, or of an embedder, has one of these.
-    beside = [name for name in ("generate", "vectors") if (directory / f"{name}.py").is_file()]
+    # Only the bundle of a language model, of one that finds spans, or of an embedder, has one of these.
+    beside = [name for name in ("generate", "spans", "vectors") if (directory / f"{name}.py").is_file()]
     generates = "generate" in beside
     parser = make_parser(beside)
     flags = parser.parse_args(argv)
@@ -537,7 +557,10 @@ def main(argv: list[str] | None = None) -> None:
             return
         predictions = in_order(model.predict, examples, at_once)
         for found in predictions if flags.query is None else ranked(predictions):
-            write_prediction(found, flags.json)
+            if getattr(flags, "redact", False):
+                print(module_beside("spans").redact(found["input"], found["spans"]), flush=True)
+            else:
+                write_prediction(found, flags.json)
 
 
 if __name__ == "__main__":

@@ -47,10 +47,11 @@ async function checkFile(name, bytes, expected) {
 
 // The library that makes tokens here is another than the model was trained with, so it is tried on texts whose tokens are known.
 function checkTokens({manifest, tokenizer}) {
-    for (const {texts, ids} of manifest.inputs.probes) {
+    for (const {texts, ids, offsets} of manifest.inputs.probes) {
         const continued = manifest.outputs.kind === "continuation";
         const found = continued ? promptTokens(tokenizer, texts[0]) : textColumns(tokenizer, texts, manifest.inputs).input_ids;
-        if (found.join(" ") !== ids) {
+        const count = offsets?.split(" ").length;
+        if (found.join(" ") !== ids || (offsets ?? "") !== codePointOffsets(tokenizer, texts[0], count)) {
             throw new Error(
                 `expected the tokens that the model was trained with for ${JSON.stringify(texts[0].slice(0, 30))}, found others: this ` +
                 "page's library does not support this tokenizer. Use the bundle's infer.py.",
@@ -64,6 +65,9 @@ function checkTokens({manifest, tokenizer}) {
 export async function predict(bundle, example) {
     if (bundle.manifest.outputs.ranks) return rank(bundle, ...example);
     const start = performance.now();
+    if (bundle.manifest.outputs.kind === "spans") {
+        return {spans: await findInText(bundle, example[0]), milliseconds: performance.now() - start};
+    }
     const outputs = await bundle.session.run(prepare(bundle, example));
     const milliseconds = performance.now() - start;
     const logits = Array.from(outputs[bundle.manifest.outputs.output ?? bundle.session.outputNames[0]].data);
@@ -189,7 +193,10 @@ export function textColumns(tokenizer, texts, settings) {
     const lengths = truncatedLengths(first.length, second?.length ?? 0, settings.max_length - frame);
     const left = settings.truncation_side === "left";
     const cut = (tokens, length) => (left ? tokens.slice(tokens.length - length) : tokens.slice(0, length));
-    const {tokens, token_type_ids: types} = finish(tokenizer, cut(first, lengths[0]), second && cut(second, lengths[1]));
+    return numbered(tokenizer, finish(tokenizer, cut(first, lengths[0]), second && cut(second, lengths[1])));
+}
+
+function numbered(tokenizer, {tokens, token_type_ids: types}) {
     const identify = (token) =>
         tokenizer.added_tokens_map.get(token)?.id ?? tokenizer.token_to_id(token) ?? tokenizer.model.unk_token_id;
     return {input_ids: tokens.map(identify), attention_mask: tokens.map(() => 1), token_type_ids: types ?? tokens.map(() => 0)};
@@ -204,6 +211,121 @@ export function truncatedLengths(first, second, room) {
     if (first + second <= room) return [first, second];
     const shorter = Math.min(first, second, Math.floor(room / 2));
     return first <= second ? [shorter, room - shorter] : [room - shorter, shorter];
+}
+
+// ---- Spans: what spans.py does, with places in UTF-16, as JavaScript counts
+
+// Spans of a text of any length: `text`, `label`, `score`, `start`, `end`.
+async function findInText({manifest: {inputs, outputs}, ort, session, tokenizer}, text) {
+    const placed = placedTokens(tokenizer, text);
+    const {windows, before} = textWindows(tokenizer, placed, inputs.max_length);
+    const offsets = [], logits = [];
+    for (const {tokens, from, to} of windows) {
+        const columns = numbered(tokenizer, finish(tokenizer, tokens.map(({token}) => token), null));
+        const feeds = Object.fromEntries(session.inputNames.map((name) => [name, wholeNumbers(ort, columns[name])]));
+        const found = (await session.run(feeds))[session.outputNames[0]];
+        const labels = outputs.labels.length;
+        for (let place = from; place < to; place++) {
+            offsets.push([tokens[place].start, tokens[place].end]);
+            logits.push(found.data.slice((before + place) * labels, (before + place + 1) * labels));
+        }
+    }
+    return findSpans(text, offsets, logits, outputs.labels);
+}
+
+// The windows that overlap, each with its tokens and which of them count, and how many special tokens stand before them.
+export function textWindows(tokenizer, placed, maxLength) {
+    const mark = "\0";
+    const framed = finish(tokenizer, [mark], null).tokens;
+    const [room, overlap] = [maxLength - framed.length + 1, Math.floor(maxLength / 4)];
+    const windows = [];
+    for (let first = 0, last = false; !last; first += room - overlap) {
+        last = first + room >= placed.length;
+        const tokens = placed.slice(first, first + room);
+        const from = first ? Math.floor(overlap / 2) : 0;
+        windows.push({tokens, from, to: last ? tokens.length : tokens.length - Math.ceil(overlap / 2)});
+    }
+    return {windows, before: framed.indexOf(mark)};
+}
+
+export function findSpans(text, offsets, logits, labels) {
+    const groups = [];
+    logits.forEach((values, token) => {
+        const probabilities = softmax(values);
+        const best = probabilities.indexOf(Math.max(...probabilities));
+        const [, prefix, kind] = /^([BI])-(.*)$/s.exec(labels[best]) ?? ["", "I", labels[best]];
+        const group = groups.at(-1);
+        if (prefix === "I" && group?.kind === kind) {
+            group.scores.push(probabilities[best]);
+            group.end = offsets[token][1];
+        } else {
+            groups.push({kind, start: offsets[token][0], end: offsets[token][1], scores: [probabilities[best]]});
+        }
+    });
+    return groups.filter(({kind}) => kind !== "O").map(({kind, start, end, scores}) => {
+        while (start < end && /\s/.test(text[start])) start++;
+        while (end > start && /\s/.test(text[end - 1])) end--;
+        // A combining mark belongs to the character before it.
+        if (start < end) end += /^\p{M}*/u.exec(text.slice(end))[0].length;
+        const score = scores.reduce((sum, value) => sum + value, 0) / scores.length;
+        return {text: text.slice(start, end), label: kind, score, start, end};
+    }).filter(({start, end}) => start < end);
+}
+
+// The tokens of a text with their places. The library tells nothing of these, so its steps are taken one by one: each character is
+// normalized alone to know what became of it, and the pieces of WordPiece are parts of the normalized text.
+export function placedTokens(tokenizer, text) {
+    const placed = [];
+    let offset = 0;
+    for (const section of tokenizer.splitter_unnormalized.split(text)) {
+        if (tokenizer.added_tokens_map.has(section)) {
+            placed.push({token: section, start: offset, end: offset + section.length});
+        } else if (section) {
+            placed.push(...tokensOfSection(tokenizer, section, offset));
+        }
+        offset += section.length;
+    }
+    return placed;
+}
+
+function tokensOfSection(tokenizer, section, offset) {
+    const normalize = (given) => tokenizer.normalizer?.(given) ?? given;
+    const [starts, ends] = [[], []]; // of the character that each unit of the normalized text comes from
+    let [place, normalized] = [offset, ""];
+    for (const character of section) {
+        const units = normalize(character);
+        starts.push(...Array(units.length).fill(place));
+        place += character.length;
+        ends.push(...Array(units.length).fill(place));
+        normalized += units;
+    }
+    const unsupported = () => new Error("this page cannot tell where the tokens of this tokenizer are. Use the bundle's infer.py.");
+    if (normalized.length !== normalize(section).length) throw unsupported();
+    const placed = [];
+    let from = 0;
+    for (const piece of normalized ? tokenizer.pre_tokenizer(normalized) : []) {
+        from = normalized.indexOf(piece, from);
+        const prefix = tokenizer.model.config.continuing_subword_prefix;
+        const tokens = tokenizer.model([piece]);
+        const isUnknown = tokens.length === 1 && tokens[0] === tokenizer.model.unk_token;
+        const lengths = isUnknown ? [piece.length] : tokens.map((token, index) => token.length - (index ? prefix?.length : 0));
+        if (from < 0 || lengths.reduce((sum, length) => sum + length, 0) !== piece.length) throw unsupported();
+        tokens.forEach((token, index) => {
+            placed.push({token, start: starts[from], end: ends[from + lengths[index] - 1]});
+            from += lengths[index];
+        });
+    }
+    return placed;
+}
+
+// The places of the first tokens as a manifest's probes have them: in code points.
+function codePointOffsets(tokenizer, text, count) {
+    if (count === undefined) return "";
+    const points = [];
+    let point = 0;
+    for (const character of text) points.push(...Array(character.length).fill(point++));
+    points.push(point);
+    return placedTokens(tokenizer, text).slice(0, count).map(({start, end}) => `${points[start]}-${points[end]}`).join(" ");
 }
 
 // ---- Images

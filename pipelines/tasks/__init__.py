@@ -20,6 +20,7 @@ TASKS = {
     "text-classification": "pipelines.tasks.text_classification:TextClassification",
     "image-classification": "pipelines.tasks.image_classification:ImageClassification",
     "text-generation": "pipelines.tasks.text_generation.task:LanguageModeling",
+    "token-classification": "pipelines.tasks.token_classification.task:TokenClassification",
     "text-regression": "pipelines.tasks.text_regression:TextRegression",
     "multi-label-classification": "pipelines.tasks.multi_label_classification:MultiLabelClassification",
     "text-ranking": "pipelines.tasks.text_ranking.task:TextRanking",

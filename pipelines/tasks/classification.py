@@ -212,7 +212,7 @@ def class_report(
         "label_names": label_names,
         "test_examples": examples,
         "test_examples_per_class": dict(zip(label_names, counts.tolist(), strict=True)),
-        "lost_most": [_lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
+        "lost_most": [lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
     }
 
 
@@ -221,7 +221,7 @@ def weighted_accuracy(correct: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.asarray((correct * weights).sum(axis=-1) / weights.sum(axis=-1))
 
 
-def _lost_most(stage: StageResult) -> dict[str, Any]:
+def lost_most(stage: StageResult) -> dict[str, Any]:
     """The class whose recall on the validation split fell most from the model that a stage was made from."""
     before, after = stage.record["details"]["source_metrics"], stage.record["metrics"]["validation"]
     old, new, counts = before["recall_per_class"], after["recall_per_class"], after["examples_per_class"]
@@ -241,6 +241,37 @@ def broken_examples(
         "repaired_total": int((after & ~before).sum()),
         "examples": listed_examples(ordered, texts, **columns),
     }
+
+
+def recall_tables(report: dict[str, Any], shipped: dict[str, Any], unit: str) -> list[str]:
+    """What every class lost, and what each stage took most from."""
+    teacher, name = stage_of(report, TEACHER), shipped["name"]
+    changes = shipped["recall_change_per_class"]
+    classes = sorted(changes, key=lambda label: changes[label])
+    rows = [
+        [
+            label,
+            str(report["test_examples_per_class"][label]),
+            number(teacher["metrics"]["recall_per_class"][label], ".3f"),
+            number(shipped["metrics"]["recall_per_class"][label], ".3f"),
+            f"{changes[label]:+.3f}",
+        ]
+        for label in classes[:20]
+    ]
+    header = ["class", f"test {unit}", "teacher's recall", f"{name}'s recall", "delta"]
+    parts = ["Recall per class, the largest loss first:", markdown_table(header, rows)]
+    if len(classes) > 20:
+        parts.append(f"The other {len(classes) - 20} classes are in report.json.")
+    lost = [one for one in report["lost_most"] if one["after"] < one["before"] and one["stage"] not in BASELINES]
+    if lost:
+        header = ["stage", "class", f"validation {unit}", "recall before", "recall after"]
+        rows = [
+            [one["stage"], one["class"], str(one["examples"]), f"{one['before']:.3f}", f"{one['after']:.3f}"]
+            for one in lost
+        ]
+        parts.append("The class that each stage took most from, on the validation split:")
+        parts.append(markdown_table(header, rows, text_columns=2))
+    return parts
 
 
 class ClassifierPresentation(BasePresentation):
@@ -272,32 +303,8 @@ class ClassifierPresentation(BasePresentation):
         )
 
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
-        broken, teacher, name = report["broken_examples"], stage_of(report, TEACHER), shipped["name"]
-        changes = shipped["recall_change_per_class"]
-        classes = sorted(changes, key=lambda label: changes[label])
-        rows = [
-            [
-                label,
-                str(report["test_examples_per_class"][label]),
-                number(teacher["metrics"]["recall_per_class"][label], ".3f"),
-                number(shipped["metrics"]["recall_per_class"][label], ".3f"),
-                f"{changes[label]:+.3f}",
-            ]
-            for label in classes[:20]
-        ]
-        header = ["class", "test examples", "teacher's recall", f"{name}'s recall", "delta"]
-        parts = ["Recall per class, the largest loss first:", markdown_table(header, rows)]
-        if len(classes) > 20:
-            parts.append(f"The other {len(classes) - 20} classes are in report.json.")
-        lost = [one for one in report["lost_most"] if one["after"] < one["before"] and one["stage"] not in BASELINES]
-        if lost:
-            header = ["stage", "class", "validation examples", "recall before", "recall after"]
-            rows = [
-                [one["stage"], one["class"], str(one["examples"]), f"{one['before']:.3f}", f"{one['after']:.3f}"]
-                for one in lost
-            ]
-            parts.append("The class that each stage took most from, on the validation split:")
-            parts.append(markdown_table(header, rows, text_columns=2))
+        broken, name = report["broken_examples"], shipped["name"]
+        parts = recall_tables(report, shipped, "examples")
         examples = broken["examples"][:listed]
         parts.append(
             f"Test examples that the teacher predicts right and {name} wrong: {broken['total']:,} of {report['test_examples']:,}. The other "

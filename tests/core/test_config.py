@@ -210,6 +210,7 @@ CONFIGS = {
     "multi-label-classification": ["bert_bbc_topics"],
     "text-ranking": ["minilm_bbc_reranking", "ms_marco_reranking"],
     "sentence-embedding": ["minilm_bbc_retrieval", "minilm_bbc_static", "mpnet_all_nli", "mpnet_stsb"],
+    "token-classification": ["bert_pii"],
     "image-classification": ["vit_beans", "vit_cifar10", "vit_digits", "vit_imagefolder"],
     "text-generation": ["gpt2_bbc_news", "gpt2_wikitext"],
 }

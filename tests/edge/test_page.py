@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from test_edge import image_files
 from test_load import LABELS, VALUES, bundle_by_hand
@@ -30,7 +33,7 @@ from pipelines.edge.settings import image_settings
 from pipelines.edge.web import HERE, LIBRARIES, RUNTIME_LIBRARY, add_page
 from pipelines.onnx.export import export_onnx
 from pipelines.onnx.quantize import quantize_onnx
-from pipelines.runtime import images, infer
+from pipelines.runtime import images, infer, spans
 from pipelines.runtime.generate import LanguageModel, Sampling
 from pipelines.tasks.sentence_embedding.data import EmbeddingConfig
 from pipelines.tasks.sentence_embedding.task import SentenceEmbedding
@@ -39,6 +42,7 @@ from pipelines.training.fine_tune import save
 
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js on the PATH")
 TEXTS = [text for text, _ in make_texts(12, seed=5)]
+SPAN_TEXTS = int(os.environ.get("SPAN_TEXTS", 1000))  # 10,000 were tried
 ODD_TEXTS = ["goal " * 100, "NAÏVE 東京 🙂 server", "[SEP] goal"]
 
 
@@ -140,6 +144,77 @@ def test_truncation_is_that_of_tokenizers(tokenizer):
         expected.append([len(types) - kept - 3, kept])
     script = f"console.log(JSON.stringify(given.map((pair) => model.truncatedLengths(...pair, {room}))))"
     assert node(script, lengths) == expected
+
+
+# Pieces of texts: combining marks before and after normalization, emoji of several code points, right-to-left and other scripts, white space.
+PIECES = [
+    *"\r\n \t \n . , @ - x",
+    "\r\n",
+    " ",
+    "🙂",
+    "👩\u200d👧",
+    "e\u0301",
+    "é",
+    "a\u0323\u0302",
+    "שלום",
+    "مرحبا",
+    "नमस्ते",
+    "東京",
+    "İ",
+    "ß",
+]
+PIECES += ["ﬁ", "ΟΔΟΣ", "Hello", "goal", "WORLD", "123", "’", "한국", "\u200b", "\u00a0", "[SEP]", "½"]
+SPAN_LABELS = ["O", "B-A", "I-A", "B-B", "I-B"]
+
+
+def wordpiece_of(texts: list[str]) -> Any:
+    """A tokenizer whose pieces are the letters of the texts and a few words."""
+    from tokenizers import BertWordPieceTokenizer
+
+    letters = sorted({one for text in texts for one in BertWordPieceTokenizer().normalize(text)} - {"½"})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "goal", "##lo", *letters, *(f"##{one}" for one in letters)]
+    return BertWordPieceTokenizer({piece: number for number, piece in enumerate(pieces)})
+
+
+@needs_node
+def test_spans_are_those_of_infer_py_wherever_they_begin(libraries, tmp_path):
+    generator = np.random.default_rng(0)
+    texts = ["".join(generator.choice(PIECES, generator.integers(0, 25))) for _ in range(SPAN_TEXTS)]
+    wordpiece_of(texts).save(str(tmp_path / "tokenizer.json"))
+    windows = spans.Windows(tmp_path / "tokenizer.json", 12, ["input_ids"])
+    script = """
+        const {Tokenizer} = await import(given.library);
+        const tokenizer = new Tokenizer(given.tokenizer, {});
+        const find = (text) => {
+            const placed = model.placedTokens(tokenizer, text);
+            const logits = placed.map((_, token) => given.labels.map((_, label) => (label === (token * token + 3 * token) % 5 ? 4 : 0)));
+            const {windows, before} = model.textWindows(tokenizer, placed, 12);
+            return {
+                spans: model.findSpans(text, placed.map(({start, end}) => [start, end]), logits, given.labels),
+                kept: windows.map(({tokens, from, to}) => tokens.slice(from, to).map(({token, start}) => [token, start])),
+                before,
+            };
+        };
+        console.log(JSON.stringify(given.texts.map(find)));
+    """
+    library = libraries / "@huggingface" / "tokenizers" / "dist" / "tokenizers.min.mjs"
+    given = {"library": library.as_uri(), "tokenizer": json.loads((tmp_path / "tokenizer.json").read_text())}
+    found = node(script, {**given, "labels": SPAN_LABELS, "texts": texts})
+    count = 0
+    for text, of_page in zip(texts, found, strict=True):
+        offsets = [place for _, _, places in windows(text) for place in places]
+        numbers = (np.arange(len(offsets)) ** 2 + 3 * np.arange(len(offsets))) % 5
+        expected = spans.find_spans(text, offsets, np.eye(5)[numbers] * 4, SPAN_LABELS)
+        for one, other in zip(expected, of_page["spans"], strict=True):
+            assert one["text"] == text[one["start"] : one["end"]] == other["text"] != ""
+            units = len(text[: one["start"]].encode("utf-16-le")) // 2
+            assert (one["label"], units) == (other["label"], other["start"])
+            assert one["score"] == pytest.approx(other["score"])
+        kept = [len(places) for _, _, places in windows(text)]
+        assert kept == [len(tokens) for tokens in of_page["kept"]]
+        assert of_page["before"] == 1
+        count += len(expected)
+    assert count > SPAN_TEXTS
 
 
 def test_libraries_come_from_the_named_directory_and_are_checked(tmp_path):
@@ -278,6 +353,36 @@ def test_lines_are_ranked_in_a_browser(browser, tokenizer, tmp_path, libraries):
         assert [float(score) for _, score in rows] == pytest.approx(
             [one["values"]["score"] for one in expected], abs=1e-5
         )
+
+
+def test_spans_in_a_browser(browser, tokenizer, tmp_path, libraries):
+    bundle, text = tmp_path / "bundle", "🙂 goal שלום 12, the coach said"
+    bundle.mkdir()
+    tokenizer.save_pretrained(bundle)
+    weights = np.random.default_rng(0).normal(size=(len(tokenizer), 5)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["weights", "input_ids"], ["logits"])],
+        "by_hand",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 5])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), bundle / "model.onnx")
+    add_page(bundle, BundleConfig(web_assets=str(libraries)), tuple(LIBRARIES))
+    inputs = {"kind": "text", "pair": False, "max_length": 8, "truncation_side": "right", "probes": []}
+    manifest = {"format": infer.FORMAT, "model": "model.onnx", "minimum_onnxruntime": "1.18.0", "inputs": inputs}
+    write_manifest(bundle, manifest | {"outputs": {"kind": "spans", "labels": SPAN_LABELS}})
+    expected = infer.Predictor(bundle).predict((text,))["spans"]
+    assert len(expected) > 1
+    with served(bundle) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.fill("#text", text)
+        page.wait_for_selector("mark", timeout=120_000)
+        marks = "marks => marks.map((mark) => [mark.textContent, mark.dataset.label])"
+        assert page.eval_on_selector_all("mark", marks) == [[one["text"], one["label"]] for one in expected]
+        assert page.text_content("#spans") == text
         page.close()
 
 

@@ -1,0 +1,214 @@
+"""Texts with personal data, made from templates with the package Faker: the offline demo. All people in them are invented.
+
+Templates, first and last names, streets and cities of validation and test are none of training's. Half of the templates also have
+look-alikes, which are no personal data: order numbers, prices, versions, times, firms called after people, towns without an address.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import numpy as np
+
+from pipelines.core.errors import InputError
+from pipelines.data.kinds import SPLITS
+
+SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
+LOCALES = ("en_GB", "en_US", "de_DE", "fr_FR", "it_IT", "nl_NL")
+SLOT = re.compile(r"\{(\w+)\}")
+
+# By split. Capital slots are personal data; the others are look-alikes.
+TEMPLATES = {
+    "train": """
+        My name is {NAME} and my order {order} never arrived.
+        Please send the parcel to {ADDRESS}, not to the depot in {town}.
+        You can reach {NAME} at {MAIL} or {PHONE}.
+        Dear {NAME}, your payment of {price} was received on {DATE}.
+        I moved to {ADDRESS} on {DATE}; please update the file of {NAME}.
+        The refund of {price} goes to {IBAN}.
+        Version {version} fixed the crash that {NAME} reported on {DATE}.
+        Call me on {PHONE} between {time} and {time}.
+        {NAME} ({MAIL}) asked for a copy of invoice {order}.
+        The account {IBAN} belongs to {NAME}, born on {DATE}.
+        We met at {firm} in {town} at {time}.
+        Ticket {order} was closed by the support team of {firm}.
+        Write to {MAIL} if the price of {price} is wrong.
+        Patient {NAME}, {DATE}, was seen at {time}.
+        The new tenant of {ADDRESS} is {NAME}.
+        {firm} sells the {product} for {price}.
+        Our shop in {town} is open 24/7 and has {count} seats.
+        From: {NAME} <{MAIL}>
+        Tel. {PHONE}, IBAN {IBAN}
+        Room {count}, shelf {order}, part {version}.
+        {NAME} and {NAME} signed the contract on {DATE} in {town}.
+        Ship {count} units of {product} to {firm}, {ADDRESS}.
+        The {product} has serial number {order} and firmware {version}.
+        Between {town} and {town} the train takes {count} minutes.
+        Is {PHONE} still the number of Mr {LASTNAME}?
+        Thanks, {FIRSTNAME}
+        In May the team of {firm} will march for {count} miles.
+        Will the mark of {count} be reached by {firm}?
+    """,
+    "validation": """
+        This is {NAME}; the {product} with number {order} is broken.
+        Kindly transfer {price} from {IBAN} before {DATE}.
+        Deliver it to {ADDRESS} or ring {PHONE}.
+        Our contact at {firm} is {NAME}, {MAIL}.
+        Release {version} needs {count} MB and was built at {time}.
+        Best wishes, {FIRSTNAME}
+        The bus from {town} leaves at {time} and costs {price}.
+    """,
+    "test": """
+        Could somebody tell {NAME} that {product} number {order} is ready?
+        {NAME} lives at {ADDRESS} and was born on {DATE}.
+        I paid {price} by transfer from {IBAN} on {DATE}, see receipt {order}.
+        If you have questions, mail {MAIL} or phone {PHONE} after {time}.
+        The update to {version} takes {count} minutes, says {firm}.
+        Hello, {FIRSTNAME} here, my new address is {ADDRESS}.
+        Neither {firm} nor the branch in {town} knows a Mrs {LASTNAME}.
+        Reply to {MAIL}, cc {MAIL}.
+        A table for {count} at {time} under the name of {LASTNAME}, please.
+        Our hotel in {town} charges {price} a night for room {count}.
+        Bank details of {NAME}: {IBAN}
+        {firm} was founded in {town} and employs {count} people.
+        The appointment of {NAME} moves from {DATE} to {DATE}.
+        Contact: {NAME}, {ADDRESS}, {PHONE}
+        Rose petals, price {price}, article {order}, for {firm}.
+    """,
+}
+PRODUCTS = ("kettle", "Galaxy phone", "Bosch drill", "Paris lamp", "Victoria sofa", "Jordan shoe", "router", "desk")
+FIRMS = ("{name} & Sons", "{name} Ltd", "{name} GmbH", "Hotel {name}", "{name} Airlines", "the {name} Institute")
+
+
+def made_texts(count: int, seed: int = 0) -> dict[str, datasets.Dataset]:
+    """So many texts of one to three sentences, by split, with the columns `text` and `label`: their spans."""
+    try:
+        from faker import Faker
+    except ImportError as error:
+        raise InputError(
+            "expected the package faker for --made_texts, found none. Run pip install 'pocketformers[demo]', or give a --dataset."
+        ) from error
+    fakers = [Faker(locale) for locale in LOCALES]
+    for faker in fakers:
+        faker.seed_instance(seed)
+    generator = np.random.default_rng(seed)
+    splits = {}
+    for split in SPLITS:
+        slots = _slots(fakers, split, generator)
+        templates = [line.strip() for line in TEMPLATES[split].strip().splitlines()]
+        texts = [_text(templates, slots, generator) for _ in range(round(count * SHARES[split]))]
+        rows = {"text": [text for text, _ in texts], "label": [spans for _, spans in texts]}
+        splits[split] = datasets.Dataset.from_dict(rows)
+    return splits
+
+
+def split_of(name: str) -> str:
+    """The only split that a name may stand in, by its hash."""
+    share = zlib.crc32(name.encode()) % 100 / 100
+    return "train" if share < 0.7 else "validation" if share < 0.8 else "test"
+
+
+def _text(
+    templates: list[str], slots: dict[str, Callable[[], str]], generator: Any
+) -> tuple[str, list[dict[str, Any]]]:
+    text, spans = "", []
+    for template in generator.choice(templates, generator.integers(1, 4), replace=False):
+        text += str(generator.choice([" ", "\n"], p=[0.8, 0.2])) if text else ""
+        last = 0
+        for slot in SLOT.finditer(str(template)):
+            text += template[last : slot.start()]
+            value = slots[slot[1]]()
+            if slot[1].isupper():
+                label = "NAME" if slot[1].endswith("NAME") else slot[1]
+                spans.append({"start": len(text), "end": len(text) + len(value), "label": label})
+            text += value
+            last = slot.end()
+        text += template[last:]
+    return text, spans
+
+
+def _slots(fakers: list[Any], split: str, generator: Any) -> dict[str, Callable[[], str]]:
+    def own(method: str) -> Callable[[], str]:
+        """A name of this split, of any language."""
+
+        def draw() -> str:
+            while True:
+                found = str(getattr(fakers[generator.integers(len(fakers))], method)())
+                if split_of(found) == split:
+                    return found
+
+        return draw
+
+    def any_of(method: str, pattern: str | None = None) -> Callable[[], str]:
+        return lambda: str(getattr(fakers[generator.integers(len(fakers))], method)(*[pattern] * (pattern is not None)))
+
+    def choose(*choices: Callable[[], str]) -> Callable[[], str]:
+        return lambda: choices[generator.integers(len(choices))]()
+
+    first, last, street, town = own("first_name"), own("last_name"), own("street_name"), own("city")
+
+    def plain(name: str) -> str:
+        return re.sub(r"\W+", "", name.lower()) or "x"
+
+    def number(low: int, high: int) -> Callable[[], str]:
+        return lambda: str(generator.integers(low, high))
+
+    count, year = number(2, 400), number(1940, 2030)
+    day, month = number(1, 29), number(1, 13)
+    name = choose(lambda: f"{first()} {last()}", lambda: f"{first()} {last()}", lambda: f"{last()}, {first()}")
+    mail = choose(
+        lambda: f"{plain(first())}.{plain(last())}@{any_of('free_email_domain')()}",
+        lambda: f"{plain(last())}{count()}@{any_of('domain_name')()}",
+        lambda: f"info@{any_of('domain_name')()}",
+    )
+    address = choose(
+        lambda: f"{any_of('building_number')()} {street()}, {town()} {any_of('postcode')()}",
+        lambda: f"{street()} {any_of('building_number')()}, {any_of('postcode')()} {town()}",
+        lambda: f"{count()} {street()}, {town()}",
+    )
+    phone = choose(
+        any_of("phone_number"),
+        lambda: fakers[0].numerify("+## ### #######"),
+        lambda: fakers[0].numerify("0### ######"),
+        lambda: fakers[0].numerify("(0##) ### ####"),
+    )
+
+    def iban() -> str:
+        found = any_of("iban")()
+        return re.sub(r"(.{4})(?=.)", r"\1 ", found) if generator.integers(2) else found
+
+    date = choose(
+        lambda: f"{day()}/{month()}/{year()}",
+        lambda: f"{day()}.{month()}.{year()}",
+        lambda: f"{year()}-{int(month()):02}-{int(day()):02}",
+        lambda: f"{day()} {fakers[0].month_name()} {year()}",
+        lambda: f"{fakers[0].month_name()} {day()}, {year()}",
+    )
+    order = choose(
+        lambda: fakers[0].bothify("??-########").upper(),
+        lambda: fakers[0].numerify("### #### ####"),
+        lambda: fakers[0].bothify("??## #### #### ####").upper(),
+        lambda: fakers[0].numerify("20##/#####"),
+    )
+    return {
+        "NAME": name,
+        "FIRSTNAME": first,
+        "LASTNAME": last,
+        "MAIL": mail,
+        "PHONE": phone,
+        "IBAN": iban,
+        "DATE": date,
+        "ADDRESS": address,
+        "order": order,
+        "price": choose(lambda: f"£{count()}.{number(10, 100)()}", lambda: f"{count()},{number(10, 100)()} EUR"),
+        "version": lambda: ".".join(number(0, 30)() for _ in range(generator.integers(2, 4))),
+        "time": lambda: f"{number(0, 24)()}:{number(10, 60)()}",
+        "town": town,
+        "count": count,
+        "product": lambda: str(generator.choice(PRODUCTS)),
+        "firm": lambda: str(generator.choice(FIRMS)).format(name=last()),
+    }

@@ -1,0 +1,156 @@
+"""What a report says of a model that finds spans."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.core.task import Comparison, StageResult
+from pipelines.report.markdown import CLIPPED_TEXT, clip, markdown_table, number
+from pipelines.runtime.spans import OVERLAP
+from pipelines.tasks.base import LISTED_EXAMPLES
+from pipelines.tasks.classification import ClassifierPresentation, lost_most, recall_tables
+from pipelines.tasks.texts import TextPresentation, token_limit
+from pipelines.tasks.token_classification.entities import Entity, entities, entity_metrics, f1_of
+
+
+def compare_entities(
+    stages: list[StageResult],
+    tags: dict[str, list[str]],
+    expected: list[str],
+    places: tuple[np.ndarray, np.ndarray],
+    test: Any,
+    kinds: list[str],
+    shipped: str,
+    teacher: str,
+) -> Comparison:
+    """What a report says of the tags (words,) of every stage; `places` are the rows of `test` that words belong to, and their
+    numbers there, both (words,)."""
+    documents, _ = places
+    found = {name: entities(own, documents) for name, own in tags.items()}
+    gold = entities(expected, documents)
+    words = {name: np.array(own) for name, own in tags.items()}
+    scores = {
+        name: entity_metrics(own, gold, kinds) | {"accuracy": float(np.mean(words[name] == np.array(expected)))}
+        for name, own in found.items()
+    }
+    recall = {name: score["recall_per_class"] for name, score in scores.items()}
+    compared = {
+        name: {
+            "metrics": scores[name],
+            "agreement": float(np.mean(words[name] == words[teacher])),
+            "recall_change_per_class": {kind: recall[name][kind] - recall[teacher][kind] for kind in kinds},
+        }
+        for name in found
+    }
+
+    def per_document(some: set[Entity]) -> np.ndarray:
+        return np.bincount(np.array([document for document, *_ in some], int), minlength=len(test))
+
+    lost = sorted((gold & found[teacher]) - found[shipped])
+    report = {
+        "label_names": kinds,
+        "test_examples": len(test),
+        "test_words": len(expected),
+        "test_words_without_token": sum(map(len, test["starts"])) - len(expected),
+        "test_examples_per_class": scores[teacher]["examples_per_class"],
+        "lost_most": [lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
+        "lost_spans": {
+            "total": len(lost),
+            "expected": len(gold),
+            "gained_total": len((gold & found[shipped]) - found[teacher]),
+            "examples": [_described(one, found[shipped], places, test) for one in lost[:LISTED_EXAMPLES]],
+        },
+    }
+    samples = {name: (per_document(own & gold), per_document(own), per_document(gold)) for name, own in found.items()}
+    return Comparison(compared, report, samples, metric=f1_of)
+
+
+def _described(
+    entity: Entity, shipped: set[Entity], places: tuple[np.ndarray, np.ndarray], test: Any
+) -> dict[str, Any]:
+    """A span that is lost, in its text, and what the shipped model finds in its place."""
+    document, start, end, kind = entity
+    row, words = test[int(document)], places[1]
+
+    def text_of(start: int, end: int) -> str:
+        return str(row["text"][row["starts"][words[start]] : row["ends"][words[end - 1]]])
+
+    instead = [one for one in sorted(shipped) if one[0] == document and one[1] < end and start < one[2]]
+    return {
+        "index": int(document),
+        "text": clip(row["text"], CLIPPED_TEXT),
+        "span": text_of(start, end),
+        "label": kind,
+        "shipped": ", ".join(f"{text_of(one[1], one[2])} ({one[3]})" for one in instead),
+    }
+
+
+class TokenPresentation(TextPresentation, ClassifierPresentation):
+    """What a report says of a model that finds spans."""
+
+    hub_metrics: Mapping[str, str] = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
+    limitations: Sequence[str] = (
+        "It misses spans and finds some that are none: see the recall and the precision per type. Do not rely on it alone where a miss does "
+        "harm. Its scores are not calibrated, and compression changes them.",
+        "It learned from its teacher and its data, errors and biases included. Names and forms that its data lacks are found less often.",
+    )
+
+    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
+        return {name: number(stage["metrics"][name], ".3f") for name in ("precision", "recall", "accuracy")}
+
+    def how_scored(self, report: dict[str, Any]) -> str:
+        return (
+            "*f1*, *precision*, *recall*: of spans with the right words and the right type, all types together (strict IOB2). *accuracy*: the "
+            "share of words with the right tag. *retained*: the F1 divided by the teacher's. *agreement*: the share of words with the "
+            "teacher's tag."
+        )
+
+    def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
+        lost, name = report["lost_spans"], shipped["name"]
+        examples = lost["examples"][:listed]
+        parts = [
+            *recall_tables(report, shipped, "spans"),
+            f"Spans that the teacher finds and {name} does not: {lost['total']:,} of {lost['expected']:,}. The other way round: "
+            f"{lost['gained_total']:,}.",
+        ]
+        if examples:
+            rows = [
+                [str(one["index"]), one["text"], f"{one['span']} ({one['label']})", one["shipped"] or "nothing"]
+                for one in examples
+            ]
+            parts.append(markdown_table(["example", "text", "span", f"{name} finds"], rows, text_columns=4))
+        return "\n\n".join(parts)
+
+    def in_python(self, report: dict[str, Any], model: str) -> str:
+        return f"""
+            from transformers import pipeline
+            find = pipeline("token-classification", model={json.dumps(model)}, aggregation_strategy="simple", stride={token_limit(report) // OVERLAP})
+            print(find("A text."))
+        """
+
+    def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
+        return f"""
+            import json
+
+            import onnxruntime
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
+            inputs = tokenizer(["A text."], truncation=True, max_length={token_limit(report)}, return_tensors="np")
+            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
+            logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
+            with open({json.dumps(directory + "/config.json")}) as file:
+                labels = json.load(file)["id2label"]
+            print([labels[str(number)] for number in logits[0].argmax(-1)])
+        """
+
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        return f"""
+            import {{ pipeline }} from "@huggingface/transformers";
+            const find = await pipeline("token-classification", {json.dumps(repo_id)}, {{ dtype: "{dtype}" }});
+            console.log(await find("A text.", {{ ignore_labels: ["O"] }}));
+        """

@@ -1,0 +1,341 @@
+"""A label for every word: reading, windows, scores, losses, the bundle's spans, and the whole chain on tags that can be learnt."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from conftest import FILLER, WORDS, make_tokenizer
+from pipelines.cli import main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig, DistillConfig
+from pipelines.core.errors import InputError
+from pipelines.core.task import IGNORED, StageResult
+from pipelines.data.tagged import to_iob2, words_of
+from pipelines.runtime.spans import find_spans, kept_range, redact
+from pipelines.tasks import task_of_model
+from pipelines.tasks.token_classification.baselines import MARK, PatternsAndNames, UsualTag, marked
+from pipelines.tasks.token_classification.entities import entities, entity_metrics, f1_of
+from pipelines.tasks.token_classification.task import TokenClassification
+
+
+def write_tokens(path: Path, examples: int = 160, long: int = 3) -> Path:
+    """Two words of sport are a span, and one of tech is another."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for index in range(examples):
+        tokens, tags = [], []
+        for _ in range(generator.integers(2, 6) * (8 if index < long else 1)):
+            kind = generator.choice(["filler", "sport", "tech"], p=[0.6, 0.2, 0.2])
+            if kind == "filler":
+                tokens.append(str(generator.choice(FILLER)))
+                tags.append("O")
+            else:
+                words = generator.choice(WORDS[kind], 2 if kind == "sport" else 1)
+                tokens += map(str, words)
+                tags += [f"B-{kind}", *[f"I-{kind}"] * (len(words) - 1)]
+                tokens.append("said")  # else nobody can tell where the next one begins
+                tags.append("O")
+        rows.append({"tokens": [*tokens, str(index)], "tags": [*tags, "O"]})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory) -> TokenClassification:
+    path = write_tokens(tmp_path_factory.mktemp("tagged") / "tagged.jsonl")
+    return TokenClassification(DataConfig(dataset=str(path), text_column="tokens", label_column="tags", max_length=16))
+
+
+def load(path: Path, **settings) -> TokenClassification:
+    return TokenClassification(
+        DataConfig(dataset=str(path), max_length=16, test_size=0.2, validation_size=0.2, **settings)
+    )
+
+
+def words_and_tags(task: TokenClassification) -> set[tuple[tuple[str, str], ...]]:
+    found = set()
+    for split in task.splits.values():
+        for row in split:
+            words = [row["text"][start:end] for start, end in zip(row["starts"], row["ends"], strict=True)]
+            tags = [task.label_names[int(tag)] for tag in row["label"].split()]
+            found.add(tuple(zip(words, tags, strict=True)))
+    return found
+
+
+def test_columns_conll_and_spans_become_the_same_words_and_tags(tmp_path):
+    rows = [(f"Ann Lee of Rome {index}".split(), ["B-PER", "I-PER", "O", "B-LOC", "O"]) for index in range(10)]
+    expected = {tuple(zip(*row, strict=True)) for row in rows}
+    names = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    lists = datasets.Dataset.from_dict(
+        {"tokens": [words for words, _ in rows], "ner": [[names.index(tag) for tag in tags] for _, tags in rows]}
+    ).cast_column("ner", datasets.List(datasets.ClassLabel(names=names)))
+    lists.save_to_disk(tmp_path / "saved")
+    task = load(tmp_path / "saved", text_column="tokens", label_column="ner")
+    assert task.label_names == names  # the order that a checkpoint's head has
+    assert words_and_tags(task) == expected
+    blocks = ["\n".join(f"{word} x {tag}" for word, tag in zip(*row, strict=True)) for row in rows]
+    (tmp_path / "data.conll").write_text("-DOCSTART- x O\n\n# a comment\n" + "\r\n\r\n".join(blocks) + "\n")
+    assert words_and_tags(load(tmp_path / "data.conll")) == expected
+    (tmp_path / "other.conll").write_text("\n\n".join(block.replace(" x ", " ") for block in blocks).replace(" ", "\t"))
+    assert words_and_tags(load(tmp_path / "other.conll")) == expected
+    spans = [{"start": 0, "end": 7, "label": "PER"}, {"start": 11, "end": 15, "label": "LOC"}]
+    lines = [json.dumps({"text": " ".join(words), "entities": spans}) for words, _ in rows]
+    (tmp_path / "spans.jsonl").write_text("\n".join(lines))
+    task = load(tmp_path / "spans.jsonl", label_column="entities")
+    assert words_and_tags(task) == expected
+    assert task.label_names == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+
+
+def test_every_scheme_becomes_iob2():
+    expected = ["B-A", "I-A", "O", "B-B", "B-B", "B-A"]
+    for written in (
+        ["B-A", "I-A", "O", "B-B", "B-B", "B-A"],
+        ["I-A", "I-A", "O", "I-B", "B-B", "I-A"],  # IOB1
+        ["B-A", "E-A", "O", "S-B", "S-B", "S-A"],
+        ["B-A", "L-A", "O", "U-B", "U-B", "U-A"],
+    ):
+        assert to_iob2(written) == expected
+    assert to_iob2(["A", "A", "O", "B", "B", "A"]) == ["B-A", "I-A", "O", "B-B", "I-B", "B-A"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": ["a", "b"], "label": ["O"]}], "found 2 tokens and 1 tags in row 0"),
+        ([{"text": "some text", "label": [{"start": 0, "end": 50, "label": "A"}]}], "within the text"),
+        ([{"text": "some text", "label": [{"begin": 0, "end": 5, "label": "A"}]}], "expected spans"),
+        ([{"text": ["a"], "label": None}, {"text": ["a", "b"], "label": ["O", "B-A"]}], "1 of 2 rows without"),
+        ([{"text": ["a", "b"], "label": ["X", "X"]}], "at least two kinds"),
+        ([{"text": ["a", "b"], "label": [0, 3]}], "numbers without names"),
+    ],
+)
+def test_bad_rows_are_refused(rows, message, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "rows.jsonl").data  # noqa: B018
+
+
+def test_an_unknown_tag_of_another_split_is_refused(tmp_path):
+    for name, tag in (("train", "B-A"), ("test", "B-C")):
+        rows = [{"text": [f"{name} {index}", "b"], "label": ["O", tag]} for index in range(10)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="found also B-C in 'test'"):
+        load(tmp_path).data  # noqa: B018
+
+
+def test_words_are_cut_where_spans_are():
+    text = "Mail ann@x.org, café\u0301 🙂!"
+    words = [text[start:end] for start, end in words_of(text)]
+    assert words == ["Mail", "ann", "@", "x", ".", "org", ",", "café\u0301", "🙂", "!"]
+    assert list(words_of("unhappy", [2])) == [(0, 2), (2, 7)]
+
+
+def test_every_word_counts_once_however_long_the_text(tagged):
+    tokenizer = make_tokenizer()
+    for name, split in tagged.features(tokenizer).items():
+        found = [label for labels in split["labels"] for label in labels if label != IGNORED]
+        numbers = [int(tag) for label in tagged.splits[name]["label"] for tag in label.split()]
+        if name != "train":
+            assert found == numbers
+            assert len(split) > len(tagged.splits[name]) or max(map(len, tagged.splits[name]["starts"])) < 14
+    # The last "word" of a text is a number of up to three tokens: in training each has a label.
+    assert len([1 for labels in tagged.features(tokenizer)["train"]["labels"] for one in labels if one >= 0]) > sum(
+        len(label.split()) for label in tagged.splits["train"]["label"]
+    )
+    assert any(len(split) > len(tagged.splits[name]) for name, split in tagged.features(tokenizer).items())
+    # Of windows that overlap, as they lie in a text of 40 tokens.
+    places = [(start, min(start + 14, 40)) for start in range(0, 40, 10) if start + 4 < 40]
+    kept = [kept_range(n, n == len(places) - 1, end - start, 4) for n, (start, end) in enumerate(places)]
+    counted = [start + place for (start, _), (a, b) in zip(places, kept, strict=True) for place in range(a, b)]
+    assert counted == list(range(40))
+
+
+def of_windows(task: TokenClassification, tokenizer, split: str) -> tuple[np.ndarray, list[list[int]]]:
+    """Predictions for every window that are its labels, and these."""
+    labels = task.features(tokenizer)[split]["labels"][:]
+    found = np.zeros((len(labels), 16), np.float32)
+    for row, own in enumerate(labels):
+        found[row, : len(own)] = np.maximum(own, 0)
+    return found, labels
+
+
+def test_perfect_predictions_have_perfect_scores_and_documents_stay_apart(tagged, tokenizer):
+    for split in ("validation", "test"):
+        found, labels = of_windows(tagged, tokenizer, split)
+        scores = tagged.scores(found, labels, split)
+        assert (scores["f1"], scores["accuracy"]) == (1, 1)
+        tags = tagged.splits[split]["label"][:]
+        assert scores["words"] == sum(len(tag.split()) for tag in tags)
+        assert sum(scores["examples_per_class"].values()) == sum(
+            tagged.label_names[int(tag)][:2] == "B-" for one in tags for tag in one.split()
+        )
+        documents = tagged.words(found, labels)[2]
+        assert [*np.bincount(documents)] == [len(tag.split()) for tag in tags]
+    by_word = np.array([int(tag) for one in tags for tag in one.split()], np.float32)
+    assert tagged.scores(by_word, tags)["f1"] == 1
+    found[0, 1] = np.nan
+    assert tagged.scores(found, labels)["accuracy"] < 1
+
+
+def slow_entities(tags: list[str]) -> set[tuple[int, int, str]]:
+    """All runs of words that a strict reader takes for an entity, tried one by one."""
+    found = set()
+    for start in range(len(tags)):
+        for end in range(start + 1, len(tags) + 1):
+            kind = tags[start][2:]
+            whole = tags[start] == f"B-{kind}" and all(tag == f"I-{kind}" for tag in tags[start + 1 : end])
+            if tags[start] != "O" and whole and tags[end : end + 1] != [f"I-{kind}"]:
+                found.add((start, end, kind))
+    return found
+
+
+def test_entities_equal_an_exhaustive_search():
+    generator = np.random.default_rng(0)
+    names = ["O", "B-A", "I-A", "B-B", "I-B"]
+    for _ in range(200):
+        tags, other = (generator.choice(names, 12).tolist() for _ in range(2))
+        found = entities(tags, [0] * 12)
+        assert {one[1:] for one in found} == slow_entities(tags)
+        # A document ends an entity, and none begins inside one.
+        parted = entities(tags, [0] * 5 + [1] * 7)
+        apart = slow_entities(tags[:5]) | {(start + 5, end + 5, kind) for start, end, kind in slow_entities(tags[5:])}
+        assert {one[1:] for one in parted} == apart
+        gold = entities(other, [0] * 12)
+        right = len(slow_entities(tags) & slow_entities(other))
+        scores = entity_metrics(found, gold, ["A", "B"])
+        expected = 2 * right / max(1, len(found) + len(gold))
+        assert scores["f1"] == pytest.approx(expected)
+        assert f1_of(np.array([right, 0]), np.array([len(found), 0]), np.array([len(gold), 0])) == pytest.approx(
+            expected
+        )
+    assert entities(["NOUN", "VERB"], [0, 0]) == {(0, 0, 1, "NOUN"), (0, 1, 2, "VERB")}
+
+
+def test_losses_are_of_tokens_with_labels(tagged):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
+    labels = torch.tensor([[IGNORED, 2, 0], [1, IGNORED, IGNORED]])
+    loss, count = tagged.label_loss({"logits": student}, labels)
+    log = student.log_softmax(-1)
+    assert (loss.item(), count.item()) == (pytest.approx(-(log[0, 1, 2] + log[0, 2, 0] + log[1, 0, 1]).item()), 3)
+    distill = DistillConfig(temperature=2.0)
+    stored = tagged.soft_targets({"logits": teacher}, distill)["teacher_logits"]
+    assert stored.shape == (2, 16, 5)
+    cut = {"teacher_logits": stored[:, :3]}
+    soft = tagged.soft_loss({"logits": student}, cut, labels, distill)
+    p, q = (torch.log_softmax(logits / 2, -1) for logits in (teacher, student))
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert soft.item() == pytest.approx(4 * (kl[0, 1] + kl[0, 2] + kl[1, 0]).item(), rel=1e-5)
+
+
+def test_stored_soft_targets_are_cut_to_the_batch(tagged, tokenizer):
+    rows = [tagged.features(tokenizer)["train"][index] for index in range(3)]
+    stored = np.arange(3 * 16 * 5, dtype=np.float32).reshape(3, 16, 5)
+    batch = tagged.collate(tokenizer)([row | {"teacher_logits": own} for row, own in zip(rows, stored, strict=True)])
+    tokens = max(row["length"] for row in rows)
+    assert batch["labels"].shape == batch["input_ids"].shape == (3, tokens)
+    assert batch["teacher_logits"].tolist() == stored[:, :tokens].tolist()
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+
+
+def test_baselines_tag_the_words_of_the_data():
+    text = "Write to Ann Lee: ann@x.org or +49 30 1234567."
+    starts = [start for start, _ in words_of(text)]
+    names = ["O", "B-MAIL", "I-MAIL", "B-NAME", "I-NAME", "B-PHONE", "I-PHONE"]
+    tags = ["0"] * len(starts)
+    tags[2:4] = ["3", "4"]
+    inputs, label = [marked(text, starts)], [" ".join(tags)]
+    assert inputs[0].replace(MARK, "") == text
+    found = [names[int(tag)] for tag in PatternsAndNames(names).fit(inputs, label).predict(inputs)]
+    assert [tag for tag in found if tag != "O"] == (
+        ["B-NAME", "I-NAME", "B-MAIL", *["I-MAIL"] * 4, "B-PHONE", *["I-PHONE"] * 3]
+    )
+    assert UsualTag(0).fit(inputs, label).predict([f"{MARK}Ann {MARK}new"]).tolist() == [3, 0]
+
+
+def test_spans_are_those_of_their_tokens():
+    labels = ["O", "B-A", "I-A", "B-B", "I-B"]
+    text = "x Ann Lee, y cafe\u0301"
+    offsets = [(0, 1), (2, 5), (6, 9), (9, 10), (11, 12), (13, 17)]
+    logits = np.eye(5)[[0, 1, 2, 0, 4, 3]] * 5
+    found = find_spans(text, offsets, logits, labels)
+    assert [(one["text"], one["label"], one["start"], one["end"]) for one in found] == [
+        ("Ann Lee", "A", 2, 9),
+        ("y", "B", 11, 12),
+        ("cafe\u0301", "B", 13, 18),
+    ]
+    assert found[0]["score"] == pytest.approx(np.exp(5) / (np.exp(5) + 4))
+    assert redact(text, found) == "x [A], [B] [B]"
+
+
+def test_the_comparison_names_lost_spans(tagged, tokenizer):
+    found, labels = of_windows(tagged, tokenizer, "test")
+    worse = found.copy()
+    row, place = np.argwhere(np.isin(found, [tagged.label_names.index(f"B-{kind}") for kind in tagged.kinds]))[0]
+    worse[row, place] = tagged.label_names.index("O")
+    stages = [
+        StageResult(name, name, "onnx", own, {"details": {}}, {}) for name, own in (("teacher", found), ("onnx", worse))
+    ]
+    compared = tagged.compare(stages, tokenizer, shipped="onnx")
+    lost = compared.report["lost_spans"]
+    assert (lost["total"], len(lost["examples"])) == (1, 1)
+    assert lost["examples"][0]["span"] in lost["examples"][0]["text"]
+    assert compared.metric(*compared.samples["onnx"]) == compared.stages["onnx"]["metrics"]["f1"] < 1
+    assert compared.metric(*compared.samples["teacher"]) == 1
+
+
+def test_the_whole_chain(pretrained, tmp_path, monkeypatch):
+    path, run = write_tokens(tmp_path / "tagged.jsonl"), tmp_path / "run"
+    flags = f"""
+        compress --task token-classification --dataset {path} --text_column tokens --label_column tags --teacher_model {pretrained}
+        --output_dir {run} --max_length 16 --teacher_epochs 4 --teacher_learning_rate 3e-3 --num_train_epochs 2 --learning_rate 3e-3
+        --per_device_train_batch_size 8 --student_layers 2 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25
+        --max_quality_drop 0.3 --use_cpu --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
+    """.split()
+    monkeypatch.setattr(sys, "argv", ["pocketformers", *flags])
+    run_main(main)
+    report = json.loads((run / "report.json").read_text())
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert (report["task"], report["primary_metric"]) == ("token-classification", "f1")
+    assert stages["teacher"]["metrics"]["f1"] > 0.9
+    assert stages["quantized"]["metrics"]["f1"] > 0.7
+    assert [*stages][-3:] == ["teacher_quantized", "usual_tag", "patterns_and_names"]
+    assert stages["usual_tag"]["metrics"]["accuracy"] > 0.7
+    assert "test spans" in (run / "report.md").read_text()
+    assert task_of_model(run / "pruned") == "token-classification"
+
+    text = "the goal striker and of software said goal match"
+    command = [sys.executable, str(run / "bundle" / "infer.py"), text]
+    predicted = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    for span in predicted["spans"]:
+        assert text[span["start"] : span["end"]] == span["text"]
+    redacted = subprocess.run([*command, "--redact"], capture_output=True, text=True, check=True).stdout.strip()
+    assert redacted == redact(text, predicted["spans"])
+    from pipelines import load
+
+    assert load(run / "bundle")(text) == predicted
+    # The same spans from stock transformers, in fp32.
+    from transformers import pipeline
+
+    stock = pipeline("token-classification", model=str(run / "pruned"), aggregation_strategy="simple")
+    ours = load(run / "onnx")
+    generator, count = np.random.default_rng(1), 0
+    words = [*FILLER, *WORDS["sport"], *WORDS["tech"]]
+    for _ in range(200):
+        text = " ".join(generator.choice(words, generator.integers(1, 13)))
+        theirs = stock(text)
+        found = ours(text)["spans"]
+        assert [(one["label"], one["start"], one["end"]) for one in found] == [
+            (one["entity_group"], one["start"], one["end"]) for one in theirs
+        ]
+        assert [one["score"] for one in found] == pytest.approx([float(one["score"]) for one in theirs], abs=1e-4)
+        count += len(found)
+    assert count > 100
