@@ -5,6 +5,8 @@
     "outputs": {"kind": "classes", "activation": "softmax" | "sigmoid" | "none", "labels", and perhaps "thresholds" of a sigmoid}
                {"kind": "values", "names"}
                {"kind": "continuation", "end_tokens", "context", "cache"}
+               {"kind": "answer", "max_answer_tokens", "unanswerable"}: a part of the second text, which is read in windows whose shared tokens
+                 "overlap" of the inputs counts; or none, where "unanswerable" is true
 
 A task writes them (Task.bundle_settings); pipelines/runtime reads them. Neither torch nor transformers is imported here.
 """

@@ -21,6 +21,7 @@ TASKS = {
     "image-classification": "pipelines.tasks.image_classification:ImageClassification",
     "text-generation": "pipelines.tasks.text_generation.task:LanguageModeling",
     "text-regression": "pipelines.tasks.text_regression:TextRegression",
+    "question-answering": "pipelines.tasks.question_answering.task:QuestionAnswering",
 }
 DEFAULT_TASK = "text-classification"
 
