@@ -17,9 +17,7 @@ import yaml
 
 from pipelines.core.config import (
     NOT_RECORDED,
-    DataConfig,
     Settings,
-    TransferConfig,
     did_you_mean,
     make_settings,
 )
@@ -54,7 +52,7 @@ def parse_config(
     in_file = [] if named.config is None else _read_file(Path(named.config), flags, only)
     other_data = getattr(named, "dataset", None) is not None and f"--dataset={named.dataset}" not in in_file
     if named.config is default_config and other_data:
-        of_data = tuple(f"--{one.name}=" for kind in (DataConfig, TransferConfig) for one in fields(kind))
+        of_data = tuple(f"--{one.name}=" for kind in kinds if getattr(kind, "of_data", False) for one in fields(kind))
         in_file = [word for word in in_file if not word.startswith(of_data)]
     parser.exit_on_error = False
     try:
