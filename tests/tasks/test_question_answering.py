@@ -305,10 +305,11 @@ def test_data_without_questions_is_refused(tmp_path):
 
 
 def test_questions_of_speakers():
-    text = """The headline
-    "This will help every family in the country," said Mr Brown in London. "We shall publish the figures on Monday." Critics in Leeds disagreed. Jane
-    Doe said the plan was far too small to matter. "It is all a mistake from end to end," she added."""
-    found = questions_of_speakers(["\n".join([text.split("\n")[0], " ".join(text.split("\n")[1:])])])
+    text = (
+        'The headline\n\n"This will help every family in the country," said Mr Brown in London. "We shall publish the figures on Monday." '
+        'Critics in Leeds disagreed. Jane Doe said the plan was far too small to matter. "It is all a mistake from end to end," she added.'
+    )
+    found = questions_of_speakers([text])
     asked = {row["question"]: row["answers"] for row in found}
     assert asked == {
         "Who said this will help every family in the country?": ["Mr Brown"],
@@ -412,11 +413,11 @@ def test_the_comparison_names_the_questions_that_lost(questions):
 
 
 def test_the_whole_chain(pretrained, tmp_path, monkeypatch, capsys):
-    path, run = write_squad(tmp_path / "questions.json", make_questions()), tmp_path / "run"
+    path, run = write_squad(tmp_path / "questions.json", make_questions(110)), tmp_path / "run"
     flags = f"""
         compress --task question-answering --dataset {path} --teacher_model {pretrained} --output_dir {run} --max_length 32 --overlap 8
-        --teacher_epochs 10 --teacher_learning_rate 3e-3 --num_train_epochs 6 --learning_rate 3e-3 --per_device_train_batch_size 8
-        --student_layers 2 --prune_steps 1 --prune_epochs 2 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.3 --use_cpu
+        --teacher_epochs 8 --teacher_learning_rate 3e-3 --num_train_epochs 4 --learning_rate 3e-3 --per_device_train_batch_size 8
+        --student_layers 2 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.3 --use_cpu
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
     """.split()
     monkeypatch.setattr(sys, "argv", ["pocketformers", *flags])

@@ -11,7 +11,7 @@ from pipelines.data.text import lines_of, sentences_of
 PASSAGE = 420  # characters of a context, at most; so much is a window of 128 tokens
 SAID = r"(?:said|says|added|adds|explained|insisted|warned|claimed|argued)"
 TITLE = r"(?:Mr|Mrs|Ms|Dr|Sir|Lord|Lady|Professor|Prof|President|Judge) "
-NAME = rf"(?P<name>(?:{TITLE})?[A-Z][\w'-]+(?: (?:[a-z]{{2,3}} )?[A-Z][\w'-]+){{0,2}})"
+NAME = rf"(?P<name>(?:{TITLE})?[A-Z][\w'-]+(?: (?:(?:de|der|da|di|van|von|bin|al) )?[A-Z][\w'-]+){{0,2}})"
 QUOTE = r'"(?P<words>[^"]{25,300}?)[,.?!]*"'
 # "…," said Mr Blair.   Mr Blair said: "…"   Mr Blair said that …
 STATEMENTS = (
@@ -19,8 +19,8 @@ STATEMENTS = (
     re.compile(rf"(?:(?<=^)|(?<=[.!?\"] )){NAME} {SAID}[:,] {QUOTE}"),
     re.compile(rf"(?:(?<=^)|(?<=[.!?\"] )){NAME} {SAID} (?:that )?(?P<words>[^.\"?!]{{25,300}})"),
 )
-# What the same speaker goes on to say: "…," said Mr Blair. "…"
-CONTINUED = re.compile(rf'[^."]{{0,60}}\. {QUOTE}(?!,? {SAID})')
+# What the same speaker goes on to say, where nobody else is named for it: "…," said Mr Blair. "…"
+CONTINUED = re.compile(rf'[^."]{{0,60}}\. {QUOTE}(?!,? (?:[\w\'-]+ ){{0,4}}{SAID})')
 # What begins with a capital letter and is no speaker.
 NO_NAMES = set(
     """He She It They We I You There This That These Those His Her Its Their Our My One Some Many Most Others Both All Each
