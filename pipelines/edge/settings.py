@@ -31,6 +31,10 @@ IMAGE_PROCESSORS = (
 )
 
 
+# What of a config.json says how a model answers questions: its windows' "overlap", "max_answer_tokens", "unanswerable".
+ANSWERS = "question_answering"
+
+
 def text_settings(directory: Path, truncation_side: str, pair: bool, max_length: int) -> dict[str, Any]:
     """What of tokenization is not in tokenizer.json, which must be there."""
     check_tokenizer(directory)
@@ -68,8 +72,12 @@ def image_settings(processor: Any) -> dict[str, Any]:
 
 
 def head_outputs(directory: Path) -> dict[str, Any]:
-    """How the logits of a classification or regression head are read, by the `problem_type` and `id2label` of its config.json."""
+    """How the logits of a head are read, by the class of the model, and by the `problem_type` and `id2label` of its config.json."""
     config = read_json(directory / "config.json")
+    if _has_head(config, "ForQuestionAnswering"):
+        usual = {"max_answer_tokens": 30, "unanswerable": False}  # of a model that was trained elsewhere
+        own = config.get(ANSWERS, {})
+        return {"kind": "answer", **{name: own.get(name, value) for name, value in usual.items()}}
     # transformers leaves out of the file what is its default: two labels.
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     names = [labels[str(index)] for index in range(len(labels))]
@@ -77,6 +85,10 @@ def head_outputs(directory: Path) -> dict[str, Any]:
         return {"kind": "values", "names": ["score"] if names == ["LABEL_0"] else names}
     several = config.get("problem_type") == "multi_label_classification"
     return {"kind": "classes", "activation": "sigmoid" if several else "softmax", "labels": names}
+
+
+def _has_head(config: dict[str, Any], *endings: str) -> bool:
+    return any(name.endswith(endings) for name in config.get("architectures") or [])
 
 
 def generation_outputs(model: LanguageModel) -> dict[str, Any]:
@@ -97,7 +109,7 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
     config = read_json(directory / "config.json")
     outputs = head_outputs(directory)
     inputs: dict[str, Any] = {"kind": "text"}
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or []):
+    if _has_head(config, "ForCausalLM", "LMHeadModel"):
         check_tokenizer(directory)
         outputs = {"kind": "continuation"}  # all else is in the graph and config.json
     elif (directory / "preprocessor_config.json").is_file():
@@ -113,7 +125,9 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
         tokenizer = read_json(directory / "tokenizer_config.json")
         limits = (tokenizer.get("model_max_length"), config.get("max_position_embeddings"), 512)
         length = recorded(directory, "max_length") or int(min(filter(None, limits)))
-        inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), False, length)
+        answers = outputs["kind"] == "answer"
+        inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), answers, length)
+        inputs |= {"overlap": config.get(ANSWERS, {}).get("overlap", length // 4)} if answers else {}
     return {"model": graph, "inputs": inputs, "outputs": outputs, "minimum_onnxruntime": "0"}
 
 

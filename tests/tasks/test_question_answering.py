@@ -439,6 +439,7 @@ def test_the_whole_chain(pretrained, tmp_path, monkeypatch, capsys):
     from pipelines import load
 
     assert predicted == load(run / "bundle")(("the price", context))
+    assert predicted == load(run / "quantized")(("the price", context))
     assert predicted["answer"] == context[predicted["start"] : predicted["end"]] == "market"
     line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert line == f"market\t{predicted['score']:.4f}\t{predicted['start']}-{predicted['end']}\tthe price\n"

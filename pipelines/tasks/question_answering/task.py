@@ -33,7 +33,7 @@ from pipelines.core.task import (
 from pipelines.data.examples import Examples
 from pipelines.data.text import map_kept, tokenizer_content
 from pipelines.edge.bundle import PROBE_TEXTS, VERIFIED_EXAMPLES, page_probe
-from pipelines.edge.settings import text_settings
+from pipelines.edge.settings import ANSWERS, head_outputs, text_settings
 from pipelines.models.loading import load_weights, new_model
 from pipelines.onnx.predict import run_session
 from pipelines.report.pages import TEACHER
@@ -79,7 +79,7 @@ class QuestionAnswering(ClassifierLoss, TextTask):
     auto_class = AutoModelForQuestionAnswering
     architectures = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
     lora_settings: dict[str, Any] = {"task_type": "QUESTION_ANS", "target_modules": "all-linear"}
-    student_kinds: Mapping[str, Any] = {}
+    student_kinds = {}
     primary_metric = "f1"
     metrics: Mapping[str, bool] = {"f1": True, "exact_match": True}
     label_names = [STARTS, ENDS]
@@ -103,9 +103,12 @@ class QuestionAnswering(ClassifierLoss, TextTask):
         }
         return f"{self.name} {sorted(settings.items())}"
 
+    @property
+    def _reading(self) -> dict[str, int]:
+        return {"overlap": self.overlap, "max_answer_tokens": self.answer.max_answer_tokens}
+
     def describe(self) -> dict[str, Any]:
-        settings = {"overlap": self.overlap, "max_answer_tokens": self.answer.max_answer_tokens}
-        return super().describe() | settings
+        return super().describe() | self._reading
 
     def transfer_set(self, transfer: TransferConfig) -> TransferSet | None:
         if transfer.transfer_dataset is not None:
@@ -204,8 +207,11 @@ class QuestionAnswering(ClassifierLoss, TextTask):
             config = copy.deepcopy(config)
             config.num_labels, config.problem_type = 2, None
         if from_scratch:
-            return new_model(self.auto_class, source, config, **code)
-        return load_weights(self.auto_class, source, head_may_be_new=not has_head, config=config, **code)
+            model = new_model(self.auto_class, source, config, **code)
+        else:
+            model = load_weights(self.auto_class, source, head_may_be_new=not has_head, config=config, **code)
+        setattr(model.config, ANSWERS, {"unanswerable": self.unanswerable, **self._reading})
+        return model
 
     def align_labels(self, model: Any, source: str) -> None:
         """Nothing: a head's two outputs are always the start and the end."""
@@ -353,8 +359,7 @@ class QuestionAnswering(ClassifierLoss, TextTask):
         pairs = [(QUESTION, text[: self.config.max_length // 2]) for text in PROBE_TEXTS if text]
         probes = [page_probe(pair, processor(*pair)["input_ids"]) for pair in pairs]
         fitting = [one for one in probes if len(one["ids"].split()) <= self.config.max_length]
-        outputs = {"max_answer_tokens": self.answer.max_answer_tokens, "unanswerable": self.unanswerable}
-        return {"inputs": {**inputs, "probes": fitting}, "outputs": {"kind": "answer", **outputs}}
+        return {"inputs": {**inputs, "probes": fitting}, "outputs": head_outputs(directory)}
 
     def verify_bundle(self, directory: Path, processor: Any) -> dict[str, Any]:
         """Compare the bundle's windows and answers with the pipeline's, on validation questions and probes; raises VerificationError."""
@@ -385,7 +390,7 @@ class QuestionAnswering(ClassifierLoss, TextTask):
                 ]
             ).numpy()
             predictions[:, 0] = 0
-            [(_, start, end)] = best_spans(predictions, 1, self.unanswerable)
+            [(_, start, end)] = best_spans(predictions, 1, model.outputs["unanswerable"])
             answer = model.answer(question, context)["answer"]
             if not same or answer != context[int(start) : int(end)].strip():
                 raise VerificationError(
