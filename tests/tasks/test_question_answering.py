@@ -20,6 +20,7 @@ import torch
 from transformers.pipelines.document_question_answering import select_starts_ends
 
 from conftest import FILLER, WORDS
+from pipelines.chain import demo_config, read_settings
 from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig
@@ -410,6 +411,16 @@ def test_the_comparison_names_the_questions_that_lost(questions):
 
 
 # ---- The chain
+
+
+def test_the_files_of_the_recipe_are_read(monkeypatch):
+    for name, speakers in (("bert_bbc_speakers", True), ("bert_squad", False)):
+        monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(demo_config("question-answering").with_stem(name))])
+        settings = read_settings("question-answering")
+        assert settings.answer.quoted_speakers is speakers
+    # What the demo says of its data is of no use to other data.
+    monkeypatch.setattr(sys, "argv", ["recipe", "--dataset", "mine.json"])
+    assert not read_settings("question-answering", demo_config("question-answering")).answer.quoted_speakers
 
 
 def test_the_whole_chain(pretrained, tmp_path, monkeypatch, capsys):
