@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 ANSWERS = 3  # that are kept of each question, the likeliest first
@@ -38,9 +39,14 @@ def likeliest_spans(
 
 
 def trimmed(context: str, start: int, end: int) -> tuple[int, int]:
-    """A span of characters without the white space at its ends."""
+    """A span of characters without the white space at its ends, and with the combining marks that belong to its last character."""
     part = context[start:end]
-    return start + len(part) - len(part.lstrip()), end - len(part) + len(part.rstrip())
+    start, end = start + len(part) - len(part.lstrip()), end - len(part) + len(part.rstrip())
+    if start >= end:
+        return start, start
+    while end < len(context) and unicodedata.category(context[end]).startswith("M"):
+        end += 1
+    return start, end
 
 
 class AnswerModel:

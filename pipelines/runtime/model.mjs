@@ -235,7 +235,9 @@ export function tokenPlaces(tokenizer, text, tokens) {
         }
         const stop = other.from + (ends[0] ?? other.word.length);
         const part = text.slice(start, stop);
-        return [start + part.length - part.trimStart().length, stop - part.length + part.trimEnd().length];
+        const [from, to] = [start + part.length - part.trimStart().length, stop - part.length + part.trimEnd().length];
+        // Combining marks belong to the last character.
+        return from < to ? [from, to + /^\p{M}*/u.exec(text.slice(to))[0].length] : [from, from];
     };
 }
 

@@ -13,7 +13,7 @@ from pipelines.core.task import Comparison, StageResult
 from pipelines.report.markdown import markdown_table, number
 from pipelines.report.pages import TEACHER
 from pipelines.tasks.base import check_predictions, listed_examples
-from pipelines.tasks.question_answering.scores import best_spans, normalized, score_answers
+from pipelines.tasks.question_answering.scores import answers_of, best_spans, normalized, score_answers
 from pipelines.tasks.texts import TextPresentation, token_limit
 
 QUESTION, CONTEXT = "Who wrote Emma?", "Emma was written by Jane Austen in 1815."
@@ -30,12 +30,7 @@ def compare_answers(
     contexts, questions, references = (list(rows[name]) for name in ("context", "question", "answers"))
     best = [replace(stage, predictions=best_spans(stage.predictions, len(questions), unanswerable)) for stage in stages]
     check_predictions(best, (len(questions), 3), "questions; score, start and end", teacher)
-    answers = {
-        stage.name: [
-            context[int(start) : int(end)] for context, (_, start, end) in zip(contexts, stage.predictions, strict=True)
-        ]
-        for stage in best
-    }
+    answers = {stage.name: answers_of(stage.predictions, contexts) for stage in best}
     scores = {name: score_answers(found, references) for name, found in answers.items()}
     plain = {name: [normalized(one) for one in found] for name, found in answers.items()}
     compared = {

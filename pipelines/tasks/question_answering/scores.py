@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipelines.runtime.answers import trimmed
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -67,3 +69,9 @@ def best_spans(predictions: np.ndarray, questions: int, unanswerable: bool) -> n
         best[is_none] = 0.0
         best[is_none, 0] = none[is_none]
     return best
+
+
+def answers_of(best: np.ndarray, contexts: Sequence[str]) -> list[str]:
+    """The texts of the answers (questions, 3) that `best_spans` gives, as a bundle gives them."""
+    spans = (trimmed(context, int(start), int(end)) for context, (_, start, end) in zip(contexts, best, strict=True))
+    return [context[start:end] for context, (start, end) in zip(contexts, spans, strict=True)]

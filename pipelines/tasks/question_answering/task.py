@@ -42,7 +42,7 @@ from pipelines.runtime.infer import Answerer
 from pipelines.tasks.question_answering import baselines
 from pipelines.tasks.question_answering.data import AnswerConfig, load_questions
 from pipelines.tasks.question_answering.report import CONTEXT, QUESTION, AnswerPresentation, compare_answers
-from pipelines.tasks.question_answering.scores import NO_SPAN, best_spans, score_answers
+from pipelines.tasks.question_answering.scores import NO_SPAN, answers_of, best_spans, score_answers
 from pipelines.tasks.texts import TextTask
 from pipelines.training.losses import ClassifierLoss
 
@@ -313,9 +313,7 @@ class QuestionAnswering(ClassifierLoss, TextTask):
         """F1 and exact match of predictions for a whole split, that of validation where none is named."""
         rows = self.data.splits[split or "validation"]
         best = best_spans(predictions, len(rows), self.unanswerable)
-        answers = [
-            context[int(start) : int(end)] for context, (_, start, end) in zip(rows["context"], best, strict=True)
-        ]
+        answers = answers_of(best, list(rows["context"]))
         exact, partly = score_answers(answers, list(rows["answers"]))
         return {"f1": float(partly.mean()), "exact_match": float(exact.mean())}
 
@@ -390,9 +388,9 @@ class QuestionAnswering(ClassifierLoss, TextTask):
                 ]
             ).numpy()
             predictions[:, 0] = 0
-            [(_, start, end)] = best_spans(predictions, 1, model.outputs["unanswerable"])
+            [expected] = answers_of(best_spans(predictions, 1, model.outputs["unanswerable"]), [context])
             answer = model.answer(question, context)["answer"]
-            if not same or answer != context[int(start) : int(end)].strip():
+            if not same or answer != expected:
                 raise VerificationError(
                     f"expected the bundle to read and answer {question[:40]!r} exactly as the pipeline does, found {answer[:40]!r} or other "
                     f"tokens. The runtime does not support this tokenizer; ship the ONNX directory instead."
