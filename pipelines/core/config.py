@@ -69,6 +69,8 @@ class OneOrMore(argparse.Action):
 
 @dataclass
 class DataConfig(Checked):
+    of_data = True  # what a demo's file says here is of no use to another data set
+
     dataset: str | None = flag(
         None,
         "The data set: a Hub id, a csv, tsv, json, jsonl or parquet file, a folder of such files or with one sub-folder per "
@@ -157,6 +159,8 @@ class DataConfig(Checked):
 
 @dataclass
 class TransferConfig(Checked):
+    of_data = True
+
     transfer_dataset: str | None = flag(
         None,
         "Unlabelled examples that the teacher labels for the student, beside the labelled ones: whatever --dataset takes, also a text file "

@@ -25,7 +25,7 @@ from pipelines.edge.settings import check_tokenizer, head_outputs, text_settings
 from pipelines.edge.web import RUNTIME_LIBRARY, TOKENIZER_LIBRARY, add_page
 from pipelines.onnx.export import ONNX_FILE
 from pipelines.onnx.runtimes import oldest_runtime
-from pipelines.runtime import generate, images, infer, spans, vectors
+from pipelines.runtime import answers, generate, images, infer, spans, vectors
 
 MANIFEST = "manifest.json"
 VERIFIED_EXAMPLES = 32
@@ -63,7 +63,7 @@ def build_bundle(source: str, directory: Path, task: Task, bundle: BundleConfig)
     processor = task.load_processor(source)
     settings = task.bundle_settings(directory, processor)
     kind = settings["inputs"]["kind"]
-    parts = {"image": [images], "continuation": [generate], "spans": [spans], "vector": [vectors]}
+    parts = {"image": [images], "continuation": [generate], "answer": [answers], "spans": [spans], "vector": [vectors]}
     for module in [infer, *parts.get(kind, []), *parts.get(settings["outputs"]["kind"], [])]:
         path = Path(str(module.__file__))
         shutil.copyfile(path, directory / path.name)

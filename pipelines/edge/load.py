@@ -10,7 +10,7 @@ import numpy as np
 from pipelines.core.errors import InputError
 from pipelines.edge.settings import settings_of
 from pipelines.runtime.generate import Sampling
-from pipelines.runtime.infer import Generator, Predictor, ranked, read_manifest
+from pipelines.runtime.infer import MODELS, Answerer, Generator, Predictor, ranked, read_manifest
 
 # Where the graph is: of a stage's directory, and of a published model, the smaller first.
 GRAPHS = ("model.onnx", "onnx/model_fused.onnx", "onnx/model_quantized.onnx", "onnx/model.onnx")
@@ -20,11 +20,11 @@ class Model:
     """A model that predicts: a dict like a line of `infer.py --json` for one input, a list of them for a list; an embedder gives an array,
     (size,) or (inputs, size).
 
-    An input is a text, a pair of texts as a tuple, or an image: its path, or an image of Pillow. A language model also takes the fields
+    An input is a text, a pair of texts (a question and a context) as a tuple, or an image: its path, or an image of Pillow. A language model also takes the fields
     of `Sampling`, such as max_new_tokens.
     """
 
-    def __init__(self, predictor: Predictor | Generator) -> None:
+    def __init__(self, predictor: Predictor | Generator | Answerer) -> None:
         self.predictor = predictor
         self.manifest = predictor.manifest
 
@@ -64,7 +64,7 @@ def load(source: str | Path, threads: int | None = None) -> Model:
         )
     folder, graph = found
     manifest = read_manifest(folder) if graph is None else settings_of(folder, graph)
-    kind = Generator if manifest["outputs"]["kind"] == "continuation" else Predictor
+    kind = MODELS.get(manifest["outputs"]["kind"], Predictor)
     return Model(kind(folder, manifest, threads=threads))
 
 

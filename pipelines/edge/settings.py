@@ -8,6 +8,8 @@
                {"kind": "spans", "labels"}, of tokens: O, and B- and I- of every type; inputs have "offsets" in their probes
                {"kind": "continuation", "end_tokens", "context", "cache"}
                {"kind": "vector", "output"}, the name of the graph's output that is the vector of a text
+               {"kind": "answer", "max_answer_tokens", "unanswerable"}: a part of the second text, which is read in windows whose shared tokens
+                 "overlap" of the inputs counts; or none, where "unanswerable" is true
 
 A task writes them (Task.bundle_settings); pipelines/runtime reads them. Neither torch nor transformers is imported here.
 """
@@ -30,6 +32,10 @@ IMAGE_PROCESSORS = (
     "MobileNetV2ImageProcessor",
     "ViTImageProcessor",
 )
+
+
+# What of a config.json says how a model answers questions: its windows' "overlap", "max_answer_tokens", "unanswerable".
+ANSWERS = "question_answering"
 
 
 def text_settings(directory: Path, truncation_side: str, pair: bool, max_length: int) -> dict[str, Any]:
@@ -69,10 +75,15 @@ def image_settings(processor: Any) -> dict[str, Any]:
 
 
 def head_outputs(directory: Path) -> dict[str, Any]:
-    """How the logits of a head are read, by the `problem_type` and `id2label` of its config.json; or that the model is an embedder."""
+    """How the logits of a head are read, by the class of the model, and by the `problem_type` and `id2label` of its config.json; or that the
+    model is an embedder."""
     config = read_json(directory / "config.json")
     if "sentence_embedding" in config:  # see pipelines/models/embedder.py
         return {"kind": "vector", "output": "sentence_embedding"}
+    if _has_head(config, "ForQuestionAnswering"):
+        usual = {"max_answer_tokens": 30, "unanswerable": False}  # of a model that was trained elsewhere
+        own = config.get(ANSWERS, {})
+        return {"kind": "answer", **{name: own.get(name, value) for name, value in usual.items()}}
     # transformers leaves out of the file what is its default: two labels.
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     names = [labels[str(index)] for index in range(len(labels))]
@@ -87,6 +98,10 @@ def head_outputs(directory: Path) -> dict[str, Any]:
     if isinstance(thresholds, dict) and thresholds.keys() == {*names}:
         return outputs | {"thresholds": [thresholds[name] for name in names]}
     return outputs
+
+
+def _has_head(config: dict[str, Any], *endings: str) -> bool:
+    return any(name.endswith(endings) for name in config.get("architectures") or [])
 
 
 def generation_outputs(model: LanguageModel) -> dict[str, Any]:
@@ -107,7 +122,7 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
     config = read_json(directory / "config.json")
     outputs = head_outputs(directory)
     inputs: dict[str, Any] = {"kind": "text"}
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or []):
+    if _has_head(config, "ForCausalLM", "LMHeadModel"):
         check_tokenizer(directory)
         outputs = {"kind": "continuation"}  # all else is in the graph and config.json
     elif (directory / "preprocessor_config.json").is_file():
@@ -123,7 +138,9 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
         tokenizer = read_json(directory / "tokenizer_config.json")
         limits = (tokenizer.get("model_max_length"), config.get("max_position_embeddings"), 512)
         length = recorded(directory, "max_length") or int(min(filter(None, limits)))
-        inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), False, length)
+        answers = outputs["kind"] == "answer"
+        inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), answers, length)
+        inputs |= {"overlap": config.get(ANSWERS, {}).get("overlap", length // 4)} if answers else {}
     return {"model": graph, "inputs": inputs, "outputs": outputs, "minimum_onnxruntime": "0"}
 
 

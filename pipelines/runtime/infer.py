@@ -7,6 +7,7 @@
     python infer.py photo.jpg picture.png         images by their files
     python infer.py --file lines.txt --json       a text, two texts with a tab between them, or an image file on every line
     tail -f log.txt | python infer.py --stdin     every prediction as soon as its line is there
+    python infer.py --pair "a question" "a text"  where it finds answers: the answer, its probability, its characters, and the question
     python infer.py "Once upon" --top_p 0.9 --sampling_temperature 0.8     where the model continues texts
     python infer.py --file lines.txt --output vectors.npy     where it makes vectors of texts: an array (lines, size)
 
@@ -40,7 +41,7 @@ Example = tuple[Any, ...]
 
 
 class BundleError(ValueError):
-    """What was expected, what was found, what to do: one line. images.py and generate.py, which stand alone, raise ValueError."""
+    """What was expected, what was found, what to do: one line. The files beside this one, which stand alone, raise ValueError."""
 
 
 # ---- The files
@@ -202,16 +203,8 @@ def version_key(version: str) -> list[int]:
 def text_inputs(path: Path, settings: dict[str, Any], names: list[str]) -> Callable[[Example], dict[str, Any]]:
     """A function from a text or two to the inputs of the graph by their `names`, each int64 (1, tokens); `path` is a tokenizer.json."""
     import numpy as np
-    from tokenizers import Tokenizer
 
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more exact
-        raise BundleError(
-            f"expected a tokenizer in {path}, found: {one_line(error)}. Run pip install -r requirements.txt."
-        ) from error
-    # The file also holds what its last user truncated and padded to.
-    tokenizer.no_padding()
+    tokenizer = open_tokenizer(path)
     tokenizer.enable_truncation(settings["max_length"], strategy="longest_first", direction=settings["truncation_side"])
 
     def prepare(example: Example) -> dict[str, Any]:
@@ -224,6 +217,20 @@ def text_inputs(path: Path, settings: dict[str, Any], names: list[str]) -> Calla
         return {name: np.array([columns[name]], np.int64) for name in names}
 
     return prepare
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The tokenizer of a tokenizer.json, which pads nothing."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more exact
+        raise BundleError(
+            f"expected a tokenizer in {path}, found: {one_line(error)}. Run pip install -r requirements.txt."
+        ) from error
+    tokenizer.no_padding()  # the file also holds what its last user truncated and padded to
+    return tokenizer
 
 
 def image_inputs(settings: dict[str, Any], names: list[str]) -> Callable[[Example], dict[str, Any]]:
@@ -339,6 +346,26 @@ class Generator:
         return {"input": example[0], "continuation": "".join(self.stream(example[0], sampling))}
 
 
+class Answerer:
+    """The model of a bundle that answers a question with a part of a text; its arguments are Predictor's."""
+
+    def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
+        self.manifest, self.session = open_model(directory, manifest, **how)
+        tokenizer = open_tokenizer(Path(directory) / "tokenizer.json")
+        settings = self.manifest["inputs"], self.manifest["outputs"]
+        self.model = module_beside("answers").AnswerModel(tokenizer, self.session, *settings)
+
+    def logits(self, example: Example) -> Any:
+        return [self.model.logits(window) for window in self.model.windows(*example)]
+
+    def predict(self, example: Example) -> dict[str, Any]:
+        return {"input": list(example), **self.model.answer(*example)}
+
+
+# What runs a bundle by the kind of its outputs; else Predictor does.
+MODELS: dict[str, Any] = {"continuation": Generator, "answer": Answerer}
+
+
 # ---- The command
 
 
@@ -433,6 +460,11 @@ def write_prediction(found: dict[str, Any], as_json: bool) -> None:
     elif "spans" in found:
         spans = (f"{one['label']} {one['start']}-{one['end']} {one['text']}" for one in found["spans"])
         line = f"{'; '.join(spans)}\t{given}"
+    elif "answers" in found:
+        place = f"{found['start']}-{found['end']}"
+        line = "\t".join(
+            [" ".join(found["answer"].split()), f"{found['score']:.4f}", place, " ".join(found["input"][0].split())]
+        )
     elif "values" in found:
         line = "\t".join([*(f"{value:.6g}" for value in found["values"].values()), given])
     elif "labels" in found:
@@ -500,7 +532,10 @@ def benchmark_generation(generator: Generator, prompt: str, sampling: Any) -> di
 def sample(settings: dict[str, Any]) -> Example:
     """An example to time where none was given: as long a text as the model reads, or a photograph's worth of noise."""
     if settings["kind"] == "text":
-        return ("a " * settings["max_length"],) * (2 if settings["pair"] else 1)
+        long = "a " * settings["max_length"]
+        if "overlap" in settings:  # a question and a context
+            return "a", long[: -2 * 16]
+        return (long,) * (2 if settings["pair"] else 1)
     from PIL import Image
 
     picture = io.BytesIO()
@@ -535,9 +570,8 @@ def main(argv: list[str] | None = None) -> None:
             sampling = settings(**{field.name: getattr(flags, field.name) for field in fields(settings)})
         except ValueError as error:
             parser.error(str(error))
-        model: Any = Generator(directory, manifest, **how)
-    else:
-        model = Predictor(directory, manifest, **(how | {"threads": 1} if in_file else how))
+    how |= {"threads": 1} if in_file and not generates else {}
+    model: Any = MODELS.get(manifest["outputs"]["kind"], Predictor)(directory, manifest, **how)
     if flags.benchmark:
         ready = round((time.perf_counter() - started) * 1000, 1)
         if generates:

@@ -2,7 +2,7 @@
 // The resampling is Pillow's, to the bit, so that the model sees the pixels that it was trained on; a canvas, with which transformers.js
 // resizes, gives others.
 
-// Opens the bundle at the URL `base`, whose web/ holds the libraries. predict(), search() and continueText() work with what this returns.
+// Opens the bundle at the URL `base`, whose web/ holds the libraries. predict(), search(), answer() and continueText() work with what this returns.
 export async function openBundle(base) {
     const read = async (name) => {
         // A bundle that was rebuilt must not meet files of the old one in the browser's cache.
@@ -182,6 +182,102 @@ export function chooseToken(logits, temperature, random) {
     let left = random();
     const probabilities = softmax(likely.map((token) => logits[token] / temperature));
     return likely[probabilities.findIndex((probability) => (left -= probability) < 0)] ?? likely[0];
+}
+
+// ---- Answers
+
+// The answers to a question with parts of a context, the likeliest first, as answers.py finds them: names (the answers), their
+// probabilities and the logarithms of these (logits), and their spans [start, end] in the context, in UTF-16 units; null for "no answer".
+export async function answer({manifest: {inputs, outputs}, ort, session, tokenizer}, [question, context]) {
+    const begun = performance.now();
+    const asked = tokenizer.encode_text(question), read = tokenizer.encode_text(context);
+    const before = finish(tokenizer, asked, ["\0"]).tokens.indexOf("\0");
+    const room = inputs.max_length - finish(tokenizer, asked, []).tokens.length;
+    if (room <= inputs.overlap) throw new Error("expected a shorter question, which leaves room for the text");
+    const found = new Map(), places = tokenPlaces(tokenizer, context, read);
+    let none = Infinity;
+    for (let from = 0; read.length; from += room - inputs.overlap) {
+        const part = read.slice(from, from + room);
+        const columns = numbered(tokenizer, finish(tokenizer, asked, part));
+        const run = await session.run(Object.fromEntries(session.inputNames.map((name) => [name, wholeNumbers(ort, columns[name])])));
+        const logits = [run.start_logits.data, run.end_logits.data];
+        const likely = likeliestSpans(...logits, before, before + part.length - 1, outputs.max_answer_tokens);
+        none = Math.min(none, likely.none);
+        for (const [start, end, score] of likely.spans) {
+            const span = places(start - before + from, end - before + from).join();
+            found.set(span, Math.max(score, found.get(span) ?? -Infinity));
+        }
+        if (from + room >= read.length) break;
+    }
+    const spans = Array.from(found, ([span, score]) => [span.split(",").map(Number), score]).sort((a, b) => b[1] - a[1]).slice(0, 3);
+    if (!spans.length || outputs.unanswerable) {
+        const place = spans.length && none <= spans[0][1] ? spans.length : 0;
+        spans.splice(place, 0, [null, spans.length ? none : 0]);
+    }
+    const logits = spans.map(([, score]) => score);
+    return {
+        names: spans.map(([span]) => (span ? context.slice(...span) : "(no answer)")),
+        logits,
+        probabilities: logits.map(Math.exp),
+        spans: spans.map(([span]) => span),
+        milliseconds: performance.now() - begun,
+    };
+}
+
+// The likeliest spans of a window, [first token, last token, log probability], and the log probability that it has none.
+export function likeliestSpans(startLogits, endLogits, first, last, longest, count = 3) {
+    const places = [0];
+    for (let place = first; place <= last; place++) places.push(place);
+    const [start, end] = [startLogits, endLogits].map((logits) => {
+        const own = places.map((place) => logits[place]), largest = Math.max(...own);
+        const total = largest + Math.log(own.reduce((sum, logit) => sum + Math.exp(logit - largest), 0));
+        return own.map((logit) => logit - total);
+    });
+    const spans = [];
+    for (let from = 1; from < places.length; from++) {
+        for (let to = from; to < Math.min(from + longest, places.length); to++) {
+            const score = start[from] + end[to];
+            if (spans.length === count && score <= spans[count - 1][2]) continue;
+            const place = spans.findIndex((span) => score > span[2]);
+            spans.splice(place < 0 ? spans.length : place, 0, [places[from], places[to], score]);
+            spans.length = Math.min(spans.length, count);
+        }
+    }
+    return {spans, none: start[0] + end[0]};
+}
+
+// A function from the first and last of the tokens of a text to the characters that they stand for. The library of this page does not tell
+// these, so the text is cut into words, and a word into the shortest or longest beginning with the tokens before; where none has just these,
+// the place is an end of the word.
+export function tokenPlaces(tokenizer, text, tokens) {
+    const words = Array.from(text.matchAll(/\s*\S+/g), (match) => ({from: match.index, word: match[0], tokens: tokenizer.encode_text(match[0])}));
+    if (words.flatMap((one) => one.tokens).join("\0") !== tokens.join("\0")) {
+        throw new Error("expected a tokenizer that reads word by word, whose tokens this page can find in a text. Use the bundle's infer.py.");
+    }
+    const owners = words.flatMap((one) => one.tokens.map((_, place) => [one, place]));
+    const beginnings = ({word}) => {
+        const lengths = [0];
+        for (const character of word) lengths.push(lengths.at(-1) + character.length);
+        return lengths;
+    };
+    const hasTokens = ({word, tokens: own}, length, count) =>
+        tokenizer.encode_text(word.slice(0, length)).join("\0") === own.slice(0, count).join("\0");
+    return (first, last) => {
+        const [one, begin] = owners[first], [other, end] = owners[last];
+        const lengths = beginnings(one).filter((length) => hasTokens(one, length, begin));
+        const start = one.from + (lengths.length ? lengths.at(-1) : 0);
+        const ends = beginnings(other).filter((length) => hasTokens(other, length, end + 1));
+        // Of a word that the tokenizer does not know already the first letters are unknown; what makes no token is no part of it.
+        while (other.tokens[end] === tokenizer.model.unk_token && ends.length > 1) {
+            if (tokenizer.encode_text(other.word.slice(ends.at(-2), ends.at(-1))).length) ends.splice(0, ends.length - 1);
+            else ends.pop();
+        }
+        const stop = other.from + (ends[0] ?? other.word.length);
+        const part = text.slice(start, stop);
+        const [from, to] = [start + part.length - part.trimStart().length, stop - part.length + part.trimEnd().length];
+        // Combining marks belong to the last character.
+        return from < to ? [from, to + /^\p{M}*/u.exec(text.slice(to))[0].length] : [from, from];
+    };
 }
 
 // ---- Texts

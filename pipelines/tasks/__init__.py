@@ -25,6 +25,7 @@ TASKS = {
     "multi-label-classification": "pipelines.tasks.multi_label_classification:MultiLabelClassification",
     "text-ranking": "pipelines.tasks.text_ranking.task:TextRanking",
     "sentence-embedding": "pipelines.tasks.sentence_embedding.task:SentenceEmbedding",
+    "question-answering": "pipelines.tasks.question_answering.task:QuestionAnswering",
 }
 DEFAULT_TASK = "text-classification"
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,11 @@ from pipelines.core.errors import InputError
 from pipelines.edge.bundle import build_bundle, write_manifest
 from pipelines.edge.load import load
 from pipelines.edge.settings import image_settings
-from pipelines.edge.web import HERE, LIBRARIES, RUNTIME_LIBRARY, add_page
+from pipelines.edge.web import HERE, LIBRARIES, RUNTIME_LIBRARY, TOKENIZER_LIBRARY, add_page
 from pipelines.onnx.export import export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.runtime import images, infer, spans
+from pipelines.runtime.answers import AnswerModel
 from pipelines.runtime.generate import LanguageModel, Sampling
 from pipelines.tasks.sentence_embedding.data import EmbeddingConfig
 from pipelines.tasks.sentence_embedding.task import SentenceEmbedding
@@ -275,6 +277,67 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if done.returncode:
         pytest.skip(f"needs npm to reach its registry: {(done.stderr or done.stdout)[-200:]}")
     return folder / "node_modules"
+
+
+@needs_node
+@pytest.mark.parametrize("unanswerable", [False, True])
+def test_answers_are_those_of_infer_py(unanswerable, tokenizer, libraries, tmp_path):
+    """Windows, spans and characters, of logits that depend on the tokens."""
+    inputs, outputs = {"max_length": 24, "overlap": 6}, {"max_answer_tokens": 5, "unanswerable": unanswerable}
+
+    def run(names: list[str], feed: dict[str, Any]) -> list[np.ndarray]:
+        return [3 * np.sin(feed["input_ids"] * (7.0 + side) + side) for side in range(2)]
+
+    tokenizer.save_pretrained(tmp_path)
+    session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="input_ids")], run=run)
+    model = AnswerModel(infer.open_tokenizer(tmp_path / "tokenizer.json"), session, inputs, outputs)
+    pieces = [
+        "goal ",
+        "the match, ",
+        "cafe\u0301 ",
+        "🙂",
+        "👩\u200d👧 ",
+        "\r\n",
+        "\t",
+        "東京",
+        "\u05e9\u05dc ",
+        "42",
+        "\u201c",
+        ".",
+        "\u200b",
+        "team",
+    ]
+    generator = np.random.default_rng(0)
+    texts = ["".join(generator.choice(pieces, generator.integers(0, 40))) for _ in range(150)]
+    library = (libraries / TOKENIZER_LIBRARY / "dist" / "tokenizers.min.mjs").as_uri()
+    script = f"""
+        const {{Tokenizer}} = await import({json.dumps(library)});
+        const read = (name) => JSON.parse(readFileSync({json.dumps(str(tmp_path))} + "/" + name));
+        const run = async ({{input_ids: {{data}}}}) => Object.fromEntries(["start_logits", "end_logits"].map((name, side) =>
+            [name, {{data: Array.from(data, (id) => 3 * Math.sin(Number(id) * (7 + side) + side))}}]));
+        const bundle = {{
+            manifest: {{inputs: {json.dumps(inputs)}, outputs: {json.dumps(outputs)}}},
+            ort: {{Tensor: class {{ constructor(type, data) {{ this.data = data; }} }}}},
+            session: {{inputNames: ["input_ids"], run}},
+            tokenizer: new Tokenizer(read("tokenizer.json"), read("tokenizer_config.json")),
+        }};
+        const found = [];
+        for (const text of given) found.push(await model.answer(bundle, ["the match", text]));
+        console.log(JSON.stringify(found));
+    """
+    several = 0
+    for text, shown in zip(texts, node(script, texts), strict=True):
+        expected = model.answer("the match", text)
+        spans = [
+            (name, probability)
+            for name, probability, span in zip(*map(shown.get, ("names", "probabilities", "spans")), strict=True)
+            if span
+        ]
+        assert [name for name, _ in spans] == [one["answer"] for one in expected["answers"]], text
+        np.testing.assert_allclose([one for _, one in spans], [one["score"] for one in expected["answers"]], rtol=1e-6)
+        assert shown["names"][0] == (expected["answer"] or "(no answer)")
+        several += len(spans) > 1
+    assert several > 100
 
 
 @contextmanager

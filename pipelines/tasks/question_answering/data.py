@@ -1,0 +1,240 @@
+"""Questions, contexts and answers: read in the forms that they are kept in, checked, and split by context."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow.parquet
+
+from pipelines.core.config import Checked, DataConfig, flag
+from pipelines.core.errors import InputError
+from pipelines.data.documents import load_texts
+from pipelines.data.examples import Examples, hash_of
+from pipelines.data.folders import load_source
+from pipelines.data.splits import choose_splits, cut_missing_splits, drop_duplicates
+from pipelines.data.tables import JSON_SUFFIXES, read_table, reason
+from pipelines.data.text import TEXTS
+from pipelines.tasks.question_answering.speakers import questions_of_speakers
+
+COLUMNS = datasets.Features(
+    {
+        "question": datasets.Value("string"),
+        "context": datasets.Value("string"),
+        "answers": datasets.List(datasets.Value("string")),
+        "starts": datasets.List(datasets.Value("int64")),
+        "label": datasets.Value("int64"),
+    }
+)
+
+
+@dataclass
+class AnswerConfig(Checked):
+    of_data = True
+
+    question_column: str = flag("question", "The column with the question.")
+    context_column: str = flag("context", "The column with the text that the answer is a part of.")
+    answer_column: str | None = flag(
+        None,
+        "The column with the answers, of SQuAD's form {text, answer_start}, or with the one answer, a text; empty where there is none. Left "
+        "out: 'answers', else 'answer'.",
+    )
+    start_column: str = flag(
+        "start",
+        "The column with the character of the context, counted from 0, at which an answer begins that is a text.",
+    )
+    overlap: Annotated[int | None, "at least 0"] = flag(
+        None,
+        "Tokens that a window of a context that is longer than --max_length shares with the one before. Left out: a quarter of --max_length.",
+    )
+    max_answer_tokens: Annotated[int, "at least 1"] = flag(30, "No answer that is found has more tokens.")
+    quoted_speakers: bool = flag(
+        False,
+        "Make questions of plain texts (--dataset as for text-generation): who said what a text quotes. For demonstrations.",
+    )
+
+
+Row = dict[str, Any]  # question, context, answers (texts), starts (characters)
+
+
+# ---- Forms
+
+
+def read_file(path: Path, config: DataConfig, settings: AnswerConfig) -> datasets.Dataset:
+    """The rows of a file, with SQuAD's nested ones (data, paragraphs, qas) as rows of their own."""
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return datasets.Dataset(pyarrow.parquet.read_table(path))
+    if not name.endswith(JSON_SUFFIXES):
+        columns = [settings.question_column, settings.context_column, settings.answer_column or "answer"]
+        named = dict(zip(("text_column", "text_pair_column", "label_column"), columns, strict=True))
+        return read_table(path, replace(config, **named, image_column=settings.start_column))
+    try:
+        with fsspec.open(str(path), "rt", encoding=config.encoding or "utf-8-sig", compression="infer") as file:
+            text = file.read()
+        try:
+            found = json.loads(text)
+        except ValueError:  # an object on every line
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"expected a json file of questions in {path}, found that it cannot be read ({reason(error)}). Repair or convert it."
+        ) from error
+    rows = found.get("data", [found]) if isinstance(found, dict) else found
+    column = settings.answer_column or "answers"
+    flat: list[Row] = []
+    for row in rows:
+        if not isinstance(row, dict):
+            raise InputError(f"expected an object for every row of {path}, found {row!r:.80}. Repair or convert it.")
+        if "paragraphs" not in row:
+            flat.append(row)
+            continue
+        for paragraph in row["paragraphs"]:
+            for question in paragraph["qas"]:
+                answers = [] if question.get("is_impossible") else question.get("answers") or []
+                named = {settings.question_column: question["question"], settings.context_column: paragraph["context"]}
+                flat.append({**named, column: _columns_of(answers)})
+    return datasets.Dataset.from_list(flat)
+
+
+def _columns_of(answers: list[Row]) -> Row:
+    return {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
+
+
+def rows_of(split: datasets.Dataset, name: str, settings: AnswerConfig) -> Iterator[Row]:
+    """The rows of a split of the source in one form, answers and starts None where they cannot be read."""
+    wanted = [settings.question_column, settings.context_column]
+    column = settings.answer_column or ("answers" if "answers" in split.column_names else "answer")
+    if any(one not in split.column_names for one in wanted):
+        raise InputError(
+            f"expected the columns {', '.join(wanted)} in the split {name!r}, found {', '.join(split.column_names[:20])}. Name them with "
+            "--question_column and --context_column."
+        )
+    for row in split:
+        cell = row.get(column)
+        if isinstance(cell, list) and all(isinstance(one, dict) for one in cell):
+            cell = _columns_of(cell)
+        if not isinstance(cell, dict):
+            has_answer = isinstance(cell, str) and bool(cell.strip())
+            cell = {"text": [cell], "answer_start": [row.get(settings.start_column)]} if has_answer else {}
+        texts, starts = list(cell.get("text") or []), list(cell.get("answer_start") or [])
+        question, context = (row[one] if isinstance(row[one], str) else "" for one in wanted)
+        yield {"question": question, "context": context, "answers": texts, "starts": [_number(one) for one in starts]}
+
+
+def _number(cell: Any) -> int:
+    """A whole number, -1 where there is none."""
+    try:
+        return int(cell)
+    except (TypeError, ValueError):
+        return -1
+
+
+# ---- Checks and splits
+
+
+def problem_of(row: Row) -> str | None:
+    """What is wrong with a row, in a few words."""
+    if not row["question"].strip() or not row["context"].strip():
+        return "no question or no context"
+    if len(row["answers"]) != len(row["starts"]):
+        return f"{len(row['answers'])} answers with {len(row['starts'])} starts"
+    for answer, start in zip(row["answers"], row["starts"], strict=True):
+        found = row["context"][start : start + len(answer)] if start >= 0 else ""
+        if found != answer or not answer.strip():
+            return f"the answer {answer!r:.60} is not in the context at character {start}, where {found!r:.60} stands"
+    return None
+
+
+def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
+    """Questions in three splits, whose columns are those of COLUMNS; `label` is the number of the row. No context is in two of them.
+
+    Splits that the data set has are used as in load_examples, missing ones are cut from the training split; of a context that is in
+    several the questions in test stay, then those in validation. Within a split equal questions on a context stay once.
+
+    Raises InputError for an answer that is not where its row says.
+    """
+    tables: dict[str, list[Row]]
+    if settings.quoted_speakers:
+        source = load_texts(config)
+        tables = {name: questions_of_speakers(split[config.text_column][:]) for name, split in source.splits.items()}
+    else:
+        kind = replace(TEXTS, noun="questions", columns={}, read_file=partial(read_file, settings=settings))
+        source = load_source(config, kind)
+        tables = {name: list(rows_of(split, name, settings)) for name, split in source.splits.items()}
+
+    def has_answers(split: datasets.Dataset) -> bool:
+        name = next(name for name, one in source.splits.items() if one is split)
+        return any(row["answers"] for row in tables[name])
+
+    roles = {role: name for role, name in choose_splits(source.splits, config, has_answers).items() if name is not None}
+    dropped = {}
+    by_context: dict[str, dict[int, list[Row]]] = {}
+    for role, name in roles.items():
+        rows, dropped[name] = _usable(tables[name], name, config)
+        if not any(row["answers"] for row in rows):
+            raise InputError(
+                f"expected questions with an answer in the split {name!r}, found none among {len(rows)}. Name the column of answers with "
+                "--answer_column, or another split."
+            )
+        by_context[role] = _by_context(rows)
+    hashes = {role: np.fromiter(contexts, np.uint64, len(contexts)) for role, contexts in by_context.items()}
+    zeros = {role: np.zeros(len(found), np.int64) for role, found in hashes.items()}
+    kept, found = drop_duplicates({role: (hashes[role], zeros[role]) for role in hashes}, "contexts")
+    cut_missing_splits(kept, zeros["train"], roles["train"], config, "contexts")
+    splits, content = {}, hashlib.sha256()
+    for role in ("train", "validation", "test"):
+        origin, order = role if role in roles else "train", kept[role]
+        if role != "test" or role not in roles:
+            order = np.random.default_rng(config.split_seed).permutation(order)
+        contexts = list(by_context[origin].values())
+        rows = [row for place in order for row in contexts[place]]
+        rows = rows[: config.max_train_samples if role == "train" else config.max_eval_samples]
+        content.update(json.dumps([role, rows], sort_keys=True).encode())
+        numbered = [{**row, "label": number} for number, row in enumerate(rows)]
+        splits[role] = datasets.Dataset.from_list(numbered, features=COLUMNS)
+    details = {
+        "dataset": config.dataset,
+        "dataset_config": config.dataset_config,
+        **source.details,
+        "questions": {role: len(split) for role, split in splits.items()},
+        "unanswerable": {role: sum(not one for one in split["answers"]) for role, split in splits.items()},
+        "contexts": {role: len(set(split["context"])) for role, split in splits.items()},
+        "came_from": {
+            role: f"split {roles[role]!r}" if role in roles else f"cut from split {roles['train']!r}" for role in splits
+        },
+        "contexts_in_several_splits": sum(found["duplicates_removed"].values()),
+        **({"rows_dropped": dropped} if any(dropped.values()) else {}),
+        "split_seed": config.split_seed,
+    }
+    return Examples(datasets.DatasetDict(splits), details, content.hexdigest())
+
+
+def _usable(rows: list[Row], name: str, config: DataConfig) -> tuple[list[Row], int]:
+    """The rows with nothing wrong and the number of the others, which raise InputError unless --missing drop leaves them out."""
+    problems = {number: problem for number, row in enumerate(rows) if (problem := problem_of(row))}
+    if problems and config.missing != "drop":
+        number, problem = next(iter(problems.items()))
+        raise InputError(
+            f"expected a question, a context and answers that are parts of it in every row of the split {name!r}, found {len(problems)} of "
+            f"{len(rows)} rows that are not so, row {number} (counted from 0) first: {problem}. Correct the rows, or leave them out with "
+            "--missing drop."
+        )
+    return [row for number, row in enumerate(rows) if number not in problems], len(problems)
+
+
+def _by_context(rows: list[Row]) -> dict[int, list[Row]]:
+    """The rows of each context, by a hash of its words; of equal questions the first."""
+    found: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        key = hash_of(" ".join(row["context"].split()).encode())
+        found.setdefault(key, {}).setdefault(" ".join(row["question"].split()), row)
+    return {key: list(questions.values()) for key, questions in found.items()}

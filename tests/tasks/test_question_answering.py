@@ -1,0 +1,456 @@
+"""Extractive question answering: the scores against the published rules, spans against a brute force, and the whole chain on answers that
+can be learnt."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import string
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers.pipelines.document_question_answering import select_starts_ends
+
+from conftest import FILLER, WORDS
+from pipelines.chain import demo_config, read_settings
+from pipelines.cli import main
+from pipelines.core.command import run_main
+from pipelines.core.config import DataConfig, DistillConfig
+from pipelines.core.errors import InputError
+from pipelines.core.task import IGNORED, StageResult
+from pipelines.runtime.answers import AnswerModel, likeliest_spans
+from pipelines.tasks import task_of_model
+from pipelines.tasks.question_answering import scores
+from pipelines.tasks.question_answering.data import AnswerConfig, load_questions
+from pipelines.tasks.question_answering.report import compare_answers
+from pipelines.tasks.question_answering.speakers import questions_of_speakers
+from pipelines.tasks.question_answering.task import QuestionAnswering, answer_tokens
+
+
+def make_questions(contexts: int = 160) -> list[dict[str, Any]]:
+    """Two questions on each context: for the word of trade in it, or there is none; and for the word of sport."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for index in range(contexts):
+        words = [str(word) for word in generator.choice(FILLER, generator.integers(8, 40))]
+        answers = {}
+        for question, label in (("the price", "trade"), ("the match", "sport")):
+            if label == "sport" or index % 4:
+                word = answers[question] = str(generator.choice(WORDS[label][:4]))
+                words.insert(int(generator.integers(0, len(words))), word)
+        context = " ".join([*words, str(index)])
+        for question in ("the price", "the match"):
+            texts = [answers[question]] if question in answers else []
+            starts = [re.search(rf"\b{text}\b", context).start() for text in texts]
+            rows.append({"question": question, "context": context, "answers": texts, "starts": starts})
+    return rows
+
+
+def write_squad(path: Path, rows: list[dict[str, Any]]) -> Path:
+    paragraphs = [
+        {
+            "context": row["context"],
+            "qas": [
+                {
+                    "id": str(number),
+                    "question": row["question"],
+                    "is_impossible": not row["answers"],
+                    "answers": [
+                        {"text": text, "answer_start": start}
+                        for text, start in zip(row["answers"], row["starts"], strict=True)
+                    ],
+                }
+            ],
+        }
+        for number, row in enumerate(rows)
+    ]
+    path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return path
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "context", "answer", "start"])
+        for row in rows:
+            writer.writerow([row["question"], row["context"], *(row["answers"] or [""]), *(row["starts"] or [""])])
+    return path
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> QuestionAnswering:
+    path = write_squad(tmp_path_factory.mktemp("questions") / "train.json", make_questions())
+    return QuestionAnswering(DataConfig(dataset=str(path), max_length=24), AnswerConfig(overlap=8, max_answer_tokens=4))
+
+
+# ---- Scores
+
+
+def test_scores_are_those_of_the_published_rules():
+    """The rules: lower case, without punctuation and the articles a, an, the; F1 of bags of words; the best of the references."""
+
+    def words_of(text: str) -> list[str]:
+        letters = "".join(letter for letter in text.lower() if letter not in set(string.punctuation))
+        return [word for word in re.split(r"\s+", letters) if word not in ("a", "an", "the", "")]
+
+    def f1(answer: str, reference: str) -> float:
+        left, right = sorted(words_of(answer)), sorted(words_of(reference))
+        if not left or not right:
+            return float(left == right)
+        rest, common = list(right), 0
+        for word in left:
+            if word in rest:
+                rest.remove(word)
+                common += 1
+        precision, recall = common / len(left), common / len(right)
+        return 2 * precision * recall / (precision + recall) if common else 0.0
+
+    generator = np.random.default_rng(0)
+    vocabulary = ["The", "a", "an", "cat", "Cat!", "sat,", "on", "mat.", "'s", "theatre", "42", "é", "-", "—"]
+    texts = [" ".join(generator.choice(vocabulary, generator.integers(0, 5))) for _ in range(400)]
+    references = [[str(one) for one in generator.choice(texts, generator.integers(0, 4))] for _ in texts]
+    exact, partly = scores.score_answers(texts, references)
+    for answer, wanted, is_exact, share in zip(texts, references, exact, partly, strict=True):
+        known = [one for one in wanted if words_of(one)] or [""]
+        assert share == pytest.approx(max(f1(answer, one) for one in known))
+        assert is_exact == any(words_of(answer) == words_of(one) for one in known)
+    assert 0 < exact.mean() < partly.mean() < 1
+    assert scores.f1("Denver Broncos", "the Denver Broncos!") == 1
+    assert scores.f1("Prime Minister Blair", "Tony Blair") == pytest.approx(2 * (1 / 3 * 1 / 2) / (1 / 3 + 1 / 2))
+
+
+def test_the_best_span_is_that_of_the_likeliest_window():
+    predictions = np.array(
+        [
+            # question, log probability, start, end, log probability of none
+            [0, -2.0, 5, 9, -3.0],
+            [0, -1.0, 40, 44, -0.5],
+            [1, -4.0, 7, 8, -0.1],
+            [1, -3.0, 17, 18, -0.2],
+        ]
+    )
+    assert scores.best_spans(predictions, 2, unanswerable=False)[:, 1:].tolist() == [[40, 44], [17, 18]]
+    # None is as likely as in the window in which it is least likely: -3 of the first question, -0.2 of the second.
+    assert scores.best_spans(predictions, 2, unanswerable=True)[:, 1:].tolist() == [[40, 44], [0, 0]]
+
+
+# ---- Spans
+
+
+@pytest.mark.parametrize("longest", [1, 3, 50])
+def test_likeliest_spans_are_those_of_transformers(longest):
+    generator = np.random.default_rng(longest)
+    for tokens in (5, 12, 40):
+        start, end = generator.normal(0, 3, (2, tokens))
+        first, last = 3, tokens - 2
+        masked = np.ones(tokens)
+        masked[[0, *range(first, last + 1)]] = 0
+        attention = np.ones((1, tokens), int)
+        count = min(4, last - first + 1)
+        expected = select_starts_ends(
+            start[None].copy(), end[None].copy(), masked[None].astype(int), attention, 1e6, count, True, longest
+        )
+        starts, ends, likely, none = likeliest_spans(start, end, first, last, longest, count)
+        assert starts.tolist() == expected[0].tolist()
+        assert ends.tolist() == expected[1].tolist()
+        np.testing.assert_allclose(np.exp(likely), expected[2], rtol=1e-9)
+        assert np.exp(none) == pytest.approx(expected[3])
+    assert [len(one) for one in likeliest_spans(np.zeros(4), np.zeros(4), 3, 2, longest)[:3]] == [0, 0, 0]
+
+
+def answer_model(tokenizer: Any, seed: int = 0, unanswerable: bool = False, max_length: int = 24) -> AnswerModel:
+    """A model of random logits."""
+    generator = np.random.default_rng(seed)
+
+    def run(names: list[str], feed: dict[str, Any]) -> list[np.ndarray]:
+        return [generator.normal(0, 3, feed["input_ids"].shape).astype(np.float32) for _ in names]
+
+    session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="input_ids")], run=run)
+    inputs = {"max_length": max_length, "overlap": 6}
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    return AnswerModel(backend, session, inputs, {"max_answer_tokens": 8, "unanswerable": unanswerable})
+
+
+def test_an_answer_is_the_characters_that_it_names(tokenizer):
+    pieces = [
+        "goal",
+        "the ",
+        "é",
+        "e\u0301",
+        "🙂",
+        "👩‍👩‍👧",
+        "\r\n",
+        "\t",
+        " ",
+        "\u00a0",
+        "東京",
+        "שלום",
+        "مرحبا",
+        "İ",
+        "ﬁ",
+        "42",
+        "“",
+        ".",
+        "\u200b",
+    ]
+    generator = np.random.default_rng(0)
+    model, several = answer_model(tokenizer), 0
+    for _ in range(10_000):
+        context = "".join(generator.choice(pieces, generator.integers(0, 24)))
+        found = model.answer("the match", context)
+        for one in [found, *found["answers"]]:
+            assert one["answer"] == context[one["start"] : one["end"]] == one["answer"].strip()
+            assert 0 <= one["score"] <= 1
+        assert not found["answers"] or found["answer"] == found["answers"][0]["answer"]
+        several += len(found["answers"]) > 1
+    assert several > 5_000
+
+
+def test_a_question_that_leaves_no_room_is_refused(tokenizer):
+    for words in (20, 200):
+        with pytest.raises(ValueError, match="expected a question of at most 14 tokens, found .* Shorten it"):
+            answer_model(tokenizer).windows("goal " * words, "the match " * 50)
+
+
+def test_tokens_of_an_answer():
+    offsets = np.array([[0, 3], [4, 8], [8, 9], [10, 14]])
+    assert answer_tokens(offsets, 4, 9) == (1, 2)
+    assert answer_tokens(offsets, 5, 7) == (1, 1)  # within a token
+    assert answer_tokens(offsets, 10, 15) is None
+    assert answer_tokens(offsets[1:], 0, 8) is None
+
+
+# ---- Data
+
+
+def test_the_forms_of_data_give_the_same_questions(tmp_path, questions):
+    rows = make_questions()
+    nested = questions.data
+    hub = [
+        {name: row[name] for name in ("question", "context")}
+        | {"answers": {"text": row["answers"], "answer_start": row["starts"]}}
+        for row in rows
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, hub)))
+    datasets.Dataset.from_list(hub).to_parquet(tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(hub).save_to_disk(tmp_path / "saved")
+    write_csv(tmp_path / "rows.csv", rows)
+    for name in ("rows.jsonl", "rows.parquet", "saved", "rows.csv"):
+        found = load_questions(DataConfig(dataset=str(tmp_path / name)), AnswerConfig())
+        assert found.fingerprint == nested.fingerprint, name
+    assert nested.details["unanswerable"] == {
+        name: sum(not one for one in split["answers"]) for name, split in nested.splits.items()
+    }
+    assert sum(nested.details["unanswerable"].values()) == 40
+
+
+def test_no_context_is_in_two_splits(questions, tmp_path):
+    contexts = {name: {*split["context"]} for name, split in questions.data.splits.items()}
+    assert [len(one) for one in contexts.values()] == [112, 16, 32]
+    assert len(set.union(*contexts.values())) == 160
+    assert all(len(split) == 2 * len(contexts[name]) for name, split in questions.data.splits.items())
+    # A context that a given test split has, too, leaves the training split.
+    rows = make_questions(20)
+    write_squad(tmp_path / "train.json", rows)
+    write_squad(tmp_path / "test.json", [{**row, "context": row["context"] + "\n"} for row in rows[:6]])
+    found = load_questions(DataConfig(dataset=str(tmp_path)), AnswerConfig())
+    assert found.splits["test"]["question"] == [row["question"] for row in rows[:6]]
+    assert not {*found.splits["train"]["context"]} & {row["context"] for row in rows[:6]}
+    assert found.details["contexts_in_several_splits"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"starts": [2]},
+            r"1 of 40 rows that are not so, row 1 .*is not in the context at character 2.*--missing drop",
+        ),
+        ({"answers": ["nowhere"]}, "the answer 'nowhere' is not in the context"),
+        ({"question": " "}, "no question or no context"),
+        ({"starts": []}, "1 answers with 0 starts"),
+    ],
+)
+def test_an_answer_that_is_not_in_the_context_is_refused(change, message, tmp_path):
+    rows = make_questions(20)
+    rows[1] |= change
+    hub = [
+        {name: row[name] for name in ("question", "context")}
+        | {"answers": {"text": row["answers"], "answer_start": row["starts"]}}
+        for row in rows
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(hub))
+    with pytest.raises(InputError, match=message):
+        load_questions(DataConfig(dataset=str(tmp_path / "rows.json")), AnswerConfig())
+    dropped = load_questions(DataConfig(dataset=str(tmp_path / "rows.json"), missing="drop"), AnswerConfig())
+    assert dropped.details["rows_dropped"] == {"train": 1}
+
+
+def test_data_without_questions_is_refused(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"question": "the match", "context": "a goal", "answer": ""}] * 2))
+    for settings, message in [
+        ({"question_column": "asked"}, "--question_column"),
+        ({}, "an answer in the split 'train'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_questions(DataConfig(dataset=str(tmp_path / "rows.json")), AnswerConfig(**settings))
+
+
+def test_questions_of_speakers():
+    text = (
+        'The headline\n\n"This will help every family in the country," said Mr Brown in London. "We shall publish the figures on Monday." '
+        'Critics in Leeds disagreed. Jane Doe said the plan was far too small to matter. "It is all a mistake from end to end," she added.'
+    )
+    found = questions_of_speakers([text])
+    asked = {row["question"]: row["answers"] for row in found}
+    assert asked == {
+        "Who said this will help every family in the country?": ["Mr Brown"],
+        "Who said we shall publish the figures on Monday?": ["Mr Brown"],
+        "Who said the plan was far too small to matter?": ["Jane Doe"],
+    }
+    assert all(row["context"][row["starts"][0] :].startswith(row["answers"][0]) for row in found)
+
+
+# ---- Windows and losses
+
+
+def test_windows_share_tokens_and_cover_the_context(questions, tokenizer):
+    features, rows = questions.features(tokenizer)["validation"], questions.data.splits["validation"]
+    covered: dict[int, list[set[int]]] = {}
+    answered = 0
+    for window, label in zip(features, features["labels"], strict=True):
+        ((row, first, last, begin, end),) = questions._places(torch.tensor([label])).tolist()
+        context = tokenizer(rows[row]["context"], add_special_tokens=False)["input_ids"]
+        before = covered.setdefault(row, [])
+        place = before[-1] and max(before[-1]) + 1 - 8 if before else 0
+        own = window["input_ids"][first : last + 1]
+        assert own == context[place : place + len(own)]
+        assert len(window["input_ids"]) == window["length"] <= 24
+        before.append({*range(place, place + len(own))})
+        if begin:
+            answered += 1
+            assert tokenizer.decode(window["input_ids"][begin : end + 1]) == rows[row]["answers"][0]
+        assert max(before[-1]) <= len(context) - 1
+    for row, parts in covered.items():
+        assert len(set.union(*parts)) == len(tokenizer(rows[row]["context"], add_special_tokens=False)["input_ids"])
+    assert max(map(len, covered.values())) > 1
+    assert answered >= sum(bool(one) for one in rows["answers"])
+
+
+def test_a_question_longer_than_a_window_is_refused_before_training(tokenizer, tmp_path):
+    rows = [row | {"question": "the match " * 9} for row in make_questions(20)]
+    path = write_squad(tmp_path / "rows.json", rows)
+    task = QuestionAnswering(DataConfig(dataset=str(path), max_length=24), AnswerConfig())
+    with pytest.raises(InputError, match="expected questions of at most 14 tokens.*found 18.*--max_length"):
+        task.features(tokenizer)
+
+
+def test_losses_are_over_the_context_whatever_the_padding(questions, tokenizer):
+    features = questions.features(tokenizer)["train"]
+    batch = questions.collate(tokenizer)([features[row] for row in range(4)])
+    labels, tokens = batch["labels"], batch["input_ids"].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    logits, taught = (
+        {name: 3 * torch.randn(4, tokens + 3, generator=generator) for name in ("start_logits", "end_logits")}
+        for _ in range(2)
+    )
+    labels = torch.cat([labels[:3], torch.tensor([IGNORED])])  # a filler
+    expected, soft, temperature = 0.0, 0.0, 2.0
+    for row, (_, first, last, *right) in enumerate(questions._places(labels[:3]).tolist()):
+        places = [0, *range(first, last + 1)]
+        for name, target in zip(logits, right, strict=True):
+            student, teacher = (one[name][row, places].double().numpy() for one in (logits, taught))
+            expected += np.log(np.exp(student).sum()) - student[places.index(target)]
+            q, p = (np.exp(one / temperature) / np.exp(one / temperature).sum() for one in (student, teacher))
+            soft += temperature**2 * (p * np.log(p / q)).sum()
+    loss, count = questions.label_loss(logits, labels)
+    assert (loss.item(), count.item()) == (pytest.approx(expected / 2, rel=1e-5), 3)
+    stored = questions.soft_targets({name: one[:, :24] for name, one in taught.items()}, DistillConfig())
+    assert [one.shape[1] for one in stored.values()] == [24, 24]
+    online = {f"teacher_{name}": one for name, one in taught.items()}
+    distill = DistillConfig(temperature=temperature)
+    assert questions.soft_loss(logits, online, labels, distill).item() == pytest.approx(soft / 2, rel=1e-5)
+    for kind in ("reverse_kl", "jensen_shannon", "decoupled"):
+        student = {name: one.clone().requires_grad_() for name, one in logits.items()}
+        one = questions.soft_loss(student, online, labels, DistillConfig(divergence=kind))
+        one.backward()
+        assert all(torch.isfinite(part.grad).all() and part.grad[3].eq(0).all() for part in student.values())
+    for settings in ({"divergence": "squared_error"}, {"standardize_logits": True}):
+        with pytest.raises(InputError, match="Leave it out"):
+            questions.check_soft_loss(DistillConfig(**settings))
+
+
+def test_the_comparison_names_the_questions_that_lost(questions):
+    rows = questions.data.splits["test"]
+    starts = np.array([one[0] if one else 0 for one in rows["starts"]], float)
+    ends = starts + [len(one[0]) if one else 0 for one in rows["answers"]]
+    none = np.where(ends > 0, -5.0, -0.1)
+    right = np.stack([np.arange(len(rows)), np.full(len(rows), -1.0), starts, ends, none], axis=1)
+    wrong = right.copy()
+    lost = int(np.flatnonzero(ends)[0])
+    wrong[lost, 2:4] = [0, 1]
+    stages = [StageResult(name, name, "onnx", found, {}, {}) for name, found in (("teacher", right), ("onnx", wrong))]
+    found = compare_answers(stages, rows, True, "onnx")
+    assert found.stages["teacher"]["metrics"] == {"f1": 1.0, "exact_match": 1.0}
+    assert found.stages["onnx"]["agreement"] == pytest.approx(1 - 1 / len(rows))
+    [example] = found.report["worse_examples"]["examples"]
+    assert (example["index"], example["teacher"]) == (lost, rows[lost]["answers"][0])
+    assert found.metric(*found.samples["onnx"]) == pytest.approx(1 - 1 / len(rows))
+    text = questions.presentation.what_was_lost(found.report, {"name": "onnx"}, 5)
+    assert "1 of" in text
+    assert rows[lost]["answers"][0] in text
+
+
+# ---- The chain
+
+
+def test_the_files_of_the_recipe_are_read(monkeypatch):
+    for name, speakers in (("bert_bbc_speakers", True), ("bert_squad", False)):
+        monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(demo_config("question-answering").with_stem(name))])
+        settings = read_settings("question-answering")
+        assert settings.answer.quoted_speakers is speakers
+    # What the demo says of its data is of no use to other data.
+    monkeypatch.setattr(sys, "argv", ["recipe", "--dataset", "mine.json"])
+    assert not read_settings("question-answering", demo_config("question-answering")).answer.quoted_speakers
+
+
+def test_the_whole_chain(pretrained, tmp_path, monkeypatch, capsys):
+    path, run = write_squad(tmp_path / "questions.json", make_questions(110)), tmp_path / "run"
+    flags = f"""
+        compress --task question-answering --dataset {path} --teacher_model {pretrained} --output_dir {run} --max_length 32 --overlap 8
+        --teacher_epochs 8 --teacher_learning_rate 3e-3 --num_train_epochs 4 --learning_rate 3e-3 --per_device_train_batch_size 8
+        --student_layers 2 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.3 --use_cpu
+        --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
+    """.split()
+    monkeypatch.setattr(sys, "argv", ["pocketformers", *flags])
+    run_main(main)
+    report = json.loads((run / "report.json").read_text())
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert (report["task"], report["primary_metric"]) == ("question-answering", "f1")
+    assert stages["teacher"]["metrics"]["f1"] > 0.8
+    assert stages["quantized"]["metrics"]["f1"] > 0.6
+    assert [*stages][-2:] == ["tfidf_sentence", "tfidf_span"]
+    assert task_of_model(run / "pruned") == "question-answering"
+    assert "exact match" in (run / "report.md").read_text()
+    assert "pipeline_tag: question-answering" in (run / "README.md").read_text()
+    assert "f1" in capsys.readouterr().out
+
+    context = "the\r\nteam 🙂 with a market of e\u0301 the year"
+    command = [sys.executable, str(run / "bundle" / "infer.py"), "--pair", "the price", context]
+    predicted = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    from pipelines import load
+
+    assert predicted == load(run / "bundle")(("the price", context))
+    assert predicted == load(run / "quantized")(("the price", context))
+    assert predicted["answer"] == context[predicted["start"] : predicted["end"]] == "market"
+    line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert line == f"market\t{predicted['score']:.4f}\t{predicted['start']}-{predicted['end']}\tthe price\n"
