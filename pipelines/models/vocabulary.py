@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from tokenizers import Tokenizer
 from torch import nn
 
 from pipelines.core.errors import InputError
@@ -103,7 +104,7 @@ def trim_tokenizer(processor: Any, kept: Sequence[int]) -> Any:
         content["padding"]["pad_id"] = numbers[content["padding"]["pad_id"]]
     _renumber(content["post_processor"] or {}, numbers)
     trimmed = copy.deepcopy(processor)
-    trimmed._tokenizer = type(processor.backend_tokenizer).from_str(json.dumps(content))
+    trimmed._tokenizer = Tokenizer.from_str(json.dumps(content))
     return trimmed
 
 

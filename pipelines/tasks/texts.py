@@ -124,16 +124,12 @@ class TextTask(BaseTask):
         """Raise InputError unless an online teacher's tokenizer makes the student's tokens of the same training texts."""
         if online:
             teacher_processor = self.load_processor(teacher_source)
-            own, teachers = (self.features(tokenizer)["train"][:32] for tokenizer in (processor, teacher_processor))
-            ids = teacher_ids(processor, teacher_processor)
-            own["input_ids"] = [[ids[token] for token in text] for text in _texts_of(own["input_ids"])]
             columns = ["input_ids", *({"token_type_ids"} & {*teacher_processor.model_input_names})]
-            # The first half of each text: a word that is cut at the end may be of other pieces for a trimmed vocabulary.
-            if any(
-                mine[: len(mine) // 2] != its[: len(mine) // 2]
-                for column in columns
-                for mine, its in zip(_texts_of(own[column]), _texts_of(teachers[column]), strict=True)
-            ):
+            read = (self.features(tokenizer)["train"][:32] for tokenizer in (processor, teacher_processor))
+            own, teachers = ({name: _halves(rows[name]) for name in columns} for rows in read)
+            ids = teacher_ids(processor, teacher_processor)
+            own["input_ids"] = [[ids[token] for token in text] for text in own["input_ids"]]
+            if own != teachers:
                 raise InputError(
                     "expected teacher and student to read the same tokens, found that their tokenizers differ; online distillation "
                     "would give the teacher tokens that mean something else to it. Store its soft targets first (pocketformers "
@@ -207,9 +203,11 @@ def _collate_both(
     return {f"teacher_{name}": values for name, values in teachers.items() if name != "labels"} | collate(rows)
 
 
-def _texts_of(column: list[Any]) -> list[list[int]]:
-    """The tokens of each text, of rows that may have several."""
-    return [text for row in column for text in (row if isinstance(row[0], list) else [row])]
+def _halves(column: list[Any]) -> list[list[int]]:
+    """The first half of each text's tokens, of rows that may have several: a word that is cut at the end may be of other tokens for a
+    student with fewer."""
+    texts = [text for row in column for text in (row if isinstance(row[0], list) else [row])]
+    return [text[: len(text) // 2] for text in texts]
 
 
 def is_pair(report: dict[str, Any]) -> bool:
