@@ -22,7 +22,6 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import TRANSFER, Task, TransferSet
 
 KINDS = ("WordPiece", "BPE", "Unigram")  # of the tokenizers library
-CORPUS = "corpus"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -52,7 +51,7 @@ def tokens_to_keep(wanted: str, processor: Any, task: Task, transfer: TransferSe
     if transfer is not None:
         examples.append(task.features(processor, transfer.load())[TRANSFER])
     for rows in examples:
-        keep.update(np.unique(pc.list_flatten(rows.data.column("input_ids"), recursive=True)).tolist())
+        keep.update(pc.unique(pc.list_flatten(rows.data.column("input_ids"), recursive=True)).to_pylist())
     prefix, suffix = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
     for token, number in ids.items():
         if len(token.removeprefix(prefix).removesuffix(suffix)) == 1 or BYTE.fullmatch(token):
@@ -71,11 +70,11 @@ def tokens_to_keep(wanted: str, processor: Any, task: Task, transfer: TransferSe
         found = {*halves.get(waiting.pop(), [])} - keep
         keep |= found
         waiting += found
-    if wanted != CORPUS:
+    if wanted != "corpus":
         if int(wanted) < len(keep):
             raise InputError(
                 f"expected a --student_vocabulary of {len(keep)} tokens or more, which the training examples and the tokenizer need, found "
-                f"{wanted}. Raise it, or pass {CORPUS!r}."
+                f"{wanted}. Raise it, or pass 'corpus'."
             )
         others = (number for number in sorted(ids.values()) if number not in keep)
         keep.update(islice(others, int(wanted) - len(keep)))
@@ -101,7 +100,7 @@ def trim_tokenizer(processor: Any, kept: Sequence[int]) -> Any:
     for token in content["added_tokens"]:
         token["id"] = numbers[token["id"]]
     if content["padding"]:
-        content["padding"]["pad_id"] = numbers[content["padding"]["pad_id"]]
+        content["padding"]["pad_id"] = numbers.get(content["padding"]["pad_id"], 0)
     _renumber(content["post_processor"] or {}, numbers)
     trimmed = copy.deepcopy(processor)
     trimmed._tokenizer = Tokenizer.from_str(json.dumps(content))
@@ -122,7 +121,8 @@ def _renumber(post_processor: dict[str, Any], numbers: dict[int, int]) -> None:
 def trim_model(model: Any, kept: Sequence[int]) -> None:
     """Leave the vectors of the tokens `kept` alone in a model without an output for each token."""
     table, numbers = model.get_input_embeddings(), _numbers(kept)
-    table.weight = nn.Parameter(table.weight.detach()[list(kept)].clone())
+    last = len(table.weight) - 1  # a tokenizer may have tokens that the model was not given, which no text of ours has
+    table.weight = nn.Parameter(table.weight.detach()[[min(number, last) for number in kept]])
     table.num_embeddings, table.padding_idx = len(kept), numbers.get(table.padding_idx)
     trim_config(model.config, kept)
 
