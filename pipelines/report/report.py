@@ -105,7 +105,12 @@ def build_report(
         | {"license": one.record["details"].get("license")}
         for number, one in enumerate(teachers)
     ]
-    transfer = {key: value for stage in stages for key, value in stage.record["details"].items() if key == "transfer"}
+    of_stages = {
+        key: value
+        for stage in stages
+        for key, value in stage.record["details"].items()
+        if key in ("transfer", "vocabulary")
+    }
     dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
     report = {
         "recipe": recipe,
@@ -124,7 +129,7 @@ def build_report(
         "teacher": described[0],
         **({"more_teachers": described[1:]} if described[1:] else {}),
         "dataset": _describe_source(dataset) | {"config": configuration},
-        "data": _without_folders(task.details | transfer),
+        "data": _without_folders(task.details | of_stages),
         "config": _without_folders(config),
     }
     add_timings(report, {stage.name: stage.timing for stage in stages})
