@@ -122,7 +122,7 @@ def _timed_examples(lengths: Sequence[int], batch_size: int = THROUGHPUT_BATCH) 
 
 def encoder_workload(single: Arrays, batches: list[Arrays], larger: dict[int, list[Arrays]] | None = None) -> Workload:
     """Calls of a model as a function of one feed: `single` for the latency, `batches` for the throughput, and `larger` ones by their size for
-    `samples_per_second_32` and the like."""
+    `samples_per_second_128` and the like."""
     feeds = {"single": single} | {f"batch_{index}": batch for index, batch in enumerate(batches)}
     several = larger or {}
     feeds |= {f"batch_{size}_{index}": batch for size, each in several.items() for index, batch in enumerate(each)}

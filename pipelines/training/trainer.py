@@ -264,7 +264,8 @@ class Trainer(transformers.Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         examples = dataset.examples if isinstance(dataset, Filled) else dataset
         draws = isinstance(examples, WithTransfer)
-        groups = list(examples["group"]) if "group" in getattr(examples, "column_names", []) else None
+        has_groups = self.has_task and "group" in getattr(examples, "column_names", [])
+        groups = list(examples["group"]) if has_groups else None
         if not self._groups_lengths() and not draws and groups is None:
             return super()._get_train_sampler(train_dataset)
         global_batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
