@@ -5,6 +5,7 @@
     python infer.py photo.jpg picture.png         images by their files
     python infer.py --file lines.txt --json       a text, two texts with a tab between them, or an image file on every line
     tail -f log.txt | python infer.py --stdin     every prediction as soon as its line is there
+    python infer.py --profile untrained > pi.json  the times of this device, for 'pocketformers fit --on pi.json'
     python infer.py "Once upon" --top_p 0.9 --sampling_temperature 0.8     where the model continues texts
 
 What the inputs are and how the outputs are read stands in manifest.json. Exit status: 0 done, 1 bad input or a damaged bundle, 2 a bad flag.
@@ -18,6 +19,8 @@ import importlib
 import io
 import json
 import os
+import platform
+import re
 import sys
 import time
 import warnings
@@ -25,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +331,7 @@ def make_parser(generates: bool) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
+    parser.add_argument("--profile", metavar="FOLDER", help="time the graphs that 'pocketformers fit --forecast' wrote")
     if generates:
         for field in fields(module_beside("generate").Sampling):
             kind = float if field.type == "float" else int
@@ -414,17 +418,72 @@ def benchmark(predictor: Predictor, examples: list[Example]) -> dict[str, Any]:
     """Milliseconds of one prediction, from the input to the logits, over two seconds."""
     import numpy as np
 
-    for example in examples[:5]:
-        predictor.logits(example)  # the first runs allocate
-    seconds: list[float] = []
-    end = time.perf_counter() + 2
-    while time.perf_counter() < end or len(seconds) < 5:
-        start = time.perf_counter()
-        predictor.logits(examples[len(seconds) % len(examples)])
-        seconds.append(time.perf_counter() - start)
+    next_one = cycle(examples)
+    seconds = time_calls(lambda: predictor.logits(next(next_one)), 2)
     p50, p95 = np.percentile(seconds, [50, 95]) * 1000
     rate = len(seconds) / sum(seconds)
     return {"p50_ms": round(p50, 3), "p95_ms": round(p95, 3), "predictions_per_second": round(rate, 1)}
+
+
+def profile(folder: Path, threads: int | None) -> dict[str, Any]:
+    """The median milliseconds of a call (of a language model: of a token) of each graph in a folder of untrained ones, on this device.
+
+    Each time is kept beside its graph, so that what was stopped goes on. The first graph is timed again at the end: `slowed` is how many
+    times longer it then takes, which is above 1 on a device that throttles when it gets hot.
+    """
+    import onnxruntime
+
+    orders = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
+    information = Path("/proc/cpuinfo")
+    text = information.read_text(errors="replace") if information.exists() else ""
+    named = re.search(r"^(?:model name|Hardware|Model)\s*:\s*(.+)$", text, re.MULTILINE)
+    machine = {
+        "cpu": named.group(1).strip() if named else platform.machine(),
+        "threads": threads or available_cores(),
+        "onnxruntime": onnxruntime.__version__,
+    }
+    made_by, times = {**machine, "of": orders["of"]}, dict[str, float]()
+    for name in orders["shapes"]:
+        kept = folder / name / "profile.json"
+        known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        if not made_by.items() <= known.items():
+            known = {**made_by, "p50_ms": time_graph(folder, name, orders, machine["threads"])}
+            kept.with_suffix(".partial").write_text(json.dumps(known), encoding="utf-8")
+            kept.with_suffix(".partial").replace(kept)
+        times[name] = known["p50_ms"]
+        print(f"{name}: {times[name]:.3f} ms", file=sys.stderr, flush=True)
+    first = next(iter(times))
+    slowed = time_graph(folder, first, orders, machine["threads"]) / times[first]
+    return {**machine, "slowed": round(slowed, 3), "orders": orders, "p50_ms": times}
+
+
+def time_graph(folder: Path, name: str, orders: dict[str, Any], threads: int) -> float:
+    import numpy as np
+
+    session = open_session(folder / name / "model.onnx", threads)
+    if (folder / "feed.npz").is_file():
+        with np.load(folder / "feed.npz") as arrays:
+            feed = {value.name: arrays[value.name] for value in session.get_inputs()}
+        return float(np.median(time_calls(lambda: session.run(None, feed), 1.0))) * 1000
+    model = module_beside("generate").LanguageModel(folder / name, session)
+    model.end_tokens = []
+    prompt = list(range(1, orders["prompt_tokens"] + 1))
+    sampling = module_beside("generate").Sampling(max_new_tokens=orders["new_tokens"])
+    steps = ([time.perf_counter(), *(time.perf_counter() for _ in model.steps([prompt], sampling))] for _ in range(5))
+    return float(np.median([np.diff(one) for one in steps])) * 1000
+
+
+def time_calls(call: Callable[[], Any], seconds: float) -> list[float]:
+    """The seconds of each of 20 calls or more, after a few that allocate."""
+    times: list[float] = []
+    for _ in range(5):
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 20:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def benchmark_generation(generator: Generator, prompt: str, sampling: Any) -> dict[str, Any]:
@@ -461,6 +520,9 @@ def main(argv: list[str] | None = None) -> None:
     generates = (directory / "generate.py").is_file()  # only the bundle of a language model has it
     parser = make_parser(generates)
     flags = parser.parse_args(argv)
+    if flags.profile is not None:
+        print(json.dumps(profile(Path(flags.profile), flags.threads), indent=1))
+        return
     manifest = read_manifest(directory)
     check_flags(parser, flags, manifest)
     inputs = manifest["inputs"]
