@@ -19,7 +19,7 @@ from pipelines.budget.shapes import Forecast, Shape, candidates_of, forecast_byt
 from pipelines.budget.table import cells, draw_front, format_rows, live_table
 from pipelines.budget.words import Budget, drop_of, exclusions, impossible
 from pipelines.chain import finish, make_baselines, make_models, plan, teach
-from pipelines.core.config import RepeatConfig, ReportConfig, Settings, TeacherConfig
+from pipelines.core.config import RepeatConfig, ReportConfig, Settings
 from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.records import Outcome, read_record
@@ -52,14 +52,9 @@ def fit(settings: Settings) -> None:
     task = make_task(settings)
     with Run(settings.training.output_dir, task, settings.training.seed) as run:
         # 1. A model with a head for these labels is a teacher already.
-        if (
-            "teacher_epochs" not in settings.given
-            and not teacher.teacher_from_scratch
-            and _knows_the_task(task, teacher)
-        ):
-            settings.teacher = replace(
-                teacher, teacher_model=[teacher.teacher_model, *teacher.more_teachers], teacher_epochs=0.0
-            )
+        unasked = "teacher_epochs" not in settings.given and not teacher.teacher_from_scratch
+        if unasked and _knows_the_task(task, models := [teacher.teacher_model, *teacher.more_teachers]):
+            settings.teacher = replace(teacher, teacher_model=models, teacher_epochs=0.0)
             run.state.print("teacher: used as it is; --teacher_epochs above 0 trains it first")
 
         # 2. What every shape will cost, before anything is trained. A budget that none can meet ends here.
@@ -69,7 +64,7 @@ def fit(settings: Settings) -> None:
         run.state.print(f"forecast: {exclusions([one.costs for one in forecasts], budget, len(candidates))}")
         if not candidates:
             raise InputError(impossible({one.shape.name: one.costs for one in forecasts}, budget))
-        run.state.print(format_rows([_row(one) for one in candidates], budget))
+        run.state.print(format_rows([planned(one) for one in candidates], budget))
         if settings.fit.forecast:
             return
         _, without_bundle = plan(run, task, settings_of(settings, candidates[0].shape))
@@ -83,7 +78,7 @@ def fit(settings: Settings) -> None:
 
         # 4. The candidates, each with a chain of its own.
         rows = train_candidates(run, settings, candidates, forecasts[0], transfer)
-        rows += baseline_rows(run)
+        rows += baseline_rows(run, settings)
 
         # 5. All are timed together, and the choice is made on the validation split.
         rows = judge(run, settings, rows)
@@ -100,13 +95,10 @@ def fit(settings: Settings) -> None:
             run.state.print(f"answer: {answer['name']}, which needs no student, meets the budget with the best score")
 
         # 6. The answer becomes the run's own model; an estimator is no bundle, so the best model beside it is bundled.
-        models = [row for row in rows if row["kind"] != "estimator"]
-        ship(
-            run,
-            settings,
-            answer if answer in models else choose(models, budget, task.greater_is_better)["answer"],
-            without_bundle,
-        )
+        if answer["kind"] == "estimator":
+            models_alone = [row for row in rows if row["kind"] != "estimator"]
+            answer = choose(models_alone, budget, task.greater_is_better)["answer"]
+        ship(run, settings, answer, without_bundle)
 
 
 def take(settings: Settings, number: int) -> None:
@@ -137,19 +129,15 @@ def read_front(directory: Path) -> dict[str, Any]:
 
 def ship(run: Run, settings: Settings, row: Row | None, without_bundle: str | None) -> None:
     """Make a row's stages the run's own, bundle the model, and write the report: only here is the test split read."""
-    folder = run.directory / row["path"] if row is not None else run.directory
-    names = [
-        name
-        for name in OF_CANDIDATE
-        if row is not None and row["kind"] == "candidate" and (folder.parent / name).is_dir()
-    ]
+    stage = run.directory / (row or {}).get("path", "")
+    is_candidate = row is not None and row["kind"] == "candidate"
+    names = [name for name in OF_CANDIDATE if is_candidate and (stage.parent / name).is_dir()]
     if run.state.is_main_process:
         for name in OF_CANDIDATE:
             if name not in names:
                 shutil.rmtree(run.directory / name, ignore_errors=True)
-    run.adopt(folder.parent, names)
-    nothing = None if row is not None else "no model meets the budget"
-    finish(run, settings, "fit", folder.name, without_bundle or nothing)
+    run.adopt(stage.parent, names)
+    finish(run, settings, "fit", stage.name, without_bundle if row is not None else "no model meets the budget")
 
 
 def forecast(run: Run, settings: Settings) -> list[Forecast]:
@@ -200,36 +188,32 @@ def train_candidates(
     run: Run, settings: Settings, candidates: Sequence[Forecast], whole: Forecast, transfer: TransferSet | None
 ) -> list[Row]:
     """The rows of the candidates, each from the last round that it came to, in a folder of its own in candidates/."""
-    task, budget, rows = run.task, settings.fit.budget, dict[str, Row]()
-    seconds, fixed, time = _seconds(run, settings, candidates, whole)
-    rounds = rounds_of(seconds, fixed, time)
+    task, rows = run.task, dict[str, Row]()
+    rounds = rounds_of(*_seconds(run, settings, candidates, whole))
     if rounds != [(len(candidates), 1.0)]:
         said = ", then ".join(f"{count} with {share:.0%} of the training" for count, share in rounds)
         run.state.print(f"search: {said}, to end within --time {settings.fit.time}")
-    alive = list(candidates)
-    with live_table(budget, run.state.is_main_process) as show:
+    with live_table(settings.fit.budget, run.state.is_main_process) as show:
+
+        def train(folder: str, own: Settings, scheme: str, row: Row) -> None:
+            path = f"{folder}/{make_models(run.inside(folder), own, own.prune, transfer, scheme)}"
+            rows.pop(row["name"], None)
+            rows[row["name"]] = made(run, settings, path, row)
+            show(list(rows.values()))
+
+        alive = list(candidates)
         for place, (count, share) in enumerate(rounds, start=1):
             alive = alive[:count]
             for one in alive:
-                folder = (
-                    f"candidates/{one.shape.name}"
-                    if place == len(rounds)
-                    else f"candidates/round_{place}/{one.shape.name}"
-                )
-                own = settings_of(settings, one.shape, share)
-                path = f"{folder}/{make_models(run.inside(folder), own, own.prune, transfer, one.shape.scheme)}"
-                rows.pop(one.shape.name, None)
-                rows[one.shape.name] = _row(one, run, path) | {"share_of_training": share}
-                show(list(rows.values()))
+                folder = "candidates" if place == len(rounds) else f"candidates/round_{place}"
+                own, row = settings_of(settings, one.shape, share), planned(one) | {"share_of_training": share}
+                train(f"{folder}/{one.shape.name}", own, one.shape.scheme, row)
             alive.sort(key=lambda one: -rank(rows[one.shape.name]["score"], task.greater_is_better))
         # A student without a transformer costs little to try.
         if settings.report.baselines and "static" in task.student_kinds:
-            own = settings_of(settings, replace(whole.shape, heads=1.0, neurons=1.0))
+            own = settings_of(settings, whole.shape)
             own.student = replace(settings.student, student_model="static")
-            folder = "candidates/static"
-            path = f"{folder}/{make_models(run.inside(folder), own, own.prune, transfer, whole.shape.scheme)}"
-            rows["static"] = _row(None, run, path) | {"name": "static", "share_of_training": 1.0}
-            show(list(rows.values()))
+            train("candidates/static", own, whole.shape.scheme, {"name": "static", "kind": "candidate"})
     return list(rows.values())
 
 
@@ -254,25 +238,33 @@ def _seconds(
     return seconds, 2 * spent["teacher_onnx"], max(1.0, settings.fit.seconds - sum(spent.values()))
 
 
-def _row(one: Forecast | None, run: Run | None = None, path: str | None = None) -> Row:
-    """What the table shows of a forecast, or of the model in `path` that was made of it."""
-    row: Row = {"kind": "candidate", "path": path}
-    if one is not None:
-        row |= {"name": one.shape.name, "scheme": one.shape.scheme, "vocabulary": one.shape.vocabulary}
-        row |= {"layers": one.layers, "heads": one.heads, "neurons": one.neurons, "forecast": one.costs}
-    if run is None or path is None:
-        return row | (one.costs if one is not None else {})
+def planned(one: Forecast) -> Row:
+    """The row of a shape before it is trained."""
+    of_shape = {"name": one.shape.name, "scheme": one.shape.scheme, "vocabulary": one.shape.vocabulary}
+    left = {"layers": one.layers, "heads": one.heads, "neurons": one.neurons}
+    return {**of_shape, "kind": "candidate", **left, "forecast": one.costs, **one.costs}
+
+
+def made(run: Run, settings: Settings, path: str, row: Row) -> Row:
+    """The row of the finished stage in `path`; its milliseconds are a forecast until judge() knows them."""
     record = read_record(run.directory / path)
     assert record is not None
     score = record["metrics"]["validation"][run.task.primary_metric]
-    return row | {"bytes": record["bytes"], "score": score}
+    return _weighed(run, settings, row | {"path": path, "bytes": record["bytes"], "score": score})
 
 
-def baseline_rows(run: Run) -> list[Row]:
+def _weighed(run: Run, settings: Settings, row: Row) -> Row:
+    """The row with what it loses of the teacher's score, and the bounds that it breaks."""
+    teacher = run.record("teacher")["metrics"]["validation"][run.task.primary_metric]
+    drop = drop_of(run.task, teacher, np.nan if row["score"] is None else row["score"])
+    return row | {"drop": drop, "breaks": settings.fit.budget.broken(drop, bytes=row["bytes"], ms=row.get("ms"))}
+
+
+def baseline_rows(run: Run, settings: Settings) -> list[Row]:
     """What needs no student, in the same table."""
     names = [name for name in (TEACHER_QUANTIZED, *run.task.baselines) if name in run.stages]
     kinds = {name: "teacher" if name == TEACHER_QUANTIZED else "estimator" for name in names}
-    return [_row(None, run, name) | {"name": name, "kind": kinds[name]} for name in names]
+    return [made(run, settings, name, {"name": name, "kind": kinds[name]}) for name in names]
 
 
 def time_rows(source: None, directory: Path, task: Task, directories: list[Path], report: ReportConfig) -> Outcome:
@@ -290,17 +282,15 @@ def judge(run: Run, settings: Settings, rows: list[Row]) -> list[Row]:
     """
     places = [run.directory / row["path"] for row in rows]
     run.stage("timings", time_rows, None, directories=places, report=settings.report)
-    teacher = run.record("teacher")["metrics"]["validation"][run.task.primary_metric]
     here = run.record("timings")["details"]["ms"]
     known = [row["forecast"]["ms"] / ms for row, ms in zip(rows, here, strict=True) if "forecast" in row]
     slower = 1.0 if settings.fit.on is None else float(np.median(known))
+    judged = []
     for row, ms in zip(rows, here, strict=True):
         there = row["forecast"]["ms"] if settings.fit.on is not None and "forecast" in row else ms * slower
-        row |= {"ms": there, "ms_here": ms}
-        row["drop"] = drop_of(run.task, teacher, np.nan if row["score"] is None else row["score"])
-        row["breaks"] = settings.fit.budget.broken(row["drop"], bytes=row["bytes"], ms=row["ms"])
-    rows.sort(key=lambda row: (-rank(row["score"], run.task.greater_is_better), row["bytes"], row["name"]))
-    return [{"number": number, **row} for number, row in enumerate(rows, start=1)]
+        judged.append(_weighed(run, settings, row | {"ms": there, "ms_here": ms}))
+    judged.sort(key=lambda row: (-rank(row["score"], run.task.greater_is_better), row["bytes"], row["name"]))
+    return [{"number": number, **row} for number, row in enumerate(judged, start=1)]
 
 
 def write_front(run: Run, settings: Settings, rows: Sequence[Row], chosen: dict[str, Row | None]) -> None:
@@ -311,8 +301,8 @@ def write_front(run: Run, settings: Settings, rows: Sequence[Row], chosen: dict[
     teacher = run.record("teacher")["metrics"]["validation"][task.primary_metric]
     known = [row for row in rows if "forecast" in row]
     off = {
-        name: float(np.median([abs(row["forecast"][name] / row[measured] - 1) for row in known]))
-        for name, measured in (("bytes", "bytes"), ("ms", "ms_here"))
+        name: float(np.median([abs(row["forecast"][name] / row[name] - 1) for row in known]))
+        for name in ("bytes", "ms")
     }
     found = {
         "task": task.name,
@@ -330,9 +320,9 @@ def write_front(run: Run, settings: Settings, rows: Sequence[Row], chosen: dict[
     write_whole(run.directory / "front.png", plot.getvalue())
     write_json(run.directory / FRONT, json.loads(json.dumps(found, default=str), parse_constant=lambda _: None))
     print(format_rows(rows, budget))
-    print(
-        f"forecast: off by {off['bytes']:.1%} in bytes and {off['ms']:.0%} in milliseconds, median of {len(known)} candidates"
-    )
+    # On a device only the forecast is known.
+    times = f" and {off['ms']:.0%} in milliseconds" if settings.fit.on is None else ""
+    print(f"forecast: off by {off['bytes']:.1%} in bytes{times}, median of {len(known)} candidates")
     said = ", ".join(f"{name} {row['number']} ({row['name']})" for name, row in chosen.items() if row is not None)
     print(f"inside the budget: {said or 'none'}; the teacher's {task.primary_metric} is {teacher:.4f}", flush=True)
 
@@ -345,10 +335,10 @@ def _nearly(budget: Budget) -> Any:
     return words
 
 
-def _knows_the_task(task: Task, teacher: TeacherConfig) -> bool:
+def _knows_the_task(task: Task, models: list[str]) -> bool:
     try:
-        for one in (teacher.teacher_model, *teacher.more_teachers):
-            task.load_model(one, head="required")
+        for model in models:
+            task.load_model(model, head="required")
     except InputError:
         return False
     return True

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
-from itertools import chain, cycle
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -418,8 +418,7 @@ def benchmark(predictor: Predictor, examples: list[Example]) -> dict[str, Any]:
     """Milliseconds of one prediction, from the input to the logits, over two seconds."""
     import numpy as np
 
-    next_one = cycle(examples)
-    seconds = time_calls(lambda: predictor.logits(next(next_one)), 2)
+    seconds = time_calls(lambda number: predictor.logits(examples[number % len(examples)]), 2, 5)
     p50, p95 = np.percentile(seconds, [50, 95]) * 1000
     rate = len(seconds) / sum(seconds)
     return {"p50_ms": round(p50, 3), "p95_ms": round(p95, 3), "predictions_per_second": round(rate, 1)}
@@ -464,7 +463,7 @@ def time_graph(folder: Path, name: str, orders: dict[str, Any], threads: int) ->
     if (folder / "feed.npz").is_file():
         with np.load(folder / "feed.npz") as arrays:
             feed = {value.name: arrays[value.name] for value in session.get_inputs()}
-        return float(np.median(time_calls(lambda: session.run(None, feed), 1.0))) * 1000
+        return float(np.median(time_calls(lambda _: session.run(None, feed), 1, 20))) * 1000
     model = module_beside("generate").LanguageModel(folder / name, session)
     model.end_tokens = []
     prompt = list(range(1, orders["prompt_tokens"] + 1))
@@ -473,15 +472,15 @@ def time_graph(folder: Path, name: str, orders: dict[str, Any], threads: int) ->
     return float(np.median([np.diff(one) for one in steps])) * 1000
 
 
-def time_calls(call: Callable[[], Any], seconds: float) -> list[float]:
-    """The seconds of each of 20 calls or more, after a few that allocate."""
+def time_calls(call: Callable[[int], Any], seconds: float, least: int) -> list[float]:
+    """The seconds of each of `least` calls or more, by their numbers, after five that allocate."""
     times: list[float] = []
-    for _ in range(5):
-        call()
+    for number in range(5):
+        call(number)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 20:
+    while time.perf_counter() < end or len(times) < least:
         start = time.perf_counter()
-        call()
+        call(len(times))
         times.append(time.perf_counter() - start)
     return times
 
