@@ -28,6 +28,7 @@ from pipelines.core.run import Run
 from pipelines.core.task import Task, TransferSet
 from pipelines.edge.bundle import build_bundle
 from pipelines.hub import check_access, push_run
+from pipelines.models.vocabulary import tokens_to_keep
 from pipelines.onnx.export import check_export, export_onnx
 from pipelines.onnx.quantize import quantize_onnx
 from pipelines.report.results import report_run
@@ -61,9 +62,8 @@ def compress(settings: Settings, recipe: str) -> None:
     training = settings.training
     task = make_task(settings)
     with Run(training.output_dir, task, training.seed) as run:
-        prune, without_bundle = plan(run, task, settings)
         transfer = task.transfer_set(settings.transfer)
-        check_transfer(transfer, settings.distill)
+        prune, without_bundle = plan(run, task, settings, transfer)
         shipped = make_models(run, settings, prune, transfer)
 
         # 7. One seed says little of a small difference: others repeat whatever depends on the seed.
@@ -189,7 +189,7 @@ def make_models(
     return shipped
 
 
-def plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | None]:
+def plan(run: Run, task: Task, settings: Settings, transfer: TransferSet | None) -> tuple[PruneConfig, str | None]:
     """What of the chain is possible: what to prune, and why there is no bundle, or None. What cannot work shows now, not after hours of
     training: a token that the Hub refuses, a student that is none, what a family's layers do not allow."""
     if settings.training.push_to_hub:
@@ -199,7 +199,8 @@ def plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | N
     if settings.repeat.search_trials:
         check_search(settings.distill)
     prune = possible_pruning(config, settings.prune)
-    student = settings.student.checkpoint
+    check_transfer(transfer, settings.distill)
+    student, vocabulary = settings.student.checkpoint, settings.student.student_vocabulary
     if read_record(run.directory / "teacher") is None:
         if student is not None:
             task.checked_config(student, settings.student.student_from_scratch)
@@ -207,6 +208,8 @@ def plan(run: Run, task: Task, settings: Settings) -> tuple[PruneConfig, str | N
         for other in teacher.more_teachers:
             task.checked_config(other, teacher.teacher_from_scratch)
         check_export(teacher.teacher_model, task, teacher.teacher_from_scratch)
+        if vocabulary is not None:
+            tokens_to_keep(vocabulary, task.load_processor(teacher.teacher_model), task, transfer)
     without_bundle = task.bundle_obstacle(student or teacher.teacher_model)
     if without_bundle:
         run.state.print(f"bundle: left out, since {without_bundle}; the run ends with ONNX files and a report")

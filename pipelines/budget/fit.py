@@ -15,7 +15,7 @@ import numpy as np
 
 from pipelines.budget.choice import Row, choose, front, nearest, rank, rounds_of
 from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, with_ms, write_graphs
-from pipelines.budget.shapes import Forecast, Shape, candidates_of, forecast_bytes, grid, schemes_of
+from pipelines.budget.shapes import Forecast, Shape, candidates_of, forecast_bytes, grid, schemes_of, vocabularies_of
 from pipelines.budget.table import cells, draw_front, format_rows, live_table
 from pipelines.budget.words import Budget, drop_of, exclusions, impossible
 from pipelines.chain import finish, make_baselines, make_models, plan, teach
@@ -29,7 +29,6 @@ from pipelines.onnx.export import export_onnx
 from pipelines.report.pages import TEACHER_QUANTIZED
 from pipelines.report.results import STAGES, finished_stages, time_stages
 from pipelines.tasks import make_task
-from pipelines.training.transfer import check_transfer
 
 FRONT = "front.json"
 MOST_CANDIDATES = 4
@@ -58,7 +57,8 @@ def fit(settings: Settings) -> None:
             run.state.print("teacher: used as it is; --teacher_epochs above 0 trains it first")
 
         # 2. What every shape will cost, before anything is trained. A budget that none can meet ends here.
-        forecasts = forecast(run, settings)
+        transfer = task.transfer_set(settings.transfer)
+        forecasts = forecast(run, settings, transfer)
         feasible = [one for one in forecasts if not budget.broken(**one.costs)]
         candidates = candidates_of(feasible, forecasts[0], budget, MOST_CANDIDATES) if feasible else []
         run.state.print(f"forecast: {exclusions([one.costs for one in forecasts], budget, len(candidates))}")
@@ -67,9 +67,7 @@ def fit(settings: Settings) -> None:
         run.state.print(format_rows([planned(one) for one in candidates], budget))
         if settings.fit.forecast:
             return
-        _, without_bundle = plan(run, task, settings_of(settings, candidates[0].shape))
-        transfer = task.transfer_set(settings.transfer)
-        check_transfer(transfer, settings.distill)
+        _, without_bundle = plan(run, task, settings_of(settings, candidates[0].shape), transfer)
 
         # 3. The teacher and its soft targets serve all candidates, and so do the baselines.
         teach(run, settings, transfer)
@@ -140,11 +138,12 @@ def ship(run: Run, settings: Settings, row: Row | None, without_bundle: str | No
     finish(run, settings, "fit", stage.name, without_bundle if row is not None else "no model meets the budget")
 
 
-def forecast(run: Run, settings: Settings) -> list[Forecast]:
+def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list[Forecast]:
     """The forecast of every shape, the teacher's own first."""
     task, source = run.task, settings.teacher.teacher_model
     config, schemes = task.load_config(source), schemes_of(task, settings.quantize)
-    shapes, timed = grid(config, schemes), graphs_of(config, schemes)
+    vocabularies = vocabularies_of(source, settings.student, task, transfer)
+    shapes, timed = grid(config, schemes, vocabularies), graphs_of(config, schemes)
     making: dict[str, Any] = {"shapes": timed, "quantize": settings.quantize}
     if settings.fit.forecast:
         folder = run.stage("untrained", write_graphs, source, **making)
@@ -157,7 +156,7 @@ def forecast(run: Run, settings: Settings) -> list[Forecast]:
     else:
         ms, machine = read_profile(settings.fit.on, identity(source, timed, task, settings.quantize))
         run.state.print(f"forecast: milliseconds of {machine['cpu']} on {machine['threads']} threads")
-    every = forecast_bytes([*shapes, *timed], source, task, settings.quantize.block_size)
+    every = forecast_bytes([*shapes, *timed], source, task, settings.quantize.block_size, {None: None, **vocabularies})
     table = {}
     for scheme in schemes:
         of_scheme = [
@@ -170,9 +169,7 @@ def forecast(run: Run, settings: Settings) -> list[Forecast]:
 def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Settings:
     """The settings of the chain that makes a shape, with a share of the training."""
     own = copy.copy(settings)
-    own.student = replace(settings.student, student_layers=str(shape.layers))
-    if shape.vocabulary is not None:
-        own.student = replace(own.student, **{"student_vocabulary": shape.vocabulary})
+    own.student = replace(settings.student, student_layers=str(shape.layers), student_vocabulary=shape.vocabulary)
     epochs = settings.prune.prune_epochs * share
     own.prune = replace(settings.prune, prune_heads=1 - shape.heads, prune_ffn=1 - shape.neurons, prune_epochs=epochs)
     if settings.quantize.quantization == "none":
@@ -211,8 +208,8 @@ def train_candidates(
             alive.sort(key=lambda one: -rank(rows[one.shape.name]["score"], task.greater_is_better))
         # A student without a transformer costs little to try.
         if settings.report.baselines and "static" in task.student_kinds:
-            own = settings_of(settings, whole.shape)
-            own.student = replace(settings.student, student_model="static")
+            own = settings_of(settings, replace(whole.shape, vocabulary=candidates[0].shape.vocabulary))
+            own.student = replace(own.student, student_model="static")
             train("candidates/static", own, whole.shape.scheme, {"name": "static", "kind": "candidate"})
     return list(rows.values())
 
@@ -240,7 +237,7 @@ def _seconds(
 
 def planned(one: Forecast) -> Row:
     """The row of a shape before it is trained."""
-    of_shape = {"name": one.shape.name, "scheme": one.shape.scheme, "vocabulary": one.shape.vocabulary}
+    of_shape = {"name": one.shape.name, "scheme": one.shape.scheme, "vocabulary": one.vocabulary}
     left = {"layers": one.layers, "heads": one.heads, "neurons": one.neurons}
     return {**of_shape, "kind": "candidate", **left, "forecast": one.costs, **one.costs}
 

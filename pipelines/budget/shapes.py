@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pipelines.budget.words import Budget
-from pipelines.core.config import QuantizeConfig
+from pipelines.core.config import QuantizeConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.records import shipped_files
-from pipelines.core.task import Task
+from pipelines.core.task import Task, TransferSet
 from pipelines.models.families import FAMILIES, depths_of, groups_of, layers_of, unit_count
 from pipelines.models.removal import cut, shape_of
 from pipelines.models.students import config_of_student, layers_to_keep
+from pipelines.models.vocabulary import tokens_to_keep, trim_config, trim_tokenizer
 from pipelines.onnx.quantize import schemes_to_try
 from pipelines.training.prune import MINIMUM
 
@@ -32,6 +33,10 @@ SHARES = {"heads": (1.0, 0.5), "neurons": (1.0, 0.5, 0.25)}  # kept
 BITS = {"fp32": (32, 32), "int4_blocks": (4, 4), "int4_blocks_int8_embeddings": (8, 4)}
 # What a graph takes beside its weights: its nodes, and small constants.
 GRAPH_BYTES, LAYER_BYTES = 9_000, 9_000
+
+
+# The tokens that stay, by what --student_vocabulary calls them; None: all.
+Vocabularies = Mapping[str | None, list[int] | None]
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,11 @@ class Shape:
     heads: float  # share that stays, over all layers
     neurons: float
     scheme: str  # of quantization
-    vocabulary: int | None = None  # --student_vocabulary; None: the teacher's
+    vocabulary: str | None = None  # --student_vocabulary; None: the teacher's
 
     @property
     def name(self) -> str:
-        vocabulary = "" if self.vocabulary is None else f"_{self.vocabulary}_tokens"
+        vocabulary = "" if self.vocabulary is None else f"_{self.vocabulary}_vocabulary"
         return f"{self.layers}_layers_{self.heads:.0%}_heads_{self.neurons:.0%}_neurons".replace("%", "") + (
             f"{vocabulary}_{self.scheme}"
         )
@@ -63,6 +68,7 @@ class Forecast:
     heads: int
     neurons: int
     bytes: float
+    vocabulary: int | None = None  # tokens; None of images
     ms: float | None = None
 
     @property
@@ -77,7 +83,7 @@ class Forecast:
     def capacity(self) -> tuple[int, ...]:
         """What a model can learn with: more of all of these is no worse."""
         bits = BITS.get(self.shape.scheme, (8, 8))
-        return (self.layers, self.heads, self.neurons, *bits, self.shape.vocabulary or 2**31)
+        return (self.layers, self.heads, self.neurons, *bits, self.vocabulary or 0)
 
 
 def schemes_of(task: Task, quantize: QuantizeConfig) -> list[str]:
@@ -87,7 +93,18 @@ def schemes_of(task: Task, quantize: QuantizeConfig) -> list[str]:
     return ["fp32"] if schemes == ["none"] else weights_only if len(schemes) > 1 else schemes
 
 
-def grid(config: Any, schemes: Sequence[str]) -> list[Shape]:
+def vocabularies_of(teacher: str, student: StudentConfig, task: Task, transfer: TransferSet | None) -> Vocabularies:
+    """The vocabularies of the shapes: the one that is asked for, or else the teacher's and, where it can be trimmed, what the corpus needs."""
+    processor, asked = task.load_processor(teacher), student.student_vocabulary
+    if asked is not None:
+        return {asked: tokens_to_keep(asked, processor, task, transfer)}
+    try:
+        return {None: None, "corpus": tokens_to_keep("corpus", processor, task, transfer)}
+    except InputError:
+        return {None: None}
+
+
+def grid(config: Any, schemes: Sequence[str], vocabularies: Iterable[str | None] = (None,)) -> list[Shape]:
     """Every shape that the family of a model with this config allows, the teacher's own first."""
     depth = max(depths_of(config)) if config.model_type in FAMILIES else 1
     shares = {kind: SHARES[kind] if kind in groups_of(config) else (1.0,) for kind in SHARES}
@@ -98,7 +115,8 @@ def grid(config: Any, schemes: Sequence[str]) -> list[Shape]:
         except InputError:  # a layer would come to a place for which transformers builds another kind
             continue
         shapes += [
-            Shape(layers, heads, neurons, scheme)
+            Shape(layers, heads, neurons, scheme, vocabulary)
+            for vocabulary in vocabularies
             for scheme in schemes
             for heads in shares["heads"]
             for neurons in shares["neurons"]
@@ -110,10 +128,15 @@ def kept_layers(config: Any, layers: int) -> list[int] | None:
     return layers_to_keep(config, str(layers)) if config.model_type in FAMILIES else None
 
 
-def untrained(teacher: str, layers: int, task: Task, folder: Path) -> Any:
-    """A model with random weights that keeps so many layers of the teacher; its config and processor are written into `folder`."""
+def untrained(teacher: str, layers: int, task: Task, folder: Path, tokens: list[int] | None = None) -> Any:
+    """A model with random weights that keeps so many layers of the teacher, and these `tokens` or all; its config and processor are written
+    into `folder`."""
     config, processor = task.load_config(teacher), task.load_processor(teacher)
-    config_of_student(config, kept_layers(config, layers)).save_pretrained(folder)
+    config = config_of_student(config, kept_layers(config, layers))
+    if tokens is not None:
+        processor = trim_tokenizer(processor, tokens)
+        trim_config(config, tokens)
+    config.save_pretrained(folder)
     processor.save_pretrained(folder)
     return task.load_model(str(folder), "new if other", from_scratch=True).eval()
 
@@ -133,22 +156,26 @@ def cut_to(model: Any, shape: Shape) -> Any:
     return model
 
 
-def forecast_bytes(shapes: Sequence[Shape], teacher: str, task: Task, block_size: int) -> list[Forecast]:
+def forecast_bytes(
+    shapes: Sequence[Shape], teacher: str, task: Task, block_size: int, vocabularies: Vocabularies
+) -> list[Forecast]:
     """What each shape will take on the disk, from models without weights: the files of its quantized directory."""
-    wholes: dict[int, tuple[Any, int]] = {}
+    wholes: dict[tuple[int, str | None], tuple[Any, int]] = {}
     found = []
     for shape in shapes:
-        if shape.layers not in wholes:
+        key = shape.layers, shape.vocabulary
+        if key not in wholes:
             with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
-                model = untrained(teacher, shape.layers, task, Path(folder))
-                wholes[shape.layers] = model, sum(path.stat().st_size for path in shipped_files(Path(folder)))
-        whole, beside = wholes[shape.layers]
+                model = untrained(teacher, shape.layers, task, Path(folder), vocabularies[shape.vocabulary])
+                wholes[key] = model, sum(path.stat().st_size for path in shipped_files(Path(folder)))
+        whole, beside = wholes[key]
         model = cut_to(copy.deepcopy(whole), shape)
         known = model.config.model_type in FAMILIES
         layers = len(layers_of(model)) if known else 1
         left = {kind: sum(counts) for kind, counts in shape_of(model).items()}
         size = weight_bytes(model, shape.scheme, block_size) + beside + GRAPH_BYTES + LAYER_BYTES * layers
-        found.append(Forecast(shape, layers, left.get("heads", 0), left.get("neurons", 0), size))
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+        found.append(Forecast(shape, layers, left.get("heads", 0), left.get("neurons", 0), size, vocabulary))
     return found
 
 

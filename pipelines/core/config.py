@@ -276,7 +276,8 @@ class TeacherConfig(Checked):
 
 
 STUDENT_KINDS = ("lstm", "cnn", "static")
-SIZES = ("student_width", "student_hidden")
+# Settings of a student that came later: in no record where they are left out.
+LATER_OF_STUDENT = ("student_width", "student_hidden", "student_vocabulary")
 
 
 @dataclass
@@ -305,6 +306,12 @@ class StudentConfig:
         "Teacher layers the student keeps: a count spreads them over the depth, a list such as 0,2,5 names them.",
         metavar="0,2,5",
     )
+    student_vocabulary: str | None = flag(
+        None,
+        "Tokens that the student keeps of its teacher's: 'corpus' those that the training examples and the transfer set need, a number so many: "
+        "these, and the first ones of the vocabulary besides. Any text can be read with either. Left out: all.",
+        metavar="corpus",
+    )
 
     def __post_init__(self) -> None:
         _check(
@@ -317,6 +324,14 @@ class StudentConfig:
             f"--student_model {', '.join(STUDENT_KINDS)} with --student_width and --student_hidden",
             self.student_model,
         )
+        if self.student_vocabulary is not None:
+            known = self.student_vocabulary == "corpus" or self.student_vocabulary.isdecimal()
+            _check(known, "'corpus' or a number of tokens as --student_vocabulary", self.student_vocabulary)
+            _check(
+                self.checkpoint is None,
+                f"a student of the teacher's layers, or --student_model {', '.join(STUDENT_KINDS)}, with --student_vocabulary",
+                self.student_model,
+            )
 
     @property
     def kind(self) -> str | None:
@@ -331,7 +346,8 @@ class StudentConfig:
     def describe(self) -> dict[str, Any]:
         """What a student is made of: another model under the same name is another."""
         of = {} if self.checkpoint is None else {"student_model_fingerprint": model_fingerprint(self.checkpoint)}
-        made_of = {name: value for name, value in asdict(self).items() if name not in SIZES or value is not None}
+        settings = asdict(self).items()
+        made_of = {name: value for name, value in settings if name not in LATER_OF_STUDENT or value is not None}
         return made_of | of
 
 

@@ -11,8 +11,9 @@ from accelerate import PartialState
 
 from pipelines.core.config import StudentConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Task
+from pipelines.core.task import Task, TransferSet
 from pipelines.models.families import FAMILIES, config_changes, depths_of, family_of, select_layers
+from pipelines.models.vocabulary import tokens_to_keep, trim_config, trim_model, trim_tokenizer
 
 
 class Student(NamedTuple):
@@ -21,16 +22,25 @@ class Student(NamedTuple):
     layers: list[int] | None  # of the teacher, that were copied; None for a model of its own
 
 
-def build_student(student: StudentConfig, teacher: str, task: Task) -> Student:
-    """The student, not yet trained, of the teacher in `teacher`: what `student_model` names, or else the teacher's `student_layers`."""
+def build_student(student: StudentConfig, teacher: str, task: Task, transfer: TransferSet | None = None) -> Student:
+    """The student, not yet trained, of the teacher in `teacher`: what `student_model` names, or else the teacher's `student_layers`.
+
+    With `student_vocabulary` it has the tokens that the training examples and those of the `transfer` set need.
+    """
     if student.checkpoint is not None:
         model = task.load_model(student.checkpoint, task.student_head, student.student_from_scratch)
         return Student(model, task.load_processor(student.checkpoint), None)
-    whole, processor = task.load_model(teacher), task.load_processor(teacher)
+    whole, processor, kept = task.load_model(teacher), task.load_processor(teacher), None
+    if student.student_vocabulary is not None:
+        kept = tokens_to_keep(student.student_vocabulary, processor, task, transfer)
+        processor = trim_tokenizer(processor, kept)
+        trim_model(whole, kept)
     if student.kind is not None:
         sizes = {"width": student.student_width, "hidden": student.student_hidden}
         given = {name: size for name, size in sizes.items() if size is not None}
         config = kind_of(student.kind, task)(**task.input_sizes(teacher), **given)
+        if kept is not None:
+            trim_config(config, kept)
         with tempfile.TemporaryDirectory() as shape:  # as --student_from_scratch takes it
             config.save_pretrained(shape)
             processor.save_pretrained(shape)

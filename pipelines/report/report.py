@@ -98,7 +98,12 @@ def build_report(
     source = config.get("teacher_model") or teacher.record["made_by"].get("source")
     if isinstance(source, list):
         source = source[0]  # of several teachers the one that the student is made of
-    transfer = {key: value for stage in stages for key, value in stage.record["details"].items() if key == "transfer"}
+    of_stages = {
+        key: value
+        for stage in stages
+        for key, value in stage.record["details"].items()
+        if key in ("transfer", "vocabulary")
+    }
     dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
     report = {
         "recipe": recipe,
@@ -116,7 +121,7 @@ def build_report(
         **comparison.report,
         "teacher": _describe_source(source) | {"license": teacher.record["details"].get("license")},
         "dataset": _describe_source(dataset) | {"config": configuration},
-        "data": _without_folders(task.details | transfer),
+        "data": _without_folders(task.details | of_stages),
         "config": _without_folders(config),
     }
     add_timings(report, {stage.name: stage.timing for stage in stages})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from functools import partial
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from pipelines.core.config import DataConfig
@@ -22,6 +25,7 @@ from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
 from pipelines.models.loading import Inputs, check_encoder, has_tokenizer, inputs_of, load_tokenizer
 from pipelines.models.small import LstmConfig, StaticConfig, TextCnnConfig
+from pipelines.models.vocabulary import teacher_ids
 from pipelines.tasks.base import BasePresentation, BaseTask
 
 
@@ -117,14 +121,14 @@ class TextTask(BaseTask):
             self.check_tokens(tokenizer, "token_type_ids", inputs.token_types, source)
 
     def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
-        """Raise InputError unless an online teacher's tokenizer makes the student's tokens of the same texts."""
+        """Raise InputError unless an online teacher's tokenizer makes the student's tokens of the same training texts."""
         if online:
             teacher_processor = self.load_processor(teacher_source)
             columns = ["input_ids", *({"token_type_ids"} & {*teacher_processor.model_input_names})]
-            own, teachers = (
-                self.features(tokenizer)["validation"].select_columns(columns)[:32]
-                for tokenizer in (processor, teacher_processor)
-            )
+            read = (self.features(tokenizer)["train"][:32] for tokenizer in (processor, teacher_processor))
+            own, teachers = ({name: _halves(rows[name]) for name in columns} for rows in read)
+            ids = teacher_ids(processor, teacher_processor)
+            own["input_ids"] = [[ids[token] for token in text] for text in own["input_ids"]]
             if own != teachers:
                 raise InputError(
                     "expected teacher and student to read the same tokens, found that their tokenizers differ; online distillation "
@@ -144,10 +148,16 @@ class TextTask(BaseTask):
         return collate(processor)
 
     def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
-        """The collator for training, with the inputs of an online teacher where only one of the two takes token types."""
-        if teacher_processor is None or teacher_processor.model_input_names == processor.model_input_names:
+        """The collator for training, with the inputs of an online teacher where only one of the two takes token types, or where it has more
+        tokens."""
+        if teacher_processor is None:
             return self.collate(processor)
-        return partial(_collate_both, self.collate(processor), self.collate(teacher_processor))
+        names, ids = teacher_processor.model_input_names, teacher_ids(processor, teacher_processor)
+        if names == processor.model_input_names and ids == list(range(len(ids))):
+            return self.collate(processor)
+        reader = copy.copy(processor)
+        reader.model_input_names = names
+        return partial(_collate_both, self.collate(processor), self.collate(reader), torch.tensor(ids))
 
     def test_texts(self) -> list[str]:
         """The test examples as a person reads them."""
@@ -184,9 +194,20 @@ class TextTask(BaseTask):
         return self.config.text_pair_column is not None
 
 
-def _collate_both(collate: Collate, teacher_collate: Collate, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    teachers = {f"teacher_{name}": values for name, values in teacher_collate(rows).items() if name != "labels"}
-    return teachers | collate(rows)
+def _collate_both(
+    collate: Collate, teacher_collate: Collate, ids: Tensor, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A batch with what a teacher reads of it besides, whose id for the student's token i is `ids[i]`."""
+    teachers = teacher_collate(rows)
+    teachers["input_ids"] = ids[teachers["input_ids"]]
+    return {f"teacher_{name}": values for name, values in teachers.items() if name != "labels"} | collate(rows)
+
+
+def _halves(column: list[Any]) -> list[list[int]]:
+    """The first half of each text's tokens, of rows that may have several: a word that is cut at the end may be of other tokens for a
+    student with fewer."""
+    texts = [text for row in column for text in (row if isinstance(row[0], list) else [row])]
+    return [text[: len(text) // 2] for text in texts]
 
 
 def is_pair(report: dict[str, Any]) -> bool:

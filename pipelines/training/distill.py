@@ -23,6 +23,7 @@ from pipelines.core.records import Outcome
 from pipelines.core.task import Task, TransferSet
 from pipelines.models.families import layer_count, queries_keys_values, removable
 from pipelines.models.students import build_student, planned_config
+from pipelines.models.vocabulary import checked_content
 from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish, source_metrics
 from pipelines.training.losses import attention_loss, hidden_state_loss, relation_loss, teachers_loss
@@ -299,6 +300,8 @@ def check_distillation(
     if distill.needs_teacher:
         pairs_of(distill, config, task.load_config(teacher))
     check_losses(distill, task, more_teachers)
+    if student.student_vocabulary is not None:
+        checked_content(task.load_processor(teacher), task)
     processor = task.load_processor(student.checkpoint or teacher) if more_teachers else None
     for other in more_teachers:
         task.check_teacher_fits(other, SimpleNamespace(config=config), processor, online=False)
@@ -399,13 +402,15 @@ def distill_student(
 ) -> Outcome:
     """Build a student of the teacher in `source` and train it on the labels and the logits of the teacher, or of several; or `search` for
     its settings."""
-    model, processor, layers = build_student(student, source, task)
+    model, processor, layers = build_student(student, source, task, transfer)
     vars(model.config).pop(TEACHER_LAYERS, None)  # those of another teacher
     batch_size = training.per_device_eval_batch_size
     details: dict[str, Any] = {"source_metrics": source_metrics(source, task, batch_size)}
     if layers is not None:
         setattr(model.config, TEACHER_LAYERS, layers)
         details["layers"] = layers
+    if student.student_vocabulary is not None:
+        details["vocabulary"] = {"tokens": len(processor), "of_teacher": len(task.load_processor(source))}
     checkpoints = directory / CHECKPOINTS
     details |= train_student(
         model, processor, task, source, distill, training, soft_targets, checkpoints, transfer, search

@@ -95,14 +95,10 @@ def training_loss(
     collate = task.collate(processor)
     if teacher is not None and weight > 0:
         teacher_model = task.load_model(teacher).eval().to(device)
-        # Images become what the teacher reads by its own processor; texts are tokens already.
-        teacher_collate = task.collate(task.load_processor(teacher))
-
-    def on_device(batch: dict[str, Any]) -> dict[str, Any]:
-        return {name: values.to(device) for name, values in batch.items()}
+        collate = task.training_collate(processor, task.load_processor(teacher))
 
     def loss(rows: list[dict[str, Any]]) -> Tensor:
-        batch = on_device(collate(rows))
+        batch = {name: values.to(device) for name, values in collate(rows).items()}
         labels = batch.pop("labels")
         soft_targets = {name: batch.pop(name) for name in list(batch) if name.startswith(TEACHER_COLUMN)}
         outputs = task.outputs(model(**batch))
@@ -110,10 +106,10 @@ def training_loss(
         if weight == 0:
             return label_loss
         if teacher is not None:
-            teacher_batch = on_device(teacher_collate(rows))
-            del teacher_batch["labels"]
+            # Its own inputs, where they are others than the student's.
+            own = {name.removeprefix(TEACHER_COLUMN): values for name, values in soft_targets.items()}
             with torch.no_grad():
-                from_teacher = task.outputs(teacher_model(**teacher_batch))
+                from_teacher = task.outputs(teacher_model(**(own or batch)))
             soft_targets = {TEACHER_COLUMN + name: values for name, values in from_teacher.items()}
         return (1 - weight) * label_loss + weight * teachers_loss(task, outputs, soft_targets, labels, distill)
 

@@ -121,7 +121,7 @@ def test_the_front_has_what_no_other_row_beats():
 
 def shape(layers: int, heads: float, neurons: float, size: float, ms: float) -> Forecast:
     of = Shape(layers, heads, neurons, "dynamic_int8")
-    return Forecast(of, layers, round(layers * heads * 12), round(layers * neurons * 1536), size, ms)
+    return Forecast(of, layers, round(layers * heads * 12), round(layers * neurons * 1536), size, 1000, ms)
 
 
 GRID = [
