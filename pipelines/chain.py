@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,40 +63,56 @@ def compress(settings: Settings, recipe: str) -> None:
     task = make_task(settings)
     with Run(training.output_dir, task, training.seed) as run:
         transfer = task.transfer_set(settings.transfer)
-        prune, without_bundle = _plan(run, task, settings, transfer)
-        shipped = _make_models(run, settings, prune, transfer)
+        prune, without_bundle = plan(run, task, settings, transfer)
+        shipped = make_models(run, settings, prune, transfer)
 
-        # 7. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
-        bundle = None if without_bundle else run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
-
-        # 8. One seed says little of a small difference: others repeat whatever depends on the seed.
+        # 7. One seed says little of a small difference: others repeat whatever depends on the seed.
         others = [run.with_seed(training.seed + number) for number in range(1, settings.repeat.seeds)]
         for other in others:
-            _make_models(other, settings, prune, transfer)
-
-        # 9. What a user gets without any of this: the teacher quantized, whatever it loses, and what needs no transformer, of the data alone.
-        if settings.report.baselines:
-            if settings.quantize.quantization != "none":
-                same = {"scheme": run.record("quantized")["details"]["scheme"], "gated": False}
-                quantizing = {"quantize": settings.quantize, "optional": True, **same}
-                run.stage("teacher_quantized", quantize_onnx, "teacher_onnx", **quantizing)
-            for name in task.baselines:
-                run.stage(name, fit_baseline, None, baseline=name)
-
-        # 10. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
-        report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size, others)
-        if training.push_to_hub:
-            push_run(run, training)
-        if bundle is not None:
-            run.state.print(next_commands(run.directory, bundle, task.example))
+            make_models(other, settings, prune, transfer)
+        quantized = settings.quantize.quantization != "none"
+        make_baselines(run, settings, run.record("quantized")["details"]["scheme"] if quantized else None)
+        finish(run, settings, recipe, shipped, without_bundle, others)
 
 
-def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: TransferSet | None) -> str:
-    """The stages up to the model to ship, whose name is returned; of a run that repeats another one only those that a seed changes."""
+def make_baselines(run: Run, settings: Settings, scheme: str | None) -> None:
+    """8. What a user gets without any of this: the teacher quantized, whatever it loses, and what needs no transformer, of the data alone."""
+    if settings.report.baselines:
+        if scheme is not None:
+            quantizing = {"quantize": settings.quantize, "optional": True, "scheme": scheme, "gated": False}
+            run.stage("teacher_quantized", quantize_onnx, "teacher_onnx", **quantizing)
+        for name in run.task.baselines:
+            run.stage(name, fit_baseline, None, baseline=name)
+
+
+def finish(
+    run: Run,
+    settings: Settings,
+    recipe: str,
+    shipped: str,
+    without_bundle: str | None,
+    others: Sequence[Run] = (),
+) -> None:
+    """The bundle of the stage to ship, the report of all of them, and what is published."""
+    # 9. What a device or a browser needs, without torch: copy this directory and run infer.py in it.
+    bundle = None if without_bundle else run.stage("bundle", build_bundle, shipped, bundle=settings.bundle)
+
+    # 10. Only here is the test split read. Only what was verified and measured is published, and only its owner sees it by default.
+    training = settings.training
+    report_run(run, recipe, settings.report, settings.given, training.per_device_eval_batch_size, others)
+    if training.push_to_hub:
+        push_run(run, training)
+    if bundle is not None:
+        run.state.print(next_commands(run.directory, bundle, run.task.example))
+
+
+def teach(run: Run, settings: Settings, transfer: TransferSet | None) -> dict[str, Any]:
+    """The teacher and what it teaches: what the trainings of students are given. A run that repeats another one shares these, unless a seed
+    changes them."""
     teacher, distill, task, first = settings.teacher, settings.distill, run.task, run.first
-    training, quantize = copy.copy(settings.training), settings.quantize
+    training = copy.copy(settings.training)
     training.seed = run.seed
-    shares_teacher = first is not None and teacher.teacher_epochs == 0
+    shares_teacher = first is not None and (teacher.teacher_epochs == 0 or run.seed == first.seed)
 
     # 1. A teacher that already knows the task is used as it is (--teacher_epochs 0). The student is made of the first of several.
     teaching = arguments_for(training, teacher.teacher_learning_rate, teacher.teacher_epochs)
@@ -118,8 +135,19 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: Tra
                 run.stage(f"transfer_soft_targets{suffix}", compute_soft_targets, f"teacher{suffix}", **storing)
             stored = [run.place(f"transfer_soft_targets{suffix}") for suffix in teacher.each()]
             transfer = replace(transfer, soft_targets=one_or_more(stored))
-    learning: dict[str, Any] = {"distributed": True, "training": training}
-    learning |= {"soft_targets": soft_targets, "transfer": transfer}
+    return {"distributed": True, "training": training, "soft_targets": soft_targets, "transfer": transfer}
+
+
+def make_models(
+    run: Run, settings: Settings, prune: PruneConfig, transfer: TransferSet | None, scheme: str | None = None
+) -> str:
+    """The stages up to the model to ship, whose name is returned; of a run that repeats another one only those that differ from it.
+
+    Such a run is quantized by the `scheme`, or as the other one was.
+    """
+    distill, first, quantize = settings.distill, run.first, settings.quantize
+    learning = teach(run, settings, transfer)
+    training = learning["training"]
 
     # The settings that are best on the validation split, of so many students of the first seed.
     if trials := settings.repeat.search_trials:
@@ -153,13 +181,17 @@ def _make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: Tra
     # 6. Only what keeps the quality of the exported model is shipped.
     if quantize.quantization != "none":
         # Of another seed by the same scheme, also where speed chose it; and whatever it loses is part of the result.
-        same = {} if first is None else {"scheme": first.record("quantized")["details"]["scheme"], "gated": False}
+        same = (
+            {}
+            if first is None
+            else {"scheme": scheme or first.record("quantized")["details"]["scheme"], "gated": False}
+        )
         shipped = run.stage("quantized", quantize_onnx, shipped, quantize=quantize, **same).name
         _check_quality(run, "quantized", settings)
     return shipped
 
 
-def _plan(run: Run, task: Task, settings: Settings, transfer: TransferSet | None) -> tuple[PruneConfig, str | None]:
+def plan(run: Run, task: Task, settings: Settings, transfer: TransferSet | None) -> tuple[PruneConfig, str | None]:
     """What of the chain is possible: what to prune, and why there is no bundle, or None. What cannot work shows now, not after hours of
     training: a token that the Hub refuses, a student that is none, what a family's layers do not allow."""
     if settings.training.push_to_hub:

@@ -2,6 +2,8 @@
 
 the whole chain, from a model and a data set to a small, verified, measured model
     compress      all stages below, in one directory        --task T --dataset D --output_dir RUN, or --demo
+    fit           the model that meets a budget             D --teacher_model M --within 1 --under 10MB --under 5ms
+    take          another model of what fit has tried       RUN ROW
     doctor        what can be done with a model             MODEL
 
 train
@@ -34,6 +36,9 @@ from pipelines.core.command import parse_config, run_main
 from pipelines.core.config import Settings
 from pipelines.core.errors import InputError
 
+# What the words before the first flag are.
+POSITIONAL = {"fit": ("dataset",), "take": ("output_dir", "row")}
+
 
 def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -57,8 +62,9 @@ def read_settings(verb: str, argv: list[str]) -> Settings:
     from pipelines.verbs import DemoConfig, ModelConfig, ModelsConfig, OutputConfig, kinds_of
 
     program = f"pocketformers {verb}"
-    if argv and not argv[0].startswith("-"):  # pocketformers doctor MODEL
-        argv = ["--model", *argv]
+    for place, name in enumerate(POSITIONAL.get(verb, ("model",))):  # pocketformers doctor MODEL
+        if argv[2 * place :] and not argv[2 * place].startswith("-"):
+            argv = [*argv[: 2 * place], f"--{name}", *argv[2 * place :]]
     kinds = [TaskConfig, ModelConfig, ModelsConfig, OutputConfig, DemoConfig]
     first = parse_config(kinds, argv=argv, program=program, only=True)
     run = Path(first.output.output_dir or "", "teacher") if verb == "report" else None
@@ -67,7 +73,9 @@ def read_settings(verb: str, argv: list[str]) -> Settings:
     demo = demo_config(task) if first.demo.demo and verb == "compress" else None
     settings = parse_config(kinds_of(verb, task), demo, argv, program, defaults=task_class(task).defaults)
     settings.task = TaskConfig(task)
-    if verb not in ("compress", "push") and any(getattr(one, "push_to_hub", False) for one in vars(settings).values()):
+    if verb not in ("compress", "fit", "push") and any(
+        getattr(one, "push_to_hub", False) for one in vars(settings).values()
+    ):
         raise InputError(
             f"expected no --push_to_hub for the single stage {verb}, found it set. Only a whole verified run is published: pass it to "
             "'compress' or a recipe, or use 'pocketformers push'."

@@ -15,6 +15,8 @@ from typing import Any
 from accelerate import PartialState
 
 from pipelines import chain
+from pipelines.budget import fit as search
+from pipelines.budget.words import FitConfig
 from pipelines.chain import CHAIN
 from pipelines.core.config import (
     BundleConfig,
@@ -22,6 +24,7 @@ from pipelines.core.config import (
     GateConfig,
     PruneConfig,
     QuantizeConfig,
+    RepeatConfig,
     ReportConfig,
     Settings,
     StudentConfig,
@@ -106,6 +109,12 @@ class PushConfig:
 
 
 @dataclass
+class TakeConfig:
+    output_dir: str | None = flag(None, "The directory of a search that 'pocketformers fit' ended.")
+    row: int = flag(0, "The number of the row of its table to ship.")
+
+
+@dataclass
 class DemoConfig:
     demo: bool = flag(False, "Start from the settings of the task's offline demo (pip install 'pocketformers[demo]').")
 
@@ -116,6 +125,21 @@ def compress(settings: Settings) -> None:
             "expected a data set, found none. Pass --dataset, a --config that names one, or --demo for the task's offline demo."
         )
     chain.compress(settings, recipe="compress")
+
+
+def fit(settings: Settings) -> None:
+    if settings.data.dataset is None:
+        raise InputError("expected a data set, found none. Pass it first: pocketformers fit reviews.csv.")
+    search.fit(settings)
+
+
+def take(settings: Settings) -> None:
+    """With the flags of the search, which its front.json has."""
+    directory, row = _run_directory(settings.take.output_dir), settings.take.row
+    found = search.read_front(directory)
+    again = make_settings(kinds_of("fit", found["task"]), {**found["flags"], "output_dir": str(directory)})
+    again.task, again.given = TaskConfig(found["task"]), found["flags"]
+    search.take(again, row)
 
 
 def fine_tune(settings: Settings) -> Path:
@@ -226,6 +250,8 @@ LEARNING = (TaskConfig, TeacherConfig, DistillConfig, TransferConfig, GateConfig
 # Each verb's function and its dataclasses; where TaskConfig stands, those of the task come, too.
 VERBS: dict[str, tuple[Callable[[Settings], Any], tuple[type, ...]]] = {
     "compress": (compress, (DemoConfig, TaskConfig, *CHAIN)),
+    "fit": (fit, (FitConfig, TaskConfig, *(kind for kind in CHAIN if kind is not RepeatConfig))),
+    "take": (take, (TakeConfig,)),
     "fine-tune": (fine_tune, (TaskConfig, TeacherConfig, TrainingArguments)),
     "soft-targets": (soft_targets, (TaskConfig, TeacherConfig, DistillConfig, TransferConfig, OutputConfig)),
     "distill": (distill, (StudentConfig, *LEARNING)),

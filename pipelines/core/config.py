@@ -248,6 +248,7 @@ class TeacherConfig(Checked):
         "layers; their tokenizers may differ.",
         nargs="+",
         action=OneOrMore,
+        aliases=["--teacher"],
     )
     teacher_epochs: float = flag(
         3.0, "Epochs of fine-tuning; 0 uses the teacher as it is, which needs a head for exactly these labels."

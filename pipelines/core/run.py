@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,30 @@ class Run:
         if self.state.is_main_process:
             self._lock.release()
 
-    def with_seed(self, seed: int) -> Run:
-        """This run with another seed, in `seeds/<seed>` of its directory and under its lock. A stage that is not made there is this run's."""
+    def inside(self, folder: str, seed: int | None = None) -> Run:
+        """This run in a folder of its directory and under its lock, maybe with another seed. A stage that is not made there is this run's."""
         run = copy.copy(self)
-        run.prefix, run.seed, run.stages, run.first = f"seeds/{seed}/", seed, [], self
-        run.directory = self.directory / run.prefix
+        run.prefix, run.seed, run.stages, run.first = f"{folder}/", self.seed if seed is None else seed, [], self
+        run.directory = self.directory / folder
         return run
+
+    def with_seed(self, seed: int) -> Run:
+        """This run with another seed, in `seeds/<seed>` of its directory."""
+        return self.inside(f"seeds/{seed}", seed)
+
+    def adopt(self, folder: Path, names: Sequence[str]) -> None:
+        """Take the finished stages of a run inside this one as its own, in place of what it has by these names."""
+        self.stages += names
+        for name in names if self.state.is_main_process else ():
+            source, target, partial = folder / name, self.directory / name, self.directory / f".{name}.partial"
+            record = read_record(source)
+            assert record is not None
+            check_files(source, record)
+            if read_record(target) != record or damaged_files(target, record):
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(source, partial)
+                self._put_in_place(partial, target)
+        self.state.wait_for_everyone()
 
     def place(self, name: str) -> Path:
         """The directory of a stage: this run's own, or that of the run that it repeats."""

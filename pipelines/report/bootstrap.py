@@ -13,7 +13,8 @@ MINIMUM_UNITS = 20  # an interval over fewer says nothing
 def paired_bootstrap(
     metric: Callable[..., np.ndarray], sample: Sample, other: Sample, *, resamples: int = 2000
 ) -> dict[str, float | None]:
-    """The metric of `sample` minus that of `other`, with a 95 % percentile interval where there are enough units for one.
+    """The metric of `sample` minus that of `other`, with a 95 % percentile interval where there are enough units for one, and the two
+    one-sided 95 % bounds, each of which holds by itself.
 
     Samples and metric are those of core.task.Comparison. Each resample draws units with replacement and scores both models on them, so
     what is hard for both cancels (Koehn, 2004).
@@ -26,10 +27,16 @@ def paired_bootstrap(
     arrays, units = (*sample, *other), len(sample[0])
     value = float(delta(*arrays))
     if units < MINIMUM_UNITS:
-        return {"value": value, "low": None, "high": None}
+        return {"value": value, "low": None, "high": None, "lower_bound": None, "upper_bound": None}
     # The batch bounds the memory whatever the size of the split.
     settings = {"n_resamples": resamples, "batch": max(1, 1_000_000 // units), "rng": np.random.default_rng(0)}
-    low, high = bootstrap(
-        arrays, delta, paired=True, vectorized=True, method="percentile", **settings
-    ).confidence_interval
-    return {"value": value, "low": float(low), "high": float(high)}
+    found = bootstrap(arrays, delta, paired=True, vectorized=True, method="percentile", **settings)
+    low, high = found.confidence_interval
+    lower, upper = np.quantile(found.bootstrap_distribution, [0.05, 0.95])
+    return {
+        "value": value,
+        "low": float(low),
+        "high": float(high),
+        "lower_bound": float(lower),
+        "upper_bound": float(upper),
+    }

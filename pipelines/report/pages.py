@@ -128,6 +128,7 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
         f"{claim}.",
         f"Its {name} is {after} on {tested_on(report, presentation)}, the teacher's {before}.",
         f"The delta is {describe_delta(shipped['delta'], report, presentation)}.",
+        *_within_budget(report, shipped, teacher),
     ]
     if report.get("seeds"):
         sentences += seeds_sentences(report, presentation)
@@ -135,6 +136,24 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
         delta = describe_delta(report["delta_to_labels_only"], report, presentation)
         sentences.append(f"Against the same student trained on labels only, the student's {name} differs by {delta}.")
     return " ".join(sentences)
+
+
+def _within_budget(report: dict[str, Any], shipped: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
+    """What the test split says of `pocketformers fit --within`: the drop, its one-sided 95 % bound, and whether the data can tell."""
+    within, delta = report["config"].get("within"), shipped["delta"]
+    if within is None:
+        return []
+    sign, unit = -100.0, "points"
+    if not report["greater_is_better"]:
+        sign, unit = 100.0 / teacher["metrics"][report["primary_metric"]], "per cent"
+    drop, bound = sign * delta["value"], delta["lower_bound" if report["greater_is_better"] else "upper_bound"]
+    told = f"For --within {within:g}, it is {drop:.2g} {unit} below the teacher"
+    if bound is None:
+        return [f"{told}; the examples are too few for more, so the data cannot tell whether that holds."]
+    verdict = "that holds" if sign * bound <= within else "that does not hold here"
+    if drop <= within < sign * bound:
+        verdict = "the data cannot tell whether that holds"
+    return [f"{told}, with 95 % confidence at most {sign * bound:.2g} (one-sided bound): {verdict}."]
 
 
 def less_would_do(report: dict[str, Any], presentation: Presentation) -> list[str]:
@@ -229,7 +248,8 @@ def reproduce_section(report: dict[str, Any]) -> str:
     if report["recipe"] == "report":
         return records
     flags = {flag: value for flag, value in report["config"].items() if flag != "output_dir"}
-    command = f"accelerate launch -m pipelines compress --task {report['task']} --config run.yaml"
+    verb = "fit" if report["recipe"] == "fit" else "compress"
+    command = f"accelerate launch -m pipelines {verb} --task {report['task']} --config run.yaml"
     return (
         "Save these flags as run.yaml (a path that starts with `<local>` was a local file), install Pocketformers, "
         f"and run\n\n{fence(command, 'bash')}\n\n{settings(flags, inline=False)}\n\n{records}"

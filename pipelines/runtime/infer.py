@@ -8,6 +8,7 @@
     python infer.py --file lines.txt --json       a text, two texts with a tab between them, or an image file on every line
     tail -f log.txt | python infer.py --stdin     every prediction as soon as its line is there
     python infer.py --pair "a question" "a text"  where it finds answers: the answer, its probability, its characters, and the question
+    python infer.py --profile untrained > pi.json  the times of this device, for 'pocketformers fit --on pi.json'
     python infer.py "Once upon" --top_p 0.9 --sampling_temperature 0.8     where the model continues texts
     python infer.py --file lines.txt --output vectors.npy     where it makes vectors of texts: an array (lines, size)
 
@@ -22,6 +23,8 @@ import importlib
 import io
 import json
 import os
+import platform
+import re
 import sys
 import time
 import warnings
@@ -383,6 +386,7 @@ def make_parser(beside: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of the computation; left out: every core of this process")
     parser.add_argument("--provider", default="CPU", help="ONNX Runtime's execution provider: CPU, CUDA, CoreML, …")
     parser.add_argument("--benchmark", action="store_true", help="time the model, on the inputs or on one of its own")
+    parser.add_argument("--profile", metavar="FOLDER", help="time the graphs that 'pocketformers fit --forecast' wrote")
     if "spans" in beside:
         parser.add_argument("--redact", action="store_true", help="write each text with [LABEL] in place of every span")
     if "vectors" in beside:
@@ -499,17 +503,71 @@ def benchmark(predictor: Predictor, examples: list[Example]) -> dict[str, Any]:
     """Milliseconds of one prediction, from the input to the logits, over two seconds."""
     import numpy as np
 
-    for example in examples[:5]:
-        predictor.logits(example)  # the first runs allocate
-    seconds: list[float] = []
-    end = time.perf_counter() + 2
-    while time.perf_counter() < end or len(seconds) < 5:
-        start = time.perf_counter()
-        predictor.logits(examples[len(seconds) % len(examples)])
-        seconds.append(time.perf_counter() - start)
+    seconds = time_calls(lambda number: predictor.logits(examples[number % len(examples)]), 2, 5)
     p50, p95 = np.percentile(seconds, [50, 95]) * 1000
     rate = len(seconds) / sum(seconds)
     return {"p50_ms": round(p50, 3), "p95_ms": round(p95, 3), "predictions_per_second": round(rate, 1)}
+
+
+def profile(folder: Path, threads: int | None) -> dict[str, Any]:
+    """The median milliseconds of a call (of a language model: of a token) of each graph in a folder of untrained ones, on this device.
+
+    Each time is kept beside its graph, so that what was stopped goes on. The first graph is timed again at the end: `slowed` is how many
+    times longer it then takes, which is above 1 on a device that throttles when it gets hot.
+    """
+    import onnxruntime
+
+    orders = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
+    information = Path("/proc/cpuinfo")
+    text = information.read_text(errors="replace") if information.exists() else ""
+    named = re.search(r"^(?:model name|Hardware|Model)\s*:\s*(.+)$", text, re.MULTILINE)
+    machine = {
+        "cpu": named.group(1).strip() if named else platform.machine(),
+        "threads": threads or available_cores(),
+        "onnxruntime": onnxruntime.__version__,
+    }
+    made_by, times = {**machine, "of": orders["of"]}, dict[str, float]()
+    for name in orders["shapes"]:
+        kept = folder / name / "profile.json"
+        known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        if not made_by.items() <= known.items():
+            known = {**made_by, "p50_ms": time_graph(folder, name, orders, machine["threads"])}
+            kept.with_suffix(".partial").write_text(json.dumps(known), encoding="utf-8")
+            kept.with_suffix(".partial").replace(kept)
+        times[name] = known["p50_ms"]
+        print(f"{name}: {times[name]:.3f} ms", file=sys.stderr, flush=True)
+    first = next(iter(times))
+    slowed = time_graph(folder, first, orders, machine["threads"]) / times[first]
+    return {**machine, "slowed": round(slowed, 3), "orders": orders, "p50_ms": times}
+
+
+def time_graph(folder: Path, name: str, orders: dict[str, Any], threads: int) -> float:
+    import numpy as np
+
+    session = open_session(folder / name / "model.onnx", threads)
+    if (folder / "feed.npz").is_file():
+        with np.load(folder / "feed.npz") as arrays:
+            feed = {value.name: arrays[value.name] for value in session.get_inputs()}
+        return float(np.median(time_calls(lambda _: session.run(None, feed), 1, 20))) * 1000
+    model = module_beside("generate").LanguageModel(folder / name, session)
+    model.end_tokens = []
+    prompt = list(range(1, orders["prompt_tokens"] + 1))
+    sampling = module_beside("generate").Sampling(max_new_tokens=orders["new_tokens"])
+    steps = ([time.perf_counter(), *(time.perf_counter() for _ in model.steps([prompt], sampling))] for _ in range(5))
+    return float(np.median([np.diff(one) for one in steps])) * 1000
+
+
+def time_calls(call: Callable[[int], Any], seconds: float, least: int) -> list[float]:
+    """The seconds of each of `least` calls or more, by their numbers, after five that allocate."""
+    times: list[float] = []
+    for number in range(5):
+        call(number)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < least:
+        start = time.perf_counter()
+        call(len(times))
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def benchmark_generation(generator: Generator, prompt: str, sampling: Any) -> dict[str, Any]:
@@ -551,6 +609,9 @@ def main(argv: list[str] | None = None) -> None:
     generates = "generate" in beside
     parser = make_parser(beside)
     flags = parser.parse_args(argv)
+    if flags.profile is not None:
+        print(json.dumps(profile(Path(flags.profile), flags.threads), indent=1))
+        return
     manifest = read_manifest(directory)
     check_flags(parser, flags, manifest)
     inputs = manifest["inputs"]

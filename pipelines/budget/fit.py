@@ -1,0 +1,341 @@
+"""Compress to a budget: what a user can afford enters, the model that meets it leaves. `pocketformers fit` and `take` are told here."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.budget.choice import Row, choose, front, nearest, rank, rounds_of
+from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, with_ms, write_graphs
+from pipelines.budget.shapes import Forecast, Shape, candidates_of, forecast_bytes, grid, schemes_of, vocabularies_of
+from pipelines.budget.table import cells, draw_front, format_rows, live_table
+from pipelines.budget.words import Budget, drop_of, exclusions, impossible
+from pipelines.chain import finish, make_baselines, make_models, plan, teach
+from pipelines.core.config import RepeatConfig, ReportConfig, Settings
+from pipelines.core.disk import write_json, write_whole
+from pipelines.core.errors import InputError, VerificationError
+from pipelines.core.records import Outcome, read_record
+from pipelines.core.run import Run
+from pipelines.core.task import Task, TransferSet
+from pipelines.onnx.export import export_onnx
+from pipelines.report.pages import TEACHER_QUANTIZED
+from pipelines.report.results import STAGES, finished_stages, time_stages
+from pipelines.tasks import make_task
+
+FRONT = "front.json"
+MOST_CANDIDATES = 4
+# What is chosen here, and so is nothing to ask for.
+CHOSEN = ("student_model", "student_layers", "prune_heads", "prune_ffn")
+# The stages of a candidate, which become those of the run.
+OF_CANDIDATE = STAGES[STAGES.index("student") : STAGES.index(TEACHER_QUANTIZED)]
+# Seconds that a step of training takes for each of a prediction: forward and backward.
+TRAINING_STEP = 3
+
+
+def fit(settings: Settings) -> None:
+    """The smallest effort first: a forecast, then as few trainings as decide. Every stage is kept, so a killed search goes on."""
+    budget, teacher = settings.fit.budget, settings.teacher
+    if given := [name for name in CHOSEN if name in settings.given]:
+        raise InputError(
+            f"expected no --{given[0]}, since fit chooses it, found {settings.given[given[0]]!r}. Leave it out, or use 'pocketformers compress'."
+        )
+    settings.repeat = RepeatConfig()
+    task = make_task(settings)
+    with Run(settings.training.output_dir, task, settings.training.seed) as run:
+        # 1. A model with a head for these labels is a teacher already.
+        unasked = "teacher_epochs" not in settings.given and not teacher.teacher_from_scratch
+        if unasked and _knows_the_task(task, models := [teacher.teacher_model, *teacher.more_teachers]):
+            settings.teacher = replace(teacher, teacher_model=models, teacher_epochs=0.0)
+            run.state.print("teacher: used as it is; --teacher_epochs above 0 trains it first")
+
+        # 2. What every shape will cost, before anything is trained. A budget that none can meet ends here.
+        transfer = task.transfer_set(settings.transfer)
+        forecasts = forecast(run, settings, transfer)
+        feasible = [one for one in forecasts if not budget.broken(**one.costs)]
+        candidates = candidates_of(feasible, forecasts[0], budget, MOST_CANDIDATES) if feasible else []
+        run.state.print(f"forecast: {exclusions([one.costs for one in forecasts], budget, len(candidates))}")
+        if not candidates:
+            raise InputError(impossible({one.shape.name: one.costs for one in forecasts}, budget))
+        run.state.print(format_rows([planned(one) for one in candidates], budget))
+        if settings.fit.forecast:
+            return
+        _, without_bundle = plan(run, task, settings_of(settings, candidates[0].shape), transfer)
+
+        # 3. The teacher and its soft targets serve all candidates, and so do the baselines.
+        teach(run, settings, transfer)
+        run.stage("teacher_onnx", export_onnx, "teacher")
+        make_baselines(run, settings, candidates[0].shape.scheme)
+
+        # 4. The candidates, each with a chain of its own.
+        rows = train_candidates(run, settings, candidates, forecasts[0], transfer)
+        rows += baseline_rows(run, settings)
+
+        # 5. All are timed together, and the choice is made on the validation split.
+        rows = judge(run, settings, rows)
+        chosen = choose(rows, budget, task.greater_is_better)
+        write_front(run, settings, rows, chosen)
+        answer = chosen["answer"]
+        if answer is None:
+            raise VerificationError(
+                f"expected a model inside the budget, found none of {len(rows)}. The nearest: {'; '.join(map(_nearly(budget), nearest(rows)))}. "
+                f"All rows are in {run.directory / FRONT}; 'pocketformers take {run.directory} ROW' ships one of them. More --time, more "
+                "--num_train_epochs or a looser bound may help."
+            )
+        if answer["kind"] != "candidate":
+            run.state.print(f"answer: {answer['name']}, which needs no student, meets the budget with the best score")
+
+        # 6. The answer becomes the run's own model; an estimator is no bundle, so the best model beside it is bundled.
+        if answer["kind"] == "estimator":
+            models_alone = [row for row in rows if row["kind"] != "estimator"]
+            answer = choose(models_alone, budget, task.greater_is_better)["answer"]
+        ship(run, settings, answer, without_bundle)
+
+
+def take(settings: Settings, number: int) -> None:
+    """Ship another row of a finished search: its bundle and its report, without training."""
+    directory = Path(settings.training.output_dir)
+    row = next((row for row in read_front(directory)["rows"] if row["number"] == number), None)
+    if row is None or row["kind"] == "estimator":
+        raise InputError(
+            f"expected the number of a row of {directory / FRONT} that is a model, found {number}"
+            + ("." if row is None else f", the estimator {row['name']}, which is in {directory / row['path']}.")
+        )
+    settings.repeat = RepeatConfig()
+    task = make_task(settings)
+    with Run(directory, task, settings.training.seed) as run:
+        run.stages = [name for name in finished_stages(run) if name not in OF_CANDIDATE]
+        ship(run, settings, row, task.bundle_obstacle(str(run.directory / "teacher")))
+
+
+def read_front(directory: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((directory / FRONT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"expected the directory of a search that 'pocketformers fit' ended, found no {FRONT} in {directory} ({error})."
+        ) from error
+    return found
+
+
+def ship(run: Run, settings: Settings, row: Row | None, without_bundle: str | None) -> None:
+    """Make a row's stages the run's own, bundle the model, and write the report: only here is the test split read."""
+    stage = run.directory / (row or {}).get("path", "")
+    is_candidate = row is not None and row["kind"] == "candidate"
+    names = [name for name in OF_CANDIDATE if is_candidate and (stage.parent / name).is_dir()]
+    if run.state.is_main_process:
+        for name in OF_CANDIDATE:
+            if name not in names:
+                shutil.rmtree(run.directory / name, ignore_errors=True)
+    run.adopt(stage.parent, names)
+    finish(run, settings, "fit", stage.name, without_bundle if row is not None else "no model meets the budget")
+
+
+def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list[Forecast]:
+    """The forecast of every shape, the teacher's own first."""
+    task, source = run.task, settings.teacher.teacher_model
+    config, schemes = task.load_config(source), schemes_of(task, settings.quantize)
+    vocabularies = vocabularies_of(source, settings.student, task, transfer)
+    shapes, timed = grid(config, schemes, vocabularies), graphs_of(config, schemes)
+    making: dict[str, Any] = {"shapes": timed, "quantize": settings.quantize}
+    if settings.fit.forecast:
+        folder = run.stage("untrained", write_graphs, source, **making)
+        run.state.print(
+            f"untrained graphs: copy {folder} to the device, and there run: python {folder.name}/infer.py --profile {folder.name} > device.json"
+        )
+    if settings.fit.on is None:
+        run.stage("latency", time_graphs, source, report=settings.report, **making)
+        ms = run.record("latency")["details"]["ms"]
+    else:
+        ms, machine = read_profile(settings.fit.on, identity(source, timed, task, settings.quantize))
+        run.state.print(f"forecast: milliseconds of {machine['cpu']} on {machine['threads']} threads")
+    every = forecast_bytes([*shapes, *timed], source, task, settings.quantize.block_size, {None: None, **vocabularies})
+    table = {}
+    for scheme in schemes:
+        of_scheme = [
+            (one, time) for one, time in zip(every[len(shapes) :], ms, strict=True) if one.shape.scheme == scheme
+        ]
+        table[scheme] = solve(*zip(*of_scheme, strict=True))
+    return with_ms(every[: len(shapes)], table)
+
+
+def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Settings:
+    """The settings of the chain that makes a shape, with a share of the training."""
+    own = copy.copy(settings)
+    own.student = replace(settings.student, student_layers=str(shape.layers), student_vocabulary=shape.vocabulary)
+    epochs = settings.prune.prune_epochs * share
+    own.prune = replace(settings.prune, prune_heads=1 - shape.heads, prune_ffn=1 - shape.neurons, prune_epochs=epochs)
+    if settings.quantize.quantization == "none":
+        own.quantize = replace(settings.quantize, quantization="fp32")
+    own.training = copy.copy(settings.training)
+    own.training.num_train_epochs *= share
+    if own.training.max_steps > 0:
+        own.training.max_steps = max(1, round(own.training.max_steps * share))
+    return own
+
+
+def train_candidates(
+    run: Run, settings: Settings, candidates: Sequence[Forecast], whole: Forecast, transfer: TransferSet | None
+) -> list[Row]:
+    """The rows of the candidates, each from the last round that it came to, in a folder of its own in candidates/."""
+    task, rows = run.task, dict[str, Row]()
+    rounds = rounds_of(*_seconds(run, settings, candidates, whole))
+    if rounds != [(len(candidates), 1.0)]:
+        said = ", then ".join(f"{count} with {share:.0%} of the training" for count, share in rounds)
+        run.state.print(f"search: {said}, to end within --time {settings.fit.time}")
+    with live_table(settings.fit.budget, run.state.is_main_process) as show:
+
+        def train(folder: str, own: Settings, scheme: str, row: Row) -> None:
+            path = f"{folder}/{make_models(run.inside(folder), own, own.prune, transfer, scheme)}"
+            rows.pop(row["name"], None)
+            rows[row["name"]] = made(run, settings, path, row)
+            show(list(rows.values()))
+
+        alive = list(candidates)
+        for place, (count, share) in enumerate(rounds, start=1):
+            alive = alive[:count]
+            for one in alive:
+                folder = "candidates" if place == len(rounds) else f"candidates/round_{place}"
+                own, row = settings_of(settings, one.shape, share), planned(one) | {"share_of_training": share}
+                train(f"{folder}/{one.shape.name}", own, one.shape.scheme, row)
+            alive.sort(key=lambda one: -rank(rows[one.shape.name]["score"], task.greater_is_better))
+        # A student without a transformer costs little to try.
+        if settings.report.baselines and "static" in task.student_kinds:
+            own = settings_of(settings, replace(whole.shape, vocabulary=candidates[0].shape.vocabulary))
+            own.student = replace(own.student, student_model="static")
+            train("candidates/static", own, whole.shape.scheme, {"name": "static", "kind": "candidate"})
+    return list(rows.values())
+
+
+def _seconds(
+    run: Run, settings: Settings, candidates: Sequence[Forecast], whole: Forecast
+) -> tuple[list[float], float, float | None]:
+    """The seconds of each candidate's whole training, those that each takes besides, and the time that is left for all: of records alone,
+    so that a killed search comes to the same rounds."""
+    spent = {name: run.record(name)["seconds"] for name in run.stages}
+    predicting = sum(seconds for name, seconds in spent.items() if name.startswith("soft_targets"))
+    if settings.fit.seconds is None or not predicting:
+        return [0.0] * len(candidates), 0.0, None
+    epochs = [
+        settings.training.num_train_epochs
+        + (settings.prune.prune_steps * settings.prune.prune_epochs if one.shape.heads * one.shape.neurons < 1 else 0.0)
+        for one in candidates
+    ]
+    seconds = [
+        TRAINING_STEP * predicting * count * (one.ms or 1.0) / (whole.ms or 1.0)
+        for one, count in zip(candidates, epochs, strict=True)
+    ]
+    return seconds, 2 * spent["teacher_onnx"], max(1.0, settings.fit.seconds - sum(spent.values()))
+
+
+def planned(one: Forecast) -> Row:
+    """The row of a shape before it is trained."""
+    of_shape = {"name": one.shape.name, "scheme": one.shape.scheme, "vocabulary": one.vocabulary}
+    left = {"layers": one.layers, "heads": one.heads, "neurons": one.neurons}
+    return {**of_shape, "kind": "candidate", **left, "forecast": one.costs, **one.costs}
+
+
+def made(run: Run, settings: Settings, path: str, row: Row) -> Row:
+    """The row of the finished stage in `path`; its milliseconds are a forecast until judge() knows them."""
+    record = read_record(run.directory / path)
+    assert record is not None
+    score = record["metrics"]["validation"][run.task.primary_metric]
+    return _weighed(run, settings, row | {"path": path, "bytes": record["bytes"], "score": score})
+
+
+def _weighed(run: Run, settings: Settings, row: Row) -> Row:
+    """The row with what it loses of the teacher's score, and the bounds that it breaks."""
+    teacher = run.record("teacher")["metrics"]["validation"][run.task.primary_metric]
+    drop = drop_of(run.task, teacher, np.nan if row["score"] is None else row["score"])
+    return row | {"drop": drop, "breaks": settings.fit.budget.broken(drop, bytes=row["bytes"], ms=row.get("ms"))}
+
+
+def baseline_rows(run: Run, settings: Settings) -> list[Row]:
+    """What needs no student, in the same table."""
+    names = [name for name in (TEACHER_QUANTIZED, *run.task.baselines) if name in run.stages]
+    kinds = {name: "teacher" if name == TEACHER_QUANTIZED else "estimator" for name in names}
+    return [made(run, settings, name, {"name": name, "kind": kinds[name]}) for name in names]
+
+
+def time_rows(source: None, directory: Path, task: Task, directories: list[Path], report: ReportConfig) -> Outcome:
+    """The median milliseconds of directories, timed together on examples of the validation split."""
+    named = {f"{place} {path.parent.name} {path.name}": path for place, path in enumerate(directories)}
+    timings = time_stages(named, task, "validation", report)
+    return Outcome("timings", details={"ms": [timings[name]["latency_ms"]["p50"] for name in named]})
+
+
+def judge(run: Run, settings: Settings, rows: list[Row]) -> list[Row]:
+    """The rows with their measured milliseconds, the bounds that they break, and their numbers: the best score first.
+
+    On another device (--on) a candidate takes what its table says, since only untrained graphs were there; all else is as much slower than
+    here as the candidates are.
+    """
+    places = [run.directory / row["path"] for row in rows]
+    run.stage("timings", time_rows, None, directories=places, report=settings.report)
+    here = run.record("timings")["details"]["ms"]
+    known = [row["forecast"]["ms"] / ms for row, ms in zip(rows, here, strict=True) if "forecast" in row]
+    slower = 1.0 if settings.fit.on is None else float(np.median(known))
+    judged = []
+    for row, ms in zip(rows, here, strict=True):
+        there = row["forecast"]["ms"] if settings.fit.on is not None and "forecast" in row else ms * slower
+        judged.append(_weighed(run, settings, row | {"ms": there, "ms_here": ms}))
+    judged.sort(key=lambda row: (-rank(row["score"], run.task.greater_is_better), row["bytes"], row["name"]))
+    return [{"number": number, **row} for number, row in enumerate(judged, start=1)]
+
+
+def write_front(run: Run, settings: Settings, rows: Sequence[Row], chosen: dict[str, Row | None]) -> None:
+    """front.json, front.png, and the table with what was chosen and how far the forecast was off."""
+    if not run.state.is_main_process:
+        return
+    task, budget = run.task, settings.fit.budget
+    teacher = run.record("teacher")["metrics"]["validation"][task.primary_metric]
+    known = [row for row in rows if "forecast" in row]
+    off = {
+        name: float(np.median([abs(row["forecast"][name] / row[name] - 1) for row in known]))
+        for name in ("bytes", "ms")
+    }
+    found = {
+        "task": task.name,
+        "flags": settings.given,
+        "primary_metric": task.primary_metric,
+        "teacher": teacher,
+        "budget": asdict(budget),
+        **{name: row and row["number"] for name, row in chosen.items()},
+        "front": [row["number"] for row in front(rows, task.greater_is_better)],
+        "forecast_off_by": off,
+        "rows": rows,
+    }
+    plot = io.BytesIO()
+    draw_front(rows, budget, task.primary_metric, teacher).savefig(plot, format="png")
+    write_whole(run.directory / "front.png", plot.getvalue())
+    write_json(run.directory / FRONT, json.loads(json.dumps(found, default=str), parse_constant=lambda _: None))
+    print(format_rows(rows, budget))
+    # On a device only the forecast is known.
+    times = f" and {off['ms']:.0%} in milliseconds" if settings.fit.on is None else ""
+    print(f"forecast: off by {off['bytes']:.1%} in bytes{times}, median of {len(known)} candidates")
+    said = ", ".join(f"{name} {row['number']} ({row['name']})" for name, row in chosen.items() if row is not None)
+    print(f"inside the budget: {said or 'none'}; the teacher's {task.primary_metric} is {teacher:.4f}", flush=True)
+
+
+def _nearly(budget: Budget) -> Any:
+    def words(row: Row) -> str:
+        shown = cells(row, budget)
+        return f"row {shown['row']}, {row['name']} ({shown['MB']} MB, {shown['ms']} ms, {row['drop']:.2g} below the teacher; {shown['budget']})"
+
+    return words
+
+
+def _knows_the_task(task: Task, models: list[str]) -> bool:
+    try:
+        for model in models:
+            task.load_model(model, head="required")
+    except InputError:
+        return False
+    return True

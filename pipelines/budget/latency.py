@@ -1,0 +1,153 @@
+"""Milliseconds of shapes that do not exist yet: a few untrained graphs are timed, and a line is laid through them.
+
+A call takes what the embeddings and the head take, and for each layer what it takes anyhow, and what each head and each neuron takes.
+Weights change nothing in this, so the graphs need no training.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.budget.shapes import Forecast, Shape, cut_to, grid, untrained
+from pipelines.core.config import QuantizeConfig, ReportConfig
+from pipelines.core.disk import digest, write_json
+from pipelines.core.errors import InputError
+from pipelines.core.records import Outcome
+from pipelines.core.sources import resolve
+from pipelines.core.task import Task
+from pipelines.data.remembered import remembered
+from pipelines.onnx.calibrate import calibration_feeds
+from pipelines.onnx.export import ONNX_FILE, export_graph
+from pipelines.onnx.fuse import fuse_for_onnxruntime
+from pipelines.onnx.measure import Subject, measure
+from pipelines.onnx.quantize import SCHEMES
+from pipelines.report.report import describe_environment
+from pipelines.runtime import generate, infer
+
+ORDERS = "shapes.json"  # what infer.py --profile reads, and gives back beside the times
+# What of a config changes no time: names, and what training alone reads.
+NOT_TIMED = ("id2label", "label2id", "architectures", "dtype", "transformers_version", "_name_or_path", "num_labels")
+
+
+def graphs_of(config: Any, schemes: Sequence[str]) -> list[Shape]:
+    """The shapes whose graphs are timed: at most five of each scheme, in which layers, heads and neurons change apart."""
+    shapes = grid(config, schemes[:1])
+    depths = sorted({one.layers for one in shapes})[:3]
+    heads, neurons = min(one.heads for one in shapes), min(one.neurons for one in shapes)
+    middle = depths[len(depths) // 2]
+    wanted = [(depths[0], 1.0, 1.0), (depths[-1], 1.0, 1.0), (middle, heads, 1.0), (middle, 1.0, neurons)]
+    wanted.append((depths[-1], heads, neurons))
+    return [Shape(*one, scheme) for scheme in schemes for one in dict.fromkeys(wanted)]
+
+
+def identity(source: str, shapes: Sequence[Shape], task: Task, quantize: QuantizeConfig) -> str:
+    """What the times depend on besides the machine: the architecture, its sizes, the shape of the inputs, and how it is quantized."""
+    config = {name: value for name, value in task.load_config(source).to_dict().items() if name not in NOT_TIMED}
+    workload = task.workload(Path(resolve(source)), "validation")
+    settings = [workload.settings, workload.shape, quantize.block_size, quantize.reduce_range]
+    return digest(json.loads(json.dumps([config, settings, [asdict(one) for one in shapes]], default=str)))
+
+
+def write_graphs(source: str, directory: Path, task: Task, shapes: list[Shape], quantize: QuantizeConfig) -> Outcome:
+    """An untrained graph of each shape of the teacher in `source`, in a folder of its name; with what a device needs to time them."""
+    wholes: dict[int, Path] = {}
+    fused: dict[tuple[int, float, float], Path] = {}
+    processor = task.load_processor(source)
+    feeds = cache(partial(calibration_feeds, task, processor, quantize.calibration_samples))
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".untrained-") as scratch:
+        for shape in shapes:
+            units = (shape.layers, shape.heads, shape.neurons)
+            if units not in fused:
+                folder = wholes.setdefault(shape.layers, Path(scratch) / str(shape.layers))
+                torch.manual_seed(0)
+                model = cut_to(untrained(source, shape.layers, task, folder), shape)
+                plain, fused[units] = (Path(scratch) / f"{len(fused)}{name}.onnx" for name in ("", "-fused"))
+                export_graph(task.graph(model, processor), plain)
+                fuse_for_onnxruntime(plain, fused[units])
+            target = directory / shape.name
+            shutil.copytree(wholes[shape.layers], target)
+            SCHEMES[shape.scheme](fused[units], target / ONNX_FILE, quantize, feeds)
+    workload = task.workload(directory / shapes[0].name, "validation")
+    if "single" in workload.feeds:
+        np.savez(directory / "feed.npz", allow_pickle=False, **workload.feeds["single"])
+    modules = [infer] if workload.feeds else [infer, generate]
+    for module in modules:
+        shutil.copy2(str(module.__file__), directory)
+    orders = {
+        "of": identity(source, shapes, task, quantize),
+        "input": workload.shape,
+        **workload.settings,
+        "shapes": {shape.name: asdict(shape) for shape in shapes},
+    }
+    write_json(directory / ORDERS, orders)
+    return Outcome("untrained graphs", details={"input": workload.shape})
+
+
+def time_graphs(
+    source: str, directory: Path, task: Task, shapes: list[Shape], quantize: QuantizeConfig, report: ReportConfig
+) -> Outcome:
+    """The median milliseconds of an untrained graph of each shape on this machine, from the cache where they were timed before."""
+
+    def timed() -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            write_graphs(source, Path(folder), task, shapes, quantize)
+            places = [Path(folder) / shape.name for shape in shapes]
+            subjects = [
+                Subject(shape.name, place, "onnx", task.workload(place, "validation"))
+                for shape, place in zip(shapes, places, strict=True)
+            ]
+            found = measure(subjects, rounds=3, threads=report.benchmark_threads, seconds=0.3)
+        return np.array([found[shape.name]["latency_ms"]["p50"] for shape in shapes])
+
+    machine = describe_environment(0)
+    key = ["latency", identity(source, shapes, task, quantize), report.benchmark_threads]
+    return Outcome("latencies", details={"ms": remembered(machine, key, timed).tolist(), "machine": machine})
+
+
+def read_profile(path: str, of: str) -> tuple[list[float], dict[str, Any]]:
+    """The milliseconds of the graphs in the order of their shapes, and the machine, from what infer.py --profile wrote on a device."""
+    try:
+        profile = json.loads(Path(path).read_text(encoding="utf-8"))
+        times, known = [profile["p50_ms"][name] for name in profile["orders"]["shapes"]], profile["orders"]["of"]
+        machine = {name: profile[name] for name in ("cpu", "threads", "onnxruntime", "slowed")}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"expected the times of a device in {path} (--on), found: {error}. Write the graphs with --forecast, copy the folder 'untrained' "
+            "to the device, and there run: python untrained/infer.py --profile untrained > pi.json"
+        ) from error
+    if known != of:
+        raise InputError(
+            f"expected the times of this teacher, data, --max_length and --quantization in {path} (--on), found those of others. Write the "
+            "graphs again with --forecast and the same flags, and time them on the device."
+        )
+    return times, machine
+
+
+def solve(rows: Sequence[Forecast], ms: Sequence[float]) -> np.ndarray:
+    """The milliseconds of the rest, a layer, a head and a neuron (4,), none below 0, whose sums come closest to `ms` by their shares."""
+    from scipy.optimize import nnls
+
+    terms, times = np.array([_terms(row) for row in rows]), np.asarray(ms)
+    scale = np.maximum(terms.max(axis=0), 1.0)  # neurons are thousands
+    found, _ = nnls(terms / scale / times[:, None], np.ones(len(times)))
+    return np.asarray(found / scale)
+
+
+def with_ms(forecasts: Sequence[Forecast], table: Mapping[str, np.ndarray]) -> list[Forecast]:
+    """The forecasts with the milliseconds of the `table`, which has what solve() found for each scheme."""
+    return [replace(one, ms=float(np.dot(_terms(one), table[one.shape.scheme]))) for one in forecasts]
+
+
+def _terms(one: Forecast) -> list[float]:
+    # Another vocabulary is another time only where a head gives a number for each token of it.
+    return [1.0, float(one.layers), float(one.heads), float(one.neurons)]

@@ -1,0 +1,239 @@
+"""The shapes that a teacher can be cut to, and the bytes of each, from the shapes of its parameters."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pipelines.budget.words import Budget
+from pipelines.core.config import QuantizeConfig, StudentConfig
+from pipelines.core.errors import InputError
+from pipelines.core.records import shipped_files
+from pipelines.core.task import Task, TransferSet
+from pipelines.models.families import FAMILIES, depths_of, groups_of, layers_of, unit_count
+from pipelines.models.removal import cut, shape_of
+from pipelines.models.students import config_of_student, layers_to_keep
+from pipelines.models.vocabulary import tokens_to_keep, trim_config, trim_tokenizer
+from pipelines.onnx.quantize import schemes_to_try
+from pipelines.training.prune import MINIMUM
+
+LAYERS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+SHARES = {"heads": (1.0, 0.5), "neurons": (1.0, 0.5, 0.25)}  # kept
+# Bits of a table's weight and of a matmul's, by the names of schemes; all others have 8 and 8.
+BITS = {"fp32": (32, 32), "int4_blocks": (4, 4), "int4_blocks_int8_embeddings": (8, 4)}
+# What a graph takes beside its weights: its nodes, and small constants.
+GRAPH_BYTES, LAYER_BYTES = 9_000, 9_000
+
+
+# The tokens that stay, by what --student_vocabulary calls them; None: all.
+Vocabularies = Mapping[str | None, list[int] | None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a student keeps of its teacher. A step that chooses heads and neurons by what each costs (ZipLM: Kurtic et al., 2023) would
+    hold a number for each layer here; until then pruning spreads the shares by importance.
+    """
+
+    layers: int  # --student_layers
+    heads: float  # share that stays, over all layers
+    neurons: float
+    scheme: str  # of quantization
+    vocabulary: str | None = None  # --student_vocabulary; None: the teacher's
+
+    @property
+    def name(self) -> str:
+        vocabulary = "" if self.vocabulary is None else f"_{self.vocabulary}_vocabulary"
+        return f"{self.layers}_layers_{self.heads:.0%}_heads_{self.neurons:.0%}_neurons".replace("%", "") + (
+            f"{vocabulary}_{self.scheme}"
+        )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A shape, what is left of it in all layers together, and what it will cost."""
+
+    shape: Shape
+    layers: int
+    heads: int
+    neurons: int
+    bytes: float
+    vocabulary: int | None = None  # tokens; None of images
+    ms: float | None = None
+
+    @property
+    def costs(self) -> dict[str, float | None]:
+        return {"bytes": self.bytes, "ms": self.ms}
+
+    @property
+    def cost(self) -> float:
+        return self.ms or self.bytes
+
+    @property
+    def capacity(self) -> tuple[int, ...]:
+        """What a model can learn with: more of all of these is no worse."""
+        bits = BITS.get(self.shape.scheme, (8, 8))
+        return (self.layers, self.heads, self.neurons, *bits, self.vocabulary or 0)
+
+
+def schemes_of(task: Task, quantize: QuantizeConfig) -> list[str]:
+    """The schemes of the shapes: the one that is asked for, or all that need no calibration."""
+    schemes = schemes_to_try(task, quantize)
+    weights_only = [name for name in schemes if not name.startswith("static")]
+    return ["fp32"] if schemes == ["none"] else weights_only if len(schemes) > 1 else schemes
+
+
+def vocabularies_of(teacher: str, student: StudentConfig, task: Task, transfer: TransferSet | None) -> Vocabularies:
+    """The vocabularies of the shapes: the one that is asked for, or else the teacher's and, where it can be trimmed, what the corpus needs."""
+    processor, asked = task.load_processor(teacher), student.student_vocabulary
+    if asked is not None:
+        return {asked: tokens_to_keep(asked, processor, task, transfer)}
+    try:
+        return {None: None, "corpus": tokens_to_keep("corpus", processor, task, transfer)}
+    except InputError:
+        return {None: None}
+
+
+def grid(config: Any, schemes: Sequence[str], vocabularies: Iterable[str | None] = (None,)) -> list[Shape]:
+    """Every shape that the family of a model with this config allows, the teacher's own first."""
+    depth = max(depths_of(config)) if config.model_type in FAMILIES else 1
+    shares = {kind: SHARES[kind] if kind in groups_of(config) else (1.0,) for kind in SHARES}
+    shapes = []
+    for layers in sorted({depth, *(count for count in LAYERS if count < depth)}, reverse=True):
+        try:
+            kept_layers(config, layers)
+        except InputError:  # a layer would come to a place for which transformers builds another kind
+            continue
+        shapes += [
+            Shape(layers, heads, neurons, scheme, vocabulary)
+            for vocabulary in vocabularies
+            for scheme in schemes
+            for heads in shares["heads"]
+            for neurons in shares["neurons"]
+        ]
+    return shapes
+
+
+def kept_layers(config: Any, layers: int) -> list[int] | None:
+    return layers_to_keep(config, str(layers)) if config.model_type in FAMILIES else None
+
+
+def untrained(teacher: str, layers: int, task: Task, folder: Path, tokens: list[int] | None = None) -> Any:
+    """A model with random weights that keeps so many layers of the teacher, and these `tokens` or all; its config and processor are written
+    into `folder`."""
+    config, processor = task.load_config(teacher), task.load_processor(teacher)
+    config = config_of_student(config, kept_layers(config, layers))
+    if tokens is not None:
+        processor = trim_tokenizer(processor, tokens)
+        trim_config(config, tokens)
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return task.load_model(str(folder), "new if other", from_scratch=True).eval()
+
+
+def cut_to(model: Any, shape: Shape) -> Any:
+    """Remove, in place, as many heads and neurons as pruning will, spread evenly over the layers."""
+    kept = {}
+    for kind, group in groups_of(model.config).items():
+        counts = [unit_count(layer, group) for layer in layers_of(model)]
+        left = sum(counts) - round((1 - getattr(shape, kind)) * sum(counts))
+        ends = np.round(np.cumsum(counts) * left / sum(counts)).astype(int)
+        evenly = np.diff(ends, prepend=0)
+        kept[kind] = [
+            np.arange(max(min(MINIMUM[kind], count), share)) for count, share in zip(counts, evenly, strict=True)
+        ]
+    cut(model, **kept)
+    return model
+
+
+def forecast_bytes(
+    shapes: Sequence[Shape], teacher: str, task: Task, block_size: int, vocabularies: Vocabularies
+) -> list[Forecast]:
+    """What each shape will take on the disk, from models without weights: the files of its quantized directory."""
+    wholes: dict[tuple[int, str | None], tuple[Any, int]] = {}
+    found = []
+    for shape in shapes:
+        key = shape.layers, shape.vocabulary
+        if key not in wholes:
+            with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+                model = untrained(teacher, shape.layers, task, Path(folder), vocabularies[shape.vocabulary])
+                wholes[key] = model, sum(path.stat().st_size for path in shipped_files(Path(folder)))
+        whole, beside = wholes[key]
+        model = cut_to(copy.deepcopy(whole), shape)
+        known = model.config.model_type in FAMILIES
+        layers = len(layers_of(model)) if known else 1
+        left = {kind: sum(counts) for kind, counts in shape_of(model).items()}
+        size = weight_bytes(model, shape.scheme, block_size) + beside + GRAPH_BYTES + LAYER_BYTES * layers
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+        found.append(Forecast(shape, layers, left.get("heads", 0), left.get("neurons", 0), size, vocabulary))
+    return found
+
+
+def weight_bytes(model: Any, scheme: str, block_size: int) -> float:
+    """Bytes of a model's parameters once they are quantized; what is tied counts once, what is no matrix stays in fp32."""
+    table_bits, matrix_bits = BITS.get(scheme, (8, 8))
+    in_blocks, total, seen = "blocks" in scheme, 0.0, set()
+    output = model.get_output_embeddings()
+    # A tied head reads the blocks of its table, and then all tables are in blocks: see pipelines/onnx/quantize.py.
+    tied = output is not None and output.weight is model.get_input_embeddings().weight
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            is_table = isinstance(module, nn.Embedding)
+            is_matrix = name == "weight" and (is_table or isinstance(module, (nn.Linear, Conv1D)))
+            bits = table_bits if is_table else matrix_bits
+            if not is_matrix or bits == 32:
+                total += 4 * parameter.numel()
+                continue
+            rows, columns = parameter.shape
+            if is_table:
+                blocks = in_blocks or tied
+                whole = blocks and columns % block_size > 0  # a table whose width blocks do not divide stays as it is
+                scales = rows * columns / block_size * 4 if blocks else 5
+                total += 4 * parameter.numel() if whole else parameter.numel() * bits / 8 + scales
+            else:
+                outputs, inputs = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+                steps = math.ceil(inputs / block_size)
+                # A scale for each block of inputs, or a scale and a zero point for each output.
+                total += outputs * (steps * (block_size * bits / 8 + 4) if in_blocks else inputs * bits / 8 + 5)
+    return total
+
+
+def undominated(forecasts: Sequence[Forecast]) -> list[Forecast]:
+    """Those that no other one has at least as much of everything of; of equals the fastest, or smallest."""
+
+    def beats(other: Forecast, one: Forecast) -> bool:
+        if other.capacity == one.capacity:
+            return (other.ms or 0.0, other.bytes, other.shape.scheme) < (one.ms or 0.0, one.bytes, one.shape.scheme)
+        return all(more >= less for more, less in zip(other.capacity, one.capacity, strict=True))
+
+    return [one for one in forecasts if not any(beats(other, one) for other in forecasts)]
+
+
+def candidates_of(feasible: Sequence[Forecast], whole: Forecast, budget: Budget, most: int) -> list[Forecast]:
+    """At most so many shapes to train, the slowest first. With a bound on size or time the largest that meet it; without any a spread from
+    the cheapest on, so that there is a front to choose from. The `whole` teacher is no student, unless there is no other shape."""
+    shapes = [one for one in feasible if one.capacity[:3] != whole.capacity[:3]] or list(feasible)
+    shapes.sort(key=lambda one: (one.cost, one.bytes))
+    if budget.bytes is None and budget.ms is None:
+        least, largest = shapes[0].cost, shapes[-1].cost
+        targets = [least * (largest / least) ** (step / (most - 1)) * 1.0001 for step in range(most)]
+        chosen = [max((one for one in shapes if one.cost <= target), key=lambda one: one.bytes) for target in targets]
+        return list(dict.fromkeys(reversed(chosen)))
+    front = undominated(shapes)
+    if len(front) > most:  # some of few layers and many neurons, some of many and few
+        deep = sorted(front, key=lambda one: one.capacity)
+        front = [deep[round(step * (len(deep) - 1) / (most - 1))] for step in range(most)]
+    return sorted(front, key=lambda one: -one.cost)

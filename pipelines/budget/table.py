@@ -1,0 +1,93 @@
+"""The rows of a search for people: a live table in a terminal, lines elsewhere, and front.png."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pipelines.budget.choice import Row
+from pipelines.budget.words import Budget
+from pipelines.report.plot import COLORS, MARKERS
+
+
+def cells(row: Row, budget: Budget) -> dict[str, str]:
+    """A row as a person reads it, by the titles of the columns; what is not known yet is empty."""
+
+    def number(name: str, form: str, factor: float = 1.0) -> str:
+        return "" if row.get(name) is None else format(row[name] * factor, form)
+
+    state = "waiting"
+    if "breaks" in row:
+        state = "out: " + ", ".join(budget.words(name) for name in row["breaks"]) if row["breaks"] else "in"
+    return {
+        "row": number("number", "d"),
+        "candidate": row["name"],
+        **{name: number(name, "d") for name in ("layers", "heads", "neurons", "vocabulary")},
+        "precision": row.get("scheme") or "",
+        "MB": number("bytes", ".3g", 1e-6),
+        "ms": number("ms", ".3g"),
+        "score": number("score", ".4f"),
+        "budget": state,
+    }
+
+
+def format_rows(rows: Sequence[Row], budget: Budget) -> str:
+    from pandas import DataFrame
+
+    table = DataFrame([cells(row, budget) for row in rows])
+    return str(table.loc[:, (table != "").any()].to_string(index=False))
+
+
+@contextmanager
+def live_table(budget: Budget, is_main_process: bool) -> Iterator[Callable[[Sequence[Row]], None]]:
+    """What shows the rows so far: a table that stays below all other lines (rich), or else a line for the row that was added last."""
+    if not is_main_process:
+        yield lambda rows: None
+    elif sys.stdout.isatty() and importlib.util.find_spec("rich"):
+        from rich.live import Live
+        from rich.table import Table
+
+        def table(rows: Sequence[Row]) -> Any:
+            shown = [cells(row, budget) for row in rows]
+            made = Table(*shown[0])
+            for row in shown:
+                made.add_row(*row.values())
+            return made
+
+        with Live(auto_refresh=False) as live:
+            yield lambda rows: live.update(table(rows), refresh=True)
+    else:
+        yield lambda rows: print(
+            "candidate: " + ", ".join(f"{name} {cell}" for name, cell in cells(rows[-1], budget).items() if cell),
+            flush=True,
+        )
+
+
+def draw_front(rows: Sequence[Row], budget: Budget, metric: str, teacher: float) -> Any:
+    """The matplotlib figure of front.png: score against size and against latency, with the budget's bounds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    units = (("bytes", 1e-6, "size (MB)"), ("ms", 1.0, "median latency (ms)"))
+    for axes, (name, factor, label) in zip(panels, units, strict=True):
+        for row in rows:
+            style = MARKERS["sklearn" if row["kind"] == "estimator" else "onnx"]
+            color = COLORS[0] if row["breaks"] else COLORS[3]
+            axes.semilogx(row[name] * factor, row["score"], color=color, linestyle="none", **style)
+            axes.annotate(
+                str(row["number"]), (row[name] * factor, row["score"]), xytext=(9, 3), textcoords="offset points"
+            )
+        if getattr(budget, name) is not None:
+            axes.axvline(getattr(budget, name) * factor, color=COLORS[4], linewidth=1)
+        axes.axhline(teacher, color=COLORS[2], linewidth=1, linestyle="--")
+        axes.set_xlabel(f"{label}, smaller is better, log scale")
+        axes.grid(color="#e4e4e4", linewidth=0.7)
+    panels[0].set_ylabel(f"{metric.replace('_', ' ')} on the validation split")
+    figure.suptitle("Rows of front.json by their number; green: inside the budget, dashed: the teacher")
+    return figure

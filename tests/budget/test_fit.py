@@ -1,0 +1,184 @@
+"""`pocketformers fit` on tiny real models: the forecast against files, a device's times, a whole search that is killed, and another row."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import make_tokenizer, tiny_model
+from pipelines.budget import fit, latency
+from pipelines.budget.shapes import Shape, forecast_bytes, grid
+from pipelines.cli import main
+from pipelines.core.command import run_main
+from pipelines.core.config import QuantizeConfig
+from pipelines.core.errors import InputError
+from pipelines.runtime import infer
+
+
+@pytest.fixture
+def pocketformers(monkeypatch, capsys):
+    def run(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pocketformers", *argv])
+        status = 0
+        try:
+            run_main(main)
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+SHAPES = [Shape(2, 1.0, 1.0, "dynamic_int8"), Shape(1, 0.5, 0.25, "dynamic_int8"), Shape(1, 0.5, 0.25, "int4_blocks")]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A teacher with weights enough that its graph's nodes are a small part of its files."""
+    directory = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 4000}
+    tiny_model(**sizes).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory, wide, task):
+    directory = tmp_path_factory.mktemp("untrained")
+    latency.write_graphs(wide, directory, task, SHAPES, QuantizeConfig())
+    return directory
+
+
+def test_forecast_bytes_are_those_of_the_files(untrained, wide, task):
+    for forecast in forecast_bytes(SHAPES, wide, task, QuantizeConfig().block_size, {None: None}):
+        files = [path for path in (untrained / forecast.shape.name).iterdir() if path.name != "profile.json"]
+        assert forecast.bytes == pytest.approx(sum(path.stat().st_size for path in files), rel=0.02)
+
+
+def test_a_profile_of_a_device_resumes_and_is_of_one_teacher(untrained, wide, task, tmp_path, monkeypatch, capsys):
+    def killed(folder: Path, name: str, orders: dict, threads: int) -> float:
+        if name == SHAPES[1].name:
+            raise KeyboardInterrupt
+        return time_graph(folder, name, orders, threads)
+
+    time_graph = infer.time_graph
+    monkeypatch.setattr(infer, "time_graph", killed)
+    with pytest.raises(KeyboardInterrupt):
+        infer.main(["--profile", str(untrained), "--threads", "1"])
+    first = (untrained / SHAPES[0].name / "profile.json").stat().st_mtime_ns
+    monkeypatch.undo()
+    capsys.readouterr()
+    infer.main(["--profile", str(untrained), "--threads", "1"])
+    assert (untrained / SHAPES[0].name / "profile.json").stat().st_mtime_ns == first
+    file = tmp_path / "pi.json"
+    file.write_text(capsys.readouterr().out)
+    times, machine = latency.read_profile(str(file), latency.identity(wide, SHAPES, task, QuantizeConfig()))
+    assert times[0] > times[1] > 0
+    assert machine["threads"] == 1
+    with pytest.raises(InputError, match="others"):
+        latency.read_profile(str(file), latency.identity(wide, SHAPES[:2], task, QuantizeConfig()))
+    with pytest.raises(InputError, match="--forecast"):
+        latency.read_profile(str(tmp_path / "none.json"), "")
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory, trained_teacher, task):
+    """The times of a device on which a layer takes a millisecond, and neurons and heads nearly nothing."""
+    source, quantize = str(trained_teacher), QuantizeConfig(max_quality_drop=1.0)
+    shapes = latency.graphs_of(task.load_config(source), ["dynamic_int8"])
+    times = {shape.name: 0.1 + shape.layers + 0.01 * shape.layers * (shape.heads + shape.neurons) for shape in shapes}
+    orders = {"of": latency.identity(source, shapes, task, quantize), "shapes": dict.fromkeys(times)}
+    file = tmp_path_factory.mktemp("device") / "pi.json"
+    machine = {"cpu": "a slow one", "threads": 1, "onnxruntime": "1.31", "slowed": 1.0}
+    file.write_text(json.dumps({**machine, "orders": orders, "p50_ms": times}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def command(csv_file, trained_teacher, device):
+    few = ["--num_train_epochs", "2", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8", "--use_cpu"]
+    few += ["--prune_steps", "1", "--prune_epochs", "1", "--benchmark_rounds", "1", "--benchmark_seconds", "0.05"]
+    data = [str(csv_file), "--max_length", "32", "--validation_size", "0.2", "--test_size", "0.2", "--web", "false"]
+    return ["fit", *data, "--teacher", str(trained_teacher), "--on", str(device), *few]
+
+
+def test_an_impossible_budget_ends_before_training(pocketformers, command, tmp_path):
+    status, output, errors = pocketformers(*command, "--under", "10kB", "5ms", "--output_dir", str(tmp_path / "run"))
+    assert status == 1
+    assert "10kB" in errors or "0.01MB" in errors
+    assert "would do" in errors
+    assert "10 MB" not in output
+    assert not (tmp_path / "run" / "teacher").exists()
+    status, _, errors = pocketformers(*command, "--student_layers", "2", "--output_dir", str(tmp_path / "run"))
+    assert status == 1
+    assert "since fit chooses it" in errors
+
+
+def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
+    pocketformers, command, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    command = [*command, "--within", "60", "--under", "1MB", "--under", "2.3ms", "--output_dir", str(run)]
+    monkeypatch.setattr(fit, "MOST_CANDIDATES", 2)
+    make_models = fit.make_models
+    made = []
+
+    def killed(*arguments):
+        made.append(arguments[0].prefix)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return make_models(*arguments)
+
+    monkeypatch.setattr(fit, "make_models", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pocketformers(*command)
+    monkeypatch.setattr(fit, "make_models", make_models)
+    status, output, errors = pocketformers(*command)
+    assert status == 0, errors
+    assert f"{made[0]}quantized: finished already" in output
+    front = json.loads((run / "front.json").read_text())
+    rows = {row["number"]: row for row in front["rows"]}
+    trained = [row for row in rows.values() if "forecast" in row]
+    # 2 ms for 2 layers is the bound, so no candidate has more.
+    assert {row["layers"] for row in trained} <= {1, 2}
+    assert {"teacher_quantized", "static", "tfidf_logistic_regression"} <= {row["name"] for row in rows.values()}
+    inside = [row for row in rows.values() if not row["breaks"]]
+    assert rows[front["answer"]]["score"] == max(row["score"] for row in inside)
+    report = json.loads((run / "report.json").read_text())
+    assert report["recipe"] == "fit"
+    assert "(one-sided bound)" in output
+    assert (run / "bundle" / "manifest.json").is_file()
+    assert (run / "front.png").is_file()
+
+    # The same command again: nothing is made, and the same is said.
+    before = (run / "front.json").read_bytes()
+    status, output, _ = pocketformers(*command)
+    assert status == 0
+    assert "started" not in output
+    assert (run / "front.json").read_bytes() == before
+
+    bundled = (run / "bundle" / "model.onnx").read_bytes()
+    other = next(row for row in rows.values() if row["kind"] != "estimator" and model_of(run, row) != bundled)
+    status, output, errors = pocketformers("take", str(run), str(other["number"]))
+    assert status == 0, errors
+    assert [line.split(":")[0] for line in output.splitlines() if line.endswith(": started")] == ["bundle"]
+    assert (run / "bundle" / "model.onnx").read_bytes() == model_of(run, other)
+    status, _, errors = pocketformers("take", str(run), "99")
+    assert status == 1
+    assert "99" in errors
+
+
+def model_of(run: Path, row: dict) -> bytes:
+    return (run / row["path"] / "model.onnx").read_bytes()
+
+
+def test_the_grid_is_what_the_family_allows(task, wide, tmp_path):
+    config = task.load_config(wide)
+    assert {shape.layers for shape in grid(config, ["fp32"])} == {1, 2}
+    assert grid(config, ["fp32"])[0] == Shape(2, 1.0, 1.0, "fp32")
+    config.model_type = "unknown"
+    assert grid(config, ["fp32"]) == [Shape(1, 1.0, 1.0, "fp32")]
