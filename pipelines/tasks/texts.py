@@ -49,12 +49,12 @@ class TextPresentation(BasePresentation):
 class TextTask(BaseTask):
     """A job on one text, or a pair of texts."""
 
-    auto_class = AutoModelForSequenceClassification
+    auto_class: Any = AutoModelForSequenceClassification
     architectures = ("ForSequenceClassification",)
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"
-    student_kinds = {"lstm": LstmConfig, "cnn": TextCnnConfig, "static": StaticConfig}
+    student_kinds: dict[str, Any] = {"lstm": LstmConfig, "cnn": TextCnnConfig, "static": StaticConfig}
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config

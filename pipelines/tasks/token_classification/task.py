@@ -58,12 +58,12 @@ class TokenClassification(TextTask, Classification):
     presentation: Presentation = TokenPresentation()
     settings = (DataConfig, TokenConfig)
     examples_of = TEXTS
-    auto_class = AutoModelForTokenClassification
+    auto_class: Any = AutoModelForTokenClassification
     architectures = ("ForTokenClassification",)
     demo = "bert_pii"
     example = '"A text."'
     lora_settings: dict[str, Any] = {"task_type": "TOKEN_CLS", "target_modules": "all-linear"}
-    student_kinds: Mapping[str, Any] = {}  # those read a text as a whole
+    student_kinds: dict[str, Any] = {}  # those read a text as a whole
     primary_metric = "f1"
     metrics: Mapping[str, bool] = dict.fromkeys(("f1", "precision", "recall", "accuracy"), True)
 
@@ -173,7 +173,7 @@ class TokenClassification(TextTask, Classification):
 
     def words(self, predictions: np.ndarray, references: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of every word of all texts, in their order, its predicted tag, its tag, and the number of its document; all (words,)."""
-        if predictions.ndim == 1:
+        if len(predictions.shape) == 1:
             rows = [np.array(label.split(), int) for label in references]
             return predictions, np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         labels = np.full(predictions.shape, IGNORED)
@@ -219,7 +219,7 @@ class TokenClassification(TextTask, Classification):
         references = features["labels"][:]
 
         def by_word(predictions: np.ndarray) -> np.ndarray:
-            return predictions[among_all] if predictions.ndim == 1 else self.words(predictions, references)[0]
+            return predictions[among_all] if len(predictions.shape) == 1 else self.words(predictions, references)[0]
 
         stages = [replace(stage, predictions=by_word(stage.predictions)) for stage in stages]
         check_predictions(stages, texts.shape, "words", teacher)
