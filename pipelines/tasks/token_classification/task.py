@@ -173,15 +173,15 @@ class TokenClassification(TextTask, Classification):
 
     def words(self, predictions: np.ndarray, references: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of every word of all texts, in their order, its predicted tag, its tag, and the number of its document; all (words,)."""
-        if len(predictions.shape) == 1:
+        if predictions.ndim == 1:
             rows = [np.array(label.split(), int) for label in references]
             return predictions, np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        labels = np.full(predictions.shape, IGNORED)
+        labels = np.full((len(predictions), self.config.max_length), IGNORED)
         for row, own in enumerate(references):
-            labels[row, : len(own)] = own[: labels.shape[1]]
+            labels[row, : len(own)] = own[: self.config.max_length]
         counted = labels >= 0
         # A window that goes on with a text begins with tokens that count in the one before, beside the special tokens of all windows.
-        leading = np.where(counted.any(axis=1), counted.argmax(axis=1), labels.shape[1])
+        leading = np.where(counted.any(axis=1), counted.argmax(axis=1), self.config.max_length)
         begins = leading < leading.min() + max(1, self.overlap // 2)
         documents = np.broadcast_to(np.cumsum(begins)[:, None], labels.shape)
         return predictions[counted], labels[counted], documents[counted] - 1
@@ -219,7 +219,7 @@ class TokenClassification(TextTask, Classification):
         references = features["labels"][:]
 
         def by_word(predictions: np.ndarray) -> np.ndarray:
-            return predictions[among_all] if len(predictions.shape) == 1 else self.words(predictions, references)[0]
+            return predictions[among_all] if predictions.ndim == 1 else self.words(predictions, references)[0]
 
         stages = [replace(stage, predictions=by_word(stage.predictions)) for stage in stages]
         check_predictions(stages, texts.shape, "words", teacher)
