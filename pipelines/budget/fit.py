@@ -52,7 +52,8 @@ def fit(settings: Settings) -> None:
     with Run(settings.training.output_dir, task, settings.training.seed) as run:
         # 1. A model with a head for these labels is a teacher already.
         unasked = "teacher_epochs" not in settings.given and not teacher.teacher_from_scratch
-        if unasked and _knows_the_task(task, models := [teacher.teacher_model, *teacher.more_teachers]):
+        models: Any = [teacher.teacher_model, *teacher.more_teachers]
+        if unasked and _knows_the_task(task, models):
             settings.teacher = replace(teacher, teacher_model=models, teacher_epochs=0.0)
             run.state.print("teacher: used as it is; --teacher_epochs above 0 trains it first")
 

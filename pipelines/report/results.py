@@ -215,8 +215,8 @@ def predict_stage(directory: Path, form: str, task: Task, batch_size: int) -> np
 
 
 @lru_cache(maxsize=1)
-def _baseline_inputs(task: Task, split: str) -> Any:
-    """What all estimators are given."""
+def _baseline_inputs(task: Any, split: str) -> Any:
+    """What all estimators of a task are given."""
     return task.baseline_inputs(task.splits[split])
 
 

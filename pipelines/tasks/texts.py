@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class TextTask(BaseTask):
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"
-    student_kinds = {"lstm": LstmConfig, "cnn": TextCnnConfig, "static": StaticConfig}
+    student_kinds: Mapping[str, Any] = {"lstm": LstmConfig, "cnn": TextCnnConfig, "static": StaticConfig}
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config

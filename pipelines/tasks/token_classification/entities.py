@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Entity = tuple[int, int, int, str]  # its document, its first word, the word behind its last, its type
 
@@ -33,10 +34,10 @@ def entities(tags: Iterable[str], documents: Iterable[int]) -> set[Entity]:
     return found
 
 
-def f1_of(found: np.ndarray, predicted: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def f1_of(found: ArrayLike, predicted: ArrayLike, expected: ArrayLike) -> np.ndarray:
     """F1 over the last axis of how many entities of each document were found, predicted and expected; 0 where there are none."""
-    found, predicted, expected = (np.asarray(counts).sum(axis=-1) for counts in (found, predicted, expected))
-    return np.where(predicted + expected > 0, 2 * found / np.maximum(predicted + expected, 1), 0.0)
+    right, ours, theirs = (np.asarray(counts).sum(axis=-1) for counts in (found, predicted, expected))
+    return np.where(ours + theirs > 0, 2 * right / np.maximum(ours + theirs, 1), 0.0)
 
 
 def entity_metrics(predicted: set[Entity], expected: set[Entity], kinds: Iterable[str]) -> dict[str, Any]:
@@ -46,9 +47,9 @@ def entity_metrics(predicted: set[Entity], expected: set[Entity], kinds: Iterabl
         ours, theirs = ({one for one in some if kind in (None, one[3])} for some in (predicted, expected))
         right = len(ours & theirs)
         return {
+            "f1": float(f1_of(*np.array([[right], [len(ours)], [len(theirs)]]))),
             "precision": right / max(len(ours), 1),
             "recall": right / max(len(theirs), 1),
-            "f1": float(f1_of([right], [len(ours)], [len(theirs)])),
         }
 
     counts = Counter(kind for *_, kind in expected)

@@ -58,12 +58,12 @@ class TokenClassification(TextTask, Classification):
     presentation: Presentation = TokenPresentation()
     settings = (DataConfig, TokenConfig)
     examples_of = TEXTS
-    auto_class = AutoModelForTokenClassification
+    auto_class: Any = AutoModelForTokenClassification
     architectures = ("ForTokenClassification",)
     demo = "bert_pii"
     example = '"A text."'
     lora_settings: dict[str, Any] = {"task_type": "TOKEN_CLS", "target_modules": "all-linear"}
-    student_kinds: Mapping[str, Any] = {}  # those read a text as a whole
+    student_kinds: dict[str, Any] = {}  # those read a text as a whole
     primary_metric = "f1"
     metrics: Mapping[str, bool] = dict.fromkeys(("f1", "precision", "recall", "accuracy"), True)
 
@@ -176,12 +176,12 @@ class TokenClassification(TextTask, Classification):
         if predictions.ndim == 1:
             rows = [np.array(label.split(), int) for label in references]
             return predictions, np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        labels = np.full(predictions.shape, IGNORED)
+        labels = np.full((len(predictions), self.config.max_length), IGNORED)
         for row, own in enumerate(references):
-            labels[row, : len(own)] = own[: labels.shape[1]]
+            labels[row, : len(own)] = own[: self.config.max_length]
         counted = labels >= 0
         # A window that goes on with a text begins with tokens that count in the one before, beside the special tokens of all windows.
-        leading = np.where(counted.any(axis=1), counted.argmax(axis=1), labels.shape[1])
+        leading = np.where(counted.any(axis=1), counted.argmax(axis=1), self.config.max_length)
         begins = leading < leading.min() + max(1, self.overlap // 2)
         documents = np.broadcast_to(np.cumsum(begins)[:, None], labels.shape)
         return predictions[counted], labels[counted], documents[counted] - 1
