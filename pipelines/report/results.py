@@ -204,7 +204,7 @@ def predict_stage(directory: Path, form: str, task: Task, batch_size: int) -> np
     from accelerate import PartialState
 
     if form == "sklearn":
-        return task.baseline_predictions(load_baseline(directory), _baseline_inputs(task, "test"))
+        return task.baseline_predictions(load_baseline(directory), _baseline_inputs(task, "test"))  # type: ignore[arg-type]
     processor = task.load_processor(str(directory))
     features, collate = task.features(processor)["test"], task.collate(processor)
     name = f"test {directory.name}"
@@ -215,8 +215,8 @@ def predict_stage(directory: Path, form: str, task: Task, batch_size: int) -> np
 
 
 @lru_cache(maxsize=1)
-def _baseline_inputs(task: Any, split: str) -> Any:
-    """What all estimators of a task are given."""
+def _baseline_inputs(task: Task, split: str) -> Any:
+    """What all estimators of a task, which is known by its identity, are given."""
     return task.baseline_inputs(task.splits[split])
 
 
@@ -227,7 +227,7 @@ def time_stages(
     subjects = []
     for name, path in directories.items():
         if (path / BASELINE_FILE).is_file():
-            workload = estimator_workload(_baseline_inputs(task, split))
+            workload = estimator_workload(_baseline_inputs(task, split))  # type: ignore[arg-type]
             subjects.append(Subject(name, path / BASELINE_FILE, "sklearn", workload))
         else:
             form = "onnx" if (path / ONNX_FILE).is_file() else "transformers"

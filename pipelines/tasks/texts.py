@@ -55,7 +55,7 @@ class TextTask(BaseTask):
     """A job on one text, or a pair of texts."""
 
     auto_class: Any = AutoModelForSequenceClassification
-    architectures = ("ForSequenceClassification",)
+    architectures: tuple[str, ...] = ("ForSequenceClassification",)
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"
