@@ -211,6 +211,7 @@ CONFIGS = {
     "text-ranking": ["minilm_bbc_reranking", "ms_marco_reranking"],
     "sentence-embedding": ["minilm_bbc_retrieval", "minilm_bbc_static", "mpnet_all_nli", "mpnet_stsb"],
     "token-classification": ["bert_pii"],
+    "question-answering": ["bert_bbc_speakers", "bert_squad"],
     "image-classification": ["vit_beans", "vit_cifar10", "vit_digits", "vit_imagefolder"],
     "text-generation": ["gpt2_bbc_news", "gpt2_wikitext"],
 }
