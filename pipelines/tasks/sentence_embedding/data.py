@@ -168,7 +168,7 @@ def single_texts(examples: Examples, embedding: EmbeddingConfig) -> Examples:
     }
     key = [examples.fingerprint, embedding.learn_from, embedding.corpus_size, embedding.score_column]
     return Examples(
-        datasets.DatasetDict(splits), examples.details, digest(["single texts", *key]), hashes=examples.hashes
+        datasets.DatasetDict(splits), examples.details, digest(["rows of one text", *key]), hashes=examples.hashes
     )
 
 

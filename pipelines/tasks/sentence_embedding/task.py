@@ -135,7 +135,10 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
 
     def features(self, processor: Any, data: Examples | None = None) -> Any:
         """The tokens of each text; with --learn_from pairs a training example has those of two, in lists."""
-        found = super().features(processor, self.rows if data is None else single_texts(data, self.embedding))
+        rows = self.rows if data is None else data
+        if data is not None and is_paired(data):  # of a transfer set, which else stays on disk
+            rows = single_texts(data, self.embedding)
+        found = super().features(processor, rows)
         return {**found, "train": _in_pairs(found["train"])} if self.learns_pairs and data is None else found
 
     def collate(self, processor: Any) -> Collate:
