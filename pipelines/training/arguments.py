@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import transformers
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
@@ -19,6 +19,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import Task
 
 NEEDED = {"prediction_loss_only": False, "batch_eval_metrics": False, "eval_do_concat_batches": True}
+LOGGER_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml"}  # the others are named as their loggers
 
 
 @dataclass
@@ -146,6 +147,14 @@ def check_training(arguments: transformers.TrainingArguments, task: Task) -> Non
             raise InputError(
                 f"expected --{name} {str(needed).lower()}, since a task scores all predictions at once, found the contrary. Leave it out."
             )
+    known = {*get_available_reporting_integrations(), "flyte"}  # which says itself that it is missing
+    missing = [name for name in arguments.report_to or () if name not in known]
+    if missing:
+        packages = " ".join(LOGGER_PACKAGES.get(name, name) for name in missing)
+        raise InputError(
+            f"expected loggers that are installed for --report_to, found {', '.join(missing)}, which cannot be imported. Install "
+            f"what is missing (pip install {packages}), or leave --report_to out."
+        )
     if arguments.mixed_precision == "fp16" and arguments.device.type == "cpu":
         raise InputError(
             "expected a GPU for fp16, found none: it would be left out in silence. Train in full precision (without --fp16, "
