@@ -279,7 +279,7 @@ def test_training_examples_that_are_pairs(pairs, embedder):
 
 
 def test_texts_alone_are_scored_by_the_neighbours_of_the_reference(pairs, embedder):
-    data = DataConfig(dataset=str(pairs), max_length=32)
+    data = DataConfig(dataset=str(pairs), max_length=32, validation_size=0.3)
     with pytest.raises(InputError, match="--reference_model"):
         SentenceEmbedding(data).splits  # noqa: B018
     task = SentenceEmbedding(data, EmbeddingConfig(reference_model=str(embedder), vector_size=8))
