@@ -47,6 +47,10 @@ def fit(settings: Settings) -> None:
         raise InputError(
             f"expected no --{given[0]}, since fit chooses it, found {settings.given[given[0]]!r}. Leave it out, or use 'pocketformers compress'."
         )
+    if settings.fit.seconds is not None and not settings.distill.needs_stored_targets:
+        raise InputError(
+            "expected stored soft targets with --time, which trainings are timed by, found none. Leave --time or --soft_targets out."
+        )
     settings.repeat = RepeatConfig()
     task = make_task(settings)
     with Run(settings.training.output_dir, task, settings.training.seed) as run:
@@ -221,7 +225,7 @@ def _seconds(
     so that a killed search comes to the same rounds."""
     spent = {name: run.record(name)["seconds"] for name in run.stages}
     predicting = sum(seconds for name, seconds in spent.items() if name.startswith("soft_targets"))
-    if settings.fit.seconds is None or not predicting:
+    if settings.fit.seconds is None:
         return [0.0] * len(candidates), 0.0, None
     epochs = [
         settings.training.num_train_epochs
