@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.budget.choice import Row, choose, front, nearest, rank, rounds_of
-from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, with_ms, write_graphs
+from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, write_graphs
 from pipelines.budget.shapes import Forecast, Shape, candidates_of, forecast_bytes, grid, schemes_of, vocabularies_of
 from pipelines.budget.table import cells, draw_front, format_rows, live_table
 from pipelines.budget.words import Budget, drop_of, exclusions, impossible
@@ -167,7 +167,7 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
             (one, time) for one, time in zip(every[len(shapes) :], ms, strict=True) if one.shape.scheme == scheme
         ]
         table[scheme] = solve(*zip(*of_scheme, strict=True))
-    return with_ms(every[: len(shapes)], table)
+    return [replace(one, ms=table[one.shape.scheme](one)) for one in every[: len(shapes)]]
 
 
 def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Settings:
