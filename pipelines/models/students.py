@@ -30,7 +30,8 @@ def build_student(student: StudentConfig, teacher: str, task: Task, transfer: Tr
     if student.checkpoint is not None:
         model = task.load_model(student.checkpoint, task.student_head, student.student_from_scratch)
         return Student(model, task.load_processor(student.checkpoint), None)
-    whole, processor, kept = task.load_model(teacher), task.load_processor(teacher), None
+    whole, processor = task.load_model(teacher), task.load_processor(teacher)
+    kept: list[int] | None = None
     if student.student_vocabulary is not None:
         kept = tokens_to_keep(student.student_vocabulary, processor, task, transfer)
         processor = trim_tokenizer(processor, kept)

@@ -206,7 +206,7 @@ def _collate_both(
 def _halves(column: list[Any]) -> list[list[int]]:
     """The first half of each text's tokens, of rows that may have several: a word that is cut at the end may be of other tokens for a
     student with fewer."""
-    texts = [text for row in column for text in (row if isinstance(row[0], list) else [row])]
+    texts = [text for row in column for text in (row if row and isinstance(row[0], list) else [row])]
     return [text[: len(text) // 2] for text in texts]
 
 
