@@ -55,10 +55,12 @@ def fit(settings: Settings) -> None:
     task = make_task(settings)
     with Run(settings.training.output_dir, task, settings.training.seed) as run:
         # 1. A model with a head for these labels is a teacher already.
-        unasked = "teacher_epochs" not in settings.given and not teacher.teacher_from_scratch
-        if unasked and _knows_the_task(task, models := [teacher.teacher_model, *teacher.more_teachers]):
+        models, trained = [teacher.teacher_model, *teacher.more_teachers], settings.fit.fine_tune
+        if trained is None and not teacher.teacher_from_scratch and teacher.teacher_epochs:
+            trained = not _know_the_task(task, models)
+        if trained is False:
             settings.teacher = replace(teacher, teacher_model=models, teacher_epochs=0.0)
-            run.state.print("teacher: used as it is; --teacher_epochs above 0 trains it first")
+            run.state.print("teacher: used as it is; --fine_tune true trains it first")
 
         # 2. What every shape will cost, before anything is trained. A budget that none can meet ends here.
         transfer = task.transfer_set(settings.transfer)
@@ -336,7 +338,7 @@ def _nearly(budget: Budget) -> Any:
     return words
 
 
-def _knows_the_task(task: Task, models: list[str]) -> bool:
+def _know_the_task(task: Task, models: list[str]) -> bool:
     try:
         for model in models:
             task.load_model(model, head="required")
