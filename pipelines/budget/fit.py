@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.budget.choice import Row, choose, front, nearest, rank, rounds_of
-from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, with_ms, write_graphs
+from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, write_graphs
 from pipelines.budget.shapes import Forecast, Shape, candidates_of, forecast_bytes, grid, schemes_of, vocabularies_of
 from pipelines.budget.table import cells, draw_front, format_rows, live_table
 from pipelines.budget.words import Budget, drop_of, exclusions, impossible
@@ -47,15 +47,21 @@ def fit(settings: Settings) -> None:
         raise InputError(
             f"expected no --{given[0]}, since fit chooses it, found {settings.given[given[0]]!r}. Leave it out, or use 'pocketformers compress'."
         )
+    if settings.fit.seconds is not None and not settings.distill.needs_stored_targets:
+        raise InputError(
+            "expected stored soft targets with --time, which trainings are timed by, found none. Leave --time or --soft_targets out."
+        )
     settings.repeat = RepeatConfig()
     task = make_task(settings)
     with Run(settings.training.output_dir, task, settings.training.seed) as run:
         # 1. A model with a head for these labels is a teacher already.
-        unasked = "teacher_epochs" not in settings.given and not teacher.teacher_from_scratch
         models: Any = [teacher.teacher_model, *teacher.more_teachers]
-        if unasked and _knows_the_task(task, models):
+        trained = settings.fit.fine_tune
+        if trained is None and not teacher.teacher_from_scratch and teacher.teacher_epochs:
+            trained = not _know_the_task(task, models)
+        if trained is False:
             settings.teacher = replace(teacher, teacher_model=models, teacher_epochs=0.0)
-            run.state.print("teacher: used as it is; --teacher_epochs above 0 trains it first")
+            run.state.print("teacher: used as it is; --fine_tune true trains it first")
 
         # 2. What every shape will cost, before anything is trained. A budget that none can meet ends here.
         transfer = task.transfer_set(settings.transfer)
@@ -164,7 +170,7 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
             (one, time) for one, time in zip(every[len(shapes) :], ms, strict=True) if one.shape.scheme == scheme
         ]
         table[scheme] = solve(*zip(*of_scheme, strict=True))
-    return with_ms(every[: len(shapes)], table)
+    return [replace(one, ms=table[one.shape.scheme](one)) for one in every[: len(shapes)]]
 
 
 def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Settings:
@@ -222,7 +228,7 @@ def _seconds(
     so that a killed search comes to the same rounds."""
     spent = {name: run.record(name)["seconds"] for name in run.stages}
     predicting = sum(seconds for name, seconds in spent.items() if name.startswith("soft_targets"))
-    if settings.fit.seconds is None or not predicting:
+    if settings.fit.seconds is None:
         return [0.0] * len(candidates), 0.0, None
     epochs = [
         settings.training.num_train_epochs
@@ -333,7 +339,7 @@ def _nearly(budget: Budget) -> Any:
     return words
 
 
-def _knows_the_task(task: Task, models: list[str]) -> bool:
+def _know_the_task(task: Task, models: list[str]) -> bool:
     try:
         for model in models:
             task.load_model(model, head="required")

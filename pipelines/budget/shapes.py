@@ -32,7 +32,7 @@ SHARES = {"heads": (1.0, 0.5), "neurons": (1.0, 0.5, 0.25)}  # kept
 # Bits of a table's weight and of a matmul's, by the names of schemes; all others have 8 and 8.
 BITS = {"fp32": (32, 32), "int4_blocks": (4, 4), "int4_blocks_int8_embeddings": (8, 4)}
 # What a graph takes beside its weights: its nodes, and small constants.
-GRAPH_BYTES, LAYER_BYTES = 9_000, 9_000
+GRAPH_BYTES, LAYER_BYTES = 10_000, 4_500
 
 
 # The tokens that stay, by what --student_vocabulary calls them; None: all.
@@ -235,5 +235,5 @@ def candidates_of(feasible: Sequence[Forecast], whole: Forecast, budget: Budget,
     front = undominated(shapes)
     if len(front) > most:  # some of few layers and many neurons, some of many and few
         deep = sorted(front, key=lambda one: one.capacity)
-        front = [deep[round(step * (len(deep) - 1) / (most - 1))] for step in range(most)]
+        front = [deep[round(step * (len(deep) - 1) / max(1, most - 1))] for step in range(most)]
     return sorted(front, key=lambda one: -one.cost)

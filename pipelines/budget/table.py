@@ -16,7 +16,7 @@ from pipelines.report.plot import COLORS, MARKERS
 def cells(row: Row, budget: Budget) -> dict[str, str]:
     """A row as a person reads it, by the titles of the columns; what is not known yet is empty."""
 
-    def number(name: str, form: str, factor: float = 1.0) -> str:
+    def number(name: str, form: str, factor: float = 1) -> str:
         return "" if row.get(name) is None else format(row[name] * factor, form)
 
     state = "waiting"

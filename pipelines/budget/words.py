@@ -39,6 +39,10 @@ class FitConfig(Checked):
         None,
         "Time for the search, such as 30m: fewer and shorter trainings where it is short. Left out: every candidate is trained to its end.",
     )
+    fine_tune: bool | None = flag(
+        None,
+        "Fine-tune the teacher first, for --teacher_epochs. Left out: unless it has a head for the labels of the data.",
+    )
     forecast: bool = flag(
         False,
         "Train nothing: say which shapes meet the budget, and write the graphs to time on a device into <output_dir>/untrained.",

@@ -140,13 +140,13 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
 
 def _within_budget(report: dict[str, Any], shipped: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
     """What the test split says of `pocketformers fit --within`: the drop, its one-sided 95 % bound, and whether the data can tell."""
-    within, delta = report["config"].get("within"), shipped["delta"]
-    if within is None:
+    within, delta = report["config"].get("within"), report.get("delta_90")
+    if within is None or delta is None:
         return []
     sign, unit = -100.0, "points"
     if not report["greater_is_better"]:
         sign, unit = 100.0 / teacher["metrics"][report["primary_metric"]], "per cent"
-    drop, bound = sign * delta["value"], delta["lower_bound" if report["greater_is_better"] else "upper_bound"]
+    drop, bound = sign * delta["value"], delta["low" if report["greater_is_better"] else "high"]
     told = f"For --within {within:g}, it is {drop:.2g} {unit} below the teacher"
     if bound is None:
         return [f"{told}; the examples are too few for more, so the data cannot tell whether that holds."]

@@ -132,6 +132,8 @@ def build_report(
         "data": _without_folders(task.details | of_stages),
         "config": _without_folders(config),
     }
+    if config.get("within") is not None:  # whose ends are the one-sided 95 % bounds
+        report["delta_90"] = paired_bootstrap(metric, samples[shipped.name], samples[TEACHER], level=0.9)
     add_timings(report, {stage.name: stage.timing for stage in stages})
     # NumPy's scalars and arrays become Python's, paths strings, and what is not finite None.
     text = json.dumps(report, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))

@@ -33,7 +33,7 @@ def pocketformers(monkeypatch, capsys):
     return run
 
 
-SHAPES = [Shape(2, 1.0, 1.0, "dynamic_int8"), Shape(1, 0.5, 0.25, "dynamic_int8"), Shape(1, 0.5, 0.25, "int4_blocks")]
+SHAPES = [Shape(2, 1.0, 1.0, "dynamic_int8"), Shape(1, 0.5, 0.5, "dynamic_int8"), Shape(1, 0.5, 0.5, "int4_blocks")]
 
 
 @pytest.fixture(scope="module")
