@@ -207,6 +207,7 @@ CONFIGS = {
         *("bert_mnli", "bert_sst2"),
     ],
     "text-regression": ["bert_stsb"],
+    "question-answering": ["bert_bbc_speakers", "bert_squad"],
     "image-classification": ["vit_beans", "vit_cifar10", "vit_digits", "vit_imagefolder"],
     "text-generation": ["gpt2_bbc_news", "gpt2_wikitext"],
 }
