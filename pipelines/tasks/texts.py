@@ -49,7 +49,7 @@ class TextPresentation(BasePresentation):
 class TextTask(BaseTask):
     """A job on one text, or a pair of texts."""
 
-    auto_class = AutoModelForSequenceClassification
+    auto_class: Any = AutoModelForSequenceClassification
     architectures = ("ForSequenceClassification",)
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}

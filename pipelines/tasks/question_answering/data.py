@@ -75,7 +75,7 @@ def read_file(path: Path, config: DataConfig, settings: AnswerConfig) -> dataset
         return datasets.Dataset(pyarrow.parquet.read_table(path))
     if not name.endswith(JSON_SUFFIXES):
         columns = [settings.question_column, settings.context_column, settings.answer_column or "answer"]
-        named = dict(zip(("text_column", "text_pair_column", "label_column"), columns, strict=True))
+        named: dict[str, Any] = dict(zip(("text_column", "text_pair_column", "label_column"), columns, strict=True))
         return read_table(path, replace(config, **named, image_column=settings.start_column))
     try:
         with fsspec.open(str(path), "rt", encoding=config.encoding or "utf-8-sig", compression="infer") as file:
