@@ -77,7 +77,7 @@ class QuestionAnswering(ClassifierLoss, TextTask):
     settings = (DataConfig, AnswerConfig)
     demo = "bert_bbc_speakers"
     auto_class = AutoModelForQuestionAnswering
-    architectures: tuple[str, ...] = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
+    architectures = ("ForQuestionAnswering",)
     lora_settings: dict[str, Any] = {"task_type": "QUESTION_ANS", "target_modules": "all-linear"}
     student_kinds = {}
     primary_metric = "f1"
