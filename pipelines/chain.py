@@ -79,7 +79,12 @@ def make_baselines(run: Run, settings: Settings, scheme: str | None) -> None:
     """8. What a user gets without any of this: the teacher quantized, whatever it loses, and what needs no transformer, of the data alone."""
     if settings.report.baselines:
         if scheme is not None:
-            quantizing = {"quantize": settings.quantize, "optional": True, "scheme": scheme, "gated": False}
+            quantizing: dict[str, Any] = {
+                "quantize": settings.quantize,
+                "optional": True,
+                "scheme": scheme,
+                "gated": False,
+            }
             run.stage("teacher_quantized", quantize_onnx, "teacher_onnx", **quantizing)
         for name in run.task.baselines:
             run.stage(name, fit_baseline, None, baseline=name)
@@ -179,11 +184,9 @@ def make_models(
     # 6. Only what keeps the quality of the exported model is shipped.
     if quantize.quantization != "none":
         # Of another seed by the same scheme, also where speed chose it; and whatever it loses is part of the result.
-        same = (
-            {}
-            if first is None
-            else {"scheme": scheme or first.record("quantized")["details"]["scheme"], "gated": False}
-        )
+        same: dict[str, Any] = {}
+        if first is not None:
+            same = {"scheme": scheme or first.record("quantized")["details"]["scheme"], "gated": False}
         shipped = run.stage("quantized", quantize_onnx, shipped, quantize=quantize, **same).name
         _check_quality(run, "quantized", settings)
     return shipped

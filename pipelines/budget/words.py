@@ -116,7 +116,7 @@ def drop_of(task: Task, teacher: float, score: float) -> float:
 
 def exclusions(costs: Sequence[Mapping[str, float | None]], budget: Budget, trained: int) -> str:
     """What rules out what: "10 MB excludes 17 of 24 shapes; 5 ms 3 more; 4 will be trained". `costs` are the bytes and ms of every shape."""
-    left, parts = list(costs), []
+    left, parts = list(costs), list[str]()
     for name in ("bytes", "ms"):
         if getattr(budget, name) is not None:
             kept = [one for one in left if name not in budget.broken(**one)]
