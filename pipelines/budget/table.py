@@ -34,11 +34,16 @@ def cells(row: Row, budget: Budget) -> dict[str, str]:
     }
 
 
-def format_rows(rows: Sequence[Row], budget: Budget) -> str:
+def _table(rows: Sequence[Row], budget: Budget) -> Any:
+    """The cells of all rows, without empty columns."""
     from pandas import DataFrame
 
     table = DataFrame([cells(row, budget) for row in rows])
-    return str(table.loc[:, (table != "").any()].to_string(index=False))
+    return table.loc[:, (table != "").any()]
+
+
+def format_rows(rows: Sequence[Row], budget: Budget) -> str:
+    return str(_table(rows, budget).to_string(index=False))
 
 
 @contextmanager
@@ -51,10 +56,10 @@ def live_table(budget: Budget, is_main_process: bool) -> Iterator[Callable[[Sequ
         from rich.table import Table
 
         def table(rows: Sequence[Row]) -> Any:
-            shown = [cells(row, budget) for row in rows]
-            made = Table(*shown[0])
-            for row in shown:
-                made.add_row(*row.values())
+            shown = _table(rows, budget)
+            made = Table(*shown.columns, box=None)
+            for row in shown.itertuples(index=False):
+                made.add_row(*row)
             return made
 
         with Live(auto_refresh=False) as live:

@@ -156,7 +156,7 @@ def test_without_bounds_the_candidates_are_a_spread_and_never_the_whole_teacher(
 def test_a_slower_device_gets_another_model():
     here, there = (
         candidates_of([one for one in GRID if one.ms * slower <= 5], GRID[0], Budget(ms=5.0), most=1)
-        for slower in (1, 3)
+        for slower in (1, 2)
     )
     assert here[0].layers > there[0].layers
 
