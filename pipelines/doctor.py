@@ -71,7 +71,9 @@ def _task_of(config: Any) -> str:
     """The task whose head the checkpoint has; of one without such a head the first whose head transformers has for it."""
     said = {"architectures": config.architectures, "problem_type": config.problem_type}
     by_head = (name for name in reversed(TASKS) if task_class(name).recognizes(said))
-    by_class = (name for name in TASKS if type(config) in task_class(name).auto_class._model_mapping)
+    # AutoModel, which an embedder is, takes models of sounds, too.
+    with_heads = (name for name in TASKS if task_class(name).auto_class is not transformers.AutoModel)
+    by_class = (name for name in with_heads if type(config) in task_class(name).auto_class._model_mapping)
     found = next(by_head, next(by_class, None))
     if found is None:
         raise InputError(

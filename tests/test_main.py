@@ -205,8 +205,8 @@ def test_the_help_of_a_verb(verb, stage):
     status, shown, _ = stage(verb, "--help")
     assert status == 0
     assert f"usage: pocketformers {verb}" in shown
-    assert ("--num_train_epochs" in shown) == (verb in {"compress", "fine-tune", "distill", "prune"})
-    assert ("--task" in shown) == (verb not in {"push", "doctor"})
+    assert ("--num_train_epochs" in shown) == (verb in {"compress", "fit", "fine-tune", "distill", "prune"})
+    assert ("--task" in shown) == (verb not in {"push", "doctor", "take"})
 
 
 def test_an_unknown_verb_and_an_unknown_flag_have_status_2(stage):

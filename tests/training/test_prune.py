@@ -46,6 +46,9 @@ class Standin:
     def collate(self, processor: str) -> Any:
         return lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def training_collate(self, processor: str, teacher_processor: str | None = None) -> Any:
+        return self.collate(processor)
+
     def outputs(self, model_output: Any) -> dict[str, torch.Tensor]:
         return {"logits": model_output.logits}
 

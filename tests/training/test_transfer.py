@@ -23,7 +23,7 @@ from conftest import (
     tiny_model,
     write_csv,
 )
-from pipelines.chain import _make_models, read_settings
+from pipelines.chain import make_models, read_settings
 from pipelines.core.config import DataConfig, DistillConfig, LanguageConfig, PruneConfig, StudentConfig, TransferConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, UNLABELLED, TransferSet
@@ -250,7 +250,7 @@ def test_the_baseline_depends_on_how_many_examples_an_epoch_has_not_on_which(mon
     run.state = SimpleNamespace(is_main_process=False)
     run.record = lambda name: {"details": {"examples_per_epoch": 36}}
     transfer = TransferSet(lambda: "the content", lambda: None)
-    _make_models(run, settings, settings.prune, transfer)
+    make_models(run, settings, settings.prune, transfer)
     assert made["student"]["transfer"].describe() == {"examples": "the content"}
     baseline = made["student_labels_only"]
     assert (baseline["transfer"], baseline["examples_per_epoch"]) == (None, 36)

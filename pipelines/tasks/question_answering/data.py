@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import datasets
 import fsspec
@@ -60,6 +60,8 @@ class AnswerConfig(Checked):
         False,
         "Make questions of plain texts (--dataset as for text-generation): who said what a text quotes. For demonstrations.",
     )
+
+    OF_DATA: ClassVar = ("quoted_speakers", "max_answer_tokens", "overlap")  # for parse_config()
 
 
 Row = dict[str, Any]  # question, context, answers (texts), starts (characters)
