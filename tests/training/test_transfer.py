@@ -371,8 +371,10 @@ def learn(directory: Path, count: int, csv: str, others: str, teacher: str) -> l
     """What a process logs of three epochs of labelled and drawn rows, in global batches of 8; the last of an epoch is short."""
     task, tokenizer = few_labels(csv), make_tokenizer()
     transfer = task.transfer_set(TransferConfig(others, transfer_ratio=1.3))
-    mixed = mixed_rows(task, Path(teacher), transfer, tokenizer, directory)
+    # First of all: until they know their devices each process takes itself for the only one, and writes every shard.
     arguments = quick_arguments(directory, num_train_epochs=3, per_device_train_batch_size=8 // count)
+    assert arguments.world_size == count
+    mixed = mixed_rows(task, Path(teacher), transfer, tokenizer, directory)
     details = train(
         tiny_model(seed=1), task, tokenizer, arguments, directory, mixed, DistillationTrainer, distill=DistillConfig()
     )
