@@ -60,7 +60,8 @@ def fit(settings: Settings) -> None:
         if trained is None and not teacher.teacher_from_scratch and teacher.teacher_epochs:
             trained = not _know_the_task(task, models)
         if trained is False:
-            settings.teacher = replace(teacher, **{"teacher_model": models, "teacher_epochs": 0.0})
+            settings.teacher = copy.copy(teacher)
+            settings.teacher.teacher_epochs = 0.0
             run.state.print("teacher: used as it is; --fine_tune true trains it first")
 
         # 2. What every shape will cost, before anything is trained. A budget that none can meet ends here.

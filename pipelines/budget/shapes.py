@@ -32,7 +32,7 @@ SHARES = {"heads": (1.0, 0.5), "neurons": (1.0, 0.5, 0.25)}  # kept
 # Bits of a table's weight and of a matmul's, by the names of schemes; all others have 8 and 8.
 BITS = {"fp32": (32, 32), "int4_blocks": (4, 4), "int4_blocks_int8_embeddings": (8, 4)}
 # What a graph takes beside its weights: its nodes, and small constants.
-GRAPH_BYTES, LAYER_BYTES = 10_000, 4_500
+GRAPH_BYTES, LAYER_BYTES = 8_000, 5_500
 
 
 # The tokens that stay, by what --student_vocabulary calls them; None: all.
