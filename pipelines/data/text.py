@@ -90,6 +90,12 @@ def lines_of(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def title_pair(text: str, characters: int) -> tuple[str, str]:
+    """The first line of a text, and the last `characters` of its other lines."""
+    title, *others = lines_of(text) or [""]
+    return title, "\n".join(others)[-characters:]
+
+
 def sentences_of(text: str) -> list[str]:
     """The sentences of a text; none reaches over the end of a line."""
     return [part.strip() for line in lines_of(text) for part in SENTENCE_END.split(line) if part.strip()]

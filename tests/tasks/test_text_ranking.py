@@ -18,10 +18,11 @@ from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
+from pipelines.data.text import title_pair
 from pipelines.onnx.measure import estimator_workload
 from pipelines.tasks import task_of_model
 from pipelines.tasks.ranking import Bm25
-from pipelines.tasks.text_ranking.candidates import RankingConfig, find_candidates, title_pair
+from pipelines.tasks.text_ranking.candidates import RankingConfig, find_candidates
 from pipelines.tasks.text_ranking.task import TextRanking, first_candidates, ranking_metrics
 from pipelines.training.baselines import fit_baseline, load_baseline
 

@@ -25,7 +25,7 @@ from pipelines.data.examples import (
 )
 from pipelines.data.references import read_scores
 from pipelines.data.splits import choose_splits
-from pipelines.data.text import TEXTS, lines_of
+from pipelines.data.text import TEXTS, title_pair
 from pipelines.models.embedder import POOLINGS
 
 CORPUS = -1  # the label of a row that is searched; a query's is the row of its positive
@@ -119,7 +119,7 @@ def _given(split: datasets.Dataset, name: str, config: DataConfig, embedding: Em
     inputs = inputs_of(prepared(split, name, config, TEXTS, labelled=False), config, TEXTS)
     characters = embedding.title_pairs if config.text_pair_column is None else None
     if characters is not None:
-        pairs = [_title_pair(text or "", characters) for text in inputs["text"]]
+        pairs = [title_pair(text or "", characters) for text in inputs["text"]]
         inputs = datasets.Dataset.from_dict(
             {"text": [title for title, _ in pairs], "text_pair": [end for _, end in pairs]}
         )
@@ -134,11 +134,6 @@ def _given(split: datasets.Dataset, name: str, config: DataConfig, embedding: Em
         )
     kept = np.flatnonzero(usable)
     return Given(name, inputs.select(kept), hashes[kept], np.zeros(len(kept), np.int64))
-
-
-def _title_pair(text: str, characters: int) -> tuple[str, str]:
-    title, *rest = lines_of(text) or [""]
-    return title, "\n".join(rest)[-characters:]
 
 
 def single_texts(examples: Examples, embedding: EmbeddingConfig) -> Examples:

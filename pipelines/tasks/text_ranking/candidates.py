@@ -20,7 +20,7 @@ from pipelines.core.errors import InputError
 from pipelines.data.examples import Examples, Given, hash_of, read_given, split_examples
 from pipelines.data.references import read_scores
 from pipelines.data.tables import JSON_SUFFIXES, read_table
-from pipelines.data.text import TEXTS, content, lines_of, map_kept
+from pipelines.data.text import TEXTS, content, map_kept, title_pair
 
 QUERIES_AT_A_TIME = 1000  # whose similarities to all passages are in memory
 PASSAGE = "passage"  # the column of the passages that documents give
@@ -157,12 +157,6 @@ def _labels_of(candidates: list[str], labels: Any, name: str, config: DataConfig
             f"{len(candidates)} candidates. Correct the lists, or give the text or the place of the right one."
         )
     return [float(labels in (place, text)) for place, text in enumerate(candidates)]
-
-
-def title_pair(text: str, characters: int) -> tuple[str, str]:
-    """The first line of a text, and the last `characters` of its other lines."""
-    title, *others = lines_of(text) or [""]
-    return title, "\n".join(others)[-characters:]
 
 
 def find_candidates(rows: list[tuple[str, str]], count: int) -> Iterator[tuple[str, str, float]]:
