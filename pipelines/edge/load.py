@@ -10,7 +10,7 @@ import numpy as np
 from pipelines.core.errors import InputError
 from pipelines.edge.settings import settings_of
 from pipelines.runtime.generate import Sampling
-from pipelines.runtime.infer import MODELS, Answerer, Generator, Predictor, ranked, read_manifest
+from pipelines.runtime.infer import MODELS, Answerer, Generator, Predictor, SpanFinder, ranked, read_manifest
 
 # Where the graph is: of a stage's directory, and of a published model, the smaller first.
 GRAPHS = ("model.onnx", "onnx/model_fused.onnx", "onnx/model_quantized.onnx", "onnx/model.onnx")
@@ -24,7 +24,7 @@ class Model:
     of `Sampling`, such as max_new_tokens.
     """
 
-    def __init__(self, predictor: Predictor | Generator | Answerer) -> None:
+    def __init__(self, predictor: Predictor | Generator | Answerer | SpanFinder) -> None:
         self.predictor = predictor
         self.manifest = predictor.manifest
 

@@ -261,7 +261,7 @@ def open_model(directory: str | Path, manifest: dict[str, Any] | None, **how: An
 
 
 class Predictor:
-    """The model of a bundle that gives labels, values, spans or a vector, ready to predict.
+    """The model of a bundle that gives labels, values or a vector, ready to predict.
 
     A `manifest` is taken as it is; left out, the bundle's is read and its files are checked. `threads` and `provider` are as in
     open_session().
@@ -275,28 +275,14 @@ class Predictor:
         if settings["kind"] == "image":
             self.prepare = image_inputs(settings, names)
         else:
-            path = Path(directory) / "tokenizer.json"
-            self.prepare = text_inputs(path, settings, names)
-        self.spans: Any = None
-        if self.manifest["outputs"]["kind"] == "spans":
-            module = module_beside("spans")
-            windows = module.Windows(path, settings["max_length"], names)
-            labels = self.manifest["outputs"]["labels"]
-            self.spans = module.SpanModel(windows, labels, lambda feed: self.session.run(None, feed)[0])
+            self.prepare = text_inputs(Path(directory) / "tokenizer.json", settings, names)
 
     def logits(self, example: Example) -> Any:
-        """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch.
-
-        Of a model that finds spans they are (tokens, labels), for texts of any length.
-        """
-        if self.spans is not None:
-            return self.spans.tokens(example[0])[1]
+        """The outputs (labels,) for one example: always one at a time, since dynamic quantization takes one scale for a whole batch."""
         return self.session.run(self.read, self.prepare(example))[0].reshape(-1)
 
     def predict(self, example: Example) -> dict[str, Any]:
         given = example[0] if len(example) == 1 else list(example)
-        if self.spans is not None:
-            return {"input": given, "spans": self.spans.spans(given)}
         return {"input": given, **read_outputs(self.logits(example), self.manifest["outputs"])}
 
 
@@ -365,8 +351,26 @@ class Answerer:
         return {"input": list(example), **self.model.answer(*example)}
 
 
+class SpanFinder:
+    """The model of a bundle that finds spans in texts of any length; its arguments are Predictor's."""
+
+    def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
+        self.manifest, self.session = open_model(directory, manifest, **how)
+        module, names = module_beside("spans"), [value.name for value in self.session.get_inputs()]
+        windows = module.Windows(Path(directory) / "tokenizer.json", self.manifest["inputs"]["max_length"], names)
+        labels = self.manifest["outputs"]["labels"]
+        self.model = module.SpanModel(windows, labels, lambda feed: self.session.run(None, feed)[0])
+
+    def logits(self, example: Example) -> Any:
+        """The outputs (tokens, labels)."""
+        return self.model.tokens(example[0])[1]
+
+    def predict(self, example: Example) -> dict[str, Any]:
+        return {"input": example[0], "spans": self.model.spans(example[0])}
+
+
 # What runs a bundle by the kind of its outputs; else Predictor does.
-MODELS: dict[str, Any] = {"continuation": Generator, "answer": Answerer}
+MODELS: dict[str, Any] = {"continuation": Generator, "answer": Answerer, "spans": SpanFinder}
 
 
 # ---- The command

@@ -436,7 +436,7 @@ def test_spans_in_a_browser(browser, tokenizer, tmp_path, libraries):
     inputs = {"kind": "text", "pair": False, "max_length": 8, "truncation_side": "right", "probes": []}
     manifest = {"format": infer.FORMAT, "model": "model.onnx", "minimum_onnxruntime": "1.18.0", "inputs": inputs}
     write_manifest(bundle, manifest | {"outputs": {"kind": "spans", "labels": SPAN_LABELS}})
-    expected = infer.Predictor(bundle).predict((text,))["spans"]
+    expected = infer.SpanFinder(bundle).predict((text,))["spans"]
     assert len(expected) > 1
     with served(bundle) as address:
         page = browser.new_page()

@@ -249,13 +249,13 @@ class TokenClassification(TextTask, Classification):
         rows = self.data.splits["validation"]
         probes = text_probes(processor, False, self.config.max_length)
         found = verify_predictor(directory, self, processor, probes, rows.select([]))
-        model = infer.Predictor(directory)
+        model = infer.SpanFinder(directory)
         count = min(VERIFIED_EXAMPLES, len(rows))
         features, collate = self.features(processor)["validation"], self.collate(processor)
         names = [value.name for value in model.session.get_inputs()]
         window = 0
         for row in rows.select(range(count)):
-            for feed, kept, _ in model.spans.windows(row["text"]):
+            for feed, kept, _ in model.model.windows(row["text"]):
                 batch = {name: np.asarray(value) for name, value in collate([features[window]]).items()}
                 counted = np.flatnonzero(batch["labels"][0] >= 0)
                 if not {*counted} <= {*kept} or any(not np.array_equal(feed[name], batch[name]) for name in names):
