@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,22 @@ def make_tokenizer() -> Any:
     pieces += [str(digit) for digit in range(10)] + [f"##{digit}" for digit in range(10)]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     return BertTokenizerFast(tokenizer_object=BertWordPieceTokenizer(vocab=vocabulary)._tokenizer)
+
+
+def write_byte_encoder(directory: Path, texts: Sequence[str], vocabulary: int) -> Path:
+    """A RoBERTa without a head, whose byte-level BPE was trained on the texts: other tokens, and as many of them, than BERT's."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import AutoModel, RobertaTokenizerFast
+
+    tokenizer = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=special)
+    tokenizer.save_model(str(directory))
+    RobertaTokenizerFast(str(directory / "vocab.json"), str(directory / "merges.txt")).save_pretrained(directory)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": vocabulary, "max_position_embeddings": 66, "num_hidden_layers": 2, "initializer_range": 0.1}
+    AutoModel.from_config(tiny_config("roberta", pad_token_id=1, **sizes)).save_pretrained(directory)
+    return directory
 
 
 IMAGE_FAMILIES = ("vit", "deit")

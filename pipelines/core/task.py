@@ -257,6 +257,10 @@ class Task(Protocol):
     def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
         """What is stored of a teacher's outputs: columns `teacher_…`, whose first axis is the examples."""
 
+    def with_soft_targets(self, read: Callable[[Any], Any], features: Any, directory: Path, suffix: str) -> Any:
+        """The student's `features`, each with what is stored in `directory` as further columns, whose names end in `suffix`. `read` makes
+        the features of these examples with any processor; the teacher's is beside its soft targets."""
+
     def check_soft_loss(self, distill: DistillConfig, teachers: int = 1) -> None:
         """Raise InputError for settings of the soft targets, or a number of teachers, that this task's loss cannot do."""
 

@@ -323,8 +323,8 @@ def tag_windows(
 
     The columns are those of tokenize(), with a label for each token: the tag of a word at its first token, where that token counts (see
     kept_range), and IGNORED anywhere else. In training, with `all_subtokens`, the other tokens of a word have labels, too: that of the
-    inside of its span. Of a data set without tags every first token is UNLABELLED. `words` has the number of each
-    word at the first token that counts, `text_number` the row of the data set.
+    inside of its span. Of a data set without tags every first token is UNLABELLED. `words` has at each token with a label the number of
+    its word, `token_starts` its first character, and `text_number` is the row of the data set.
     """
     names = data.label_names
     inside = [
@@ -348,6 +348,7 @@ def tag_windows(
         every_offset, every_special = tokens.pop("offset_mapping"), tokens.pop("special_tokens_mask")
         labels: list[list[int]] = []
         words: list[list[int]] = []
+        token_starts: list[list[int]] = []
         lost = 0
         for row, windows in groupby(range(len(origins)), lambda window: origins[window]):
             text, numbers = batch["text"][row], list(windows)
@@ -364,6 +365,7 @@ def tag_windows(
                 first, after = kept_range(number - numbers[0], number == numbers[-1], len(places), overlap)
                 labels.append([IGNORED] * len(offsets))
                 words.append([IGNORED] * len(offsets))
+                token_starts.append([IGNORED] * len(offsets))
                 for place in places[first:after]:
                     start, end = offsets[place]
                     while start < end and text[start].isspace():
@@ -372,16 +374,20 @@ def tag_windows(
                     if own < 0 or not start < min(end, ends[own]):
                         continue
                     if own > word:
-                        labels[-1][place], words[-1][place], word, found = tags[own], own, own, found + 1
+                        label, word, found = tags[own], own, found + 1
                     elif goes_on and tags[own] >= 0:
-                        labels[-1][place] = inside[tags[own]]
+                        label = inside[tags[own]]
+                    else:
+                        continue
+                    labels[-1][place], words[-1][place], token_starts[-1][place] = label, own, start
             lost += len(tags) - found
         if lost:
             logger.warning(
                 "%d words have no token of their own (the tokenizer leaves them out or joins them to others): they are not read",
                 lost,
             )
-        return {**tokens, "labels": labels, "words": words, "text_number": [rows[origin] for origin in origins]}
+        numbers = [rows[origin] for origin in origins]
+        return {**tokens, "labels": labels, "words": words, "token_starts": token_starts, "text_number": numbers}
 
     key = [data.fingerprint, *tokenizer_content(tokenizer), max_length, overlap, all_subtokens]
     tokenizer = copy.deepcopy(tokenizer)  # the call leaves its truncation in it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
 from pipelines.onnx.verify import verification_batches
 from pipelines.report.markdown import CLIPPED_TEXT, clip
+from pipelines.training.soft_targets import WithSoftTargets
 
 LISTED_EXAMPLES = 50  # in report.json
 
@@ -200,6 +201,9 @@ class BaseTask(Task):
     def soft_target_features(self, processor: Any, distill: DistillConfig) -> Any:
         """The training examples as they are."""
         return self.features(processor)["train"]
+
+    def with_soft_targets(self, read: Callable[[Any], Any], features: Any, directory: Path, suffix: str) -> Any:
+        return WithSoftTargets(features, directory, suffix=suffix)
 
     def check_config(self, config: Any, source: str) -> None:
         """Raise InputError unless the model has a position for every token of a text."""

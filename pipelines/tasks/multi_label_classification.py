@@ -293,7 +293,8 @@ class MultiLabelClassification(TextTask, Classification):
 
     def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
         """Logits (examples, labels)."""
-        return np.asarray(logit(np.clip(estimator.predict_proba(inputs), LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)))
+        found = np.float64(estimator.predict_proba(inputs))  # in float32 the most probability would be 1
+        return np.asarray(logit(np.clip(found, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)))
 
     # ---- Report
 

@@ -351,13 +351,14 @@ def train_student(
     teacher_processor: Any = None
     # Stored soft targets are of the examples as they are, or of stored views; the baseline on labels alone is trained as the student is.
     augment = online or (weight == 0 and distill.soft_targets == "online")
-    features = task.features(processor)["train"] if augment else task.soft_target_features(processor, distill)
+    read = partial(task.soft_target_features, distill=distill)
+    features = task.features(processor)["train"] if augment else read(processor)
     if online:
         teacher_processor = task.load_processor(teacher_source)
         teacher = task.load_model(teacher_source)
         check_teacher(teacher, task, teacher_processor, training.per_device_eval_batch_size)
     elif soft_targets is not None and weight > 0:
-        features = with_soft_targets(features, soft_targets)
+        features = with_soft_targets(task, read, features, soft_targets)
     if views := distill.only(task.soft_target_settings).augmented_views:
         features = OneViewAnEpoch(features, views)
     pairs = pairs_of(distill, student.config, teacher.config) if distill.needs_teacher else []

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,8 @@ def _importance(
     if soft_targets is None:
         features: Any = task.features(processor)["train"]
     else:
-        features = with_soft_targets(task.soft_target_features(processor, distill), soft_targets)
+        read = partial(task.soft_target_features, distill=distill)
+        features = with_soft_targets(task, read, read(processor), soft_targets)
     chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
     loss = training_loss(model, processor, task, distill, teacher if soft_targets is None else None)
     batch_size = training.per_device_train_batch_size

@@ -58,6 +58,8 @@ def compute_soft_targets(
     else:
         features = transfer_features(transfer, task, processor)
     metrics = check_teacher(teacher, task, processor, batch_size)
+    if PartialState().is_main_process:
+        processor.save_pretrained(directory)  # a student may read the same examples as other tokens
 
     def of_batch(batch: dict[str, Any]) -> Tensors:
         inputs = {name: values.to(teacher.device) for name, values in batch.items() if name != "labels"}
@@ -206,10 +208,10 @@ class WithSoftTargets(torch.utils.data.Dataset):
         return WithSoftTargets(self.features.select(indices), self.directory, rows, self.suffix)
 
 
-def with_soft_targets(features: Any, directories: Path | list[Path]) -> Any:
+def with_soft_targets(task: Task, read: Callable[[Any], Any], features: Any, directories: Path | list[Path]) -> Any:
     """Examples with the stored soft targets of one teacher, or of several: the columns of the second one end in _2."""
     for number, directory in enumerate([directories] if isinstance(directories, Path) else directories, start=1):
-        features = WithSoftTargets(features, directory, suffix="" if number == 1 else f"_{number}")
+        features = task.with_soft_targets(read, features, directory, "" if number == 1 else f"_{number}")
     return features
 
 
@@ -220,7 +222,8 @@ def one_or_more(directories: list[Path]) -> Path | list[Path] | None:
 
 def with_transfer(features: Any, transfer: TransferSet, task: Task, processor: Any) -> WithTransfer:
     """Training examples, and after them those of a transfer set, with the soft targets that are stored of these."""
-    unlabelled = transfer_features(transfer, task, processor)
+    read = partial(transfer_features, transfer, task)
+    unlabelled = read(processor)
     if transfer.soft_targets is not None:
-        unlabelled = with_soft_targets(unlabelled, transfer.soft_targets)
+        unlabelled = with_soft_targets(task, read, unlabelled, transfer.soft_targets)
     return WithTransfer(features, unlabelled, transfer.ratio)

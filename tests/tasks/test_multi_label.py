@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -413,6 +414,13 @@ def test_the_baselines_are_the_frequency_of_each_label_and_one_vs_rest(topics, t
 def record_of(logits: np.ndarray | None, source: str | None = None) -> dict:
     metrics = {} if logits is None else {"validation": {"thresholds": dict.fromkeys(LABELS, 0.2)}}
     return {"metrics": metrics, "files": {"x": str(logits)}, "made_by": {"source_fingerprint": source}, "details": {}}
+
+
+def test_a_baseline_that_is_sure_has_finite_logits(topics):
+    for dtype in (np.float32, np.float64):
+        certain = SimpleNamespace(predict_proba=lambda texts, dtype=dtype: np.array([[0, 1, 0.5]], dtype))
+        logits = topics.baseline_predictions(certain, ["text"]).astype(np.float32)
+        np.testing.assert_allclose(logits, [[-np.log(1e9), np.log(1e9), 0]], rtol=1e-5)
 
 
 def test_the_comparison_names_the_texts_whose_labels_were_lost(topics, tokenizer):

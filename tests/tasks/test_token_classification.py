@@ -11,11 +11,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
-from conftest import FILLER, WORDS, make_tokenizer
+from conftest import FILLER, WORDS, make_tokenizer, quick_arguments, write_byte_encoder
 from pipelines.cli import main
 from pipelines.core.command import run_main
-from pipelines.core.config import DataConfig, DistillConfig
+from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
 from pipelines.data.tagged import to_iob2, words_of
@@ -23,7 +24,10 @@ from pipelines.runtime.spans import find_spans, kept_range, redact
 from pipelines.tasks import task_of_model
 from pipelines.tasks.token_classification.baselines import MARK, PatternsAndNames, UsualTag, marked
 from pipelines.tasks.token_classification.entities import entities, entity_metrics, f1_of
-from pipelines.tasks.token_classification.task import TokenClassification
+from pipelines.tasks.token_classification.task import TokenClassification, TokenConfig
+from pipelines.training.distill import distill_student
+from pipelines.training.fine_tune import fine_tune
+from pipelines.training.soft_targets import compute_soft_targets
 
 
 def write_tokens(path: Path, examples: int = 160, long: int = 3) -> Path:
@@ -245,6 +249,67 @@ def test_stored_soft_targets_are_cut_to_the_batch(tagged, tokenizer):
     assert batch["labels"].shape == batch["input_ids"].shape == (3, tokens)
     assert batch["teacher_logits"].tolist() == stored[:, :tokens].tolist()
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+
+
+@pytest.mark.parametrize("subtokens", ["all", "first"])
+def test_tokens_learn_from_the_teachers_token_at_the_same_character(subtokens, tagged, tokenizer, tmp_path):
+    task = TokenClassification(tagged.config, TokenConfig(subtokens=subtokens))
+    task.overlap = 6
+    other = task.load_processor(
+        str(write_byte_encoder(tmp_path, [word for kind in WORDS.values() for word in kind], 300))
+    )
+
+    def read(processor):
+        return task.features(processor)["train"]
+
+    stored = tmp_path / "stored"
+    stored.mkdir()
+    tokenizer.save_pretrained(stored)
+    of_teacher, features = read(tokenizer), read(other)
+    assert len(features) > len(of_teacher)  # more tokens, so more windows
+    targets = np.full((len(of_teacher), 16, 2), -7, np.float32)
+    for row, window in enumerate(of_teacher):
+        starts = window["token_starts"]
+        targets[row, : len(starts)] = [(window["text_number"], start) for start in starts]
+    save_file({"teacher_logits": targets}, stored / "shard-00000.safetensors", metadata={"sha256": "none"})
+    aligned = task.with_soft_targets(read, features, stored, "")
+    assert aligned.column_names == [*features.column_names, "teacher_logits"]
+    texts, seen = task.splits["train"]["text"], 0
+    for window, row in zip(features, aligned, strict=True):
+        offsets = tokenizer(texts[window["text_number"]], return_offsets_mapping=True)["offset_mapping"]
+        for place, (label, start) in enumerate(zip(row["labels"], window["token_starts"], strict=True)):
+            if label == IGNORED:
+                continue
+            [at] = {first for first, last in offsets if first <= start < last}
+            assert row["teacher_logits"][place].tolist() == [window["text_number"], at]
+            seen += 1
+        assert row["labels"] == window["labels"]
+    assert seen > 2 * sum(map(len, task.splits["train"]["starts"])) if subtokens == "all" else seen > 0
+    batch = task.collate(other)([aligned.select([3, 5])[0], aligned[9]])
+    assert batch["teacher_logits"].shape[:2] == batch["labels"].shape
+
+
+def test_a_student_of_other_tokens_learns_from_the_teacher_alone(tagged, pretrained, tmp_path):
+    texts = [word for kind in WORDS.values() for word in kind]
+    student = write_byte_encoder(tmp_path, texts, 400)
+    directories = [tmp_path / name for name in ("teacher", "soft_targets", "student")]
+    for directory in directories:
+        directory.mkdir()
+    training = quick_arguments(tmp_path, per_device_train_batch_size=8)
+    teaching = TeacherConfig(teacher_epochs=4, teacher_learning_rate=3e-3)
+    fine_tune(str(pretrained), directories[0], tagged, teaching, training)
+    compute_soft_targets(str(directories[0]), directories[1], tagged, DistillConfig())
+    training.num_train_epochs, training.learning_rate = 8, 3e-3
+    outcome = distill_student(
+        str(directories[0]),
+        directories[2],
+        tagged,
+        StudentConfig(student_model=str(student)),
+        DistillConfig(soft_target_weight=1.0),
+        training,
+        directories[1],
+    )
+    assert outcome.metrics["validation"]["f1"] > 0.8
 
 
 def test_baselines_tag_the_words_of_the_data():

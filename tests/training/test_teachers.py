@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from conftest import quick_arguments, tiny_config, tiny_model
+from conftest import quick_arguments, tiny_model, write_byte_encoder
 from pipelines.cli import main
 from pipelines.core.command import parse_config
 from pipelines.core.config import DistillConfig, StudentConfig, TeacherConfig
@@ -21,20 +20,7 @@ from pipelines.training.soft_targets import compute_soft_targets, with_soft_targ
 
 @pytest.fixture(scope="module")
 def byte_encoder(task, tmp_path_factory) -> Path:
-    """A RoBERTa without a head, whose byte-level BPE was trained on the texts: other tokens, and as many of them, than BERT's."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import AutoModel, RobertaTokenizerFast
-
-    directory = tmp_path_factory.mktemp("byte_encoder")
-    tokenizer = ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    tokenizer.train_from_iterator(task.data.splits["train"]["text"], vocab_size=400, special_tokens=special)
-    tokenizer.save_model(str(directory))
-    RobertaTokenizerFast(str(directory / "vocab.json"), str(directory / "merges.txt")).save_pretrained(directory)
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 400, "max_position_embeddings": 66, "num_hidden_layers": 2, "initializer_range": 0.1}
-    AutoModel.from_config(tiny_config("roberta", pad_token_id=1, **sizes)).save_pretrained(directory)
-    return directory
+    return write_byte_encoder(tmp_path_factory.mktemp("byte_encoder"), task.data.splits["train"]["text"], 400)
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +78,12 @@ def test_a_student_of_other_tokens_learns_from_several_teachers(
 
 def test_every_row_has_the_logits_of_both_teachers(stored, task, tokenizer):
     features = task.features(tokenizer)["train"]
-    both = with_soft_targets(features, stored)
+    both = with_soft_targets(task, lambda processor: features, features, stored)
     assert both.column_names == [*features.column_names, "teacher_logits", "teacher_logits_2"]
     some = both.select([5, 70])
     for place, row in enumerate((5, 70)):
         for suffix, directory in zip(("", "_2"), stored, strict=True):
-            alone = with_soft_targets(features, directory)[row]["teacher_logits"]
+            alone = with_soft_targets(task, lambda processor: features, features, directory)[row]["teacher_logits"]
             np.testing.assert_array_equal(some[place][f"teacher_logits{suffix}"], alone)
     batch = task.collate(tokenizer)([some[0], some[1]])
     assert batch["teacher_logits_2"].shape == (2, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from pipelines.core.config import Checked, DataConfig, DistillConfig, flag
 from pipelines.core.disk import digest
@@ -30,9 +30,11 @@ from pipelines.tasks.base import check_predictions
 from pipelines.tasks.classification import Classification
 from pipelines.tasks.texts import TextTask
 from pipelines.tasks.token_classification import baselines
+from pipelines.tasks.token_classification.alignment import AlignedSoftTargets
 from pipelines.tasks.token_classification.entities import entities, entity_metrics
 from pipelines.tasks.token_classification.made import made_texts
 from pipelines.tasks.token_classification.report import TokenPresentation, compare_entities
+from pipelines.training.soft_targets import WithSoftTargets
 
 
 @dataclass
@@ -124,10 +126,6 @@ class TokenClassification(TextTask, Classification):
         """A collator that pads a batch to its longest window, labels with IGNORED; stored soft targets are cut to it."""
         return partial(_collate_tokens, super().collate(processor))
 
-    def check_teacher_fits(self, teacher_source: str, student: Any, processor: Any, online: bool) -> None:
-        """Raise InputError unless the teacher reads the student's tokens: every one of them has its own soft target."""
-        super().check_teacher_fits(teacher_source, student, processor, online=True)
-
     def check_label_order(self, processor: Any, predict: Predict) -> None:
         """Nothing: the tags of a head have names that say their order."""
 
@@ -142,6 +140,13 @@ class TokenClassification(TextTask, Classification):
             )
 
     # ---- Losses: a classifier's, of every token that has a label
+
+    def with_soft_targets(self, read: Callable[[Any], Any], features: Any, directory: Path, suffix: str) -> Any:
+        """The stored soft targets of the same tokens, or, of a teacher with others, of the tokens at the same characters."""
+        of_teacher = read(AutoTokenizer.from_pretrained(directory))
+        if of_teacher["input_ids"][:] == features["input_ids"][:]:
+            return super().with_soft_targets(read, features, directory, suffix)
+        return AlignedSoftTargets(features, WithSoftTargets(of_teacher, directory, suffix=suffix))
 
     def soft_targets(self, outputs: Tensors, distill: DistillConfig) -> Tensors:
         """The logits, filled up to --max_length with zeros, so that all windows have one shape."""
@@ -269,7 +274,7 @@ class TokenClassification(TextTask, Classification):
 
 def _collate_tokens(collate: Collate, rows: list[dict[str, Any]]) -> dict[str, Any]:
     labels = [row["labels"] for row in rows]
-    left_out = ("labels", "words", "text_number")
+    left_out = ("labels", "words", "token_starts", "text_number")
     batch = collate([{name: value for name, value in row.items() if name not in left_out} for row in rows])
     tokens = batch["input_ids"].shape[1]
     padded = [[*own, *[IGNORED] * (tokens - len(own))] for own in labels]
