@@ -57,6 +57,9 @@ def problem_of(
     lost, problems = quality_lost(old, new, task.metrics[metric]), []
     if not lost <= (math.inf if limit >= 1 else limit):
         problems.append(f"{metric} {old:.4f} before and {new:.4f} after ({lost:.1%} lost, {limit:.1%} allowed)")
+    for name, least_near in task.least.items() if limit < 1 else ():
+        if not after.get(name, 1.0) >= least_near:
+            problems.append(f"{name} {after[name]:.4f} ({least_near} is the least)")
     broken = []
     for label, count in after.get("examples_per_class", {}).items():
         had, kept = (round(metrics["recall_per_class"][label] * count) for metrics in (before, after))

@@ -283,6 +283,11 @@ class Task(Protocol):
         A task with classes has `recall_per_class` and `examples_per_class` among them, by the names of the classes.
         """
 
+    least: Mapping[str, float]  # what nearness() may not be below
+
+    def nearness(self, predictions: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+        """How near the predictions of a converted model are to those that it should have, where its scores do not say that."""
+
     # ---- Baselines
 
     @property

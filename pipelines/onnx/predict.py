@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,3 +70,19 @@ def score_onnx(path: Path, task: Task, processor: Any, split: str, name: str) ->
     features: Any = task.features(processor)[split]
     predictions = predict_onnx(path, features, task.collate(processor), task, name=name)
     return task.scores(predictions, features["labels"], split)
+
+
+def score_beside(
+    original: Path, task: Task, processor: Any
+) -> tuple[dict[str, Any], Callable[[Path, str], dict[str, Any]]]:
+    """The scores of an fp32 file on the validation split, and what scores there a file that was made of it, given its path and a name: its
+    own scores, and how near its predictions are to the fp32 ones."""
+    features: Any = task.features(processor)["validation"]
+    collate = task.collate(processor)
+    exact = predict_onnx(original, features, collate, task, name="score fp32")
+
+    def score(path: Path, name: str) -> dict[str, Any]:
+        found = predict_onnx(path, features, collate, task, name=f"score {name}")
+        return task.scores(found, features["labels"], "validation") | task.nearness(found, exact)
+
+    return task.scores(exact, features["labels"], "validation"), score

@@ -26,7 +26,7 @@ from pipelines.onnx.export import ONNX_FILE, quiet_exporters
 from pipelines.onnx.file import OLDER, save, size_of
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.measure import Subject, measure
-from pipelines.onnx.predict import score_onnx
+from pipelines.onnx.predict import score_beside
 from pipelines.onnx.runtimes import OLDER_RUNTIME, oldest_runtime
 from pipelines.onnx.verify import verify_quality, verify_same_graph
 from pipelines.runtime.infer import version_key
@@ -97,7 +97,7 @@ def quantize_onnx(
         print(f"{says}: {found} fused; the rest is right but slower", flush=True)
     fusion = verify_same_graph(fused, original, task, processor)
     give_memory_back()
-    before = score_onnx(original, task, processor, "validation", "score fp32")
+    before, score = score_beside(original, task, processor)
     feeds = cache(partial(calibration_feeds, task, processor, quantize.calibration_samples))
     metric, tried = gate_metric(task, quantize), dict[str, dict[str, Any]]()
     for name in [scheme] if scheme else schemes_to_try(task, quantize):
@@ -107,7 +107,7 @@ def quantize_onnx(
         SCHEMES[name](fused, folder / ONNX_FILE, quantize, feeds)
         give_memory_back()
         nodes = onnx.load(folder / ONNX_FILE, load_external_data=False).graph.node
-        after = score_onnx(folder / ONNX_FILE, task, processor, "validation", f"score {name}")
+        after = score(folder / ONNX_FILE, name)
         tried[name] = {
             "operators": dict(sorted(Counter(node.op_type for node in nodes).items())),
             "bytes": size_of(folder / ONNX_FILE),
@@ -129,7 +129,7 @@ def quantize_onnx(
     needed = oldest_runtime(onnx.load(directory / ONNX_FILE, load_external_data=False))
     if chosen != "fp32" and version_key(needed) > version_key(OLDER_RUNTIME):
         quantize_for_older_runtimes(original, directory / OLDER, chosen, quantize, feeds)
-        after = score_onnx(directory / OLDER, task, processor, "validation", "score the form for older runtimes")
+        after = score(directory / OLDER, "the form for older runtimes")
         problem = problem_of(before, after, task, quantize)
         older = {"metrics": after, "kept": problem is None}
         if problem is not None:

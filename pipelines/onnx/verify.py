@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.core.errors import VerificationError
 from pipelines.core.quality import gate_metric, problem_of, quality_lost
-from pipelines.onnx.predict import feed_of, score_onnx
+from pipelines.onnx.predict import feed_of, score_beside
 from pipelines.runtime.infer import open_session
 
 if TYPE_CHECKING:
@@ -118,9 +118,8 @@ def verify_directory(directory: Path, reference: Path, task: Task, gate: GateCon
     path, original = directory / "model.onnx", reference / "model.onnx"
     if original.is_file():
         task.check_graph(str(reference))
-        before, after = (
-            score_onnx(file, task, processor, "validation", f"score {file.parent.name}") for file in (original, path)
-        )
+        before, score = score_beside(original, task, processor)
+        after = score(path, directory.name)
         return verify_quality(before, after, task, gate, str(path)) | {"metrics": after, "source_metrics": before}
     model = load_model(reference, task.config.trust_remote_code)
     task.check_config(model.config, str(reference))

@@ -202,6 +202,11 @@ class BaseTask(Task):
         """The training examples as they are."""
         return self.features(processor)["train"]
 
+    least: Mapping[str, float] = {}
+
+    def nearness(self, predictions: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+        return {}
+
     def with_soft_targets(self, read: Callable[[Any], Any], features: Any, directory: Path, suffix: str) -> Any:
         return WithSoftTargets(features, directory, suffix=suffix)
 

@@ -113,6 +113,16 @@ def test_another_metric_can_be_the_gate():
     assert found["quality_lost"] == pytest.approx(0.001)
 
 
+def test_vectors_that_are_far_from_the_fp32_ones_are_refused_whatever_they_find():
+    task, before = task_class("sentence-embedding"), {"overlap_at_10": 0.9}
+    near, far = (before | {"cosine_to_fp32": cosine} for cosine in (0.99, 0.5))
+    assert problem_of(before, near, task, GateConfig()) is None
+    assert "cosine_to_fp32 0.5000" in (problem_of(before, far, task, GateConfig()) or "")
+    assert problem_of(before, far, task, GateConfig(max_quality_drop=1)) is None
+    exact = np.array([[3.0, 4.0], [0.0, 2.0]])
+    assert task.nearness(task, np.array([[4.0, 3.0], [0.0, 1.0]]), exact)["cosine_to_fp32"] == pytest.approx(0.98)
+
+
 def test_a_trained_model_may_lose_up_to_half_and_a_number_may_not_be_missing():
     task = task_class("text-generation")
     assert problem_of({"perplexity": 20.0}, {"perplexity": 39.0}, task, GateConfig(), least=HALF) is None

@@ -111,6 +111,8 @@ def test_the_whole_chain(run, embedder):
     # What sentence-transformers reads is published, the folders of its modules among it.
     assert {"modules.json", "1_Pooling/config.json", "onnx/model_quantized.onnx"} <= check_run(run)[1].keys()
     assert "pipeline_tag: sentence-similarity" in (run / "README.md").read_text()
+    quantized = json.loads((run / "quantized" / "record.json").read_text())["metrics"]["validation"]
+    assert 0.95 < quantized["cosine_to_fp32"] < 1
     # Used as it is: no training of the teacher.
     assert "steps" not in json.loads((run / "teacher" / "record.json").read_text())["details"]
 
