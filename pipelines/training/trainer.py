@@ -19,7 +19,7 @@ from transformers.trainer_utils import SchedulerType
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Collate, Task
 from pipelines.data.sources import check_safetensors
-from pipelines.models.predict import try_model
+from pipelines.models.predict import batches_by_length, try_model
 from pipelines.training.arguments import best_metric
 from pipelines.training.checkpoints import BestCheckpoint, EarlyStopping, last_whole_checkpoint, write_checksums
 from pipelines.training.cpu import cpu_speedups
@@ -282,9 +282,13 @@ class Trainer(transformers.Trainer):
         return examples.in_epoch if isinstance(examples, WithTransfer) else super().num_examples(dataloader)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        if self._groups_lengths() and not _has_lengths(eval_dataset):
-            return torch.utils.data.SequentialSampler(eval_dataset)  # images have no length to group by
-        return super()._get_eval_sampler(eval_dataset)
+        return evaluation_order(eval_dataset).tolist() if self.has_task else super()._get_eval_sampler(eval_dataset)
+
+
+def evaluation_order(examples: Any) -> np.ndarray:
+    """The order in which examples are evaluated, the same every time: the longest first, as little of a batch is padding then."""
+    lengths = examples["length"] if _has_lengths(examples) else [1] * len(examples)
+    return np.concatenate(batches_by_length(lengths, len(examples)))
 
 
 def _has_lengths(examples: Any) -> bool:
@@ -321,8 +325,11 @@ def train(
         callbacks = [EarlyStopping(patience)]
         arguments.restore_callback_states_from_checkpoint = True  # how many evaluations brought nothing better
 
+    validation = task.features(processor)["validation"]
+    place = np.argsort(evaluation_order(validation))  # of each example among the evaluated ones
+
     def numbers(found: Any) -> dict[str, float]:
-        scores = task.scores(found.predictions, found.label_ids)
+        scores = task.scores(found.predictions[place], found.label_ids[place])
         return {name: value for name, value in scores.items() if isinstance(value, float)}
 
     try_model(model, task.features(processor)["train"], task.collate(processor))
@@ -333,7 +340,7 @@ def train(
         task=task,
         data_collator=task.collate(processor),
         train_dataset=train_features,
-        eval_dataset=task.features(processor)["validation"],
+        eval_dataset=validation,
         processing_class=processor,
         compute_metrics=numbers,
         callbacks=callbacks,

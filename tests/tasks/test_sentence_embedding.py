@@ -113,6 +113,11 @@ def test_the_whole_chain(run, embedder):
     assert "pipeline_tag: sentence-similarity" in (run / "README.md").read_text()
     quantized = json.loads((run / "quantized" / "record.json").read_text())["metrics"]["validation"]
     assert 0.95 < quantized["cosine_to_fp32"] < 1
+    # Vectors are compared with one another, so an evaluation during training has to have them in the order of the texts.
+    student = json.loads((run / "student" / "record.json").read_text())
+    assert max(one["mrr_at_10"] for one in student["details"]["validation"]) == pytest.approx(
+        student["metrics"]["validation"]["mrr_at_10"], abs=0.02
+    )
     # Used as it is: no training of the teacher.
     assert "steps" not in json.loads((run / "teacher" / "record.json").read_text())["details"]
 
