@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from conftest import FILLER, WORDS, make_tokenizer, tiny_config
 from pipelines.cli import main
 from pipelines.core.command import run_main
-from pipelines.core.config import DataConfig, DistillConfig, StudentConfig
+from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TransferConfig
 from pipelines.core.errors import InputError
+from pipelines.core.task import UNLABELLED
 from pipelines.hub import check_run, published_tokenizer
 from pipelines.models.embedder import SETTINGS, load_embedder, pool, width_of
 from pipelines.models.removal import load_model
@@ -32,6 +33,7 @@ from pipelines.tasks.sentence_embedding import losses
 from pipelines.tasks.sentence_embedding.data import CORPUS, EmbeddingConfig
 from pipelines.tasks.sentence_embedding.task import SentenceEmbedding
 from pipelines.training.fine_tune import save
+from pipelines.training.transfer import own_labels
 
 ALL_WORDS = [*FILLER, *(word for words in WORDS.values() for word in words)]
 
@@ -283,6 +285,29 @@ def test_training_examples_that_are_pairs(pairs, embedder):
     found = task.scores(vectors, task.rows.splits["test"]["label"][:])
     cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*np.split(vectors, 2), strict=True)]
     assert found["spearman"] == pytest.approx(spearmanr(cosines, task.splits["test"]["label"][:]).statistic)
+
+
+def test_a_transfer_set_beside_pairs_teaches_vectors_alone(pairs, embedder, tmp_path):
+    """Its texts come two by two, and have no part in the loss of pairs."""
+    lines = [f"goal number {index} of the match" for index in range(7)]
+    rows = [f"{lines[place]},{lines[min(place + 4, 6)]}" for place in range(4)]  # 7 different texts
+    (tmp_path / "more.csv").write_text("\n".join(["text,other", *rows]))
+    data = DataConfig(dataset=str(pairs), text_pair_column="other", max_length=32)
+    task = SentenceEmbedding(data, EmbeddingConfig(learn_from="pairs"))
+    config = TransferConfig(transfer_dataset=str(tmp_path / "more.csv"))
+    transfer, processor = task.transfer_set(config), task.load_processor(str(embedder))
+    rows = task.features(processor, transfer.load())["transfer"]
+    first, second = (processor(lines[place])["input_ids"] for place in (0, 1))
+    assert (len(rows), rows[0]["input_ids"], {*rows["labels"]}) == (3, [first, second], {UNLABELLED})
+    batch = task.collate(processor)([rows[0], task.features(processor)["train"][0]])
+    labels = batch.pop("labels")
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.nn.functional.normalize(torch.randn(4, 32, generator=generator)) for _ in range(2))
+    loss, count = task.label_loss({"sentence_embedding": student}, own_labels(labels))
+    assert (loss.item(), count) == (0, 1)  # one labelled pair has no others to be told from
+    stored = task.soft_targets({"sentence_embedding": teacher}, DistillConfig())
+    soft = task.soft_loss({"sentence_embedding": student}, stored, labels, DistillConfig())
+    assert soft.item() == pytest.approx((1 - (student * teacher).sum(1)).sum().item() / 2, rel=1e-5)
 
 
 def test_texts_alone_are_scored_by_the_neighbours_of_the_reference(pairs, embedder):

@@ -16,10 +16,11 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModel, DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from pipelines.core.config import DataConfig, DistillConfig, TransferConfig
+from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import (
     IGNORED,
+    TRANSFER,
     Arrays,
     Candidates,
     Collate,
@@ -29,7 +30,6 @@ from pipelines.core.task import (
     Presentation,
     StageResult,
     Tensors,
-    TransferSet,
 )
 from pipelines.data.examples import Examples
 from pipelines.data.text import map_kept
@@ -121,25 +121,20 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
             )
         return examples
 
-    def transfer_set(self, transfer: TransferConfig) -> TransferSet | None:
-        if transfer.transfer_dataset is not None and self.learns_pairs:
-            raise InputError(
-                "expected --learn_from texts with --transfer_dataset, whose texts are no pairs, found pairs."
-            )
-        return super().transfer_set(transfer)
-
     @cached_property
     def rows(self) -> Examples:
         """The splits as rows of one text each."""
         return single_texts(self.data, self.embedding)
 
     def features(self, processor: Any, data: Examples | None = None) -> Any:
-        """The tokens of each text; with --learn_from pairs a training example has those of two, in lists."""
+        """The tokens of each text; with --learn_from pairs a training example has those of two, in lists. Two neighbours of a transfer set
+        are one, of which only the teacher's vectors are learnt."""
         rows = self.rows if data is None else data
         if data is not None and is_paired(data):  # of a transfer set, which else stays on disk
             rows = single_texts(data, self.embedding)
         found = super().features(processor, rows)
-        return {**found, "train": _in_pairs(found["train"])} if self.learns_pairs and data is None else found
+        learnt = "train" if data is None else TRANSFER
+        return {**found, learnt: _in_pairs(found[learnt])} if self.learns_pairs else found
 
     def collate(self, processor: Any) -> Collate:
         """One text after the other, so that a batch has two rows of tokens for each pair."""
@@ -393,13 +388,14 @@ def _retriever(kind: Any, inputs: Any, labels: np.ndarray) -> Any:
 
 
 def _in_pairs(rows: Dataset) -> Dataset:
-    """Every two rows as one: their tokens in lists, the label of the first, the larger length."""
+    """Every two rows as one: their tokens in lists, the label of the first, the larger length. An odd last row is left out."""
 
     def join(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         joined = {name: [values[at : at + 2] for at in range(0, len(values), 2)] for name, values in batch.items()}
         return joined | {"labels": batch["labels"][::2], "length": [max(both) for both in joined["length"]]}
 
-    return map_kept(rows, join, "pairs", [rows._fingerprint], remove_columns=rows.column_names)
+    even = rows.select(range(len(rows) // 2 * 2))
+    return map_kept(even, join, "pairs", [rows._fingerprint], remove_columns=rows.column_names)
 
 
 def _collate(pad: Any, left_out: set[str], rows: list[dict[str, Any]]) -> dict[str, Tensor]:
