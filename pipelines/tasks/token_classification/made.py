@@ -52,6 +52,34 @@ TEMPLATES = {
         Thanks, {FIRSTNAME}
         In May the team of {firm} will march for {count} miles.
         Will the mark of {count} be reached by {firm}?
+        Send it to {MAIL}. My number is {PHONE}.
+        Contact {NAME}, {PHONE}, or the office in {town}.
+        Her e-mail is {MAIL}, his is {MAIL}.
+        Mail: {MAIL}
+        Name: {NAME}; phone: {PHONE}; mail: {MAIL}
+        Please confirm by {DATE}.
+        Paid on {DATE}, {price}, from {IBAN}.
+        The IBAN is {IBAN}.
+        {NAME} called from {PHONE}.
+        Is it true that {NAME}, who lives at {ADDRESS}, owns {count} shops?
+        Home address: {ADDRESS}.
+        {ADDRESS} is where {firm} had its first shop.
+        The letter of {DATE} was signed by {NAME}.
+        No answer under {PHONE}; I tried {count} times.
+        Regards, {NAME}
+        Kind regards
+        {FIRSTNAME}, can you check order {order}?
+        Mr and Mrs {LASTNAME} have booked room {count} until {DATE}.
+        I spoke to {FIRSTNAME} at {firm} about ticket {order}.
+        My colleague {NAME} ({PHONE}) will come at {time}.
+        The invoice {order} of {price} is due.
+        {firm} in {town} closes at {time}.
+        {town} has {count} parks, {town} has {count}.
+        Version {version} is out, and {version} will follow.
+        The model {order} costs {price}, the {product} {price}.
+        Part number {order}.
+        It weighs {count} kg and runs firmware {version}.
+        Bring your {product} to {firm} in {town}.
     """,
     "validation": """
         This is {NAME}; the {product} with number {order} is broken.
@@ -61,6 +89,13 @@ TEMPLATES = {
         Release {version} needs {count} MB and was built at {time}.
         Best wishes, {FIRSTNAME}
         The bus from {town} leaves at {time} and costs {price}.
+        Forward this to {MAIL}, please.
+        {NAME}'s mobile, {PHONE}, is switched off.
+        On {DATE} the flat at {ADDRESS} was sold.
+        Account holder {NAME}, {IBAN}.
+        {MAIL} bounced, {MAIL} did not.
+        Article {order} of {firm} is sold out until {time}.
+        Nobody named {LASTNAME} works at {firm}.
     """,
     "test": """
         Could somebody tell {NAME} that {product} number {order} is ready?
