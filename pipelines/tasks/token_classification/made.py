@@ -21,7 +21,7 @@ SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 LOCALES = ("en_GB", "en_US", "de_DE", "fr_FR", "it_IT", "nl_NL")
 SLOT = re.compile(r"\{(\w+)\}")
 
-# By split. Capital slots are personal data; the others are look-alikes.
+# By split. Capital slots are personal data; the others are look-alikes. Without any words around them a model would learn these sentences by heart.
 TEMPLATES = {
     "train": """
         My name is {NAME} and my order {order} never arrived.
@@ -80,6 +80,26 @@ TEMPLATES = {
         Part number {order}.
         It weighs {count} kg and runs firmware {version}.
         Bring your {product} to {firm} in {town}.
+        {words} {NAME} {words}.
+        {words} {NAME}, {words}.
+        {words} {FIRSTNAME} {words}.
+        {words} {LASTNAME} {words}.
+        {words} {MAIL} {words}.
+        {words}, {MAIL}.
+        {MAIL} {words}, {MAIL} {words}.
+        {words} {PHONE} {words}.
+        {words}, {PHONE}, {words}.
+        {words} {IBAN} {words}.
+        {words} {NAME}, {IBAN}, {words} {DATE}.
+        {words} {NAME}, {MAIL}, {words} {PHONE}.
+        {words} {DATE} {words}.
+        {words} {ADDRESS} {words}.
+        {words} {ADDRESS}, {words} {PHONE}.
+        {words} {order} {words}, {words} {price}.
+        {words} {firm} {words} {time}.
+        {words} {town}, {words} {count} {words}.
+        {words} {version} {words} {product}.
+        {words}, {words}.
     """,
     "validation": """
         This is {NAME}; the {product} with number {order} is broken.
@@ -244,6 +264,7 @@ def _slots(fakers: list[Any], split: str, generator: Any) -> dict[str, Callable[
         "time": lambda: f"{number(0, 24)()}:{number(10, 60)()}",
         "town": town,
         "count": count,
+        "words": lambda: " ".join(fakers[1].words(int(generator.integers(1, 5)))),
         "product": lambda: str(generator.choice(PRODUCTS)),
         "firm": lambda: str(generator.choice(FIRMS)).format(name=last()),
     }
