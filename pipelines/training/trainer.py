@@ -257,6 +257,14 @@ class Trainer(transformers.Trainer):
         finally:
             self.data_collator, self.train_dataset = usual
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """All examples of an evaluation, also where a training leaves out those that are no whole batch: they are scored together."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def _groups_lengths(self) -> bool:
         return self.has_task and self.args.train_sampling_strategy == "group_by_length"
 

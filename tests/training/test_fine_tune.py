@@ -19,7 +19,7 @@ from pipelines.tasks.text_classification import TextClassification
 from pipelines.training.arguments import TrainingArguments, arguments_for
 from pipelines.training.checkpoints import checkpoint_damage
 from pipelines.training.distill import DistillationTrainer
-from pipelines.training.fine_tune import fine_tune
+from pipelines.training.fine_tune import fine_tune, validation_metrics
 from pipelines.training.prune import prune_and_recover
 from pipelines.training.soft_targets import compute_soft_targets
 from pipelines.training.trainer import HARMLESS_OVERFLOWS, Trainer, train
@@ -214,6 +214,16 @@ def test_no_whole_batch_where_only_whole_ones_are_trained_on_is_named(pretrained
     training.dataloader_drop_last, training.per_device_train_batch_size = True, 4096
     with pytest.raises(InputError, match="a whole batch of 4096 training examples with --dataloader_drop_last"):
         fine_tune(str(pretrained), tmp_path, task, TeacherConfig(), training)
+
+
+def test_all_are_scored_where_only_whole_batches_are_trained_on(task, tokenizer, training, tmp_path):
+    training.dataloader_drop_last, training.per_device_eval_batch_size = True, 5
+    model, features = tiny_model(), task.features(tokenizer)
+    assert len(features["validation"]) % 5
+    details = train(model, task, tokenizer, training, tmp_path, features["train"].select(range(20)))
+    assert details["steps"] == 20 // training.per_device_train_batch_size
+    accuracy = validation_metrics(model, task, tokenizer)["accuracy"]
+    assert [line["accuracy"] for line in details["validation"]] == [pytest.approx(accuracy)]
 
 
 def test_a_length_in_steps_is_that_of_the_distillation_only(pretrained, task, training, tmp_path):
