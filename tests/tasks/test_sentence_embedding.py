@@ -17,12 +17,13 @@ from scipy.stats import spearmanr
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from conftest import FILLER, WORDS, make_tokenizer, tiny_config
+from others import install_node, write_published
 from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TransferConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import UNLABELLED
-from pipelines.hub import check_run, published_tokenizer
+from pipelines.hub import check_run
 from pipelines.models.embedder import SETTINGS, load_embedder, pool, width_of
 from pipelines.models.removal import load_model
 from pipelines.models.students import build_student
@@ -415,18 +416,9 @@ print(json.dumps(found))
 def test_others_embed_as_we_do(run, tmp_path):
     from pipelines import load
 
-    report, files = check_run(run)
-    settings = SentenceEmbedding.presentation.tokenizer_settings(report)
-    for name, content in (files | published_tokenizer(files, settings)).items():
-        path = tmp_path / "published" / "small" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    write_published(run, SentenceEmbedding.presentation, tmp_path / "published" / "small")
     texts = ["a goal for the team 1", "shares of the bank", "the phone"]
-    node, python = tmp_path / "node", tmp_path / "python" / "bin" / "python"
-    node.mkdir()
-    subprocess.run(
-        ["npm", "install", "--silent", "--ignore-scripts", "@huggingface/transformers@4"], cwd=node, check=True
-    )
+    node, python = install_node(tmp_path / "node"), tmp_path / "python" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "python"], check=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", "fastembed>=0.9", "chromadb>=1.5"], check=True)
     given, found = json.dumps(texts), {}
