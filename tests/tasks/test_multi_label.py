@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import runpy
 import subprocess
 import sys
 import textwrap
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +22,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score
-from transformers import AutoModel
+from transformers import AutoModel, pipeline
 
 from conftest import FILLER, WORDS, make_tokenizer, tiny_config, tiny_model
+from others import in_node, odd_texts
+from pipelines import load
 from pipelines.core.config import DataConfig, DistillConfig, LabelConfig
 from pipelines.core.errors import InputError
 from pipelines.core.records import fingerprint
@@ -75,11 +79,14 @@ def balanced(topics) -> MultiLabelClassification:
     return task_of(topics.config.dataset, balanced=True)
 
 
-def test_the_whole_chain(tokenizer, tmp_path, monkeypatch, capsys):
-    pretrained = tmp_path / "pretrained"
+@pytest.fixture(scope="module")
+def chain(tokenizer, tmp_path_factory) -> tuple[Path, str]:
+    """A finished run, and what its command printed."""
+    directory = tmp_path_factory.mktemp("chain")
+    pretrained = directory / "pretrained"
     AutoModel.from_config(tiny_config("bert", num_hidden_layers=2, initializer_range=0.1)).save_pretrained(pretrained)
     tokenizer.save_pretrained(pretrained)
-    path, run = write_jsonl(tmp_path / "topics.jsonl", make_topics()), tmp_path / "run"
+    path, run = write_jsonl(directory / "topics.jsonl", make_topics()), directory / "run"
     flags = f"""
         --dataset {path} --teacher_model {pretrained} --output_dir {run} --max_length 32
         --teacher_epochs 8 --teacher_learning_rate 3e-3 --num_train_epochs 5 --learning_rate 3e-3 --per_device_train_batch_size 8
@@ -87,8 +94,14 @@ def test_the_whole_chain(tokenizer, tmp_path, monkeypatch, capsys):
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false --baselines false --class_weights balanced
         --label_baseline false
     """.split()
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *flags])
-    runpy.run_path(str(RECIPE), run_name="__main__")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [str(RECIPE), *flags])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    return run, printed.getvalue()
+
+
+def test_the_whole_chain(chain, capsys):
+    run, printed = chain
     report = json.loads((run / "report.json").read_text())
     stages = {stage["name"]: stage for stage in report["stages"]}
     assert (report["task"], report["primary_metric"]) == ("multi-label-classification", "macro_f1")
@@ -105,27 +118,49 @@ def test_the_whole_chain(tokenizer, tmp_path, monkeypatch, capsys):
     card = (run / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card
     assert "average precision" in card
-    assert "macro f1" in capsys.readouterr().out
+    assert "macro f1" in printed
 
     text = f"{' '.join(WORDS[LABELS[0]])} {' '.join(WORDS[LABELS[2]])}"
     command = [sys.executable, str(run / "bundle" / "infer.py"), text, "--json"]
     predicted = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert predicted["labels"] == [LABELS[0], LABELS[2]]
-    from pipelines import load
-
     assert predicted == load(run / "bundle")(text) == load(run / "quantized")(text)
     assert task_of_model(run / "pruned") == "multi-label-classification"
     # The code of the card: stock transformers takes a sigmoid, and the thresholds are in config.json.
     code = textwrap.dedent(MultiLabelClassification.presentation.in_python(report, str(run / "teacher")))
     variables: dict[str, Any] = {}
     exec(code.replace('"A text."', json.dumps(text)), variables)
-    ours, theirs = load(run / "teacher_onnx"), variables["classify"]
+    ours = load(run / "teacher_onnx")
     assert [one["label"] for one in ast.literal_eval(capsys.readouterr().out)] == sorted(
         (found := ours(text))["labels"], key=lambda label: -found["probabilities"][label]
     )
-    texts = [text for text, _ in make_topics(200)]
-    for found, others in zip(ours(texts), theirs(texts, top_k=None), strict=True):
+
+
+def same_probabilities(run: Path, texts: list[str], theirs: list[list[dict[str, Any]]]) -> None:
+    for found, others in zip(load(run / "onnx")(texts), theirs, strict=True):
         assert {one["label"]: one["score"] for one in others} == pytest.approx(found["probabilities"], abs=1e-5)
+
+
+def test_stock_transformers_gives_our_probabilities(chain, tokenizer):
+    texts = odd_texts(tokenizer, 32)
+    same_probabilities(
+        chain[0], texts, pipeline("text-classification", model=str(chain[0] / "pruned"))(texts, top_k=None)
+    )
+
+
+@pytest.mark.packages
+def test_transformers_js_gives_our_probabilities(chain, tokenizer, tmp_path):
+    texts, long, run = odd_texts(tokenizer, 32), "the goal of the bank " * 20, chain[0]
+    answer = "(classify, text) => classify(text, { top_k: null })"
+    presentation = MultiLabelClassification.presentation
+    *theirs, cut = in_node(run, presentation, tmp_path, "text-classification", answer, [*texts, long])
+    same_probabilities(run, texts, theirs)
+    # Where it cuts a text, the special token at the end goes, too.
+    session, inputs = load(run / "onnx").predictor.session, tokenizer([long], return_tensors="np")
+    logits = session.run(["logits"], {node.name: inputs[node.name][:, :32] for node in session.get_inputs()})[0][0]
+    assert {one["label"]: one["score"] for one in cut} == pytest.approx(
+        dict(zip(LABELS, 1 / (1 + np.exp(-logits)), strict=True)), abs=1e-5
+    )
 
 
 # ---- Data

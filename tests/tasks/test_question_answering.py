@@ -4,11 +4,13 @@ can be learnt."""
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import string
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +19,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.pipelines.document_question_answering import select_starts_ends
 
 from conftest import FILLER, WORDS
+from others import in_node, odd_texts
+from pipelines import load
 from pipelines.chain import demo_config, read_settings
 from pipelines.cli import main
 from pipelines.core.command import run_main
@@ -437,16 +443,25 @@ def test_the_files_of_the_recipe_are_read(monkeypatch):
     assert not read_settings("question-answering", demo_config("question-answering")).answer.quoted_speakers
 
 
-def test_the_whole_chain(pretrained, tmp_path, monkeypatch, capsys):
-    path, run = write_squad(tmp_path / "questions.json", make_questions()), tmp_path / "run"
+@pytest.fixture(scope="module")
+def chain(pretrained, tmp_path_factory) -> tuple[Path, str]:
+    """A finished run, and what its command printed."""
+    directory = tmp_path_factory.mktemp("chain")
+    path, run = write_squad(directory / "questions.json", make_questions()), directory / "run"
     flags = f"""
         compress --task question-answering --dataset {path} --teacher_model {pretrained} --output_dir {run} --max_length 32 --overlap 8
         --teacher_epochs 10 --teacher_learning_rate 3e-3 --num_train_epochs 4 --learning_rate 3e-3 --per_device_train_batch_size 8
         --student_layers 2 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.3 --use_cpu
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false --baselines false
     """.split()
-    monkeypatch.setattr(sys, "argv", ["pocketformers", *flags])
-    run_main(main)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", ["pocketformers", *flags])
+        run_main(main)
+    return run, printed.getvalue()
+
+
+def test_the_whole_chain(chain):
+    run, printed = chain
     report = json.loads((run / "report.json").read_text())
     stages = {stage["name"]: stage for stage in report["stages"]}
     assert (report["task"], report["primary_metric"]) == ("question-answering", "f1")
@@ -455,15 +470,73 @@ def test_the_whole_chain(pretrained, tmp_path, monkeypatch, capsys):
     assert task_of_model(run / "pruned") == "question-answering"
     assert "exact match" in (run / "report.md").read_text()
     assert "pipeline_tag: question-answering" in (run / "README.md").read_text()
-    assert "f1" in capsys.readouterr().out
+    assert "f1" in printed
 
     context = "the\r\nteam 🙂 with a market of e\u0301 the year"
     command = [sys.executable, str(run / "bundle" / "infer.py"), "--pair", "the price", context]
     predicted = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
-    from pipelines import load
-
     assert predicted == load(run / "bundle")(("the price", context))
     assert predicted == load(run / "quantized")(("the price", context))
     assert predicted["answer"] == context[predicted["start"] : predicted["end"]] == "market"
     line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert line == f"market\t{predicted['score']:.4f}\t{predicted['start']}-{predicted['end']}\tthe price\n"
+
+
+def odd_questions(tokenizer: Any) -> list[tuple[str, str]]:
+    """With contexts of one window of 32 tokens: three are left of the question and the token that ends it."""
+    contexts = odd_texts(tokenizer, 29)
+    return [(("the price", "the match")[number % 2], context) for number, context in enumerate(contexts)]
+
+
+def test_stock_transformers_finds_our_answers(chain):
+    """In fp32: the logits of its model, and the spans that its pipeline for documents takes from them; that for texts is gone."""
+    run, count = chain[0], 0
+    tokenizer, model = (kind.from_pretrained(run / "pruned") for kind in (AutoTokenizer, AutoModelForQuestionAnswering))
+    ours = load(run / "onnx")
+    for question, context in odd_questions(tokenizer):
+        inputs = tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True)
+        offsets = inputs.pop("offset_mapping")[0].tolist()
+        with torch.inference_mode():
+            found = model(**inputs)
+        logits = found.start_logits.numpy(), found.end_logits.numpy()
+        [window] = ours.predictor.logits((question, context))
+        np.testing.assert_allclose(np.concatenate(logits), window, atol=1e-4)
+        masked = np.array([[int(one != 1) for one in inputs.sequence_ids()]])
+        masked[0, 0] = 0
+        mask = inputs["attention_mask"].numpy()
+        starts, ends, scores, none = select_starts_ends(*logits, masked, mask, 1e6, 1, True, 30)
+        answer = ours((question, context))
+        first, end = offsets[starts[0]][0], offsets[ends[0]][1]
+        # A combining mark behind an answer is one of its characters for us alone.
+        end += context[end:].startswith("\u0301")
+        best = answer["answers"][0]
+        assert (best["answer"], best["start"], best["end"]) == (context[first:end], first, end)
+        assert best["score"] == pytest.approx(scores[0], abs=1e-4)
+        assert answer["answer"] == ("" if none > scores[0] else context[first:end])
+        count += bool(answer["answer"])
+    assert 0 < 200 - count < count
+
+
+@pytest.mark.packages
+def test_transformers_js_finds_our_answers(chain, tokenizer, tmp_path):
+    """It always has an answer, no places in the text, and no answer begins or ends with an unknown token, which take no part in the softmax."""
+    questions, whole, ours = odd_questions(tokenizer), 0, load(chain[0] / "onnx")
+    presentation = QuestionAnswering.presentation
+    answer = "(answer, [question, context]) => answer(question, context)"
+    rows = in_node(chain[0], presentation, tmp_path, "question-answering", answer, questions)
+    for (question, context), theirs in zip(questions, rows, strict=True):
+        numbers = np.array(tokenizer(question, context)["input_ids"])
+        [window] = ours.predictor.logits((question, context))
+        left_out = np.isin(numbers, tokenizer.all_special_ids) | (np.arange(len(numbers)) < 4)
+        left_out[0] = False
+        start, end = softmax(np.where(left_out, -np.inf, window), axis=-1)
+        start[0] = end[0] = 0
+        both = np.triu(start[:, None] * end)
+        first, last = np.unravel_index(both.argmax(), both.shape)
+        assert theirs["answer"] == tokenizer.decode(numbers[first : last + 1], skip_special_tokens=True)
+        assert theirs["score"] == pytest.approx(both.max(), abs=1e-4)
+        best = ours((question, context))["answers"][0]["answer"]
+        whole += theirs["answer"] == tokenizer.decode(tokenizer(best)["input_ids"], skip_special_tokens=True)
+        if not left_out[4:-1].any():
+            assert theirs["score"] == pytest.approx(ours((question, context))["answers"][0]["score"], abs=1e-4)
+    assert whole > 150
