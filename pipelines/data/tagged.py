@@ -74,7 +74,9 @@ def _sentences(path: Path, config: DataConfig) -> Iterator[tuple[list[str], list
     and --label_column are the numbers of others, counted from 0. Columns stand between tabs, or else between spaces."""
     text, _ = read_text(path, config.encoding)
     lines = text.replace("\r\n", "\n").split("\n")
-    split = [line.split("\t" if "\t" in text else None) for line in lines]
+    # Behind the last column there may be white space.
+    tabs = any("\t" in line.strip() and not line.startswith("#") for line in lines)
+    split = [line.split("\t" if tabs else None) for line in lines]
     words = [row for line, row in zip(lines, split, strict=True) if line.strip() and not line.startswith("#")]
     width = Counter(map(len, words)).most_common(1)[0][0] if words else 2
     tags = {row[-1] for row in words}
@@ -89,7 +91,7 @@ def _sentences(path: Path, config: DataConfig) -> Iterator[tuple[list[str], list
             comment = line.startswith("#") and (len(row) != width or row[-1] not in tags)
             if comment or re.fullmatch(r"\d+[-.]\d+", row[0]) or row[0] == "-DOCSTART-":
                 continue
-            if len(row) < max(2, text_place + 1, tag_place + 1):
+            if len(row) < max(2, text_place + 1, tag_place + 1) or not row[tag_place].strip():
                 raise InputError(
                     f"expected a word and its tag in line {number + 1} of {path}, found {line!r:.80}; give every word a tag, and part sentences "
                     "by blank lines (other columns: --text_column and --label_column with their numbers from 0)"
@@ -193,16 +195,21 @@ def _rows(split: datasets.Dataset, name: str, config: DataConfig) -> Iterator[Ta
 
 
 def _of_tokens(tokens: list[Any], labels: list[Any] | None, declared: list[str] | None, where: str) -> Tagged:
+    if any(isinstance(one, list | dict) for one in [*tokens, *(labels or ())]):
+        raise InputError(
+            f"expected a list of words and a list of their tags, found lists or objects in one of these in {where}; give every word as a text "
+            "and one tag for it"
+        )
     words = ["" if token is None else str(token) for token in tokens]
     ends = np.cumsum([len(word) + 1 for word in words]) - 1
     starts = ends - [len(word) for word in words]
-    if labels is None or None in labels:
+    if labels is None or any(label is None or (isinstance(label, str) and not label.strip()) for label in labels):
         return Tagged(" ".join(words), starts.tolist(), ends.tolist(), None)
     if len(labels) != len(words):
         raise InputError(
             f"expected a tag for every token, found {len(words)} tokens and {len(labels)} tags in {where}; correct the row"
         )
-    if declared is None and any(isinstance(label, int) for label in labels):
+    if declared is None and any(isinstance(label, int | float) for label in labels):
         raise InputError(
             f"expected the names of tags, found numbers without names in {where}; give names, or a column of datasets' ClassLabel, which has "
             "them, for the numbers alone do not say which are spans"
@@ -224,7 +231,13 @@ def _of_spans(text: str, spans: Any, where: str, config: DataConfig) -> Tagged:
             f"expected spans [{{start, end, label}}, …] in the column {config.label_column!r}, found {spans!r:.80} in {where}; name the "
             "column with --label_column, or give lists of tokens and of tags"
         )
-    found = sorted((one["start"], one["end"], str(one["label"])) for one in spans or ())
+    for one in spans or ():
+        numbers = all(isinstance(one[edge], int | float) and one[edge] == one[edge] // 1 for edge in ("start", "end"))
+        if not numbers or one["label"] is None or not str(one["label"]).strip():
+            raise InputError(
+                f"expected whole numbers as the start and end of a span, and its label, found {one!r:.80} in {where}; correct the row"
+            )
+    found = sorted((int(one["start"]), int(one["end"]), str(one["label"])) for one in spans or ())
     for place, (start, end, label) in enumerate(found):
         if not 0 <= start < end <= len(text) or not text[start:end].strip() or (place and start < found[place - 1][1]):
             raise InputError(

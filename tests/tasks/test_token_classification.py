@@ -124,12 +124,41 @@ def test_every_scheme_becomes_iob2():
         ([{"text": ["a"], "label": None}, {"text": ["a", "b"], "label": ["O", "B-A"]}], "1 of 2 rows without"),
         ([{"text": ["a", "b"], "label": ["X", "X"]}], "at least two kinds"),
         ([{"text": ["a", "b"], "label": [0, 3]}], "numbers without names"),
+        ([{"text": ["a", "b"], "label": [0.0, 3.0]}], "numbers without names"),
+        ([{"text": [["a"], ["b"]], "label": ["O", "B-A"]}], "lists or objects .* in row 0"),
+        ([{"text": ["a", "b"], "label": [["O"], ["B-A"]]}], "lists or objects .* in row 0"),
+        ([{"text": ["a", "b"], "label": ["O", " "]}, {"text": ["a"], "label": ["B-A"]}], "1 of 2 rows without"),
+        ([{"text": "some text", "label": [{"start": None, "end": 4, "label": "A"}]}], "whole numbers"),
+        ([{"text": "some text", "label": [{"start": "0", "end": "4", "label": "A"}]}], "whole numbers"),
+        ([{"text": "some text", "label": [{"start": 0.5, "end": 4.0, "label": "A"}]}], "whole numbers"),
+        ([{"text": "some text", "label": [{"start": 0, "end": 4, "label": None}]}], "and its label"),
+        ([{"text": "some text", "label": [{"start": 0, "end": 4, "label": ""}]}], "and its label"),
     ],
 )
 def test_bad_rows_are_refused(rows, message, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match=message):
         load(tmp_path / "rows.jsonl").data  # noqa: B018
+
+
+def test_whole_places_of_spans_may_be_written_as_fractions(tmp_path):
+    """As pandas writes the numbers of a column with gaps."""
+    rows = [{"text": f"Ann {index}", "label": [{"start": 0.0, "end": 3.0, "label": "A"}]} for index in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = {(("Ann", "B-A"), (str(index), "O")) for index in range(10)}
+    assert words_and_tags(load(tmp_path / "rows.jsonl")) == expected
+
+
+def test_white_space_behind_the_columns_of_a_conll_file_is_none(tmp_path):
+    (tmp_path / "rows.conll").write_text("".join(f"a{index} O \t\nb B-A\t \n \t\n" for index in range(10)))
+    expected = {((f"a{index}", "O"), ("b", "B-A")) for index in range(10)}
+    assert words_and_tags(load(tmp_path / "rows.conll")) == expected
+
+
+def test_an_empty_tag_of_a_conll_file_is_refused(tmp_path):
+    (tmp_path / "rows.conll").write_text("a\tNN\tO\nb\tNN\t\n")
+    with pytest.raises(InputError, match="a word and its tag in line 2"):
+        load(tmp_path / "rows.conll").data  # noqa: B018
 
 
 def test_an_unknown_tag_of_another_split_is_refused(tmp_path):
