@@ -303,6 +303,99 @@ def test_an_answer_that_is_not_in_the_context_is_refused(change, message, tmp_pa
     assert dropped.details["rows_dropped"] == {"train": 1}
 
 
+def one_question(index: int) -> dict[str, Any]:
+    return {"question": "what?", "context": f"the goal {index}", "answers": {"text": ["goal"], "answer_start": [4]}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"answers": {"text": "goal", "answer_start": 4}},
+        {"answers": {"text": ["goal"], "answer_start": [4.0]}},
+        {"answers": [{"text": "goal", "answer_start": 4}]},
+        {"answers": "goal", "start": "4.0"},
+        {"answers": ["goal"], "start": [4]},
+    ],
+)
+def test_an_answer_may_be_of_other_forms(change, tmp_path):
+    expected = load_from(tmp_path, [one_question(index) for index in range(10)]).fingerprint
+    assert load_from(tmp_path, [one_question(index) | change for index in range(10)]).fingerprint == expected
+
+
+def load_from(folder: Path, found: Any) -> Any:
+    (folder / "rows.json").write_text(json.dumps(found))
+    return load_questions(DataConfig(dataset=str(folder / "rows.json")), AnswerConfig())
+
+
+def test_an_empty_text_is_no_answer(tmp_path):
+    rows = [one_question(index) for index in range(10)]
+    rows[3]["answers"], rows[4]["answers"] = {"text": [""], "answer_start": [-1]}, {"text": [None], "answer_start": [0]}
+    assert sum(load_from(tmp_path, rows).details["unanswerable"].values()) == 2
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": [4], "answer_start": [4]},
+        {"text": ["goal"], "answer_start": [float("inf")]},
+        {"text": ["goal"], "answer_start": [4.5]},
+        {"text": ["goal", None], "answer_start": [4, 4]},
+        {"text": ["goal"]},
+        ["goal"],
+        [{"text": "goal"}],
+    ],
+)
+def test_an_answer_without_its_place_is_refused(answers, tmp_path):
+    with pytest.raises(InputError, match="10 of 10 rows that are not so"):
+        load_from(tmp_path, [one_question(index) | {"answers": answers} for index in range(10)])
+
+
+def test_half_of_an_emoji_is_no_character(tmp_path):
+    rows = [one_question(index) for index in range(10)]
+    rows[3] |= {"context": "\ud83d goal", "answers": {"text": ["goal"], "answer_start": [2]}}
+    contexts = {context for split in load_from(tmp_path, rows).splits.values() for context in split["context"]}
+    assert "? goal" in contexts
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ("data", "some"),
+        ("data", None),
+        ("data", ["some"]),
+        ("paragraphs", None),
+        ("context", ...),
+        ("qas", ...),
+        ("question", ...),
+        ("answer_start", ...),
+        ("answers", ["goal"]),
+        ("answers", {"text": ["goal"], "answer_start": [4]}),
+    ],
+)
+def test_a_broken_form_of_squad_is_one_message(part, found, tmp_path):
+    """`part` is `found` instead of what it should be, or is missing (...)."""
+    answer: dict[str, Any] = {"text": "goal", "answer_start": 4}
+    question: dict[str, Any] = {"question": "what?", "answers": [answer]}
+    paragraph: dict[str, Any] = {"context": "the goal", "qas": [question]}
+    article: dict[str, Any] = {"paragraphs": [paragraph]}
+    whole: dict[str, Any] = {"data": [article]}
+    holder = next(one for one in (whole, article, paragraph, question, answer) if part in one)
+    holder[part] = found
+    if found is ...:
+        del holder[part]
+    with pytest.raises(InputError, match="expected a file of questions .* cannot be read"):
+        load_from(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("rows.parquet", b"PAR1" + b"x" * 99), ("rows.json.gz", b"\x1f\x8b" * 9)]
+)
+def test_a_damaged_file_of_questions_is_one_message(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_questions(DataConfig(dataset=str(tmp_path / name)), AnswerConfig())
+
+
 def test_data_without_questions_is_refused(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([{"question": "the match", "context": "a goal", "answer": ""}] * 2))
     for settings, message in [

@@ -73,38 +73,64 @@ Row = dict[str, Any]  # question, context, answers (texts), starts (characters)
 def read_file(path: Path, config: DataConfig, settings: AnswerConfig) -> datasets.Dataset:
     """The rows of a file, with SQuAD's nested ones (data, paragraphs, qas) as rows of their own."""
     name = path.name.lower()
-    if name.endswith(".parquet"):
-        return datasets.Dataset(pyarrow.parquet.read_table(path))
-    if not name.endswith(JSON_SUFFIXES):
+    if not name.endswith((".parquet", *JSON_SUFFIXES)):
         columns = [settings.question_column, settings.context_column, settings.answer_column or "answer"]
         named: dict[str, Any] = dict(zip(("text_column", "text_pair_column", "label_column"), columns, strict=True))
         return read_table(path, replace(config, **named, image_column=settings.start_column))
     try:
+        if name.endswith(".parquet"):
+            table = pyarrow.parquet.read_table(path)
+            table.validate(full=True)  # nobody has looked at the bytes of its texts yet
+            return datasets.Dataset(table)
         with fsspec.open(str(path), "rt", encoding=config.encoding or "utf-8-sig", compression="infer") as file:
             text = file.read()
         try:
             found = json.loads(text)
         except ValueError:  # an object on every line
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+        return datasets.Dataset.from_list(_flat(_whole_characters(found), settings))
+    except Exception as error:  # parsers raise errors of their own kinds
         raise InputError(
-            f"expected a json file of questions in {path}, found that it cannot be read ({reason(error)}). Repair or convert it."
+            f"expected a file of questions in {path}, as SQuAD has them or with an object of the same kind for every row, found that it cannot "
+            f"be read ({reason(error)}). Repair or convert it."
         ) from error
+
+
+def _flat(found: Any, settings: AnswerConfig) -> list[Row]:
+    """The questions of what a json file holds as rows."""
     rows = found.get("data", [found]) if isinstance(found, dict) else found
     column = settings.answer_column or "answers"
     flat: list[Row] = []
-    for row in rows:
+    for row in rows if isinstance(rows, list) else [rows]:
         if not isinstance(row, dict):
-            raise InputError(f"expected an object for every row of {path}, found {row!r:.80}. Repair or convert it.")
+            raise ValueError(f"{row!r:.80} is no object")
         if "paragraphs" not in row:
             flat.append(row)
             continue
-        for paragraph in row["paragraphs"]:
-            for question in paragraph["qas"]:
-                answers = [] if question.get("is_impossible") else question.get("answers") or []
-                named = {settings.question_column: question["question"], settings.context_column: paragraph["context"]}
-                flat.append({**named, column: _columns_of(answers)})
-    return datasets.Dataset.from_list(flat)
+        try:
+            for paragraph in row["paragraphs"]:
+                for question in paragraph["qas"]:
+                    answers = [] if question.get("is_impossible") else question.get("answers") or []
+                    named = {
+                        settings.question_column: question["question"],
+                        settings.context_column: paragraph["context"],
+                    }
+                    flat.append({**named, column: _columns_of(answers)})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                "its paragraphs need a context and qas, these a question and answers, and these a text and an answer_start: "
+                f"{row!r:.80} has not all of them"
+            ) from error
+    return flat
+
+
+def _whole_characters(found: Any) -> Any:
+    """What a json file holds without halves of pairs, which are no characters; they are left where a text was cut within an emoji."""
+    if isinstance(found, str):
+        return found.encode(errors="replace").decode()
+    if isinstance(found, list):
+        return [_whole_characters(one) for one in found]
+    return {name: _whole_characters(one) for name, one in found.items()} if isinstance(found, dict) else found
 
 
 def _columns_of(answers: list[Row]) -> Row:
@@ -123,21 +149,24 @@ def rows_of(split: datasets.Dataset, name: str, settings: AnswerConfig) -> Itera
     for row in split:
         cell = row.get(column)
         if isinstance(cell, list) and all(isinstance(one, dict) for one in cell):
-            cell = _columns_of(cell)
+            cell = {name: [one.get(name) for one in cell] for name in ("text", "answer_start")}
         if not isinstance(cell, dict):
-            has_answer = isinstance(cell, str) and bool(cell.strip())
-            cell = {"text": [cell], "answer_start": [row.get(settings.start_column)]} if has_answer else {}
-        texts, starts = list(cell.get("text") or []), list(cell.get("answer_start") or [])
+            cell = {"text": cell, "answer_start": row.get(settings.start_column)}
+        texts, starts = (one if isinstance(one, list) else [one] for one in map(cell.get, ("text", "answer_start")))
+        texts = ["" if one is None else str(one) for one in texts]
+        if not any(text.strip() for text in texts):  # there is no answer, wherever it begins
+            texts = starts = []
         question, context = (row[one] if isinstance(row[one], str) else "" for one in wanted)
         yield {"question": question, "context": context, "answers": texts, "starts": [_number(one) for one in starts]}
 
 
 def _number(cell: Any) -> int:
-    """A whole number, -1 where there is none."""
+    """A whole number, also as pandas writes one in a column with gaps (4.0); -1 where there is none."""
     try:
-        return int(cell)
+        number = float(cell)
     except (TypeError, ValueError):
         return -1
+    return int(number) if number.is_integer() else -1
 
 
 # ---- Checks and splits
@@ -150,7 +179,9 @@ def problem_of(row: Row) -> str | None:
     if len(row["answers"]) != len(row["starts"]):
         return f"{len(row['answers'])} answers with {len(row['starts'])} starts"
     for answer, start in zip(row["answers"], row["starts"], strict=True):
-        found = row["context"][start : start + len(answer)] if start >= 0 else ""
+        if start < 0:
+            return f"the answer {answer!r:.60} has no character at which it begins"
+        found = row["context"][start : start + len(answer)]
         if found != answer or not answer.strip():
             return f"the answer {answer!r:.60} is not in the context at character {start}, where {found!r:.60} stands"
     return None
