@@ -107,7 +107,21 @@ def test_pairs_a_right_text_and_a_right_place_are_read_as_lists_are(ranking, lis
     # As MS MARCO has it: a column that holds both lists.
     nested = [{"query": row["query"], "passages": {"passage": row["passage"], "label": row["label"]}} for row in rows]
     datasets.Dataset.from_list(nested).save_to_disk(tmp_path / "nested")
-    assert read(tmp_path / "nested", text_pair_column="passages.passage", label_column="passages.label") == expected
+    (tmp_path / "nested.jsonl").write_text("\n".join(map(json.dumps, nested)))
+    for name in ("nested", "nested.jsonl"):
+        assert read(tmp_path / name, text_pair_column="passages.passage", label_column="passages.label") == expected
+
+
+def test_rows_without_candidates_or_a_label_are_left_out_as_others_are(lists, tmp_path):
+    rows = [json.loads(line) for line in lists.read_text().splitlines()]
+    rows = [row | {"label": row["label"].index(1)} for row in rows]
+    rows[3]["passage"], rows[4]["label"] = None, None
+    path = tmp_path / "gaps.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="1 of 317 rows without"):
+        TextRanking(DataConfig(dataset=str(path), max_length=32, **COLUMNS)).data  # noqa: B018
+    task = TextRanking(DataConfig(dataset=str(path), max_length=32, missing="drop", **COLUMNS))
+    assert sum(map(len, task.splits.values())) == 4 * 78
 
 
 def test_bad_candidates_are_one_message(lists, tmp_path):
@@ -122,6 +136,9 @@ def test_bad_candidates_are_one_message(lists, tmp_path):
 
     assert "found 3 labels for 4 candidates" in message({"label": [0, 1, 0]})
     assert "expected labels 0 and 1 in the column 'label', found 2" in message({"label": [0, 1, 2, 0]})
+    assert "found 4 for 4 candidates" in message({"label": 4})
+    assert "found 'none of them' for 4 candidates" in message({"label": "none of them"})
+    assert "found 80 of 80 rows without" in message({"passage": None})
     assert "--text_pair_column" in message({}, text_pair_column=None)
     assert "expected a column 'nothing'" in message({}, text_pair_column="nothing")
     graded = RankingConfig(relevance="graded", ranking_loss="listwise")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -137,6 +138,8 @@ def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: Rank
     def pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {query: [], passage: [], label: []}
         for text, candidates, labels in zip(batch[query], batch[passage], batch[label], strict=True):
+            if candidates is None:  # which a row may lack as it may lack its passage
+                candidates, labels = [None], [None]
             labels = _labels_of(candidates, labels, name, config)
             columns[query] += [text] * len(candidates)
             columns[passage] += candidates
@@ -156,7 +159,15 @@ def _labels_of(candidates: list[str], labels: Any, name: str, config: DataConfig
             f"expected a label for each candidate in the column {config.label_column!r} of the split {name!r}, found {len(labels)} labels for "
             f"{len(candidates)} candidates. Correct the lists, or give the text or the place of the right one."
         )
-    return [float(labels in (place, text)) for place, text in enumerate(candidates)]
+    if labels in (None, "", -1) or labels != labels:  # hidden, or not there
+        return [math.nan] * len(candidates)
+    found = [float(labels in (place, text)) for place, text in enumerate(candidates)]
+    if not any(found):
+        raise InputError(
+            f"expected the right one of its candidates, by its text or its place from 0 on, in every row of the column {config.label_column!r} "
+            f"of the split {name!r}, found {labels!r:.80} for {len(candidates)} candidates. Correct the row, or give a label for each candidate."
+        )
+    return found
 
 
 def find_candidates(rows: list[tuple[str, str]], count: int) -> Iterator[tuple[str, str, float]]:
