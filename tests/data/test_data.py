@@ -308,6 +308,7 @@ def test_scores_that_are_missing_hidden_or_no_numbers(tmp_path: Path) -> None:
     refuse([None, *scores[1:]], r"found 1 of 40 rows.*counted from 0: 0")
     refuse([str(score) for score in scores[1:]] + ["high"], "found 'high'.*--label_column")
     refuse([*scores[1:], float("inf")], "found inf")
+    refuse([*scores[1:], -1e39], "found -1e[+]39")  # which float32 does not have
     refuse([1.0] * 40, "scores that differ")
     refuse([[1.0]] * 40, "one number per row")
     # As GLUE publishes STS-B: the scores of its test split are hidden.
