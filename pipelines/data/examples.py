@@ -286,7 +286,8 @@ def _check_classes(counts: dict[str, np.ndarray], label_names: list[str], config
     if len(present) < 2:
         raise InputError(
             f"expected at least two classes in the column {config.label_column!r}, found examples of {len(present)} "
-            f"({label_names[present[0]]}); add examples of another class, or name another column with --label_column"
+            f"({label_names[present[0]] if len(present) else 'no label fits any text'}); add examples of another class, or name another "
+            "column with --label_column"
         )
     for role in SPLITS[1:]:
         if none := [name for name, count in zip(label_names, counts[role], strict=True) if count == 0]:

@@ -224,7 +224,8 @@ def _parse_labels(text: str, separator: str | None) -> Any:
         with contextlib.suppress(
             ValueError, TypeError, SyntaxError, RecursionError, MemoryError
         ):  # whatever a cell may hold
-            return parse(text)
+            # ['a' 'b'], as numpy writes a list, is one text to Python.
+            return text if parse is ast.literal_eval and re.search(r"""['"]\s+['"]""", text) else parse(text)
     return text or None
 
 
@@ -243,6 +244,12 @@ def _names_of(items: Any, declared: list[str] | None, cell: Any, split: str, con
         )
     if declared is not None:
         return {declared[one] for one in items if one is not None and one >= 0}
+    items = list(items)
+    if len({*map(str, items)}) < len(items) and FITS.keys() - {""} >= {str(one).strip().lower() for one in items}:
+        raise InputError(
+            f"expected the names of the labels of each text in the column {config.label_column!r}, found 1 and 0 for every label ({cell!r:.80}) "
+            f"in the split {split!r}; write the names of those that fit, or give a column for each label (--label_column a b c)"
+        )
     return {str(one).strip() for one in items if not _is_empty(one)}
 
 

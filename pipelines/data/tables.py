@@ -300,7 +300,7 @@ def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
 
 def _text(value: Any, name: str, path: Path, lists: set[str]) -> str | None:
     if isinstance(value, list) and name.strip() in lists:
-        return json.dumps(value)
+        return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
     if isinstance(value, list) and len(value) < 2:  # ["sport"], as doccano writes one class
         value = value[0] if value else None
     if isinstance(value, (dict, list)):

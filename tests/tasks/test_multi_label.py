@@ -242,6 +242,11 @@ def test_an_empty_list_is_no_missing_one(tmp_path):
     assert sum(task_of(cells, separator="|").details["examples"].values()) == 60
 
 
+def test_half_of_an_emoji_is_no_character_of_a_label(tmp_path):
+    rows = [(f"text {index}", ["a"] if index % 2 else ["b\ud83d"]) for index in range(20)]
+    assert task_of(write_jsonl(tmp_path / "rows.jsonl", rows)).label_names == ["a", "b?"]
+
+
 def test_hidden_labels_are_no_test_split(tmp_path):
     for name, labels in (("train", ["a", "b"]), ("validation", ["a"]), ("test", [])):
         write_jsonl(tmp_path / f"{name}.jsonl", [(f"{name} {index}", labels[: 1 + index % 2]) for index in range(20)])
@@ -257,6 +262,9 @@ def test_hidden_labels_are_no_test_split(tmp_path):
         ([["a"]], {}, "expected a list of labels"),
         ("[" * 5000, {}, "expected a list of labels"),
         ("a", {"separator": ""}, "expected a text that parts labels"),
+        ("['a' 'b']", {}, "expected a list of labels .* found \"\\['a' 'b'\\]\""),  # as numpy writes a list
+        ([0, 1, 0], {}, "found 1 and 0 for every label"),
+        ([False, True, False], {}, "found 1 and 0 for every label"),
         (["a"], {"label_column": ["label", "text"]}, "expected different columns"),
         (["a"], {"label_column": ["label", "other"]}, "expected a column 'other'"),
         (
@@ -270,6 +278,13 @@ def test_labels_that_are_none_are_one_message(labels, settings, message, tmp_pat
     path = write_jsonl(tmp_path / "rows.jsonl", [(f"text {index}", labels) for index in range(20)])
     with pytest.raises(InputError, match=message):
         task_of(path, **settings).data  # noqa: B018
+
+
+def test_columns_of_labels_that_fit_no_text_are_one_message(tmp_path):
+    rows = [{"text": f"text {index}", "a": 0, "b": 0} for index in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="found examples of 0 .no label fits any text"):
+        task_of(tmp_path / "rows.jsonl", label_column=["a", "b"]).data  # noqa: B018
 
 
 def test_columns_of_labels_hold_1_and_0(tmp_path):
