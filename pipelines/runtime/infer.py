@@ -487,6 +487,8 @@ def write_vectors(found: list[Any], path: str, kind: str) -> None:
     """One array (inputs, size) as a .npy file."""
     import numpy as np
 
+    if not found:
+        raise BundleError("expected texts to make vectors of, found none. Give at least one.")
     try:
         np.save(path, module_beside("vectors").convert(np.array(found), kind))
     except OSError as error:
@@ -618,7 +620,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     manifest = read_manifest(directory)
     check_flags(parser, flags, manifest)
-    inputs = manifest["inputs"]
+    inputs, output = manifest["inputs"], getattr(flags, "output", None)
+    if output is not None and not os.access(Path(output).absolute().parent, os.W_OK):  # known before all texts are read
+        raise BundleError(
+            f"expected to write {output}, found that its folder cannot be written. Give another --output."
+        )
     examples = read_examples(flags, 2 if flags.pair else 1, inputs["kind"] == "text")
     if flags.query is not None:
         examples = ((flags.query, passage) for (passage,) in examples)
@@ -651,8 +657,8 @@ def main(argv: list[str] | None = None) -> None:
             write_continuation(model, prompt, sampling, flags.json)
     else:
         at_once = flags.threads or available_cores() if in_file else 1
-        if getattr(flags, "output", None) is not None:
-            write_vectors(list(in_order(model.logits, examples, at_once)), flags.output, flags.vector_type)
+        if output is not None:
+            write_vectors(list(in_order(model.logits, examples, at_once)), output, flags.vector_type)
             return
         predictions = in_order(model.predict, examples, at_once)
         for found in predictions if flags.query is None else ranked(predictions):

@@ -144,6 +144,15 @@ def test_the_bundle_gives_the_vectors_of_the_graph(run, tmp_path):
     np.testing.assert_array_equal(np.load(output), found)
     subprocess.run([*command, "--output", str(output), "--vector_type", "int8"], check=True)
     np.testing.assert_array_equal(np.load(output), convert(found, "int8"))
+    kept = output.read_bytes()
+    (tmp_path / "nothing.txt").write_text("")
+    for name, target in (("nothing.txt", output), ("lines.txt", tmp_path / "nowhere" / "vectors.npy")):
+        flags = ["--file", str(tmp_path / name), "--output", str(target)]
+        failed = subprocess.run([*command[:2], *flags], capture_output=True, text=True)
+        assert failed.returncode == 1
+        assert failed.stderr.startswith("error: expected")
+        assert failed.stderr.count("\n") == 1
+    assert output.read_bytes() == kept
     written = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout.splitlines()
     assert np.array(json.loads(written[1])["vector"], np.float32) == pytest.approx(found[1])
 
