@@ -244,6 +244,15 @@ def test_vectors_in_fewer_bytes():
     assert found[0, 0] == pytest.approx(1)
 
 
+def test_scores_that_are_the_same_in_the_validation_split_are_one_message(tmp_path):
+    for name, scores in (("train", [1.0, 2.0]), ("validation", [1.0, 1.0]), ("test", [1.0, 2.0])):
+        rows = [{"text": f"{name} {one}", "other": "b", "score": scores[one % 2]} for one in range(10)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(dataset=str(tmp_path), text_pair_column="other")
+    with pytest.raises(InputError, match="scores that differ .* found one value in the whole validation split"):
+        SentenceEmbedding(config, EmbeddingConfig(score_column="score")).data  # noqa: B018
+
+
 def test_titles_are_queries_of_the_ends_of_their_articles(tmp_path):
     for index in range(30):
         (tmp_path / "news").mkdir(exist_ok=True)
@@ -379,6 +388,8 @@ def test_what_cannot_work_is_refused(pairs, pretrained, embedder):
         EmbeddingConfig(margin_weight=1)
     with pytest.raises(InputError, match="--matryoshka_sizes"):
         EmbeddingConfig(matryoshka_sizes="small")
+    with pytest.raises(InputError, match="--matryoshka_sizes"):
+        EmbeddingConfig(matryoshka_sizes="16,0")
 
 
 IN_NODE = """

@@ -93,6 +93,8 @@ class EmbeddingConfig(Checked):
             )
         try:
             self.sizes = [int(size) for size in self.matryoshka_sizes.split(",")] if self.matryoshka_sizes else []
+            if min(self.sizes, default=1) < 1:
+                raise ValueError("a vector has at least one number")
         except ValueError as error:
             raise InputError(f"expected --matryoshka_sizes such as 64,128, found {self.matryoshka_sizes!r}.") from error
 
@@ -104,7 +106,13 @@ def load_pairs(config: DataConfig, embedding: EmbeddingConfig) -> Examples:
             raise InputError(
                 "expected --text_pair_column with --score_column, found single texts. Pass the column of the second text."
             )
-        return load_examples(replace(config, label_column=embedding.score_column), TEXTS, read_scores)
+        scored = load_examples(replace(config, label_column=embedding.score_column), TEXTS, read_scores)
+        if np.ptp(scored.splits["validation"]["label"][:]) == 0:  # with which nothing has a correlation
+            raise InputError(
+                f"expected scores that differ in the column {embedding.score_column!r}, found one value in the whole validation split, by which "
+                "models are chosen. Add pairs with other scores, or raise --validation_size."
+            )
+        return scored
     source = load_texts(config)
     roles = choose_splits(source.splits, config, lambda split: config.text_column in split.column_names)
     given = {
