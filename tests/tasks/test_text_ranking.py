@@ -107,9 +107,7 @@ def test_pairs_a_right_text_and_a_right_place_are_read_as_lists_are(ranking, lis
     # As MS MARCO has it: a column that holds both lists.
     nested = [{"query": row["query"], "passages": {"passage": row["passage"], "label": row["label"]}} for row in rows]
     datasets.Dataset.from_list(nested).save_to_disk(tmp_path / "nested")
-    (tmp_path / "nested.jsonl").write_text("\n".join(map(json.dumps, nested)))
-    for name in ("nested", "nested.jsonl"):
-        assert read(tmp_path / name, text_pair_column="passages.passage", label_column="passages.label") == expected
+    assert read(tmp_path / "nested", text_pair_column="passages.passage", label_column="passages.label") == expected
 
 
 def test_rows_without_candidates_or_a_label_are_left_out_as_others_are(lists, tmp_path):
