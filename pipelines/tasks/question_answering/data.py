@@ -152,10 +152,10 @@ def rows_of(split: datasets.Dataset, name: str, settings: AnswerConfig) -> Itera
             cell = {name: [one.get(name) for one in cell] for name in ("text", "answer_start")}
         if not isinstance(cell, dict):
             cell = {"text": cell, "answer_start": row.get(settings.start_column)}
-        texts, starts = (one if isinstance(one, list) else [one] for one in map(cell.get, ("text", "answer_start")))
-        texts = ["" if one is None else str(one) for one in texts]
+        given, starts = (one if isinstance(one, list) else [one] for one in map(cell.get, ("text", "answer_start")))
+        texts = ["" if one is None else str(one) for one in given]
         if not any(text.strip() for text in texts):  # there is no answer, wherever it begins
-            texts = starts = []
+            texts, starts = [], []
         question, context = (row[one] if isinstance(row[one], str) else "" for one in wanted)
         yield {"question": question, "context": context, "answers": texts, "starts": [_number(one) for one in starts]}
 
