@@ -288,7 +288,7 @@ def _score_of(value: Any, split: str, config: DataConfig) -> float:
         score = float(value)
     except ValueError:
         score = math.inf
-    if abs(score) > np.finfo(np.float32).max:
+    if abs(score) > float(np.finfo(np.float32).max):
         raise InputError(
             f"expected a number in every row of the column {config.label_column!r}, found {value!r:.80} in the split {split!r}; name the "
             "column of scores with --label_column, or correct the row (a fraction has a point: 3.5)"
