@@ -65,13 +65,6 @@ def predict_onnx(path: Path, features: Any, collate: Collate, task: Task, name: 
     return predict_batches(partial(run_session, session), features, collate, task, 1, name, available_cores())
 
 
-def score_onnx(path: Path, task: Task, processor: Any, split: str, name: str) -> dict[str, Any]:
-    """The scores of an ONNX file on a split."""
-    features: Any = task.features(processor)[split]
-    predictions = predict_onnx(path, features, task.collate(processor), task, name=name)
-    return task.scores(predictions, features["labels"], split)
-
-
 def score_beside(
     original: Path, task: Task, processor: Any
 ) -> tuple[dict[str, Any], Callable[[Path, str], dict[str, Any]]]:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import SchedulerType
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Collate, Task
 from pipelines.data.sources import check_safetensors
-from pipelines.models.predict import batches_by_length, try_model
+from pipelines.models.predict import try_model
 from pipelines.training.arguments import best_metric
 from pipelines.training.checkpoints import BestCheckpoint, EarlyStopping, last_whole_checkpoint, write_checksums
 from pipelines.training.cpu import cpu_speedups
@@ -296,7 +296,7 @@ class Trainer(transformers.Trainer):
 def evaluation_order(examples: Any) -> np.ndarray:
     """The order in which examples are evaluated, the same every time: the longest first, as little of a batch is padding then."""
     lengths = examples["length"] if _has_lengths(examples) else [1] * len(examples)
-    return np.concatenate(batches_by_length(lengths, len(examples)))
+    return np.argsort(-np.asarray(lengths), kind="stable")
 
 
 def _has_lengths(examples: Any) -> bool:

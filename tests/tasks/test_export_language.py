@@ -24,7 +24,7 @@ from pipelines.onnx.export import export_graph, export_onnx
 from pipelines.onnx.file import OLDER
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.measure import Subject, measure, paired_ratios
-from pipelines.onnx.predict import empty_cache, score_onnx
+from pipelines.onnx.predict import empty_cache, score_beside
 from pipelines.onnx.quantize import SCHEMES, quantize_onnx
 from pipelines.onnx.runtimes import needed_versions
 from pipelines.onnx.verify import verify_against_torch, verify_directory, verify_same_graph
@@ -137,7 +137,7 @@ def test_onnx_and_torch_score_text_alike(exported, language_task):
     source, directory, _ = exported
     processor = language_task.load_processor(str(source))
     from_torch = validation_metrics(load_model(source), language_task, processor)
-    from_onnx = score_onnx(directory / "model.onnx", language_task, processor, "validation", "score")
+    from_onnx, _ = score_beside(directory / "model.onnx", language_task, processor)
     assert from_onnx["tokens"] == from_torch["tokens"]
     for name in ("perplexity", "bits_per_byte", "next_token_accuracy"):
         assert from_onnx[name] == pytest.approx(from_torch[name], rel=1e-4)

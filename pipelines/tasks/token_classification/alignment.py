@@ -24,6 +24,7 @@ class AlignedSoftTargets(torch.utils.data.Dataset):
         self.column_names = [*features.column_names, *self.columns]
         windows, places, self.words, self.keys = tokens_that_count(stored.features)
         self.at = np.stack([windows, places], axis=1)
+        self.blank = {name: np.zeros_like(stored[0][name]) for name in self.columns}
 
     def __len__(self) -> int:
         return len(self.features)
@@ -32,22 +33,19 @@ class AlignedSoftTargets(torch.utils.data.Dataset):
         if isinstance(index, str):
             return self.features[index]
         own = self.features[int(index)]
-        _, places, words, keys = tokens_that_count(self.features.select([int(index)]))
+        _, places, words, keys = tokens_that_count({name: [value] for name, value in own.items()})
         found = np.searchsorted(self.keys, keys, side="right") - 1
         known = (found >= 0) & (self.words[found] == words) & (self.keys[found] >> 32 == keys >> 32)
         labels = list(own["labels"])
         for place in places[~known]:
             labels[place] = IGNORED
         windows, at = self.at[found[known]].T
-        targets: dict[str, np.ndarray] = {}
+        targets = {name: values.copy() for name, values in self.blank.items()}
         for window in np.unique(windows):
             row = self.stored[int(window)]
             here = windows == window
-            for name in self.columns:
-                target = targets.setdefault(name, np.zeros_like(row[name]))
+            for name, target in targets.items():
                 target[places[known][here]] = row[name][at[here]]
-        if not targets:
-            targets = {name: np.zeros_like(values) for name, values in self.stored[0].items() if name in self.columns}
         return own | {"labels": labels} | targets
 
     def select(self, indices: Any) -> AlignedSoftTargets:
@@ -56,7 +54,7 @@ class AlignedSoftTargets(torch.utils.data.Dataset):
 
 
 def tokens_that_count(features: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of all tokens with a label, in the order of the texts: window, place in it, number of the word, and a key that orders them by text
+    """Of all tokens with a label of windows (a data set, or lists by column), in the order of the texts: window, place in it, number of the word, and a key that orders them by text
     and first character; all (tokens,) int64."""
     every_word = features["words"][:]
     windows = np.repeat(np.arange(len(every_word)), [len(own) for own in every_word])
