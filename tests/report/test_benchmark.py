@@ -168,12 +168,13 @@ def test_throughput_counts_whole_passes() -> None:
 
     feeds = [{"a": np.zeros((3, 5))}, {"a": np.zeros((2, 50))}]
     start = time.perf_counter()
-    samples_per_second = time_batches(run, feeds, [3, 2], seconds=0.05)
+    samples_per_second = time_batches(run, feeds, [3, 2], seconds=0.2)
     elapsed = time.perf_counter() - start
     # The warm-up runs the largest feed, then whole passes follow.
     assert ran[0] == 2
     assert ran[1:] == [3, 2] * (len(ran) // 2)
-    assert samples_per_second == pytest.approx(sum(ran[1:]) / elapsed, rel=0.25)
+    # The warm-up is in the one and not in the other, and a busy machine may pause between them.
+    assert sum(ran[1:]) / elapsed <= samples_per_second <= 2 * sum(ran[1:]) / elapsed
 
 
 def test_the_onnx_worker_imports_nothing_heavy() -> None:
