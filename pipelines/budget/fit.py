@@ -15,7 +15,16 @@ import numpy as np
 
 from pipelines.budget.choice import Row, choose, front, nearest, rank, rounds_of
 from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, write_graphs
-from pipelines.budget.shapes import Forecast, Shape, candidates_of, forecast_bytes, grid, schemes_of, vocabularies_of
+from pipelines.budget.shapes import (
+    Forecast,
+    Shape,
+    candidates_of,
+    forecast_bytes,
+    grid,
+    schemes_of,
+    shapes_of_students,
+    vocabularies_of,
+)
 from pipelines.budget.table import cells, draw_front, format_rows, live_table
 from pipelines.budget.words import Budget, drop_of, exclusions, impossible
 from pipelines.chain import finish, make_baselines, make_models, plan, teach
@@ -151,7 +160,8 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
     task, source = run.task, settings.teacher.teacher_model
     config, schemes = task.load_config(source), schemes_of(task, settings.quantize)
     vocabularies = vocabularies_of(source, settings.student, task, transfer)
-    shapes, timed = grid(config, schemes, vocabularies), graphs_of(config, schemes)
+    others = shapes_of_students(settings.fit.students, task, schemes)
+    shapes, timed = [*grid(config, schemes, vocabularies), *others], [*graphs_of(config, schemes), *others]
     making: dict[str, Any] = {"shapes": timed, "quantize": settings.quantize}
     if settings.fit.forecast:
         folder = run.stage("untrained", write_graphs, source, **making)
@@ -165,19 +175,22 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
         ms, machine = read_profile(settings.fit.on, identity(source, timed, task, settings.quantize))
         run.state.print(f"forecast: milliseconds of {machine['cpu']} on {machine['threads']} threads")
     every = forecast_bytes([*shapes, *timed], source, task, settings.quantize.block_size, {None: None, **vocabularies})
+    found, known = every[: len(shapes)], list(zip(every[len(shapes) :], ms, strict=True))
+    times = {one.shape: time for one, time in known if one.shape.student is not None}
     table = {}
     for scheme in schemes:
-        of_scheme = [
-            (one, time) for one, time in zip(every[len(shapes) :], ms, strict=True) if one.shape.scheme == scheme
-        ]
+        of_scheme = [(one, time) for one, time in known if one.shape.scheme == scheme and one.shape not in times]
         table[scheme] = solve(*zip(*of_scheme, strict=True))
-    return [replace(one, ms=table[one.shape.scheme](one)) for one in every[: len(shapes)]]
+    return [replace(one, ms=times.get(one.shape) or table[one.shape.scheme](one)) for one in found]
 
 
 def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Settings:
     """The settings of the chain that makes a shape, with a share of the training."""
     own = copy.copy(settings)
-    own.student = replace(settings.student, student_layers=str(shape.layers), student_vocabulary=shape.vocabulary)
+    if shape.student is None:
+        own.student = replace(settings.student, student_layers=str(shape.layers), student_vocabulary=shape.vocabulary)
+    else:
+        own.student = replace(settings.student, student_model=shape.student)
     epochs = settings.prune.prune_epochs * share
     own.prune = replace(settings.prune, prune_heads=1 - shape.heads, prune_ffn=1 - shape.neurons, prune_epochs=epochs)
     if settings.quantize.quantization == "none":

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,17 @@ def identity(source: str, shapes: Sequence[Shape], task: Task, quantize: Quantiz
 
 def write_graphs(source: str, directory: Path, task: Task, shapes: list[Shape], quantize: QuantizeConfig) -> Outcome:
     """An untrained graph of each shape of the teacher in `source`, in a folder of its name; with what a device needs to time them."""
-    wholes: dict[int, Path] = {}
-    fused: dict[tuple[int, float, float], Path] = {}
-    processor = task.load_processor(source)
-    feeds = cache(partial(calibration_feeds, task, processor, quantize.calibration_samples))
+    wholes: dict[tuple[int, str | None], Path] = {}
+    fused: dict[tuple[int, float, float, str | None], Path] = {}
+    processors = {one: task.load_processor(one or source) for one in {shape.student for shape in shapes}}
     with tempfile.TemporaryDirectory(dir=directory, prefix=".untrained-") as scratch:
         for shape in shapes:
-            units = (shape.layers, shape.heads, shape.neurons)
+            units = (shape.layers, shape.heads, shape.neurons, shape.student)
+            own, processor = shape.student or source, processors[shape.student]
             if units not in fused:
-                folder = wholes.setdefault(shape.layers, Path(scratch) / str(shape.layers))
+                folder = wholes.setdefault((shape.layers, shape.student), Path(scratch) / f"whole_{len(wholes)}")
                 torch.manual_seed(0)
-                model = cut_to(untrained(source, shape.layers, task, folder), shape)
+                model = cut_to(untrained(own, shape.layers, task, folder), shape)
                 # Biases of zero are left out of a graph, and so would their time be.
                 for parameter in model.parameters():
                     torch.nn.init.normal_(parameter, std=0.02)
@@ -77,7 +77,8 @@ def write_graphs(source: str, directory: Path, task: Task, shapes: list[Shape], 
                 export_graph(task.graph(model, processor), plain)
                 fuse_for_onnxruntime(plain, fused[units])
             target = directory / shape.name
-            shutil.copytree(wholes[shape.layers], target)
+            shutil.copytree(wholes[shape.layers, shape.student], target)
+            feeds = partial(calibration_feeds, task, processor, quantize.calibration_samples)
             SCHEMES[shape.scheme](fused[units], target / ONNX_FILE, quantize, feeds)
     workload = task.workload(directory / shapes[0].name, "validation")
     if "single" in workload.feeds:

@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,12 @@ class Shape:
     neurons: float
     scheme: str  # of quantization
     vocabulary: str | None = None  # --student_vocabulary; None: the teacher's
+    student: str | None = None  # another checkpoint, whole (--student_model); None: the teacher's own layers
 
     @property
     def name(self) -> str:
+        if self.student is not None:
+            return f"{Path(self.student).name}_{self.scheme}"
         vocabulary = "" if self.vocabulary is None else f"_{self.vocabulary}_vocabulary"
         return f"{self.layers}_layers_{self.heads:.0%}_heads_{self.neurons:.0%}_neurons".replace("%", "") + (
             f"{vocabulary}_{self.scheme}"
@@ -124,6 +127,11 @@ def grid(config: Any, schemes: Sequence[str], vocabularies: Iterable[str | None]
     return shapes
 
 
+def shapes_of_students(students: Sequence[str], task: Task, schemes: Sequence[str]) -> list[Shape]:
+    """Every checkpoint in `students` as it is, in each scheme."""
+    return [replace(grid(task.load_config(one), [scheme])[0], student=one) for one in students for scheme in schemes]
+
+
 def kept_layers(config: Any, layers: int) -> list[int] | None:
     return layers_to_keep(config, str(layers)) if config.model_type in FAMILIES else None
 
@@ -160,13 +168,14 @@ def forecast_bytes(
     shapes: Sequence[Shape], teacher: str, task: Task, block_size: int, vocabularies: Vocabularies
 ) -> list[Forecast]:
     """What each shape will take on the disk, from models without weights: the files of its quantized directory."""
-    wholes: dict[tuple[int, str | None], tuple[Any, int]] = {}
+    wholes: dict[tuple[int, str | None, str | None], tuple[Any, int]] = {}
     found = []
     for shape in shapes:
-        key = shape.layers, shape.vocabulary
+        key = shape.layers, shape.vocabulary, shape.student
         if key not in wholes:
             with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
-                model = untrained(teacher, shape.layers, task, Path(folder), vocabularies[shape.vocabulary])
+                source, tokens = shape.student or teacher, vocabularies[shape.vocabulary]
+                model = untrained(source, shape.layers, task, Path(folder), tokens)
                 wholes[key] = model, sum(path.stat().st_size for path in shipped_files(Path(folder)))
         whole, beside = wholes[key]
         model = cut_to(copy.deepcopy(whole), shape)
@@ -223,17 +232,23 @@ def undominated(forecasts: Sequence[Forecast]) -> list[Forecast]:
 
 
 def candidates_of(feasible: Sequence[Forecast], whole: Forecast, budget: Budget, most: int) -> list[Forecast]:
-    """At most so many shapes to train, the slowest first. With a bound on size or time the largest that meet it; without any a spread from
+    """At most so many shapes of the teacher to train, and all other students, the slowest first. With a bound on size or time the largest that meet it; without any a spread from
     the cheapest on, so that there is a front to choose from. The `whole` teacher is no student, unless there is no other shape."""
-    shapes = [one for one in feasible if one.capacity[:3] != whole.capacity[:3]] or list(feasible)
+    others = [one for one in feasible if one.shape.student is not None]
+    own = [one for one in feasible if one.shape.student is None]
+    shapes = [one for one in own if one.capacity[:3] != whole.capacity[:3]] or own
     shapes.sort(key=lambda one: (one.cost, one.bytes))
+    return sorted([*others, *(_spread(shapes, budget, most) if shapes else [])], key=lambda one: -one.cost)
+
+
+def _spread(shapes: list[Forecast], budget: Budget, most: int) -> list[Forecast]:
     if budget.bytes is None and budget.ms is None:
         least, largest = shapes[0].cost, shapes[-1].cost
         targets = [least * (largest / least) ** (step / (most - 1)) * 1.0001 for step in range(most)]
         chosen = [max((one for one in shapes if one.cost <= target), key=lambda one: one.bytes) for target in targets]
-        return list(dict.fromkeys(reversed(chosen)))
+        return list(dict.fromkeys(chosen))
     front = undominated(shapes)
     if len(front) > most:  # some of few layers and many neurons, some of many and few
         deep = sorted(front, key=lambda one: one.capacity)
         front = [deep[round(step * (len(deep) - 1) / max(1, most - 1))] for step in range(most)]
-    return sorted(front, key=lambda one: -one.cost)
+    return front

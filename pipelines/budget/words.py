@@ -35,6 +35,13 @@ class FitConfig(Checked):
         "The times of the device that the model is for: what 'python infer.py --profile untrained > pi.json' wrote there. Left out: the times "
         "are measured on this machine.",
     )
+    students: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Other checkpoints to try as students, as they are, beside the teacher's own layers.",
+            "nargs": "+",
+        },
+    )
     time: str | None = flag(
         None,
         "Time for the search, such as 30m: fewer and shorter trainings where it is short. Left out: every candidate is trained to its end.",

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import make_tokenizer, tiny_model
 from pipelines.budget import fit, latency
-from pipelines.budget.shapes import Shape, forecast_bytes, grid
+from pipelines.budget.shapes import Shape, forecast_bytes, grid, shapes_of_students
 from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import QuantizeConfig
@@ -85,16 +85,19 @@ def test_a_profile_of_a_device_resumes_and_is_of_one_teacher(untrained, wide, ta
         latency.read_profile(str(tmp_path / "none.json"), "")
 
 
-@pytest.fixture(scope="module")
-def device(tmp_path_factory, trained_teacher, task):
+def write_profile(file: Path, source: str, task, others: list[Shape]) -> None:
     """The times of a device on which a layer takes a millisecond, and neurons and heads nearly nothing."""
-    source, quantize = str(trained_teacher), QuantizeConfig(max_quality_drop=1.0)
-    shapes = latency.graphs_of(task.load_config(source), ["dynamic_int8"])
+    shapes = [*latency.graphs_of(task.load_config(source), ["dynamic_int8"]), *others]
     times = {shape.name: 0.1 + shape.layers + 0.01 * shape.layers * (shape.heads + shape.neurons) for shape in shapes}
-    orders = {"of": latency.identity(source, shapes, task, quantize), "shapes": dict.fromkeys(times)}
-    file = tmp_path_factory.mktemp("device") / "pi.json"
+    orders = {"of": latency.identity(source, shapes, task, QuantizeConfig()), "shapes": dict.fromkeys(times)}
     machine = {"cpu": "a slow one", "threads": 1, "onnxruntime": "1.31", "slowed": 1.0}
     file.write_text(json.dumps({**machine, "orders": orders, "p50_ms": times}))
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory, trained_teacher, task):
+    file = tmp_path_factory.mktemp("device") / "pi.json"
+    write_profile(file, str(trained_teacher), task, [])
     return file
 
 
@@ -170,6 +173,24 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
     status, _, errors = pocketformers("take", str(run), "99")
     assert status == 1
     assert "99" in errors
+
+
+def test_another_checkpoint_is_a_candidate_too(pocketformers, command, trained_teacher, task, tmp_path):
+    small = str(tmp_path / "small")
+    tiny_model(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1).save_pretrained(small)
+    make_tokenizer().save_pretrained(small)
+    students = shapes_of_students([small], task, ["dynamic_int8"])
+    [forecast] = forecast_bytes(students, str(trained_teacher), task, QuantizeConfig().block_size, {None: None})
+    write_profile(tmp_path / "pi.json", str(trained_teacher), task, students)
+    # So small is nothing that is made of the teacher.
+    budget = ["--within", "100", "--under", f"{1.1 * forecast.bytes:.0f}B", "--on", str(tmp_path / "pi.json")]
+    flags = ["--students", small, "--baselines", "false", "--output_dir", str(tmp_path / "run")]
+    status, output, errors = pocketformers(*command, *flags, *budget)
+    assert status == 0, output + errors
+    [row] = json.loads((tmp_path / "run" / "front.json").read_text())["rows"]
+    assert row["name"] == "small_dynamic_int8"
+    assert row["bytes"] == pytest.approx(forecast.bytes, rel=0.1)
+    assert json.loads((tmp_path / "run" / "student" / "config.json").read_text())["hidden_size"] == 8
 
 
 def model_of(run: Path, row: dict) -> bytes:
