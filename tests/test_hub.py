@@ -299,7 +299,7 @@ def test_the_published_model_is_loaded_by_its_name_and_scores_the_same(
     assert pushed.returncode == 0, pushed.stderr
     assert "push: http" in pushed.stdout
     assert "Secret" not in pushed.stdout + pushed.stderr
-    argv = [sys.executable, "-c", READ_BACK, "ann/small", *task.test_texts()]
+    argv = [sys.executable, "-c", READ_BACK, "ann/small", *task.texts_of()]
     process = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, cwd="/")
     assert process.returncode == 0, process.stderr[-3000:]
     read = json.loads(process.stdout.splitlines()[-1])

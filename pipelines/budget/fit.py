@@ -33,10 +33,11 @@ from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.records import Outcome, read_record
 from pipelines.core.run import Run
-from pipelines.core.task import Task, TransferSet
+from pipelines.core.task import StageResult, Task, TransferSet
 from pipelines.onnx.export import export_onnx
-from pipelines.report.pages import TEACHER_QUANTIZED
-from pipelines.report.results import STAGES, finished_stages, time_stages
+from pipelines.report.bootstrap import paired_bootstrap
+from pipelines.report.pages import TEACHER, TEACHER_QUANTIZED
+from pipelines.report.results import STAGES, finished_stages, predict_stage, time_stages
 from pipelines.tasks import make_task
 
 FRONT = "front.json"
@@ -90,10 +91,11 @@ def fit(settings: Settings) -> None:
         teach(run, settings, transfer)
         run.stage("teacher_onnx", export_onnx, "teacher")
         make_baselines(run, settings, candidates[0].shape.scheme)
+        reference = predicted(run, settings, TEACHER)
 
         # 4. The candidates, each with a chain of its own.
-        rows = train_candidates(run, settings, candidates, forecasts[0], transfer)
-        rows += baseline_rows(run, settings)
+        rows = train_candidates(run, settings, candidates, forecasts[0], transfer, reference)
+        rows += baseline_rows(run, settings, reference)
 
         # 5. All are timed together, and the choice is made on the validation split.
         rows = judge(run, settings, rows)
@@ -203,7 +205,12 @@ def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Setting
 
 
 def train_candidates(
-    run: Run, settings: Settings, candidates: Sequence[Forecast], whole: Forecast, transfer: TransferSet | None
+    run: Run,
+    settings: Settings,
+    candidates: Sequence[Forecast],
+    whole: Forecast,
+    transfer: TransferSet | None,
+    reference: StageResult,
 ) -> list[Row]:
     """The rows of the candidates, each from the last round that it came to, in a folder of its own in candidates/."""
     task, rows = run.task, dict[str, Row]()
@@ -216,7 +223,7 @@ def train_candidates(
         def train(folder: str, own: Settings, scheme: str, row: Row) -> None:
             path = f"{folder}/{make_models(run.inside(folder), own, own.prune, transfer, scheme)}"
             rows.pop(row["name"], None)
-            rows[row["name"]] = made(run, settings, path, row)
+            rows[row["name"]] = made(run, settings, path, row, reference)
             show(list(rows.values()))
 
         alive = list(candidates)
@@ -263,12 +270,25 @@ def planned(one: Forecast) -> Row:
     return {**of_shape, "kind": "candidate", **left, "forecast": one.costs, **one.costs}
 
 
-def made(run: Run, settings: Settings, path: str, row: Row) -> Row:
-    """The row of the finished stage in `path`; its milliseconds are a forecast until judge() knows them."""
+def predicted(run: Run, settings: Settings, path: str) -> StageResult:
+    """What the finished stage in `path` predicts for the validation split."""
     record = read_record(run.directory / path)
     assert record is not None
-    score = record["metrics"]["validation"][run.task.primary_metric]
-    return _weighed(run, settings, row | {"path": path, "bytes": record["bytes"], "score": score})
+    batch_size = settings.training.per_device_eval_batch_size
+    predictions = predict_stage(run.directory / path, record["format"], run.task, batch_size, "validation")
+    return StageResult(path, path, record["format"], predictions, record, timing={})
+
+
+def made(run: Run, settings: Settings, path: str, row: Row, reference: StageResult) -> Row:
+    """The row of the finished stage in `path`, compared with the teacher's predictions in `reference`; its milliseconds are a forecast until
+    judge() knows them. The lower end of `delta` is a one-sided 95 % bound, where more is better."""
+    one = predicted(run, settings, path)
+    found = run.task.compare(
+        [reference, one], run.task.load_processor(str(run.directory / TEACHER)), path, "validation"
+    )
+    delta = paired_bootstrap(found.metric, found.samples[path], found.samples[TEACHER], level=0.9)
+    score = one.record["metrics"]["validation"][run.task.primary_metric]
+    return _weighed(run, settings, row | {"path": path, "bytes": one.record["bytes"], "score": score, "delta": delta})
 
 
 def _weighed(run: Run, settings: Settings, row: Row) -> Row:
@@ -278,11 +298,11 @@ def _weighed(run: Run, settings: Settings, row: Row) -> Row:
     return row | {"drop": drop, "breaks": settings.fit.budget.broken(drop, bytes=row["bytes"], ms=row.get("ms"))}
 
 
-def baseline_rows(run: Run, settings: Settings) -> list[Row]:
+def baseline_rows(run: Run, settings: Settings, reference: StageResult) -> list[Row]:
     """What needs no student, in the same table."""
     names = [name for name in (TEACHER_QUANTIZED, *run.task.baselines) if name in run.stages]
     kinds = {name: "teacher" if name == TEACHER_QUANTIZED else "estimator" for name in names}
-    return [made(run, settings, name, {"name": name, "kind": kinds[name]}) for name in names]
+    return [made(run, settings, name, {"name": name, "kind": kinds[name]}, reference) for name in names]
 
 
 def time_rows(source: None, directory: Path, task: Task, directories: list[Path], report: ReportConfig) -> Outcome:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.budget.choice import Row
 from pipelines.budget.words import Budget
+from pipelines.report.markdown import interval
 from pipelines.report.plot import COLORS, MARKERS
 
 
@@ -30,6 +31,7 @@ def cells(row: Row, budget: Budget) -> dict[str, str]:
         "MB": number("bytes", ".3g", 1e-6),
         "ms": number("ms", ".3g"),
         "score": number("score", ".4f"),
+        "to the teacher (90 %)": interval(row["delta"]) if "delta" in row else "",
         "budget": state,
     }
 

@@ -327,9 +327,11 @@ class Task(Protocol):
 
     # ---- Report
 
-    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = "teacher") -> Comparison:
-        """Score all stages on the test split and compare them with the teacher, whose `processor` it is; raises where predictions do
-        not fit the test split, or are not finite."""
+    def compare(
+        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = "teacher"
+    ) -> Comparison:
+        """Score all stages on a split and compare them with the teacher, whose `processor` it is; raises where predictions do not fit
+        the split, or are not finite."""
 
     # ---- Bundle
 

@@ -199,15 +199,15 @@ def _score(run: Run, name: str, batch_size: int) -> StageResult:
     return StageResult(name, name, record["format"], predictions, record, timing={})
 
 
-def predict_stage(directory: Path, form: str, task: Task, batch_size: int) -> np.ndarray:
-    """What a stage predicts for the test split: in torch on the device of the process, in ONNX Runtime on the CPU."""
+def predict_stage(directory: Path, form: str, task: Task, batch_size: int, split: str = "test") -> np.ndarray:
+    """What a stage predicts for a split: in torch on the device of the process, in ONNX Runtime on the CPU."""
     from accelerate import PartialState
 
     if form == "sklearn":
-        return task.baseline_predictions(load_baseline(directory), _baseline_inputs(task, "test"))  # type: ignore[arg-type]
+        return task.baseline_predictions(load_baseline(directory), _baseline_inputs(task, split))  # type: ignore[arg-type]
     processor = task.load_processor(str(directory))
-    features, collate = task.features(processor)["test"], task.collate(processor)
-    name = f"test {directory.name}"
+    features, collate = task.features(processor)[split], task.collate(processor)
+    name = f"{split} {directory.name}"
     if form == "onnx":
         return predict_onnx(directory / ONNX_FILE, features, collate, task, name=name)
     model = load_model(directory, task.config.trust_remote_code).to(PartialState().device)

@@ -146,13 +146,15 @@ class Classification(ClassifierLoss, BaseTask):
     # ---- Report
 
     @abstractmethod
-    def test_texts(self) -> list[str]:
-        """The test examples as a person reads them."""
+    def texts_of(self, split: str = "test") -> list[str]:
+        """The examples of a split as a person reads them."""
 
-    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
-        references = np.asarray(self.features(processor)["test"]["labels"])
+    def compare(
+        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
+    ) -> Comparison:
+        references = np.asarray(self.features(processor)[split]["labels"])
         return compare_classifiers(
-            stages, references, self.test_texts(), self.label_names, shipped, teacher, self.balanced
+            stages, references, self.texts_of(split), self.label_names, shipped, teacher, self.balanced
         )
 
 

@@ -168,9 +168,9 @@ class ImageClassification(Classification):
         """The collator for training: images augmented if asked, the same ones for an online teacher, by its own processor."""
         return collate(processor, teacher_processor, self.augmentation, self.value_range, at_random=augment)
 
-    def test_texts(self) -> list[str]:
-        """The test examples by name: a file's own, or else their number in the test split."""
-        paths = (cell["path"] for cell in self.data.splits["test"]["image"])
+    def texts_of(self, split: str = "test") -> list[str]:
+        """The examples of a split by name: a file's own, or else their number in the split."""
+        paths = (cell["path"] for cell in self.data.splits[split]["image"])
         return [Path(path).name if path else f"image {index}" for index, path in enumerate(paths)]
 
     @property

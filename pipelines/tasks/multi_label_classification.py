@@ -298,8 +298,10 @@ class MultiLabelClassification(TextTask, Classification):
 
     # ---- Report
 
-    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
-        references = np.asarray(self.features(processor)["test"]["labels"])
+    def compare(
+        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
+    ) -> Comparison:
+        references = np.asarray(self.features(processor)[split]["labels"])
         check_predictions(stages, references.shape, "examples, labels", teacher)
         names, fits = self.label_names, references > 0
         thresholds = {
@@ -320,7 +322,7 @@ class MultiLabelClassification(TextTask, Classification):
             "shipped_probability": _probability(probabilities[shipped], found[shipped]),
         }
         report = class_report(stages, names, references.sum(axis=0), len(references)) | {
-            "broken_examples": broken_examples(right[teacher], right[shipped], self.test_texts(), columns)
+            "broken_examples": broken_examples(right[teacher], right[shipped], self.texts_of(split), columns)
         }
         samples = {}
         for name, one in found.items():

@@ -225,8 +225,10 @@ class TextRegression(ClassifierLoss, TextTask):
 
     # ---- Report
 
-    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
-        references = np.asarray(self.features(processor)["test"]["labels"], np.float64)
+    def compare(
+        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
+    ) -> Comparison:
+        references = np.asarray(self.features(processor)[split]["labels"], np.float64)
         check_predictions(stages, references.shape, "examples", teacher)
         found = {stage.name: stage.predictions.astype(np.float64) for stage in stages}
         tolerance = CLOSE * float(references.std())
@@ -246,7 +248,7 @@ class TextRegression(ClassifierLoss, TextTask):
             "label_standard_deviation": float(references.std()),
             "worse_examples": {
                 "total": int((growth > 0).sum()),
-                "examples": listed_examples(order[growth[order] > 0], self.test_texts(), **columns),
+                "examples": listed_examples(order[growth[order] > 0], self.texts_of(split), **columns),
             },
         }
         return Comparison(compared, report, {name: (scores, references) for name, scores in found.items()}, pearson)

@@ -160,9 +160,9 @@ class TextTask(BaseTask):
         reader.model_input_names = names
         return partial(_collate_both, self.collate(processor), self.collate(reader), torch.tensor(ids))
 
-    def test_texts(self) -> list[str]:
-        """The test examples as a person reads them."""
-        return self.baseline_inputs(self.data.splits["test"])
+    def texts_of(self, split: str = "test") -> list[str]:
+        """The examples of a split as a person reads them."""
+        return self.baseline_inputs(self.data.splits[split])
 
     def baseline_inputs(self, examples: Dataset) -> list[str]:
         """The texts themselves, whole, however many tokens a model reads of them."""

@@ -149,6 +149,9 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
     # 2 ms for 2 layers is the bound, so no candidate has more.
     assert {row["layers"] for row in trained} <= {1, 2}
     assert {"teacher_quantized", "static", "tfidf_logistic_regression"} <= {row["name"] for row in rows.values()}
+    for row in rows.values():
+        assert row["delta"]["low"] <= row["delta"]["value"] <= row["delta"]["high"]
+        assert row["delta"]["value"] == pytest.approx(row["score"] - front["teacher"])
     inside = [row for row in rows.values() if not row["breaks"]]
     assert rows[front["answer"]]["score"] == max(row["score"] for row in inside)
     report = json.loads((run / "report.json").read_text())

@@ -446,7 +446,7 @@ def test_folders_named_after_splits(tmp_path):
     data = load(tmp_path)
     assert data.details["examples"] == {"train": 30, "validation": 30, "test": 30}
     task = ImageClassification(DataConfig(dataset=str(tmp_path)))
-    assert set(task.test_texts()) == {f"{index:03}.png" for index in range(30)}
+    assert set(task.texts_of()) == {f"{index:03}.png" for index in range(30)}
 
 
 def test_saved_and_parquet_data_sets_with_an_image_column(tmp_path):
@@ -464,7 +464,7 @@ def test_saved_and_parquet_data_sets_with_an_image_column(tmp_path):
     refused(tmp_path / "saved", "--image_column", label_column="kind")
     refused(tmp_path / "saved", "expected images", "--image_column", image_column="kind", label_column="kind")
     task = ImageClassification(DataConfig(dataset=str(tmp_path / "saved"), **columns))
-    assert task.test_texts()[:2] == ["image 0", "image 1"]
+    assert task.texts_of()[:2] == ["image 0", "image 1"]
 
 
 def test_the_same_pixels_are_in_one_split_only_whatever_the_format(tmp_path):

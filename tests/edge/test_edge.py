@@ -75,7 +75,7 @@ def refused(bundle: Path, *arguments: str, **options: Any) -> tuple[int, str]:
 def test_the_same_logits_to_the_last_digit_without_torch(text_bundle, task, tokenizer):
     features = task.features(tokenizer)["test"]
     expected = predict_onnx(text_bundle / "model.onnx", features, task.collate(tokenizer), task)
-    (text_bundle.parent / "lines.txt").write_text("\n".join(task.test_texts()), encoding="utf-8")
+    (text_bundle.parent / "lines.txt").write_text("\n".join(task.texts_of()), encoding="utf-8")
     found = predictions(text_bundle, "--file", str(text_bundle.parent / "lines.txt"))
     assert len(found) == len(features) == 48
     np.testing.assert_array_equal(np.array([one["logits"] for one in found], np.float32), expected)

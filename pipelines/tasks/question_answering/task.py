@@ -346,8 +346,10 @@ class QuestionAnswering(ClassifierLoss, TextTask):
 
     # ---- Report
 
-    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
-        return compare_answers(stages, self.data.splits["test"], self.unanswerable, shipped, teacher)
+    def compare(
+        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
+    ) -> Comparison:
+        return compare_answers(stages, self.data.splits[split], self.unanswerable, shipped, teacher)
 
     # ---- Bundle
 

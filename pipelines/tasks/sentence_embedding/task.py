@@ -141,8 +141,8 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         left_out = {"length", "token_type_ids"} - {*processor.model_input_names}
         return partial(_collate, DataCollatorWithPadding(processor), left_out)
 
-    def test_texts(self) -> list[str]:
-        return list(self.rows.splits["test"]["text"])
+    def texts_of(self, split: str = "test") -> list[str]:
+        return list(self.rows.splits[split]["text"])
 
     # ---- Models
 
@@ -357,15 +357,20 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
 
     # ---- Report
 
-    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
-        labels = np.asarray(self.rows.splits["test"]["label"][:])
-        score, sample = partial(self.scores, references=labels, split="test"), partial(self._sample, labels=labels)
+    def compare(
+        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
+    ) -> Comparison:
+        labels = np.asarray(self.rows.splits[split]["label"][:])
+        score, sample = (
+            partial(self.scores, references=labels, split=split),
+            partial(self._sample, labels=labels, split=split),
+        )
         sizes = self.embedding.sizes
         return compare_embedders(
-            stages, labels, self.test_texts(), score, sample, self.searches, sizes, shipped, teacher
+            stages, labels, self.texts_of(split), score, sample, self.searches, sizes, shipped, teacher
         )
 
-    def _sample(self, predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _sample(self, predictions: np.ndarray, labels: np.ndarray, split: str) -> tuple[np.ndarray, ...]:
         """What the primary metric of a stage is computed from: see core.task.Comparison."""
         if self.searches:
             found = predictions if predictions.ndim == 1 else scores.places_of(predictions, labels)
@@ -373,7 +378,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         if self.embedding.score_column is not None:
             found = scores.cosines_of(predictions)
             return found, labels[: len(found)]
-        wanted = scores.likeness(self._reference("test"), labels, False)
+        wanted = scores.likeness(self._reference(split), labels, False)
         return (scores.overlap(scores.likeness(predictions, labels, False), wanted),)
 
     # ---- Bundle

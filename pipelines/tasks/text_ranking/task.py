@@ -216,9 +216,11 @@ class TextRanking(TextRegression):
         settings["outputs"]["ranks"] = True
         return settings
 
-    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
-        test = self.splits["test"]
-        references = np.asarray(test["label"][:])
+    def compare(
+        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
+    ) -> Comparison:
+        examples = self.splits[split]
+        references = np.asarray(examples["label"][:])
         check_predictions(stages, (len(references),), "pairs", teacher)
         found = {stage.name: ranking_metrics(stage.predictions, references) for stage in stages}
         first = {stage.name: first_candidates(stage.predictions, references) for stage in stages}
@@ -232,7 +234,7 @@ class TextRanking(TextRegression):
         of_query = {name: metrics[self.primary_metric] for name, metrics in found.items()}
         loss = of_query[teacher] - of_query[shipped]
         order = np.argsort(-loss, kind="stable")
-        passages = np.asarray(test["text_pair"][:], object)
+        passages = np.asarray(examples["text_pair"][:], object)
         report: dict[str, Any] = {
             "test_examples": len(loss),
             "test_pairs": len(references),
@@ -241,7 +243,7 @@ class TextRanking(TextRegression):
                 "total": int((loss > 0).sum()),
                 "examples": listed_examples(
                     order[loss[order] > 0],
-                    [test[int(row)]["text"] for row in first[teacher]],
+                    [examples[int(row)]["text"] for row in first[teacher]],
                     teacher=of_query[teacher],
                     shipped=of_query[shipped],
                 ),

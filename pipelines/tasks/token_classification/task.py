@@ -211,15 +211,17 @@ class TokenClassification(TextTask, Classification):
 
     # ---- Report
 
-    def compare(self, stages: list[StageResult], processor: Any, shipped: str, teacher: str = TEACHER) -> Comparison:
-        test, features = self.data.splits["test"], self.features(processor)["test"]
+    def compare(
+        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
+    ) -> Comparison:
+        examples, features = self.data.splits[split], self.features(processor)[split]
         found = [
             (text, word)
             for text, words in zip(features["text_number"], features["words"], strict=True)
             for word in words
         ]
         texts, words = np.array([(text, word) for text, word in found if word != IGNORED]).T
-        lengths = [len(starts) for starts in test["starts"]]
+        lengths = [len(starts) for starts in examples["starts"]]
         among_all = (np.cumsum(lengths) - lengths)[texts] + words  # baselines have a tag for words without a token, too
         references = features["labels"][:]
 
@@ -230,7 +232,7 @@ class TokenClassification(TextTask, Classification):
         check_predictions(stages, texts.shape, "words", teacher)
         tags = {stage.name: self.tags(stage.predictions) for stage in stages}
         expected = self.tags(self.words(np.zeros((len(references), self.config.max_length)), references)[1])
-        return compare_entities(stages, tags, expected, (texts, words), test, self.kinds, shipped, teacher)
+        return compare_entities(stages, tags, expected, (texts, words), examples, self.kinds, shipped, teacher)
 
     # ---- Bundle
 
