@@ -42,7 +42,7 @@ from pipelines.tasks import make_task
 
 FRONT = "front.json"
 MOST_CANDIDATES = 4
-# What is chosen here, and so is nothing to ask for.
+# What is chosen here. The YAML of a chain may say it.
 CHOSEN = ("student_model", "student_layers", "prune_heads", "prune_ffn")
 # The stages of a candidate, which become those of the run.
 OF_CANDIDATE = STAGES[STAGES.index("student") : STAGES.index(TEACHER_QUANTIZED)]
@@ -53,10 +53,6 @@ TRAINING_STEP = 3
 def fit(settings: Settings) -> None:
     """The smallest effort first: a forecast, then as few trainings as decide. Every stage is kept, so a killed search goes on."""
     budget, teacher = settings.fit.budget, settings.teacher
-    if given := [name for name in CHOSEN if name in settings.given]:
-        raise InputError(
-            f"expected no --{given[0]}, since fit chooses it, found {settings.given[given[0]]!r}. Leave it out, or use 'pocketformers compress'."
-        )
     if settings.fit.seconds is not None and not settings.distill.needs_stored_targets:
         raise InputError(
             "expected stored soft targets with --time, which trainings are timed by, found none. Leave --time or --soft_targets out."
@@ -64,6 +60,10 @@ def fit(settings: Settings) -> None:
     settings.repeat = RepeatConfig()
     task = make_task(settings)
     with Run(settings.training.output_dir, task, settings.training.seed) as run:
+        if given := [f"--{name} {settings.given[name]}" for name in CHOSEN if name in settings.given]:
+            run.state.print(f"fit chooses what these say, so they are not used: {', '.join(given)}")
+            settings.student = replace(settings.student, student_model=None)
+
         # 1. A model with a head for these labels is a teacher already.
         models: Any = [teacher.teacher_model, *teacher.more_teachers]
         trained = settings.fit.fine_tune

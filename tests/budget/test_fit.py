@@ -116,9 +116,6 @@ def test_an_impossible_budget_ends_before_training(pocketformers, command, tmp_p
     assert "would do" in errors
     assert "10 MB" not in output
     assert not (tmp_path / "run" / "teacher").exists()
-    status, _, errors = pocketformers(*command, "--student_layers", "2", "--output_dir", str(tmp_path / "run"))
-    assert status == 1
-    assert "since fit chooses it" in errors
 
 
 def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
@@ -126,6 +123,7 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
 ):
     run = tmp_path / "run"
     command = [*command, "--within", "60", "--under", "1MB", "--under", "2.3ms", "--output_dir", str(run)]
+    command += ["--student_layers", "2"]  # as the YAML of a chain has it
     monkeypatch.setattr(fit, "MOST_CANDIDATES", 2)
     make_models = fit.make_models
     made = []
@@ -143,6 +141,7 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
     status, output, errors = pocketformers(*command)
     assert status == 0, errors
     assert f"{made[0]}quantized: finished already" in output
+    assert "they are not used: --student_layers 2" in output
     front = json.loads((run / "front.json").read_text())
     rows = {row["number"]: row for row in front["rows"]}
     trained = [row for row in rows.values() if "forecast" in row]
