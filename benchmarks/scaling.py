@@ -73,9 +73,9 @@ def make_model(layers: int, folder: Path) -> tuple[Any, Any]:
     from transformers import BertForSequenceClassification
 
     from pipelines.core.task import Graph
+    from pipelines.onnx.dynamic import quantize_dynamic_int8
     from pipelines.onnx.export import export_graph
     from pipelines.onnx.fuse import fuse_for_onnxruntime
-    from pipelines.onnx.quantize import quantize_dynamic_int8
     from pipelines.runtime.infer import open_session
 
     model = BertForSequenceClassification(write_shape(folder, WIDTH, layers)).eval()

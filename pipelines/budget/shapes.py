@@ -24,13 +24,19 @@ from pipelines.models.families import FAMILIES, depths_of, groups_of, layers_of,
 from pipelines.models.removal import cut, shape_of
 from pipelines.models.students import config_of_student, layers_to_keep
 from pipelines.models.vocabulary import tokens_to_keep, trim_config, trim_tokenizer
+from pipelines.onnx.dynamic import SENSITIVE_SHARE
 from pipelines.onnx.quantize import schemes_to_try
 from pipelines.training.prune import MINIMUM
 
 LAYERS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 SHARES = {"heads": (1.0, 0.5), "neurons": (1.0, 0.5, 0.25)}  # kept
 # Bits of a table's weight and of a matmul's, by the names of schemes; all others have 8 and 8.
-BITS = {"fp32": (32, 32), "int4_blocks": (4, 4), "int4_blocks_int8_embeddings": (8, 4)}
+BITS = {
+    "fp32": (32, 32),
+    "mixed_int8": (8, 8 + 24 * SENSITIVE_SHARE),
+    "int4_blocks": (4, 4),
+    "int4_blocks_int8_embeddings": (8, 4),
+}
 # What a graph takes beside its weights: its nodes, and small constants.
 GRAPH_BYTES, LAYER_BYTES = 8_000, 5_500
 

@@ -523,7 +523,7 @@ class GateConfig(Checked):
     )
 
 
-QUANTIZATIONS = "auto dynamic_int8 static_int8 int8_blocks int4_blocks int4_blocks_int8_embeddings fp32 none"
+QUANTIZATIONS = "auto dynamic_int8 mixed_int8 static_int8 int8_blocks int4_blocks int4_blocks_int8_embeddings fp32 none"
 
 
 @dataclass
@@ -531,7 +531,7 @@ class QuantizeConfig(GateConfig, TargetConfig):
     quantization: str | None = flag(
         None,
         "How the shipped model is quantized: 'dynamic_int8' measures the ranges of activations on every call, 'static_int8' once, on "
-        "training examples; '…_blocks' give every few weights a scale of their own; 'auto' tries the task's schemes and ships the fastest "
+        "training examples; 'mixed_int8' is dynamic_int8, but the matmuls that lose most by it, with a tenth of the weights, stay in fp32; '…_blocks' give every few weights a scale of their own; 'auto' tries the task's schemes and ships the fastest "
         "within --max_quality_drop; 'fp32' fuses operators for ONNX Runtime and quantizes nothing; 'none' ships the exported graph. Left "
         "out: the task's own choice, 'dynamic_int8' for classification, 'auto' for text generation.",
         choices=QUANTIZATIONS.split(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +19,10 @@ from pipelines.core.disk import write_json
 from pipelines.core.memory import give_memory_back
 from pipelines.core.quality import gate_metric, problem_of, quality_lost
 from pipelines.core.records import Outcome, copy_beside, read_record, stage_written_in
-from pipelines.onnx.blocks import quantize_blocks, tied_tables, untie
+from pipelines.onnx.blocks import quantize_blocks
 from pipelines.onnx.calibrate import calibration_feeds, quantize_static_int8
-from pipelines.onnx.export import ONNX_FILE, quiet_exporters
+from pipelines.onnx.dynamic import quantize_dynamic_int8, quantize_mixed_int8
+from pipelines.onnx.export import ONNX_FILE
 from pipelines.onnx.file import OLDER, save, size_of
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.measure import Subject, measure
@@ -47,6 +47,10 @@ def _dynamic_int8(source: Path, target: Path, quantize: QuantizeConfig, feeds: F
     quantize_dynamic_int8(source, target, quantize.reduce_range, quantize.block_size)
 
 
+def _mixed_int8(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) -> None:
+    quantize_mixed_int8(source, target, feeds(), quantize.reduce_range, quantize.block_size)
+
+
 def _static_int8(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds, calibration: str) -> None:
     quantize_static_int8(source, target, feeds(), calibration, quantize.reduce_range)
 
@@ -61,6 +65,7 @@ def _blocks(
 SCHEMES: dict[str, Callable[[Path, Path, QuantizeConfig, Feeds], None]] = {
     "fp32": _fp32,
     "dynamic_int8": _dynamic_int8,
+    "mixed_int8": _mixed_int8,
     "static_int8_minmax": partial(_static_int8, calibration="minmax"),
     "static_int8_entropy": partial(_static_int8, calibration="entropy"),
     "static_int8_percentile": partial(_static_int8, calibration="percentile"),
@@ -156,7 +161,7 @@ def quantize_for_older_runtimes(
     Embeddings in blocks need 1.23, too, so what would have them is dynamic int8, with the embeddings twice where the head is tied to them.
     """
     target.parent.mkdir()
-    if scheme.startswith("static"):
+    if scheme.startswith(("static", "mixed")):
         SCHEMES[scheme](source, target, quantize, feeds)
     else:
         quantize_dynamic_int8(source, target, quantize.reduce_range, None)
@@ -177,39 +182,3 @@ def choose(tried: dict[str, dict[str, Any]], candidates: Path, task: Task) -> st
         fastest = min(tried[name]["p50_ms"] for name in allowed)
         allowed = [name for name in allowed if tried[name]["p50_ms"] <= SAME_TIME * fastest]
     return min(allowed or tried, key=lambda name: tried[name]["quality_lost"])
-
-
-def quantize_dynamic_int8(source: Path, target: Path, reduce_range: bool, block_size: int | None = 32) -> None:
-    """Quantize the matmuls (a scale for each output column) and embeddings of `source` into the one file `target`.
-
-    `reduce_range` keeps the weights of matmuls within 7 bits, as x86 processors without VNNI need: their kernels add pairs of 8-bit
-    products in 16 bits, which saturate. Embeddings stay bytes, of which only the rows that are read are dequantized; those with a tied
-    head are blocks of int8, which both read, or without a `block_size` are stored twice. On loading, ONNX Runtime merges each MatMulInteger with what converts around it.
-    """
-    from onnxruntime.quantization import QuantType
-    from transformers.exporters.configs import ExportFormat
-    from transformers.exporters.quantizers import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
-
-    config = OnnxRuntimeDynamicConfig(
-        # Not Attention, which would become an invalid QAttention, nor Conv, whose ConvInteger is slower than the float kernel.
-        op_types_to_quantize=["MatMul", "Gather", "LSTM"],
-        per_channel=True,
-        reduce_range=reduce_range,
-        weight_type=QuantType.QInt8,
-        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
-    )
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".quantize-") as scratch, quiet_exporters():
-        prepared = source
-        if tied_tables(onnx.load(source, load_external_data=False).graph):
-            prepared = Path(scratch) / ONNX_FILE
-            if block_size is not None:
-                quantize_blocks(source, prepared, 8, None, block_size)
-            else:
-                tied = onnx.load(source)
-                untie(tied.graph)
-                save(ir.from_proto(tied), prepared)
-        model = ir.load(prepared)
-        for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
-            value.shape = None  # the quantizer transposes weights, and then finds the shapes behind them wrong
-        quantized = OnnxRuntimeQuantizer(config).quantize(model, {}, ExportFormat.ONNX)
-    save(quantized, target)

@@ -100,8 +100,8 @@ def verify_quality(
     if problem is not None:
         raise VerificationError(
             f"expected quantization to keep the quality on the validation split, found {problem} with {name}. Allow more with "
-            "--max_quality_drop (1 for whatever is lost), name the CPU it will run on with --target_cpu, take another scheme with "
-            "--quantization, or smaller blocks with --block_size, prune less or train the student longer, or ship fp32 with "
+            "--max_quality_drop (1 for whatever is lost), name the CPU it will run on with --target_cpu, take another scheme, such as "
+            "--quantization mixed_int8, or smaller blocks with --block_size, prune less or train the student longer, or ship fp32 with "
             "--quantization fp32."
         )
     metric = gate_metric(task, gate)

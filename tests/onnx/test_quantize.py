@@ -16,27 +16,33 @@ from conftest import tiny_model
 from pipelines.core.config import QuantizeConfig
 from pipelines.core.task import Graph
 from pipelines.models.removal import cut, with_stock_shapes
+from pipelines.onnx.dynamic import quantize_dynamic_int8, quantize_mixed_int8, sensitivities, weights_of_matmuls
 from pipelines.onnx.export import export_graph, export_onnx
 from pipelines.onnx.fuse import fuse_for_onnxruntime
 from pipelines.onnx.predict import predict_onnx
-from pipelines.onnx.quantize import quantize_dynamic_int8, quantize_onnx
+from pipelines.onnx.quantize import quantize_onnx
 
 LAYERS = 1
 
 
+def random_bert(layers: int) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 128}
+    return BertForSequenceClassification(BertConfig(vocab_size=300, **sizes)).eval()
+
+
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=300, hidden_size=64, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=128
-    )
-    model = BertForSequenceClassification(config).eval()
+    return fused_file(random_bert(LAYERS), tmp_path_factory.mktemp("fused"))
+
+
+def fused_file(model: BertForSequenceClassification, directory: Path) -> Path:
     sample = {name: torch.ones(2, 9, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     sample["attention_mask"][0, 5:] = 0
-    directory = tmp_path_factory.mktemp("fused")
     axes = {name: {0: "batch", 1: "sequence"} for name in sample}
     export_graph(Graph(model, sample, axes, ["logits"]), directory / "source.onnx")
-    assert fuse_for_onnxruntime(directory / "source.onnx", directory / "model.onnx")["attention"] == LAYERS
+    layers = model.config.num_hidden_layers
+    assert fuse_for_onnxruntime(directory / "source.onnx", directory / "model.onnx")["attention"] == layers
     return directory / "model.onnx"
 
 
@@ -47,14 +53,15 @@ def integer_weights(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in names}
 
 
-def run(path: Path) -> np.ndarray:
+def make_feed() -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     lengths = random.integers(1, 33, (16, 1))
-    feeds = {
-        "input_ids": random.integers(2, 300, (16, 32)),
-        "attention_mask": (np.arange(32) < lengths).astype(np.int64),
-    }
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    mask = (np.arange(32) < lengths).astype(np.int64)
+    return {"input_ids": random.integers(2, 300, (16, 32)), "attention_mask": mask}
+
+
+def run(path: Path) -> np.ndarray:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, make_feed())[0]
 
 
 @pytest.mark.parametrize("reduce_range", [False, True])
@@ -103,6 +110,29 @@ def test_onnxruntime_runs_it_in_integer_kernels_and_keeps_embeddings_as_bytes(fu
     assert [producers[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear"] == ["Gather"] * 3
     table = 300 * 64
     assert [t.data_type for t in graph.initializer if np.prod(t.dims) == table] == [onnx.TensorProto.UINT8]
+
+
+def test_the_matmul_that_int8_hurts_stays_in_fp32(tmp_path: Path) -> None:
+    """A neuron that is always 1000, and that nothing reads, takes the whole range of the second layer's, as outliers of large models do."""
+    model = random_bert(3)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.intermediate.dense.weight.mul_(10)
+            layer.output.dense.weight.mul_(10)
+        model.bert.encoder.layer[1].intermediate.dense.bias[0] = 1000
+        model.bert.encoder.layer[1].output.dense.weight[:, 0] = 0
+    fused = fused_file(model, tmp_path)
+    weights = weights_of_matmuls(fused)
+    assert sorted(weights.values()) == 12 * [64 * 64] + 6 * [64 * 128]
+    hurts = max(weights, key=sensitivities(fused, [*weights], [make_feed()], tmp_path, False).__getitem__)
+    quantize_dynamic_int8(fused, tmp_path / "int8.onnx", False)
+    quantize_mixed_int8(fused, tmp_path / "mixed.onnx", [make_feed()], False)
+    in_fp32 = weights_of_matmuls(tmp_path / "mixed.onnx")
+    assert hurts in in_fp32
+    assert sum(in_fp32.values()) <= 0.1 * sum(weights.values())
+    expected = run(fused)
+    lost = {name: np.square(run(tmp_path / f"{name}.onnx") - expected).sum() for name in ("int8", "mixed")}
+    assert lost["mixed"] < 0.2 * lost["int8"]
 
 
 def test_what_is_said_of_a_stage_has_its_name(text_onnx: Path, task, tmp_path: Path, monkeypatch, capsys) -> None:
