@@ -89,7 +89,7 @@ class Forecast:
         return self.ms or self.bytes
 
     @property
-    def capacity(self) -> tuple[int, ...]:
+    def capacity(self) -> tuple[float, ...]:
         """What a model can learn with: more of all of these is no worse."""
         bits = BITS.get(self.shape.scheme, (8, 8))
         return (self.layers, self.heads, self.neurons, *bits, self.vocabulary or 0)
