@@ -224,7 +224,7 @@ def report(settings: Settings) -> None:
     directory = _run_directory(settings.output.output_dir)
     earlier = whole_report(directory) if settings.again.again else None
     if earlier is not None:  # with the flags of the run, unless others are given
-        given = {**earlier["made_by"]["flags"], **settings.given, **vars(settings.task), "output_dir": directory}
+        given = {**earlier["made_by"]["flags"], **settings.named, **vars(settings.task), "output_dir": directory}
         settings = make_settings(kinds_of("report", settings.task.task), given)
     with Run(directory, make_task(settings), settings.output.seed) as run:
         run.stages = finished_stages(run)

@@ -63,7 +63,9 @@ def parse_config(
         in_file = [word for word in in_file if not word.startswith(of_data)]
     parser.exit_on_error = False
     try:
-        values = vars(parser.parse_known_args([*in_file, *argv])[0])
+        words = [*in_file, *argv]
+        values = vars(parser.parse_known_args(words)[0])
+        named_values = vars(parser.parse_known_args(words, argparse.Namespace(**dict.fromkeys(usual)))[0])
         settings = make_settings(kinds, values)
     except (argparse.ArgumentError, InputError) as error:
         # A bad value in the file is bad input, a bad flag is a usage error: which of the two it is shows when the file is read alone.
@@ -77,6 +79,7 @@ def parse_config(
         parser.error(str(error))
     changed = {flag: value for flag, value in values.items() if value != usual[flag]}
     settings.given = {flag: value for flag, value in changed.items() if not flag.startswith(NOT_RECORDED)}
+    settings.named = {flag: value for flag, value in named_values.items() if value is not None}
     return settings
 
 

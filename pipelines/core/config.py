@@ -619,6 +619,7 @@ class Settings(SimpleNamespace):
 
     # Every flag that was given a value other than its default, in the file or on the command line: enough to run again.
     given: dict[str, Any]
+    named: dict[str, Any]  # every flag that was given, whatever its value
     data: DataConfig
     teacher: TeacherConfig
     student: StudentConfig

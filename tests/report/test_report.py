@@ -582,7 +582,9 @@ def test_a_finished_run_is_timed_again_by_its_own_flags(
     with Run(tmp_path / "run", TextClassification(DataConfig(**flags)), seed=0) as run:
         for stage in ("teacher", "student"):
             run.stage(stage, copy, str(teacher))
-        report_run(run, "compress", ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), flags)
+        report_run(
+            run, "compress", ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), flags | {"benchmark_rounds": 5}
+        )
     before, _ = read_report(tmp_path / "run")
     said = capsys.readouterr()
     assert before["busy"] is True
@@ -592,14 +594,16 @@ def test_a_finished_run_is_timed_again_by_its_own_flags(
     timed(load=0.0, p50=4.0)
     with monkeypatch.context() as patched:
         patched.setattr("pipelines.report.results.predict_stage", lambda *given: pytest.fail("scored again"))
-        assert "1.0 times faster than the teacher in torch" in command("--again", "--benchmark_rounds", "2")
+        assert "1.0 times faster than the teacher in torch" in command(
+            "--again", "--benchmark_rounds", "3"
+        )  # the default, which the run had not
     after, changed = read_report(tmp_path / "run")
     assert not changed
     assert after["busy"] is False
     assert after["stages"][1]["latency_ms"]["p50"] == 4.0
     new = {"busy", "stages", "environment", "made_by", "files", "sha256"}
     assert {key for key in before if before[key] != after[key]} <= new
-    assert after["made_by"] == before["made_by"] | {"rounds": 2, "seconds": 1.0}
+    assert after["made_by"] == before["made_by"] | {"rounds": 3, "seconds": 1.0}
     assert [stage["metrics"] for stage in after["stages"]] == [stage["metrics"] for stage in before["stages"]]
 
     (tmp_path / "run" / "report.md").write_text("changed")
