@@ -72,21 +72,23 @@ BINARY = (b"PK\3\4", b"\x1f\x8b", b"\xd0\xcf\x11\xe0", b"PAR1", b"BZh", b"(\xb5/
 PUNCTUATION = "“”‘’„–—…€£«»¡¿°·½®™©§\xa0"
 
 
-def read_table(path: Path, config: DataConfig, lists: bool = False) -> datasets.Dataset:
+def read_table(path: Path, config: DataConfig, lists: bool = False, nested: bool = False) -> datasets.Dataset:
     """The columns of a table that the flags name. The others have nothing but their names, so they can be in nobody's way.
 
-    Cells of csv, tsv and json files are text; with `lists` the label column of a json file may have lists, which are text in its notation. The table is kept in the cache of `datasets`, so it takes no memory; its `description`
-    names the encoding and the separator of the file, where they are not the usual ones.
+    Cells of csv, tsv and json files are text; with `lists` the label column of a json file may have lists, which are text in its notation. With `nested` json and parquet files may have lists
+    and objects in the named columns, or such columns in objects (passages.text): they stay what they are. The table is kept in the cache of
+    `datasets`, so it takes no memory; its `description` names the encoding and the separator of the file, where they are not the usual ones.
     """
     labels = {config.label_column, *config.more_label_columns}
     named = {config.text_column, config.text_pair_column, config.image_column, *labels} - {None}
+    named |= {str(name).partition(".")[0] for name in named if nested}
     key = [VERSION, state_of(str(path)), sorted(map(str, named)), config.separator, config.encoding]
-    key += [sorted(labels)] if lists else []
+    key += ([sorted(labels)] if lists else []) + ["nested"] * nested
     kept = folder() / f"table-{digest(key)}.arrow"
     if not kept.is_file():
         temporary = kept.with_suffix(f".{os.getpid()}")
         try:
-            _write(temporary, _readings(path, named, config, labels if lists else set()))
+            _write(temporary, _readings(path, named, config, labels if lists else set(), nested))
             temporary.replace(kept)
         except InputError:
             raise
@@ -134,7 +136,7 @@ def _write(target: Path, readings: Iterator[tuple[str, Iterator[pa.Table]]]) -> 
 
 
 def _readings(
-    path: Path, named: set[str | None], config: DataConfig, lists: set[str]
+    path: Path, named: set[str | None], config: DataConfig, lists: set[str], nested: bool
 ) -> Iterator[tuple[str, Iterator[pa.Table]]]:
     """The ways in which a file can be read, the most likely one first, each with what is unusual in it; columns of `lists` may hold some."""
     name = path.name.lower()
@@ -147,7 +149,7 @@ def _readings(
         text.seek(0)
         note = "" if encoding == "utf-8-sig" else f"encoding {encoding}"
         if name.endswith(JSON_SUFFIXES):
-            yield note, _from_objects(text, path, named, lists)
+            yield note, _from_objects(text, path, named, lists, nested)
             return
         usual = "\t" if name.endswith(TSV_SUFFIXES) else ","
         start = text.read(1 << 16)
@@ -265,20 +267,29 @@ def _from_cells(
                 raise csv.Error(f"{row!r:.100} has {len(row)} cells for {len(names)} columns")
 
 
-def _from_objects(text: TextIO, path: Path, named: set[str | None], lists: set[str]) -> Iterator[pa.Table]:
+def _from_objects(
+    text: TextIO, path: Path, named: set[str | None], lists: set[str], nested: bool
+) -> Iterator[pa.Table]:
     """The objects of a json or jsonl file; not all need to have the same keys."""
     objects = _objects(text)
-    tables = []
+    tables: list[pa.Table] = []
     while rows := list(islice(objects, ROWS_AT_A_TIME)):
-        columns = {
-            name.strip(): pa.array([_text(row.get(name), name, path, lists) for row in rows], pa.string())
-            if name.strip() in named
-            else pa.nulls(len(rows))
-            for name in dict.fromkeys(chain.from_iterable(rows))
-        }
+        if not tables:  # a flat file is text
+            nested = nested and any(
+                isinstance(cell, list | dict) for row in rows for name, cell in row.items() if name in named
+            )
+        columns = {}
+        for name in dict.fromkeys(chain.from_iterable(rows)):
+            cells = [row.get(name) for row in rows]
+            if name.strip() not in named:
+                columns[name.strip()] = pa.nulls(len(rows))
+            elif nested and not any(isinstance(cell, str) for cell in cells):
+                columns[name.strip()] = pa.array(whole_characters(cells))
+            else:
+                columns[name.strip()] = pa.array([_text(cell, name, path, lists) for cell in cells], pa.string())
         tables.append(pa.table(columns))
     if tables:
-        yield pa.concat_tables(tables, promote_options="default")
+        yield pa.concat_tables(tables, promote_options="permissive")
 
 
 def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
@@ -300,7 +311,7 @@ def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
 
 def _text(value: Any, name: str, path: Path, lists: set[str]) -> str | None:
     if isinstance(value, list) and name.strip() in lists:
-        return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
+        return str(whole_characters(json.dumps(value, ensure_ascii=False)))
     if isinstance(value, list) and len(value) < 2:  # ["sport"], as doccano writes one class
         value = value[0] if value else None
     if isinstance(value, (dict, list)):
@@ -308,8 +319,20 @@ def _text(value: Any, name: str, path: Path, lists: set[str]) -> str | None:
             f"expected a text, a number or a truth value in the column {name!r} of {path}, found a {type(value).__name__}; name another "
             "column (--text_column, --label_column), or write its parts into columns of their own"
         )
-    # Half of a pair, where a text was cut within an emoji, is no character.
-    return None if value is None or value != value else str(value).encode(errors="replace").decode()
+    return None if value is None or value != value else str(whole_characters(str(value)))
+
+
+def whole_characters(found: Any) -> Any:
+    """What a json file holds without halves of pairs, which are no characters; they are left where a text was cut within an emoji."""
+    if isinstance(found, str):
+        return found.encode(errors="replace").decode()
+    if isinstance(found, list):
+        return [whole_characters(one) for one in found]
+    return (
+        {whole_characters(name): whole_characters(one) for name, one in found.items()}
+        if isinstance(found, dict)
+        else found
+    )
 
 
 def _from_parquet(path: Path, named: set[str | None]) -> Iterator[pa.Table]:

@@ -82,6 +82,40 @@ def test_all_candidates_of_a_query_are_in_one_split_in_their_order(ranking, list
     assert ranking.details["pairs"] == {"train": 224, "validation": 32, "test": 64}
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("of_objects", [True, False])
+def test_candidates_inside_another_column_are_read(of_objects, suffix, lists, ranking, tmp_path):
+    """As MS MARCO has them, and as objects in a list; with half of a pair, where a text was cut within an emoji."""
+    rows = []
+    for row in map(json.loads, lists.read_text().splitlines()):
+        columns = {"passage_text": row["passage"], "is_selected": [int(label) for label in row["label"]]}
+        inside = [dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True)]
+        rows.append({"query": row["query"], "passages": inside if of_objects else columns, "url": ["a", {}]})
+    file = tmp_path / f"nested.{suffix}"
+    if suffix == "parquet":
+        datasets.Dataset.from_list([row | {"url": ""} for row in rows]).to_parquet(str(file))
+    else:
+        rows[0]["query"] += "\ud83d"
+        file.write_text(json.dumps({"data": rows}) if suffix == "json" else "\n".join(map(json.dumps, rows)))
+    names = {
+        "text_column": "query",
+        "text_pair_column": "passages.passage_text",
+        "label_column": "passages.is_selected",
+    }
+    config = DataConfig(dataset=str(file), max_length=32, **names)
+
+    def pairs(task: TextRanking) -> list[tuple]:
+        return sorted(
+            (row["text_pair"], row["text"].rstrip("?"), row["label"][0])
+            for split in task.splits.values()
+            for row in split
+        )
+
+    assert pairs(TextRanking(config)) == pairs(ranking)
+    with pytest.raises(InputError, match="found lists. Leave the flag out"):
+        _ = TextRanking(config, RankingConfig(tfidf_candidates=3)).splits
+
+
 def test_fewer_candidates_to_train_on(ranking, lists):
     fewer = TextRanking(ranking.config, RankingConfig(train_candidates=2))
     expected = [row for place, row in enumerate(ranking.splits["train"]) if place % 4 < 2 or row["label"][0] > 0]

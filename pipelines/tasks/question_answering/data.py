@@ -21,7 +21,7 @@ from pipelines.data.documents import load_texts
 from pipelines.data.examples import Examples, hash_of
 from pipelines.data.folders import load_source
 from pipelines.data.splits import choose_splits, cut_missing_splits, drop_duplicates
-from pipelines.data.tables import JSON_SUFFIXES, read_table, reason
+from pipelines.data.tables import JSON_SUFFIXES, read_table, reason, whole_characters
 from pipelines.data.text import TEXTS
 from pipelines.tasks.question_answering.speakers import questions_of_speakers
 
@@ -88,7 +88,7 @@ def read_file(path: Path, config: DataConfig, settings: AnswerConfig) -> dataset
             found = json.loads(text)
         except ValueError:  # an object on every line
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return datasets.Dataset.from_list(_flat(_whole_characters(found), settings))
+        return datasets.Dataset.from_list(_flat(whole_characters(found), settings))
     except Exception as error:  # parsers raise errors of their own kinds
         raise InputError(
             f"expected a file of questions in {path}, as SQuAD has them or with an object of the same kind for every row, found that it cannot "
@@ -122,15 +122,6 @@ def _flat(found: Any, settings: AnswerConfig) -> list[Row]:
                 f"{row!r:.80} has not all of them"
             ) from error
     return flat
-
-
-def _whole_characters(found: Any) -> Any:
-    """What a json file holds without halves of pairs, which are no characters; they are left where a text was cut within an emoji."""
-    if isinstance(found, str):
-        return found.encode(errors="replace").decode()
-    if isinstance(found, list):
-        return [_whole_characters(one) for one in found]
-    return {name: _whole_characters(one) for name, one in found.items()} if isinstance(found, dict) else found
 
 
 def _columns_of(answers: list[Row]) -> Row:

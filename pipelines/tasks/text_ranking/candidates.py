@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import datasets
@@ -20,9 +18,10 @@ from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.data.examples import Examples, Given, hash_of, read_given, split_examples
 from pipelines.data.references import read_scores
-from pipelines.data.tables import JSON_SUFFIXES, read_table
+from pipelines.data.tables import read_table
 from pipelines.data.text import TEXTS, content, map_kept, title_pair
 
+LISTS = (datasets.List, datasets.LargeList)
 QUERIES_AT_A_TIME = 1000  # whose similarities to all passages are in memory
 PASSAGE = "passage"  # the column of the passages that documents give
 
@@ -92,36 +91,30 @@ class RankingConfig(Checked):
 # ---- Reading
 
 
-def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
-    """A table as read_table() reads it, but json with its lists."""
-    if path.name.lower().endswith(JSON_SUFFIXES):
-        # Of json in another form read_table() makes something, or says what is wrong.
-        with contextlib.suppress(Exception):
-            read = datasets.Dataset.from_json(str(path))
-            if isinstance(read, datasets.Dataset) and not all(map(_is_plain, read.features.values())):
-                return read
-    return read_table(path, config)
-
-
-def _is_plain(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value)
-
-
 def _content(rows: list[tuple[Any, ...]]) -> list[tuple[bytes, bytes] | None]:
     """Of each pair its texts, and the query alone, which is in one split only."""
     found = content(rows)
     return [one and (one[0], one[1].partition(b"\0")[0]) for one in found]
 
 
-PAIRS = replace(TEXTS, usable="a query and a passage", read_file=_read_file, content=_content)
+PAIRS = replace(TEXTS, usable="a query and a passage", read_file=partial(read_table, nested=True), content=_content)
 
 
 def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: RankingConfig) -> datasets.Dataset:
     """A row for each pair of a query and a candidate, in the columns that the flags name; `split` may have lists of candidates, right
     passages alone, or single texts. One without these columns stays as it is, for the checks to refuse."""
-    split = split.flatten()  # a column of the Hub may have others in it: passages.passage_text
+    # A column may have others in it: passages.passage_text. A format, which is not flattened with them, would hide these.
+    split = split.with_format(None).flatten()
     query, passage, label = (str(one) for one in (config.text_column, config.text_pair_column, config.label_column))
+    lists = {name: kind.feature for name, kind in split.features.items() if isinstance(kind, LISTS)}
+    of_objects = {f"{name}.{key}" for name, kind in lists.items() if isinstance(kind, dict) for key in kind}
+    has_lists = passage in {*lists, *of_objects}
     if ranking.tfidf_candidates is not None:
+        if has_lists:
+            raise InputError(
+                f"expected the right passage of each query in the column {passage!r} with --tfidf_candidates, found lists. Leave the flag out: "
+                "the lists are the candidates."
+            )
         needed = [query] if ranking.title_pairs else [query, passage]
         if not {*needed} <= {*split.column_names} or len(split) == 0:
             return split
@@ -131,13 +124,18 @@ def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: Rank
             rows = [title_pair(text, ranking.title_pairs) for text in texts[0]]
         found = zip(*find_candidates(rows, ranking.tfidf_candidates), strict=True)
         return datasets.Dataset.from_dict(dict(zip((query, passage, label), map(list, found), strict=True)))
-    is_list = isinstance(split.features.get(passage), (datasets.List, datasets.LargeList))
-    if not is_list or not {query, label} <= {*split.column_names}:
+    if not has_lists or not {query, label} <= {*split.column_names, *of_objects}:
         return split
+
+    def cells(batch: dict[str, list[Any]], name: str) -> list[Any]:
+        if name not in of_objects:
+            return batch[name]
+        column, _, key = name.rpartition(".")
+        return [cell and [one and one[key] for one in cell] for cell in batch[column]]
 
     def pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {query: [], passage: [], label: []}
-        for text, candidates, labels in zip(batch[query], batch[passage], batch[label], strict=True):
+        for text, candidates, labels in zip(*(cells(batch, name) for name in (query, passage, label)), strict=True):
             if candidates is None:  # which a row may lack as it may lack its passage
                 candidates, labels = [None], [None]
             labels = _labels_of(candidates, labels, name, config)
