@@ -271,7 +271,7 @@ def _from_objects(
     text: TextIO, path: Path, named: set[str | None], lists: set[str], nested: bool
 ) -> Iterator[pa.Table]:
     """The objects of a json or jsonl file; not all need to have the same keys."""
-    objects = _objects(text)
+    objects = _objects(text, nested and bool(re.search(r"\.(jsonl|ndjson)", path.name.lower())))
     tables: list[pa.Table] = []
     while rows := list(islice(objects, ROWS_AT_A_TIME)):
         if not tables:  # a flat file is text
@@ -292,9 +292,10 @@ def _from_objects(
         yield pa.concat_tables(tables, promote_options="permissive")
 
 
-def _objects(text: TextIO) -> Iterator[dict[str, Any]]:
-    """One object a line, a list of them, one under a name ({"data": [...]}), or a list or an object for each column."""
-    by_line = text.readline().rstrip().endswith("}") and any(line.strip() for line in text)
+def _objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:
+    """One object a line (`may_be_one`: also of a single line), a list of them, one under a name ({"data": [...]}), or a list or an object for
+    each column."""
+    by_line = text.readline().rstrip().endswith("}") and (may_be_one or any(line.strip() for line in text))
     text.seek(0)
     rows = (json.loads(line) for line in text if line.strip()) if by_line else json.load(text)
     if isinstance(rows, dict):

@@ -30,7 +30,7 @@ from pipelines.data.examples import Examples, Given, hash_of, prepared, split_ex
 from pipelines.data.folders import load_source
 from pipelines.data.kinds import Kind, Source
 from pipelines.data.splits import choose_splits
-from pipelines.data.tables import reason
+from pipelines.data.tables import JSON_SUFFIXES, read_table
 from pipelines.data.text import content, map_kept, read_text, tokenizer_content
 from pipelines.runtime.spans import OUTSIDE, kept_range
 
@@ -54,19 +54,12 @@ class Tagged:
 
 
 def read_tagged(path: Path, config: DataConfig) -> datasets.Dataset:
-    """A json, jsonl or parquet file as it is; of a CoNLL file the columns of words and of tags, a row for each sentence."""
-    if path.name.lower().endswith(CONLL_SUFFIXES):
-        sentences = list(_sentences(path, config))
-        columns = {config.text_column: [words for words, _ in sentences]}
-        return datasets.Dataset.from_dict(columns | {config.label_column: [tags for _, tags in sentences]})
-    is_parquet = path.name.lower().endswith(".parquet")
-    try:
-        read: Any = datasets.Dataset.from_parquet if is_parquet else datasets.Dataset.from_json
-        return read(str(path))
-    except Exception as error:  # parsers raise errors of their own kinds
-        raise InputError(
-            f"expected a well-formed {path.suffix[1:]} file, found that {path} cannot be read ({reason(error)}); write it again"
-        ) from error
+    """A json, jsonl or parquet file with its lists; of a CoNLL file the columns of words and of tags, a row for each sentence."""
+    if not path.name.lower().endswith(CONLL_SUFFIXES):
+        return read_table(path, config, nested=True)
+    sentences = list(_sentences(path, config))
+    columns = {config.text_column: [words for words, _ in sentences]}
+    return datasets.Dataset.from_dict(columns | {config.label_column: [tags for _, tags in sentences]})
 
 
 def _sentences(path: Path, config: DataConfig) -> Iterator[tuple[list[str], list[str]]]:
@@ -111,7 +104,7 @@ TAGGED = Kind(
     noun="texts",
     usable="words",
     columns={"text_column": "text"},
-    suffixes=(".json", ".jsonl", ".ndjson", ".parquet", *CONLL_SUFFIXES),
+    suffixes=(*JSON_SUFFIXES, ".parquet", *CONLL_SUFFIXES),
     read_file=read_tagged,
     read_files=_no_files,
     prepare=lambda split, column, config: split,

@@ -141,6 +141,18 @@ def test_bad_rows_are_refused(rows, message, tmp_path):
         load(tmp_path / "rows.jsonl").data  # noqa: B018
 
 
+def test_half_of_a_pair_is_one_other_character_and_broken_json_one_message(tmp_path):
+    """Where a text was cut within an emoji: places behind it stay what they are."""
+    rows = [{"text": f"\ud83d Ann {index}", "label": [{"start": 2, "end": 5, "label": "A"}]} for index in range(10)]
+    lines = list(map(json.dumps, rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    expected = {(("?", "O"), ("Ann", "B-A"), (str(index), "O")) for index in range(10)}
+    assert words_and_tags(load(tmp_path / "rows.jsonl")) == expected
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines, lines[0][:-9]]))
+    with pytest.raises(InputError, match="well-formed jsonl file, found .* repair the file"):
+        load(tmp_path / "rows.jsonl").data  # noqa: B018
+
+
 def test_whole_places_of_spans_may_be_written_as_fractions(tmp_path):
     """As pandas writes the numbers of a column with gaps."""
     rows = [{"text": f"Ann {index}", "label": [{"start": 0.0, "end": 3.0, "label": "A"}]} for index in range(10)]
