@@ -64,13 +64,18 @@ def read_tagged(path: Path, config: DataConfig) -> datasets.Dataset:
 
 def _sentences(path: Path, config: DataConfig) -> Iterator[tuple[list[str], list[str]]]:
     """The sentences of a CoNLL file, which blank lines part. Words are in its first column and tags in the last one, unless --text_column
-    and --label_column are the numbers of others, counted from 0. Columns stand between tabs, or else between spaces."""
+    and --label_column are the numbers of others, counted from 0. Columns stand between white space where all lines have then as many; else between tabs, where there are any."""
     text, _ = read_text(path, config.encoding)
-    lines = text.replace("\r\n", "\n").split("\n")
-    # Behind the last column there may be white space.
-    tabs = any("\t" in line.strip() and not line.startswith("#") for line in lines)
-    split = [line.split("\t" if tabs else None) for line in lines]
-    words = [row for line, row in zip(lines, split, strict=True) if line.strip() and not line.startswith("#")]
+    lines = re.split(r"\r\n?|\n", text)
+    split = [re.split(r"[ \t]+", line.strip(" \t")) for line in lines]
+    others = ("#", "-DOCSTART-")
+    told = [number for number, line in enumerate(lines) if line.strip() and not line.startswith(others)]
+    if len({len(split[number]) for number in told}) > 1 or any("\t\t" in lines[number].strip() for number in told):
+        split = [
+            [cell.strip() for cell in line.split("\t")] if "\t" in line.strip() else row
+            for line, row in zip(lines, split, strict=True)
+        ]
+    words = [split[number] for number in told]
     width = Counter(map(len, words)).most_common(1)[0][0] if words else 2
     tags = {row[-1] for row in words}
     text_place, tag_place = (
@@ -84,14 +89,14 @@ def _sentences(path: Path, config: DataConfig) -> Iterator[tuple[list[str], list
             comment = line.startswith("#") and (len(row) != width or row[-1] not in tags)
             if comment or re.fullmatch(r"\d+[-.]\d+", row[0]) or row[0] == "-DOCSTART-":
                 continue
-            if len(row) < max(2, text_place + 1, tag_place + 1) or not row[tag_place].strip():
+            if len(row) < max(2, text_place + 1, tag_place + 1) or not row[tag_place]:
                 raise InputError(
                     f"expected a word and its tag in line {number + 1} of {path}, found {line!r:.80}; give every word a tag, and part sentences "
                     "by blank lines (other columns: --text_column and --label_column with their numbers from 0)"
                 )
             rows.append(row)
         if rows:
-            yield [row[text_place] for row in rows], [row[tag_place].strip() for row in rows]
+            yield [row[text_place] for row in rows], [row[tag_place] for row in rows]
 
 
 def _no_files(folder: Path, files: Any, config: DataConfig) -> datasets.Dataset:

@@ -36,7 +36,7 @@ def read_text(path: Path, encoding: str | None = None) -> tuple[str, str]:
     content = path.read_bytes()
     try:
         encoding = encoding or encoding_of(io.BytesIO(content), path)
-        text = content.decode(encoding)
+        text = content.decode(encoding).removeprefix("\ufeff")
         if "\0" not in text:
             return text, encoding.removesuffix("-sig")
     except UnicodeDecodeError:

@@ -167,6 +167,24 @@ def test_white_space_behind_the_columns_of_a_conll_file_is_none(tmp_path):
     assert words_and_tags(load(tmp_path / "rows.conll")) == expected
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("between", [" ", "\t", " \t", "  "])
+@pytest.mark.parametrize("settings", [{}, {"encoding": "utf-8"}])
+def test_a_conll_file_of_any_editor_is_read(end, between, settings, tmp_path):
+    """Line ends of every system, a byte order mark, a mark of a document with spaces in a file with tabs, and spaces at the end."""
+    blocks = ["-DOCSTART- -X- O"]
+    blocks += [f"a{index}{between}NN O{end}10\u00a0000 NN{between}B-A  " for index in range(10)]
+    (tmp_path / "rows.conll").write_bytes(f"\ufeff{f'{end} {end}'.join(blocks)}{end}".encode())
+    expected = {((f"a{index}", "O"), ("10\u00a0000", "B-A")) for index in range(10)}
+    assert words_and_tags(load(tmp_path / "rows.conll", **settings)) == expected
+
+
+def test_a_word_of_a_conll_file_may_have_spaces_between_tabs(tmp_path):
+    (tmp_path / "rows.conll").write_text("".join(f"New York {index}\tB-A \nis\tO\nbig O\n\n" for index in range(10)))
+    expected = {((f"New York {index}", "B-A"), ("is", "O"), ("big", "O")) for index in range(10)}
+    assert words_and_tags(load(tmp_path / "rows.conll")) == expected
+
+
 def test_an_empty_tag_of_a_conll_file_is_refused(tmp_path):
     (tmp_path / "rows.conll").write_text("a\tNN\tO\nb\tNN\t\n")
     with pytest.raises(InputError, match="a word and its tag in line 2"):
