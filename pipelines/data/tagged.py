@@ -12,7 +12,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, groupby
@@ -37,7 +37,13 @@ from pipelines.runtime.spans import OUTSIDE, kept_range
 logger = logging.getLogger(__name__)
 
 CONLL_SUFFIXES = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt", ".tsv")
-PREFIXED = re.compile(r"([BIESLUM])-(.+)", re.DOTALL)
+PREFIXED = re.compile(r"(?P<prefix>[BIESLUM])-(?P<kind>.+)", re.DOTALL)
+# B-PER, B_PER and PER-B: how all tags of a data set may be written.
+FORMS = (
+    PREFIXED,
+    re.compile(r"(?P<prefix>[BIESLUM])[_:./|](?P<kind>.+)", re.DOTALL),
+    re.compile(r"(?P<kind>.+)[-_:./|](?P<prefix>[BIESLUM])", re.DOTALL),
+)
 
 
 @dataclass
@@ -295,8 +301,10 @@ def _tags(
     """The names of all tags, those of the training split (the first) or those that it declares, and every row's; tags of spans as IOB2."""
     by_split = {name: [row.tags or [] for row in split] for name, split in rows.items()}
     known = set(declared or chain.from_iterable(next(iter(by_split.values()))))
-    of_spans = OUTSIDE in known  # else every word has a tag of its own, such as its part of speech
-    if of_spans:
+    if OUTSIDE in known:  # else every word has a tag of its own, such as its part of speech
+        usual = _usual_form(known - {OUTSIDE})
+        declared, known = declared and [*map(usual, declared)], {*map(usual, known)}
+        by_split = {name: [[*map(usual, tags)] for tags in split] for name, split in by_split.items()}
         by_split = {name: [to_iob2(tags) for tags in split] for name, split in by_split.items()}
         kinds = sorted({kind for tag in known for kind in [_type_of(tag)] if kind})
         known = {OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")}
@@ -317,6 +325,19 @@ def _tags(
                 f"{name!r}; add training examples of it, or correct the tags"
             )
     return names, by_split
+
+
+def _usual_form(tags: set[str]) -> Callable[[str], str]:
+    """From a tag to the same as B-PER, where all `tags` are written in another of FORMS, with B and I among them; else they stay."""
+    for form in FORMS:
+        found = [form.fullmatch(tag) for tag in tags]
+        prefixes = {match["prefix"] for match in found if match}
+        if all(found) and (form == PREFIXED or {"B", "I"} <= prefixes):
+            usual = partial(re.compile(rf"\A(?:{form.pattern})\Z", re.DOTALL).sub, r"\g<prefix>-\g<kind>")
+            if form != PREFIXED:
+                logger.warning("the tags are read as spans: %s is %s", min(tags), usual(min(tags)))
+            return usual
+    return lambda tag: tag
 
 
 def _type_of(tag: str) -> str:

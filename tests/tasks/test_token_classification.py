@@ -115,6 +115,23 @@ def test_every_scheme_becomes_iob2():
     assert to_iob2(["A", "A", "O", "B", "B", "A"]) == ["B-A", "I-A", "O", "B-B", "I-B", "B-A"]
 
 
+@pytest.mark.parametrize("form", ["B_PER", "B:PER", "PER-B", "PER_B"])
+def test_prefixes_in_another_form_are_read_and_told(form, tmp_path, caplog):
+    tags = ["O", *(form.replace("B", prefix) for prefix in "BI")]
+    rows = [{"text": ["by", "Ann", f"Lee{index}"], "label": tags} for index in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load(tmp_path / "rows.jsonl")
+    assert task.label_names == ["O", "B-PER", "I-PER"]
+    assert words_and_tags(task) == {(("by", "O"), ("Ann", "B-PER"), (f"Lee{index}", "I-PER")) for index in range(10)}
+    assert f"{form} is B-PER" in caplog.text
+
+
+def test_types_that_only_look_like_prefixes_stay(tmp_path):
+    rows = [{"text": ["a", "b", f"c{index}"], "label": ["O", "vitamin_B", "vitamin_E"]} for index in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load(tmp_path / "rows.jsonl").kinds == ["vitamin_B", "vitamin_E"]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
