@@ -284,12 +284,22 @@ def _from_objects(
             if name.strip() not in named:
                 columns[name.strip()] = pa.nulls(len(rows))
             elif nested and not any(isinstance(cell, str) for cell in cells):
-                columns[name.strip()] = pa.array(whole_characters(cells))
+                columns[name.strip()] = _nested(cells, name, path)
             else:
                 columns[name.strip()] = pa.array([_text(cell, name, path, lists) for cell in cells], pa.string())
         tables.append(pa.table(columns))
     if tables:
         yield pa.concat_tables(tables, promote_options="permissive")
+
+
+def _nested(cells: list[Any], name: str, path: Path) -> pa.Array:
+    try:
+        return pa.array(whole_characters(cells))
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"expected values of one kind in the column {name!r} of {path}, such as lists of texts or lists of objects, found several "
+            f"({reason(error)}); write all rows of it in one way"
+        ) from error
 
 
 def _objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ All become a text, the places of its words in it, and a tag for each word. Tags 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import re
@@ -227,7 +228,8 @@ def _of_tokens(tokens: list[Any], labels: list[Any] | None, declared: list[str] 
 def _of_spans(text: str, spans: Any, where: str, config: DataConfig) -> Tagged:
     """The words of a text, which are cut where a span begins or ends inside one."""
     if isinstance(spans, dict):  # as `datasets` gives lists of the same keys
-        spans = [dict(zip(spans, values, strict=True)) for values in zip(*spans.values(), strict=True)]
+        with contextlib.suppress(TypeError, ValueError):  # others are refused below
+            spans = [dict(zip(spans, values, strict=True)) for values in zip(*spans.values(), strict=True)]
     if not isinstance(spans, list | None) or not all(
         isinstance(one, dict) and {"start", "end", "label"} <= one.keys() for one in spans or ()
     ):

@@ -137,6 +137,11 @@ def test_types_that_only_look_like_prefixes_stay(tmp_path):
     [
         ([{"text": ["a", "b"], "label": ["O"]}], "found 2 tokens and 1 tags in row 0"),
         ([{"text": "some text", "label": [{"start": 0, "end": 50, "label": "A"}]}], "within the text"),
+        ([{"text": "some text", "label": {"start": 0, "end": 4, "label": "A"}}], "expected spans"),
+        ([{"text": "some text", "label": {"start": [0, 1], "end": [4], "label": ["A"]}}], "expected spans"),
+        ([{"text": ["a", 5], "label": ["O", "B-A"]}], "one kind in the column 'text'.*write all rows"),
+        ([{"text": ["a"], "label": ["O"]}, {"text": ["a"], "label": [1]}], "one kind in the column 'label'"),
+        ([{"text": "some text", "label": [[0, 4, "A"]]}], "one kind in the column 'label'.*lists of objects"),
         ([{"text": "some text", "label": [{"begin": 0, "end": 5, "label": "A"}]}], "expected spans"),
         ([{"text": ["a"], "label": None}, {"text": ["a", "b"], "label": ["O", "B-A"]}], "1 of 2 rows without"),
         ([{"text": ["a", "b"], "label": ["X", "X"]}], "at least two kinds"),
