@@ -144,10 +144,11 @@ def test_pairs_a_right_text_and_a_right_place_are_read_as_lists_are(ranking, lis
     assert read(tmp_path / "nested", text_pair_column="passages.passage", label_column="passages.label") == expected
 
 
-def test_rows_without_candidates_or_a_label_are_left_out_as_others_are(lists, tmp_path):
+@pytest.mark.parametrize("nothing", [None, []])
+def test_rows_without_candidates_or_a_label_are_left_out_as_others_are(nothing, lists, tmp_path):
     rows = [json.loads(line) for line in lists.read_text().splitlines()]
     rows = [row | {"label": row["label"].index(1)} for row in rows]
-    rows[3]["passage"], rows[4]["label"] = None, None
+    rows[3]["passage"], rows[4]["label"] = nothing, None
     path = tmp_path / "gaps.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match="1 of 317 rows without"):

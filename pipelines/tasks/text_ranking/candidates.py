@@ -136,7 +136,7 @@ def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: Rank
     def pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {query: [], passage: [], label: []}
         for text, candidates, labels in zip(*(cells(batch, name) for name in (query, passage, label)), strict=True):
-            if candidates is None:  # which a row may lack as it may lack its passage
+            if not candidates:  # which a row may lack as it may lack its passage
                 candidates, labels = [None], [None]
             labels = _labels_of(candidates, labels, name, config)
             columns[query] += [text] * len(candidates)
