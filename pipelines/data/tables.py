@@ -13,7 +13,7 @@ import sys
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
@@ -143,10 +143,8 @@ def _readings(
     if name.endswith(".parquet"):
         yield "", _from_parquet(path, named)
         return
-    with closing(_unpacked(path)) as file:
-        encoding = config.encoding or encoding_of(file, path)
-        text = io.TextIOWrapper(file, encoding, newline="")
-        text.seek(0)
+    with closing(open_text(path, config)) as text:
+        encoding = text.encoding
         note = "" if encoding == "utf-8-sig" else f"encoding {encoding}"
         if name.endswith(JSON_SUFFIXES):
             yield note, _from_objects(text, path, named, lists, nested)
@@ -179,6 +177,14 @@ def _readings(
         ]:
             dialect = {"delimiter": separator, "skipinitialspace": spaced, **way}
             yield note, _from_cells(text, columns, named, int(hints), whole, dialect)
+
+
+def open_text(path: Path, config: DataConfig) -> TextIO:
+    """A file that may be packed, in its encoding, with its own line ends."""
+    file = _unpacked(path)
+    encoding = config.encoding or encoding_of(file, path)
+    file.seek(0)
+    return io.TextIOWrapper(file, encoding, newline="")
 
 
 def _unpacked(path: Path) -> Any:
@@ -307,7 +313,7 @@ def _objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:
     each column."""
     by_line = text.readline().rstrip().endswith("}") and (may_be_one or any(line.strip() for line in text))
     text.seek(0)
-    rows = (json.loads(line) for line in text if line.strip()) if by_line else json.load(text)
+    rows = json_lines(text) if by_line else json.load(text)
     if isinstance(rows, dict):
         lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         is_row = not any(isinstance(value, (list, dict)) for value in rows.values())
@@ -318,6 +324,15 @@ def _objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ValueError(f"an object for every row has its columns by their names, {row!r:.100} does not")
         yield row
+
+
+def json_lines(lines: Iterable[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except json.JSONDecodeError as error:  # whose own line is always the first
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
 
 
 def _text(value: Any, name: str, path: Path, lists: set[str]) -> str | None:

@@ -396,6 +396,16 @@ def test_a_damaged_file_of_questions_is_one_message(name, content, tmp_path):
         load_questions(DataConfig(dataset=str(tmp_path / name)), AnswerConfig())
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "cp1252"])
+@pytest.mark.parametrize("join", [json.dumps, lambda rows, **how: "\r".join(json.dumps(row, **how) for row in rows)])
+def test_questions_in_another_encoding_are_read(join, encoding, tmp_path):
+    answers = {"text": ["Renée"], "answer_start": [0]}
+    rows = [{"question": f"who {n}?", "context": f"Renée {n} était là", "answers": answers} for n in range(20)]
+    (tmp_path / "rows.json").write_bytes(join(rows, ensure_ascii=False).encode(encoding))
+    examples = load_questions(DataConfig(dataset=str(tmp_path / "rows.json")), AnswerConfig())
+    assert {row["context"][:5] for split in examples.splits.values() for row in split} == {"Renée"}
+
+
 def test_data_without_questions_is_refused(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([{"question": "the match", "context": "a goal", "answer": ""}] * 2))
     for settings, message in [

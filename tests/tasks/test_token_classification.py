@@ -171,7 +171,7 @@ def test_half_of_a_pair_is_one_other_character_and_broken_json_one_message(tmp_p
     expected = {(("?", "O"), ("Ann", "B-A"), (str(index), "O")) for index in range(10)}
     assert words_and_tags(load(tmp_path / "rows.jsonl")) == expected
     (tmp_path / "rows.jsonl").write_text("\n".join([*lines, lines[0][:-9]]))
-    with pytest.raises(InputError, match="well-formed jsonl file, found .* repair the file"):
+    with pytest.raises(InputError, match="well-formed jsonl file, found .*line 11, column .* repair the file"):
         load(tmp_path / "rows.jsonl").data  # noqa: B018
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow.parquet
 
@@ -21,7 +21,7 @@ from pipelines.data.documents import load_texts
 from pipelines.data.examples import Examples, hash_of
 from pipelines.data.folders import load_source
 from pipelines.data.splits import choose_splits, cut_missing_splits, drop_duplicates
-from pipelines.data.tables import JSON_SUFFIXES, read_table, reason, whole_characters
+from pipelines.data.tables import JSON_SUFFIXES, json_lines, open_text, read_table, reason, whole_characters
 from pipelines.data.text import TEXTS
 from pipelines.tasks.question_answering.speakers import questions_of_speakers
 
@@ -82,13 +82,15 @@ def read_file(path: Path, config: DataConfig, settings: AnswerConfig) -> dataset
             table = pyarrow.parquet.read_table(path)
             table.validate(full=True)  # nobody has looked at the bytes of its texts yet
             return datasets.Dataset(table)
-        with fsspec.open(str(path), "rt", encoding=config.encoding or "utf-8-sig", compression="infer") as file:
-            text = file.read()
-        try:
-            found = json.loads(text)
-        except ValueError:  # an object on every line
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        with closing(open_text(path, config)) as file:
+            try:
+                found = json.load(file)
+            except ValueError:  # an object on every line
+                file.seek(0)
+                found = list(json_lines(file))
         return datasets.Dataset.from_list(_flat(whole_characters(found), settings))
+    except InputError:
+        raise
     except Exception as error:  # parsers raise errors of their own kinds
         raise InputError(
             f"expected a file of questions in {path}, as SQuAD has them or with an object of the same kind for every row, found that it cannot "
