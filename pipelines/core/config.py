@@ -487,11 +487,15 @@ class PruneConfig(Checked):
     )
     prune_ffn: Share = flag(0.5, "Share of the feed-forward neurons to remove, over all layers together.")
     prune_steps: Count = flag(2, "Remove them in this many steps, and recover after each.")
-    prune_epochs: float = flag(2.0, "Epochs of recovery by distillation after each step.")
+    prune_epochs: float = flag(
+        2.0,
+        "Epochs of recovery by distillation after each step. 0 trains nothing: what is left is scaled, so that each layer's outputs come "
+        "closest to those before.",
+    )
     prune_learning_rate: Annotated[float | None, "above 0"] = flag(
         None, "Peak learning rate of the recovery. Left out: --learning_rate."
     )
-    prune_samples: Count = flag(512, "Training examples that the importance of heads and neurons is measured on.")
+    prune_samples: Count = flag(512, "Training examples that heads and neurons are chosen, and scaled, by.")
 
 
 @dataclass

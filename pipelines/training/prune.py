@@ -29,6 +29,7 @@ from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write
 from pipelines.training.distill import TEACHER_COLUMN, train_student
 from pipelines.training.fine_tune import save, source_metrics, validation_metrics
 from pipelines.training.losses import teachers_loss
+from pipelines.training.masks import tune_masks
 from pipelines.training.soft_targets import with_soft_targets
 from pipelines.training.trainer import count_parameters
 
@@ -170,7 +171,8 @@ def prune_and_recover(
     soft_targets: Path | list[Path] | None = None,
     transfer: TransferSet | None = None,
 ) -> Outcome:
-    """Remove the least important heads and neurons of the student in `source`, in steps, recovering by distillation after each.
+    """Remove the least important heads and neurons of the student in `source`, in steps, recovering by distillation after each; without
+    epochs for that what is left is scaled, see tune_masks.
 
     The main process chooses and writes what is left, and every process reads that: a rank decided by the last bit of a gradient would
     otherwise give the processes models of different shapes. A run that was interrupted goes on from the last step that was written.
@@ -218,6 +220,9 @@ def prune_and_recover(
                 )
             except InputError as error:
                 raise InputError(f"{error} What the cut of step {step + 1} left is kept in {cuts[step]}.") from error
+        elif PartialState().is_main_process:
+            whole = task.load_model(source).to(training.device)
+            recovery = {"off": tune_masks(model, whole, _batches(task, processor, prune, training))}
         steps.append({**shape_of(model), "recovery": recovery})
     if not PartialState().is_main_process:
         return Outcome("transformers")
@@ -246,10 +251,27 @@ def _importance(
     else:
         read = partial(task.soft_target_features, distill=distill)
         features = with_soft_targets(task, read, read(processor), soft_targets)
-    chosen = np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]
     loss = training_loss(model, processor, task, distill, teacher if soft_targets is None else None)
     batch_size = training.per_device_train_batch_size
-    return measure_importance(model, features.select(np.sort(chosen)), loss, batch_size)
+    return measure_importance(model, _sample(features, prune), loss, batch_size)
+
+
+def _sample(features: Any, prune: PruneConfig) -> Any:
+    return features.select(np.sort(np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]))
+
+
+def _batches(
+    task: Task, processor: Any, prune: PruneConfig, training: transformers.TrainingArguments
+) -> list[dict[str, Tensor]]:
+    """The inputs of --prune_samples training examples."""
+    rows, size = _sample(task.features(processor)["train"], prune), training.per_device_eval_batch_size
+    batches = [
+        task.collate(processor)([rows[row] for row in range(start, min(start + size, len(rows)))])
+        for start in range(0, len(rows), size)
+    ]
+    return [
+        {name: values.to(training.device) for name, values in batch.items() if name != "labels"} for batch in batches
+    ]
 
 
 def choose_units(
