@@ -53,9 +53,14 @@ TRAINING_STEP = 3
 def fit(settings: Settings) -> None:
     """The smallest effort first: a forecast, then as few trainings as decide. Every stage is kept, so a killed search goes on."""
     budget, teacher = settings.fit.budget, settings.teacher
+    if not settings.fit.train:
+        if settings.fit.students:
+            raise InputError("expected no --students with --train false, which trains none, found some. Leave one of the two out.")
+        settings = without_training(settings)
     if settings.fit.seconds is not None and not settings.distill.needs_stored_targets:
         raise InputError(
-            "expected stored soft targets with --time, which trainings are timed by, found none. Leave --time or --soft_targets out."
+            "expected stored soft targets with --time, which trainings are timed by, found none. Leave --time, or --soft_targets and --train, "
+            "out."
         )
     settings.repeat = RepeatConfig()
     task = make_task(settings)
@@ -69,6 +74,11 @@ def fit(settings: Settings) -> None:
         trained = settings.fit.fine_tune
         if trained is None and not teacher.teacher_from_scratch and teacher.teacher_epochs:
             trained = not _know_the_task(task, models)
+        if not settings.fit.train and (trained or teacher.teacher_from_scratch):
+            raise InputError(
+                f"expected a teacher with a head for the labels of the data with --train false, found {teacher.teacher_model}. Leave --train out, "
+                "or fine-tune it first (pocketformers fine-tune)."
+            )
         if trained is False:
             settings.teacher = copy.copy(teacher)
             settings.teacher.teacher_epochs = 0.0
@@ -163,7 +173,7 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
     config, schemes = task.load_config(source), schemes_of(task, settings.quantize)
     vocabularies = vocabularies_of(source, settings.student, task, transfer)
     others = shapes_of_students(settings.fit.students, task, schemes)
-    shapes, timed = [*grid(config, schemes, vocabularies), *others], [*graphs_of(config, schemes), *others]
+    shapes, timed = [*grid(config, schemes, vocabularies, settings.fit.train), *others], [*graphs_of(config, schemes), *others]
     making: dict[str, Any] = {"shapes": timed, "quantize": settings.quantize}
     if settings.fit.forecast:
         folder = run.stage("untrained", write_graphs, source, **making)
@@ -184,6 +194,16 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
         of_scheme = [(one, time) for one, time in known if one.shape.scheme == scheme and one.shape not in times]
         table[scheme] = solve(*zip(*of_scheme, strict=True))
     return [replace(one, ms=times.get(one.shape) or table[one.shape.scheme](one)) for one in found]
+
+
+def without_training(settings: Settings) -> Settings:
+    """The settings by which students are copies of the teacher and nothing recovers. What is cut is chosen by the labels: a copy loses nothing
+    of its teacher yet, so there is no slope."""
+    own = copy.copy(settings)
+    own.distill, own.prune = settings.distill.labels_only(), replace(settings.prune, prune_epochs=0.0)
+    own.training = copy.copy(settings.training)
+    own.training.num_train_epochs, own.training.max_steps = 0.0, -1
+    return own
 
 
 def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Settings:
@@ -235,7 +255,7 @@ def train_candidates(
                 train(f"{folder}/{one.shape.name}", own, one.shape.scheme, row)
             alive.sort(key=lambda one: -rank(rows[one.shape.name]["score"], task.greater_is_better))
         # A student without a transformer costs little to try.
-        if settings.report.baselines and "static" in task.student_kinds:
+        if settings.report.baselines and settings.fit.train and "static" in task.student_kinds:
             own = settings_of(settings, replace(whole.shape, vocabulary=candidates[0].shape.vocabulary))
             own.student = replace(own.student, student_model="static")
             train("candidates/static", own, whole.shape.scheme, {"name": "static", "kind": "candidate"})

@@ -30,6 +30,8 @@ from pipelines.training.prune import MINIMUM
 
 LAYERS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 SHARES = {"heads": (1.0, 0.5), "neurons": (1.0, 0.5, 0.25)}  # kept
+# Of a teacher that is cut and not trained.
+UNTRAINED_SHARES = {"heads": (1.0, 0.75, 0.5), "neurons": (1.0, 0.9, 0.75, 0.5)}
 # Bits of a table's weight and of a matmul's, by the names of schemes; all others have 8 and 8.
 BITS = {
     "fp32": (32, 32),
@@ -113,12 +115,15 @@ def vocabularies_of(teacher: str, student: StudentConfig, task: Task, transfer: 
         return {None: None}
 
 
-def grid(config: Any, schemes: Sequence[str], vocabularies: Iterable[str | None] = (None,)) -> list[Shape]:
-    """Every shape that the family of a model with this config allows, the teacher's own first."""
+def grid(
+    config: Any, schemes: Sequence[str], vocabularies: Iterable[str | None] = (None,), trained: bool = True
+) -> list[Shape]:
+    """Every shape that the family of a model with this config allows, the teacher's own first; with all layers, where none is `trained`."""
     depth = max(depths_of(config)) if config.model_type in FAMILIES else 1
-    shares = {kind: SHARES[kind] if kind in groups_of(config) else (1.0,) for kind in SHARES}
-    shapes = []
-    for layers in sorted({depth, *(count for count in LAYERS if count < depth)}, reverse=True):
+    known = SHARES if trained else UNTRAINED_SHARES
+    shares = {kind: known[kind] if kind in groups_of(config) else (1.0,) for kind in known}
+    shapes, fewer = [], {count for count in LAYERS if count < depth and trained}
+    for layers in sorted({depth, *fewer}, reverse=True):
         try:
             kept_layers(config, layers)
         except InputError:  # a layer would come to a place for which transformers builds another kind

@@ -50,9 +50,14 @@ class FitConfig(Checked):
         None,
         "Fine-tune the teacher first, for --teacher_epochs. Left out: unless it has a head for the labels of the data.",
     )
+    train: bool = flag(
+        True,
+        "Train the candidates. With false they are the teacher itself, with all its layers: cut by importance, what is left scaled to make up "
+        "for it, and quantized. The teacher must know the task.",
+    )
     forecast: bool = flag(
         False,
-        "Train nothing: say which shapes meet the budget, and write the graphs to time on a device into <output_dir>/untrained.",
+        "Make no candidates: say which shapes meet the budget, and write the graphs to time on a device into <output_dir>/untrained.",
     )
 
     def __post_init__(self) -> None:
@@ -121,8 +126,8 @@ def drop_of(task: Task, teacher: float, score: float) -> float:
     return 100 * (teacher - score) if task.greater_is_better else 100 * (score / teacher - 1)
 
 
-def exclusions(costs: Sequence[Mapping[str, float | None]], budget: Budget, trained: int) -> str:
-    """What rules out what: "10 MB excludes 17 of 24 shapes; 5 ms 3 more; 4 will be trained". `costs` are the bytes and ms of every shape."""
+def exclusions(costs: Sequence[Mapping[str, float | None]], budget: Budget, tried: int) -> str:
+    """What rules out what: "10 MB excludes 17 of 24 shapes; 5 ms 3 more; 4 will be tried". `costs` are the bytes and ms of every shape."""
     left, parts = list(costs), list[str]()
     for name in ("bytes", "ms"):
         if getattr(budget, name) is not None:
@@ -132,7 +137,7 @@ def exclusions(costs: Sequence[Mapping[str, float | None]], budget: Budget, trai
                 f"{budget.words(name)} {f'{count} more' if parts else f'excludes {count} of {len(costs)} shapes'}"
             )
             left = kept
-    return "; ".join([*(parts or [f"no bound on size or time for {len(costs)} shapes"]), f"{trained} will be trained"])
+    return "; ".join([*(parts or [f"no bound on size or time for {len(costs)} shapes"]), f"{tried} will be tried"])
 
 
 def impossible(costs: Mapping[str, Mapping[str, float | None]], budget: Budget) -> str:

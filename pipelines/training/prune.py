@@ -221,8 +221,9 @@ def prune_and_recover(
             except InputError as error:
                 raise InputError(f"{error} What the cut of step {step + 1} left is kept in {cuts[step]}.") from error
         elif PartialState().is_main_process:
-            whole = task.load_model(source).to(training.device)
-            recovery = {"off": tune_masks(model, whole, _batches(task, processor, prune, training))}
+            rows = sample_of(task.features(processor)["train"], prune.prune_samples)
+            batches = inputs_of(rows, task.collate(processor), batch_size, training.device)
+            recovery = {"off": tune_masks(model, task.load_model(source).to(training.device), batches)}
         steps.append({**shape_of(model), "recovery": recovery})
     if not PartialState().is_main_process:
         return Outcome("transformers")
@@ -253,25 +254,18 @@ def _importance(
         features = with_soft_targets(task, read, read(processor), soft_targets)
     loss = training_loss(model, processor, task, distill, teacher if soft_targets is None else None)
     batch_size = training.per_device_train_batch_size
-    return measure_importance(model, _sample(features, prune), loss, batch_size)
+    return measure_importance(model, sample_of(features, prune.prune_samples), loss, batch_size)
 
 
-def _sample(features: Any, prune: PruneConfig) -> Any:
-    return features.select(np.sort(np.random.default_rng(0).permutation(len(features))[: prune.prune_samples]))
+def sample_of(features: Any, samples: int, seed: int = 0) -> Any:
+    return features.select(np.sort(np.random.default_rng(seed).permutation(len(features))[:samples]))
 
 
-def _batches(
-    task: Task, processor: Any, prune: PruneConfig, training: transformers.TrainingArguments
-) -> list[dict[str, Tensor]]:
-    """The inputs of --prune_samples training examples."""
-    rows, size = _sample(task.features(processor)["train"], prune), training.per_device_eval_batch_size
-    batches = [
-        task.collate(processor)([rows[row] for row in range(start, min(start + size, len(rows)))])
-        for start in range(0, len(rows), size)
-    ]
-    return [
-        {name: values.to(training.device) for name, values in batch.items() if name != "labels"} for batch in batches
-    ]
+def inputs_of(features: Any, collate: Any, batch_size: int, device: Any = "cpu") -> list[dict[str, Tensor]]:
+    """Batches of all rows of the features, without the labels."""
+    rows = range(len(features))
+    batches = [collate([features[row] for row in rows[start : start + batch_size]]) for start in rows[::batch_size]]
+    return [{name: values.to(device) for name, values in batch.items() if name != "labels"} for batch in batches]
 
 
 def choose_units(

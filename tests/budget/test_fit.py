@@ -195,6 +195,50 @@ def test_another_checkpoint_is_a_candidate_too(pocketformers, command, trained_t
     assert json.loads((tmp_path / "run" / "student" / "config.json").read_text())["hidden_size"] == 8
 
 
+def test_with_train_false_the_teacher_is_cut_scaled_and_quantized(
+    pocketformers, command, tmp_path, monkeypatch, pretrained, timed_here
+):
+    def trains(*arguments, **keywords):
+        raise AssertionError("nothing is trained")
+
+    monkeypatch.setattr("transformers.Trainer.train", trains)
+    monkeypatch.setattr(fit, "MOST_CANDIDATES", 1)
+    run = tmp_path / "run"
+    command = [
+        *command,
+        "--train",
+        "false",
+        "--baselines",
+        "false",
+        "--under",
+        "1MB",
+        "4.165ms",
+        "--output_dir",
+        str(run),
+    ]
+    status, output, errors = pocketformers(*command)
+    assert status == 0, errors
+    front = json.loads((run / "front.json").read_text())
+    candidates = [row for row in front["rows"] if row["kind"] == "candidate"]
+    assert {row["layers"] for row in candidates} == {4}
+    assert all((row["heads"], row["neurons"]) < (16, 256) for row in candidates)
+    assert (run / "bundle" / "manifest.json").is_file()
+    for row in candidates:
+        steps = json.loads((run / row["path"]).with_name("pruned").joinpath("record.json").read_text())["details"][
+            "steps"
+        ]
+        assert all(len(step["recovery"]["off"]["neurons"]) == 4 for step in steps)
+    # What has to be trained first is refused.
+    place = command.index("--teacher")
+    command[place + 1] = str(pretrained)
+    status, _, errors = pocketformers(*command[:-1], str(tmp_path / "other"))
+    assert status == 1
+    assert "--train false" in errors
+    status, _, errors = pocketformers(*command, "--time", "1m")
+    assert status == 1
+    assert "--train" in errors
+
+
 def model_of(run: Path, row: dict) -> bytes:
     return (run / row["path"] / "model.onnx").read_bytes()
 

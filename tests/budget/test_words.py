@@ -52,7 +52,7 @@ COSTS = [{"bytes": size, "ms": ms} for size, ms in [(4e6, 9.0), (8e6, 2.0), (12e
 
 def test_it_says_which_bound_excludes_what():
     said = exclusions(COSTS, Budget(1, 10e6, 5.0), 1)
-    assert said == "10 MB excludes 2 of 4 shapes; 5 ms 1 more; 1 will be trained"
+    assert said == "10 MB excludes 2 of 4 shapes; 5 ms 1 more; 1 will be tried"
     assert exclusions(COSTS, Budget(ms=5.0), 2).startswith("5 ms excludes 2 of 4 shapes")
     assert "no bound" in exclusions(COSTS, Budget(), 4)
 
