@@ -55,7 +55,9 @@ def fit(settings: Settings) -> None:
     budget, teacher = settings.fit.budget, settings.teacher
     if not settings.fit.train:
         if settings.fit.students:
-            raise InputError("expected no --students with --train false, which trains none, found some. Leave one of the two out.")
+            raise InputError(
+                "expected no --students with --train false, which trains none, found some. Leave one of the two out."
+            )
         settings = without_training(settings)
     if settings.fit.seconds is not None and not settings.distill.needs_stored_targets:
         raise InputError(
@@ -173,7 +175,10 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
     config, schemes = task.load_config(source), schemes_of(task, settings.quantize)
     vocabularies = vocabularies_of(source, settings.student, task, transfer)
     others = shapes_of_students(settings.fit.students, task, schemes)
-    shapes, timed = [*grid(config, schemes, vocabularies, settings.fit.train), *others], [*graphs_of(config, schemes), *others]
+    shapes, timed = (
+        [*grid(config, schemes, vocabularies, settings.fit.train), *others],
+        [*graphs_of(config, schemes), *others],
+    )
     making: dict[str, Any] = {"shapes": timed, "quantize": settings.quantize}
     if settings.fit.forecast:
         folder = run.stage("untrained", write_graphs, source, **making)
