@@ -256,7 +256,11 @@ def _spread(shapes: list[Forecast], budget: Budget, most: int) -> list[Forecast]
     if budget.bytes is None and budget.ms is None:
         least, largest = shapes[0].cost, shapes[-1].cost
         targets = [least * (largest / least) ** (step / (most - 1)) * 1.0001 for step in range(most)]
-        chosen = [max((one for one in shapes if one.cost <= target), key=lambda one: one.bytes) for target in targets]
+        # The largest keeps all tokens. The others keep as few as they may: tokens cost bytes, and hardly time or score.
+        fewest = min(one.vocabulary or 0 for one in shapes)
+        lean = [one for one in shapes if (one.vocabulary or 0) == fewest]
+        found = [[one for one in lean if one.cost <= target] for target in targets[:-1]]
+        chosen = [max(some, key=lambda one: one.bytes) for some in [*filter(None, found), shapes]]
         return list(dict.fromkeys(chosen))
     front = undominated(shapes)
     if len(front) > most:  # some of few layers and many neurons, some of many and few

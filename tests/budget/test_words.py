@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -151,6 +152,9 @@ def test_without_bounds_the_candidates_are_a_spread_and_never_the_whole_teacher(
     assert GRID[0] not in chosen
     assert chosen[-1].ms < 3 < chosen[0].ms
     assert candidates_of(GRID[:1], GRID[0], Budget(), most=4) == GRID[:1]
+    trimmed = [replace(one, vocabulary=100, bytes=one.bytes - 9e5) for one in GRID]
+    both = candidates_of([*GRID, *trimmed], GRID[0], Budget(), most=4)
+    assert [one.vocabulary for one in both] == [1000, 100, 100, 100]
 
 
 def test_a_slower_device_gets_another_model():
