@@ -35,6 +35,7 @@ UNTRAINED_SHARES = {"heads": (1.0, 0.75, 0.5), "neurons": (1.0, 0.9, 0.75, 0.5)}
 # Bits of a table's weight and of a matmul's, by the names of schemes; all others have 8 and 8.
 BITS = {
     "fp32": (32, 32),
+    "int8_int4_embeddings": (4, 8),
     "mixed_int8": (8, 8 + 24 * SENSITIVE_SHARE),
     "int4_blocks": (4, 4),
     "int4_blocks_int8_embeddings": (8, 4),
@@ -98,9 +99,9 @@ class Forecast:
 
 
 def schemes_of(task: Task, quantize: QuantizeConfig) -> list[str]:
-    """The schemes of the shapes: the one that is asked for, or all that need no calibration."""
-    schemes = schemes_to_try(task, quantize)
-    weights_only = [name for name in schemes if not name.startswith("static")]
+    """The schemes of the shapes: the one that is asked for, or all of the task's that need no training examples."""
+    schemes = schemes_to_try(task, replace(quantize, quantization=quantize.quantization or "auto"))
+    weights_only = [name for name in schemes if not name.startswith(("static", "mixed"))]
     return ["fp32"] if schemes == ["none"] else weights_only if len(schemes) > 1 else schemes
 
 
@@ -219,7 +220,7 @@ def weight_bytes(model: Any, scheme: str, block_size: int) -> float:
                 continue
             rows, columns = parameter.shape
             if is_table:
-                blocks = in_blocks or tied
+                blocks = in_blocks or tied or bits < 8
                 whole = blocks and columns % block_size > 0  # a table whose width blocks do not divide stays as it is
                 scales = rows * columns / block_size * 4 if blocks else 5
                 total += 4 * parameter.numel() if whole else parameter.numel() * bits / 8 + scales
@@ -256,10 +257,12 @@ def _spread(shapes: list[Forecast], budget: Budget, most: int) -> list[Forecast]
     if budget.bytes is None and budget.ms is None:
         least, largest = shapes[0].cost, shapes[-1].cost
         targets = [least * (largest / least) ** (step / (most - 1)) * 1.0001 for step in range(most)]
-        # The largest keeps all tokens. The others keep as few as they may: tokens cost bytes, and hardly time or score.
-        fewest = min(one.vocabulary or 0 for one in shapes)
-        lean = [one for one in shapes if (one.vocabulary or 0) == fewest]
-        found = [[one for one in lean if one.cost <= target] for target in targets[:-1]]
+        # The largest keeps all tokens, in the most bits. The others take as few bytes as their layers, heads and neurons can: tokens and bits
+        # of embeddings cost bytes, and hardly time or score.
+        lean: dict[tuple[float, ...], Forecast] = {}
+        for one in sorted(shapes, key=lambda one: -one.bytes):
+            lean[one.capacity[:3]] = one
+        found = [[one for one in lean.values() if one.cost <= target] for target in targets[:-1]]
         chosen = [max(some, key=lambda one: one.bytes) for some in [*filter(None, found), shapes]]
         return list(dict.fromkeys(chosen))
     front = undominated(shapes)

@@ -322,8 +322,8 @@ class StudentConfig:
     )
     student_vocabulary: str | None = flag(
         None,
-        "Tokens that the student keeps of its teacher's: 'corpus' those that the training examples and the transfer set need, a number so many: "
-        "these, and the first ones of the vocabulary besides. Any text can be read with either. Left out: all.",
+        "Tokens that the student keeps of its teacher's: those that the training examples and the transfer set need, and the first ones of the "
+        "vocabulary besides, as many as this number, or with 'corpus' until 97 per cent of the tokens of the validation split are kept. Any text can be read with either. Left out: all.",
         metavar="corpus",
     )
 
@@ -527,7 +527,7 @@ class GateConfig(Checked):
     )
 
 
-QUANTIZATIONS = "auto dynamic_int8 mixed_int8 static_int8 int8_blocks int4_blocks int4_blocks_int8_embeddings fp32 none"
+QUANTIZATIONS = "auto dynamic_int8 int8_int4_embeddings mixed_int8 static_int8 int8_blocks int4_blocks int4_blocks_int8_embeddings fp32 none"
 
 
 @dataclass
@@ -535,7 +535,9 @@ class QuantizeConfig(GateConfig, TargetConfig):
     quantization: str | None = flag(
         None,
         "How the shipped model is quantized: 'dynamic_int8' measures the ranges of activations on every call, 'static_int8' once, on "
-        "training examples; 'mixed_int8' is dynamic_int8, but the matmuls that lose most by it, with a tenth of the weights, stay in fp32; '…_blocks' give every few weights a scale of their own; 'auto' tries the task's schemes and ships the fastest "
+        "training examples; 'int8_int4_embeddings' is dynamic_int8 with embeddings in blocks of int4, 'mixed_int8' dynamic_int8 but for the "
+        "matmuls that lose most by it, a tenth of the weights, which stay in fp32; '…_blocks' give every few weights a scale of their own; "
+        "'auto' tries the task's schemes and ships the fastest "
         "within --max_quality_drop; 'fp32' fuses operators for ONNX Runtime and quantizes nothing; 'none' ships the exported graph. Left "
         "out: the task's own choice, 'dynamic_int8' for classification, 'auto' for text generation.",
         choices=QUANTIZATIONS.split(),

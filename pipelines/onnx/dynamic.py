@@ -25,13 +25,18 @@ FEEDS = 4  # batches of training examples that sensitivity is measured on
 
 
 def quantize_dynamic_int8(
-    source: Path, target: Path, reduce_range: bool, block_size: int | None = 32, **nodes: list[str]
+    source: Path,
+    target: Path,
+    reduce_range: bool,
+    block_size: int | None = 32,
+    table_bits: int = 8,
+    **nodes: list[str],
 ) -> None:
     """Quantize the matmuls (a scale for each output column) and embeddings of `source` into the one file `target`.
 
     `reduce_range` keeps the weights of matmuls within 7 bits, as x86 processors without VNNI need: their kernels add pairs of 8-bit
     products in 16 bits, which saturate. Embeddings stay bytes, of which only the rows that are read are dequantized; those with a tied
-    head are blocks of int8, which both read, or without a `block_size` are stored twice. `nodes` are the quantizer's nodes_to_quantize or
+    head are blocks of int8, which both read, or without a `block_size` are stored twice. With `table_bits` of 4 all embeddings are blocks of int4. `nodes` are the quantizer's nodes_to_quantize or
     nodes_to_exclude. On loading, ONNX Runtime merges each MatMulInteger with what converts around it.
     """
     from onnxruntime.quantization import QuantType
@@ -49,14 +54,15 @@ def quantize_dynamic_int8(
     )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".quantize-") as scratch, quiet_exporters():
         prepared = source
-        if tied_tables(onnx.load(source, load_external_data=False).graph):
+        tied = bool(tied_tables(onnx.load(source, load_external_data=False).graph))
+        if tied or table_bits < 8:
             prepared = Path(scratch) / ONNX_FILE
             if block_size is not None:
-                quantize_blocks(source, prepared, 8, None, block_size)
+                quantize_blocks(source, prepared, table_bits, None, block_size)
             else:
-                tied = onnx.load(source)
-                untie(tied.graph)
-                save(ir.from_proto(tied), prepared)
+                whole = onnx.load(source)
+                untie(whole.graph)
+                save(ir.from_proto(whole), prepared)
         model = ir.load(prepared)
         for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
             value.shape = None  # the quantizer transposes weights, and then finds the shapes behind them wrong

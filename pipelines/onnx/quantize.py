@@ -43,8 +43,8 @@ def _fp32(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) ->
     save(ir.load(source), target)
 
 
-def _dynamic_int8(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) -> None:
-    quantize_dynamic_int8(source, target, quantize.reduce_range, quantize.block_size)
+def _dynamic_int8(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds, table_bits: int = 8) -> None:
+    quantize_dynamic_int8(source, target, quantize.reduce_range, quantize.block_size, table_bits)
 
 
 def _mixed_int8(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) -> None:
@@ -65,6 +65,7 @@ def _blocks(
 SCHEMES: dict[str, Callable[[Path, Path, QuantizeConfig, Feeds], None]] = {
     "fp32": _fp32,
     "dynamic_int8": _dynamic_int8,
+    "int8_int4_embeddings": partial(_dynamic_int8, table_bits=4),
     "mixed_int8": _mixed_int8,
     "static_int8_minmax": partial(_static_int8, calibration="minmax"),
     "static_int8_entropy": partial(_static_int8, calibration="entropy"),

@@ -33,7 +33,12 @@ def pocketformers(monkeypatch, capsys):
     return run
 
 
-SHAPES = [Shape(2, 1.0, 1.0, "dynamic_int8"), Shape(1, 0.5, 0.5, "dynamic_int8"), Shape(1, 0.5, 0.5, "int4_blocks")]
+SHAPES = [
+    Shape(2, 1.0, 1.0, "dynamic_int8"),
+    Shape(1, 0.5, 0.5, "dynamic_int8"),
+    Shape(1, 0.5, 0.5, "int4_blocks"),
+    Shape(1, 0.5, 0.5, "int8_int4_embeddings"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TransferConfig
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe
+from pipelines.models import vocabulary
 from pipelines.models.students import build_student
 from pipelines.models.vocabulary import checked_content, tokens_to_keep, trim_tokenizer
 from pipelines.tasks.text_classification import TextClassification
@@ -161,6 +163,19 @@ def test_texts_of_the_corpus_keep_their_tokens_and_any_other_can_be_read(kind, t
             ids = opened(text)["input_ids"], whole(text)["input_ids"]
             assert opened.decode(ids[0]) == whole.decode(ids[1])
     assert same > 300
+
+
+def test_the_corpus_keeps_a_share_of_the_tokens_of_the_validation_split(tokenizers, texts_task, monkeypatch):
+    whole = tokenizers["WordPiece"]
+    counts = Counter(token for ids in texts_task.features(whole)["validation"]["input_ids"][:] for token in ids)
+    sizes = []
+    for share in (0.0, 0.9, 1.0):
+        monkeypatch.setattr(vocabulary, "COVERED", share)
+        kept = tokens_to_keep("corpus", whole, texts_task)
+        assert sum(counts[token] for token in kept) >= share * counts.total()
+        sizes.append(len(kept))
+    assert sizes[0] <= sizes[1] <= sizes[2]
+    assert {*counts} <= {*kept}
 
 
 def test_a_number_adds_the_first_tokens_of_the_vocabulary(tokenizers, texts_task):

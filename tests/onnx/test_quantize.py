@@ -112,6 +112,18 @@ def test_onnxruntime_runs_it_in_integer_kernels_and_keeps_embeddings_as_bytes(fu
     assert [t.data_type for t in graph.initializer if np.prod(t.dims) == table] == [onnx.TensorProto.UINT8]
 
 
+def test_embeddings_in_int4_take_half_of_their_bytes(fused: Path, tmp_path: Path) -> None:
+    quantize_dynamic_int8(fused, tmp_path / "int8.onnx", False, 16)
+    quantize_dynamic_int8(fused, tmp_path / "int4.onnx", False, 16, table_bits=4)
+    tables = (300 + 512) * 64  # words and positions
+    saved = (tmp_path / "int8.onnx").stat().st_size - (tmp_path / "int4.onnx").stat().st_size
+    assert saved == pytest.approx(tables * (1 - 4 / 8 - 4 / 16), rel=0.1)  # a scale of four bytes for every 16 numbers
+    graph = onnx.load(tmp_path / "int4.onnx").graph
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == 6 * LAYERS + 2
+    expected, found = run(fused), run(tmp_path / "int4.onnx")
+    assert 0 < np.abs(found - expected).max() < 0.3 * np.abs(expected).max()
+
+
 def test_the_matmul_that_int8_hurts_stays_in_fp32(tmp_path: Path) -> None:
     """A neuron that is always 1000, and that nothing reads, takes the whole range of the second layer's, as outliers of large models do."""
     model = random_bert(3)
