@@ -555,7 +555,12 @@ def test_pairs_in_a_browser(browser, text_onnx, tmp_path, libraries):
     rows = [f'"{text}","{texts[(7 * i) % 60][0]}",{label}\n' for i, (text, label) in enumerate(texts)]
     (tmp_path / "pairs.csv").write_text("text,other,label\n" + "".join(rows), encoding="utf-8")
     data = DataConfig(dataset=str(tmp_path / "pairs.csv"), text_pair_column="other", max_length=16)
-    with opened(browser, text_onnx / "quantized", tmp_path / "bundle", TextClassification(data), libraries) as page:
+    task, quantized = TextClassification(data), tmp_path / "quantized"
+    quantized.mkdir()
+    config = QuantizeConfig(quantization="int8_int4_embeddings", block_size=16, max_quality_drop=1.0)
+    quantize_onnx(str(text_onnx / "onnx"), quantized, task, config)
+    assert b"GatherBlockQuantized" in (quantized / "model.onnx").read_bytes()
+    with opened(browser, quantized, tmp_path / "bundle", task, libraries) as page:
         predictor = infer.Predictor(tmp_path / "bundle")
         for pair in [*zip(TEXTS[:4], reversed(TEXTS[:4]), strict=True), ("goal", ODD_TEXTS[0]), ODD_TEXTS[:2]]:
             page.fill("#text", pair[0])
