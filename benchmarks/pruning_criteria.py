@@ -103,7 +103,7 @@ def milliseconds(settings: Settings, run: Run, student: Path) -> dict[str, float
     run.stage("latency", time_graphs, str(student), **making)
     rows = forecast_bytes(shapes, str(student), task, settings.quantize.block_size, {None: None})
     line = solve(rows, run.record("latency")["details"]["ms"])
-    whole: Forecast = rows[1]
+    whole: Forecast = max(rows, key=lambda row: (row.layers, row.heads, row.neurons))
 
     def less(kind: str) -> float:
         count = getattr(whole, kind)

@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from pipelines.budget.shapes import (
 from pipelines.budget.table import cells, draw_front, format_rows, live_table
 from pipelines.budget.words import Budget, drop_of, exclusions, impossible
 from pipelines.chain import finish, make_baselines, make_models, plan, teach
-from pipelines.core.config import RepeatConfig, ReportConfig, Settings
+from pipelines.core.config import RepeatConfig, ReportConfig, Settings, StudentConfig, TransferConfig
 from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.records import Outcome, read_record
@@ -43,7 +43,8 @@ from pipelines.tasks import make_task
 FRONT = "front.json"
 MOST_CANDIDATES = 4
 # What is chosen here. The YAML of a chain may say it.
-CHOSEN = ("student_model", "student_layers", "prune_heads", "prune_ffn")
+CHOSEN = tuple(field.name for field in fields(StudentConfig) if field.name != "student_vocabulary")
+CHOSEN += ("prune_heads", "prune_ffn")
 # The stages of a candidate, which become those of the run.
 OF_CANDIDATE = STAGES[STAGES.index("student") : STAGES.index(TEACHER_QUANTIZED)]
 # Seconds that a step of training takes for each of a prediction: forward and backward.
@@ -52,13 +53,13 @@ TRAINING_STEP = 3
 
 def fit(settings: Settings) -> None:
     """The smallest effort first: a forecast, then as few trainings as decide. Every stage is kept, so a killed search goes on."""
-    budget, teacher = settings.fit.budget, settings.teacher
     if not settings.fit.train:
         if settings.fit.students:
             raise InputError(
                 "expected no --students with --train false, which trains none, found some. Leave one of the two out."
             )
         settings = without_training(settings)
+    budget, teacher = settings.fit.budget, settings.teacher
     if settings.fit.seconds is not None and not settings.distill.needs_stored_targets:
         raise InputError(
             "expected stored soft targets with --time, which trainings are timed by, found none. Leave --time, or --soft_targets and --train, "
@@ -69,7 +70,7 @@ def fit(settings: Settings) -> None:
     with Run(settings.training.output_dir, task, settings.training.seed) as run:
         if given := [f"--{name} {settings.given[name]}" for name in CHOSEN if name in settings.given]:
             run.state.print(f"fit chooses what these say, so they are not used: {', '.join(given)}")
-            settings.student = replace(settings.student, student_model=None)
+        settings.student = StudentConfig(student_vocabulary=settings.student.student_vocabulary)
 
         # 1. A model with a head for these labels is a teacher already.
         models: Any = [teacher.teacher_model, *teacher.more_teachers]
@@ -97,13 +98,15 @@ def fit(settings: Settings) -> None:
         run.state.print(format_rows([planned(one) for one in candidates], budget))
         if settings.fit.forecast:
             return
-        _, without_bundle = plan(run, task, settings_of(settings, candidates[0].shape), transfer)
+        without_bundle = None
+        for shape in {one.shape.student: one.shape for one in candidates}.values():
+            without_bundle = plan(run, task, settings_of(settings, shape), transfer)[1] or without_bundle
 
         # 3. The teacher and its soft targets serve all candidates, and so do the baselines.
         teach(run, settings, transfer)
         run.stage("teacher_onnx", export_onnx, "teacher")
         make_baselines(run, settings, candidates[0].shape.scheme)
-        reference = predicted(run, settings, TEACHER)
+        reference = predicted(run, settings, TEACHER) if run.state.is_main_process else None
 
         # 4. The candidates, each with a chain of its own.
         rows = train_candidates(run, settings, candidates, forecasts[0], transfer, reference)
@@ -174,7 +177,7 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
     task, source = run.task, settings.teacher.teacher_model
     config, schemes = task.load_config(source), schemes_of(task, settings.quantize)
     vocabularies = vocabularies_of(source, settings.student, task, transfer)
-    others = shapes_of_students(settings.fit.students, task, schemes)
+    others = shapes_of_students(settings.fit.students, task, schemes[0])
     shapes, timed = (
         [*grid(config, schemes, vocabularies, settings.fit.train), *others],
         [*graphs_of(config, schemes), *others],
@@ -205,6 +208,8 @@ def without_training(settings: Settings) -> Settings:
     """The settings by which students are copies of the teacher and nothing recovers. What is cut is chosen by the labels: a copy loses nothing
     of its teacher yet, so there is no slope."""
     own = copy.copy(settings)
+    own.teacher, own.transfer = copy.copy(settings.teacher), TransferConfig()
+    own.teacher.more_teachers = []
     own.distill, own.prune = settings.distill.labels_only(), replace(settings.prune, prune_epochs=0.0)
     own.training = copy.copy(settings.training)
     own.training.num_train_epochs, own.training.max_steps = 0.0, -1
@@ -217,7 +222,7 @@ def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Setting
     if shape.student is None:
         own.student = replace(settings.student, student_layers=str(shape.layers), student_vocabulary=shape.vocabulary)
     else:
-        own.student = replace(settings.student, student_model=shape.student)
+        own.student = StudentConfig(student_model=shape.student)
     epochs = settings.prune.prune_epochs * share
     own.prune = replace(settings.prune, prune_heads=1 - shape.heads, prune_ffn=1 - shape.neurons, prune_epochs=epochs)
     if settings.quantize.quantization == "none":
@@ -235,7 +240,7 @@ def train_candidates(
     candidates: Sequence[Forecast],
     whole: Forecast,
     transfer: TransferSet | None,
-    reference: StageResult,
+    reference: StageResult | None,
 ) -> list[Row]:
     """The rows of the candidates, each from the last round that it came to, in a folder of its own in candidates/."""
     task, rows = run.task, dict[str, Row]()
@@ -304,16 +309,21 @@ def predicted(run: Run, settings: Settings, path: str) -> StageResult:
     return StageResult(path, path, record["format"], predictions, record, timing={})
 
 
-def made(run: Run, settings: Settings, path: str, row: Row, reference: StageResult) -> Row:
-    """The row of the finished stage in `path`, compared with the teacher's predictions in `reference`; its milliseconds are a forecast until
-    judge() knows them. The lower end of `delta` is a one-sided 95 % bound, where more is better."""
-    one = predicted(run, settings, path)
-    found = run.task.compare(
-        [reference, one], run.task.load_processor(str(run.directory / TEACHER)), path, "validation"
-    )
-    delta = paired_bootstrap(found.metric, found.samples[path], found.samples[TEACHER], level=0.9)
-    score = one.record["metrics"]["validation"][run.task.primary_metric]
-    return _weighed(run, settings, row | {"path": path, "bytes": one.record["bytes"], "score": score, "delta": delta})
+def made(run: Run, settings: Settings, path: str, row: Row, reference: StageResult | None) -> Row:
+    """The row of the finished stage in `path`; its milliseconds are a forecast until judge() knows them. The main process, which has the
+    teacher's predictions as `reference`, adds the `delta` to it: its lower end is a one-sided 95 % bound, where more is better."""
+    record = read_record(run.directory / path)
+    assert record is not None
+    score = record["metrics"]["validation"][run.task.primary_metric]
+    row = row | {"path": path, "bytes": record["bytes"], "score": score}
+    if reference is not None:
+        both, processor = (
+            [reference, predicted(run, settings, path)],
+            run.task.load_processor(str(run.directory / TEACHER)),
+        )
+        found = run.task.compare(both, processor, path, "validation")
+        row["delta"] = paired_bootstrap(found.metric, found.samples[path], found.samples[TEACHER], level=0.9)
+    return _weighed(run, settings, row)
 
 
 def _weighed(run: Run, settings: Settings, row: Row) -> Row:
@@ -323,7 +333,7 @@ def _weighed(run: Run, settings: Settings, row: Row) -> Row:
     return row | {"drop": drop, "breaks": settings.fit.budget.broken(drop, bytes=row["bytes"], ms=row.get("ms"))}
 
 
-def baseline_rows(run: Run, settings: Settings, reference: StageResult) -> list[Row]:
+def baseline_rows(run: Run, settings: Settings, reference: StageResult | None) -> list[Row]:
     """What needs no student, in the same table."""
     names = [name for name in (TEACHER_QUANTIZED, *run.task.baselines) if name in run.stages]
     kinds = {name: "teacher" if name == TEACHER_QUANTIZED else "estimator" for name in names}

@@ -78,6 +78,8 @@ def write_graphs(source: str, directory: Path, task: Task, shapes: list[Shape], 
                 fuse_for_onnxruntime(plain, fused[units])
             target = directory / shape.name
             shutil.copytree(wholes[shape.layers, shape.student], target)
+            if shape.student is not None and "single" in (feed := task.workload(target, "validation").feeds):
+                np.savez(target / "feed.npz", allow_pickle=False, **feed["single"])  # its tokenizer may be another
             feeds = partial(calibration_feeds, task, processor, quantize.calibration_samples)
             SCHEMES[shape.scheme](fused[units], target / ONNX_FILE, quantize, feeds)
     workload = task.workload(directory / shapes[0].name, "validation")

@@ -19,6 +19,7 @@ from pipelines.budget.words import Budget
 from pipelines.core.config import QuantizeConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.records import shipped_files
+from pipelines.core.sources import model_fingerprint
 from pipelines.core.task import Task, TransferSet
 from pipelines.models.families import FAMILIES, depths_of, groups_of, layers_of, unit_count
 from pipelines.models.removal import cut, shape_of
@@ -60,6 +61,7 @@ class Shape:
     scheme: str  # of quantization
     vocabulary: str | None = None  # --student_vocabulary; None: the teacher's
     student: str | None = None  # another checkpoint, whole (--student_model); None: the teacher's own layers
+    fingerprint: str | None = None  # of that checkpoint
 
     @property
     def name(self) -> str:
@@ -139,9 +141,18 @@ def grid(
     return shapes
 
 
-def shapes_of_students(students: Sequence[str], task: Task, schemes: Sequence[str]) -> list[Shape]:
-    """Every checkpoint in `students` as it is, in each scheme."""
-    return [replace(grid(task.load_config(one), [scheme])[0], student=one) for one in students for scheme in schemes]
+def shapes_of_students(students: Sequence[str], task: Task, scheme: str) -> list[Shape]:
+    """Every checkpoint in `students` as it is; raises InputError where two have one name."""
+    shapes = [
+        replace(grid(task.load_config(one), [scheme])[0], student=one, fingerprint=model_fingerprint(one))
+        for one in students
+    ]
+    names = [shape.name for shape in shapes]
+    if twice := {one for one, name in zip(students, names, strict=True) if names.count(name) > 1}:
+        raise InputError(
+            f"expected --students whose last folders have different names, found {', '.join(sorted(twice))}. Rename or copy them."
+        )
+    return shapes
 
 
 def kept_layers(config: Any, layers: int) -> list[int] | None:
@@ -223,7 +234,9 @@ def weight_bytes(model: Any, scheme: str, block_size: int) -> float:
                 blocks = in_blocks or tied or bits < 8
                 whole = blocks and columns % block_size > 0  # a table whose width blocks do not divide stays as it is
                 scales = rows * columns / block_size * 4 if blocks else 5
-                total += 4 * parameter.numel() if whole else parameter.numel() * bits / 8 + scales
+                # Of these the dynamic quantizer makes int8 afterwards.
+                left = 4 * parameter.numel() if in_blocks or tied else parameter.numel() + 5
+                total += left if whole else parameter.numel() * bits / 8 + scales
             else:
                 outputs, inputs = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
                 steps = math.ceil(inputs / block_size)
@@ -261,7 +274,7 @@ def _spread(shapes: list[Forecast], budget: Budget, most: int) -> list[Forecast]
         # of embeddings cost bytes, and hardly time or score.
         lean: dict[tuple[float, ...], Forecast] = {}
         for one in sorted(shapes, key=lambda one: -one.bytes):
-            lean[one.capacity[:3]] = one
+            lean[*one.capacity[:3], one.capacity[4]] = one
         found = [[one for one in lean.values() if one.cost <= target] for target in targets[:-1]]
         chosen = [max(some, key=lambda one: one.bytes) for some in [*filter(None, found), shapes]]
         return list(dict.fromkeys(chosen))

@@ -162,8 +162,10 @@ def quantize_for_older_runtimes(
     Embeddings in blocks need 1.23, too, so what would have them is dynamic int8, with the embeddings twice where the head is tied to them.
     """
     target.parent.mkdir()
-    if scheme.startswith(("static", "mixed")):
+    if scheme.startswith("static"):
         SCHEMES[scheme](source, target, quantize, feeds)
+    elif scheme == "mixed_int8":
+        quantize_mixed_int8(source, target, feeds(), quantize.reduce_range, None)
     else:
         quantize_dynamic_int8(source, target, quantize.reduce_range, None)
 

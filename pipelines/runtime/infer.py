@@ -551,8 +551,9 @@ def time_graph(folder: Path, name: str, orders: dict[str, Any], threads: int) ->
     import numpy as np
 
     session = open_session(folder / name / "model.onnx", threads)
-    if (folder / "feed.npz").is_file():
-        with np.load(folder / "feed.npz") as arrays:
+    own = next((place / "feed.npz" for place in (folder / name, folder) if (place / "feed.npz").is_file()), None)
+    if own is not None:
+        with np.load(own) as arrays:
             feed = {value.name: arrays[value.name] for value in session.get_inputs()}
         return float(np.median(time_calls(lambda _: session.run(None, feed), 1, 20))) * 1000
     model = module_beside("generate").LanguageModel(folder / name, session)

@@ -59,6 +59,7 @@ class TextTask(BaseTask):
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"
+    quantization_schemes = ("dynamic_int8", "int8_int4_embeddings", *BaseTask.quantization_schemes[1:])
     student_kinds: Mapping[str, Any] = {"lstm": LstmConfig, "cnn": TextCnnConfig, "static": StaticConfig}
 
     def __init__(self, config: DataConfig) -> None:

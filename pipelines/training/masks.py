@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from pipelines.core.errors import InputError
 from pipelines.models.families import depths_of, groups_of, input_axis, layers_of, unit_count, unit_width
 
 DAMPING = 0.01  # of the mean curvature: what hardly changes the output stays near 1
@@ -54,6 +55,11 @@ def _scale(linear: Any, whole: Any, units: int, width: int, reads: Iterable[tupl
         size += float(wanted.double().square().sum())
     matrix = (gram * (weight.T @ weight)).reshape(units, width, units, width).sum(dim=(1, 3)).cpu().numpy()
     vector = (cross * weight).sum(dim=0).reshape(units, width).sum(dim=1).cpu().numpy()
+
+    if not np.isfinite(matrix).all() or not np.isfinite(vector).all():
+        raise InputError(
+            "expected finite activations of the model to prune, found others. Train it again, at a lower rate."
+        )
 
     def error(factors: np.ndarray) -> float:
         return float((size - 2 * factors @ vector + factors @ matrix @ factors) / max(size, np.finfo(float).tiny))

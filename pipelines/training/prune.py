@@ -197,6 +197,11 @@ def prune_and_recover(
             importance = _importance(
                 model.to(training.device), processor, task, str(teacher), prune, distill, training, soft_targets
             )
+            if not any(values.any() for layers in importance.values() for values in layers):
+                raise InputError(
+                    "expected a loss that depends on heads and neurons, found none: without a teacher this task has no labels to learn. Raise "
+                    "--soft_target_weight, or let fit train (--train true)."
+                )
             cut(model, **choose_units(importance, before, prune, (step + 1) / prune.prune_steps))
             _write_cut(model, processor, steps, cuts[step])
         wait_for_all()

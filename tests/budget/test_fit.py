@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from conftest import make_tokenizer, tiny_model
 from pipelines.budget import fit, latency
-from pipelines.budget.shapes import Shape, forecast_bytes, grid, shapes_of_students
+from pipelines.budget.shapes import Shape, forecast_bytes, grid, schemes_of, shapes_of_students
 from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import QuantizeConfig
@@ -92,7 +93,7 @@ def test_a_profile_of_a_device_resumes_and_is_of_one_teacher(untrained, wide, ta
 
 def write_profile(file: Path, source: str, task, others: list[Shape]) -> None:
     """The times of a device on which a layer takes a millisecond, and neurons and heads nearly nothing."""
-    shapes = [*latency.graphs_of(task.load_config(source), ["dynamic_int8"]), *others]
+    shapes = [*latency.graphs_of(task.load_config(source), schemes_of(task, QuantizeConfig())), *others]
     times = {shape.name: 0.1 + shape.layers + 0.01 * shape.layers * (shape.heads + shape.neurons) for shape in shapes}
     orders = {"of": latency.identity(source, shapes, task, QuantizeConfig()), "shapes": dict.fromkeys(times)}
     machine = {"cpu": "a slow one", "threads": 1, "onnxruntime": "1.31", "slowed": 1.0}
@@ -186,9 +187,11 @@ def test_another_checkpoint_is_a_candidate_too(pocketformers, command, trained_t
     small = str(tmp_path / "small")
     tiny_model(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1).save_pretrained(small)
     make_tokenizer().save_pretrained(small)
-    students = shapes_of_students([small], task, ["dynamic_int8"])
+    students = shapes_of_students([small], task, "dynamic_int8")
     [forecast] = forecast_bytes(students, str(trained_teacher), task, QuantizeConfig().block_size, {None: None})
     write_profile(tmp_path / "pi.json", str(trained_teacher), task, students)
+    with pytest.raises(InputError, match="different names"):
+        shapes_of_students([small, str(shutil.copytree(small, tmp_path / "other" / "small"))], task, "dynamic_int8")
     # So small is nothing that is made of the teacher.
     budget = ["--within", "100", "--under", f"{1.1 * forecast.bytes:.0f}B", "--on", str(tmp_path / "pi.json")]
     flags = ["--students", small, "--baselines", "false", "--output_dir", str(tmp_path / "run")]

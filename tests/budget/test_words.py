@@ -10,8 +10,9 @@ import pytest
 
 from pipelines.budget.choice import choose, front, nearest, rounds_of
 from pipelines.budget.latency import solve
-from pipelines.budget.shapes import Forecast, Shape, candidates_of, undominated
+from pipelines.budget.shapes import Forecast, Shape, candidates_of, schemes_of, undominated
 from pipelines.budget.words import Budget, FitConfig, drop_of, exclusions, impossible
+from pipelines.core.config import QuantizeConfig
 from pipelines.core.errors import InputError
 
 
@@ -131,6 +132,14 @@ GRID = [
     for heads in (1.0, 0.5)
     for neurons in (1.0, 0.5, 0.25)
 ]
+
+
+def test_schemes_are_the_one_asked_for_or_all_that_need_no_examples(task, image_task, language_task):
+    assert schemes_of(task, QuantizeConfig()) == ["dynamic_int8", "int8_int4_embeddings"]
+    assert schemes_of(image_task, QuantizeConfig()) == ["dynamic_int8"]
+    assert schemes_of(language_task, QuantizeConfig())[0] == "dynamic_int8"
+    assert schemes_of(task, QuantizeConfig(quantization="mixed_int8")) == ["mixed_int8"]
+    assert schemes_of(task, QuantizeConfig(quantization="none")) == ["fp32"]
 
 
 def test_candidates_are_what_no_other_feasible_shape_has_more_of():
