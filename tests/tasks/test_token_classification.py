@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -533,3 +535,21 @@ def test_transformers_js_finds_our_spans(run, tokenizer, tmp_path):
     # Most texts have the spans that they have with unknown tokens. Without those of O between them, some spans are joined.
     assert whole > 180
     assert 0 < joined < 100
+
+
+@pytest.mark.skipif(importlib.util.find_spec("faker") is None, reason="the extra 'demo' is not installed")
+def test_made_texts_are_the_same_in_every_process():
+    """Sets have another order in each: a killed demo would begin again, and each process would train on texts of its own."""
+    code = "from pipelines.tasks.token_classification.made import made_texts; print(made_texts(60)['train'].to_list())"
+    made = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert len(made[0]) > 1000
+    assert made[0] == made[1]
