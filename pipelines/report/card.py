@@ -133,7 +133,8 @@ def versions_section(report: dict[str, Any], published: Mapping[str, str] | None
     """The oldest versions of other tools that run each graph; `published` are the names that files of the run have elsewhere."""
     lines = []
     for stage in report["stages"]:
-        for file, needs in stage.get("needs", {}).items() if stage["name"] not in BASELINES else ():
+        own = stage["name"] not in BASELINES or stage["name"] == report.get("shipped")
+        for file, needs in stage.get("needs", {}).items() if own else ():
             path = f"{stage['path']}/{file}"
             versions = " or ".join(f"{tool} {version}" for tool, version in needs.items() if version)
             lines.append(f"- `{(published or {}).get(path, path)}`: {versions}, or newer")

@@ -162,7 +162,8 @@ def less_would_do(report: dict[str, Any], presentation: Presentation) -> list[st
     An estimator of scikit-learn comes before the quantized teacher, the one with the best score first.
     """
     metric, sign = report["primary_metric"], 1 if report["greater_is_better"] else -1
-    rivals = [stage for stage in report["stages"] if _is_as_good(report, stage) and _is_cheaper(report, stage)]
+    others = [stage for stage in report["stages"] if stage["name"] != report["shipped"]]
+    rivals = [stage for stage in others if _is_as_good(report, stage) and _is_cheaper(report, stage)]
     if not rivals:
         return []
     rival = min(rivals, key=lambda one: (one["format"] != "sklearn", -sign * one["metrics"][metric], one["bytes"]))

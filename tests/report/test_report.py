@@ -25,7 +25,7 @@ from pipelines.core.run import Run
 from pipelines.core.task import StageResult
 from pipelines.report.bootstrap import MINIMUM_UNITS, paired_bootstrap
 from pipelines.report.card import format_model_card
-from pipelines.report.pages import format_markdown, format_summary
+from pipelines.report.pages import conclusion, format_markdown, format_summary
 from pipelines.report.plot import draw_report
 from pipelines.report.report import build_report, describe_environment, read_report, shipped_stage, write_report
 from pipelines.report.results import report_run
@@ -303,6 +303,12 @@ def test_the_shipped_stage_is_never_a_baseline() -> None:
     only_teacher = make_report(stages[:1])
     assert only_teacher["broken_examples"]["total"] == 0
     assert "Nothing was compressed" in format_markdown(only_teacher, WORDS)
+    quantized = make_stage("teacher_quantized", "onnx", logits_of(TEACHER), 2_000_000, [10.0, 11.0, 20.0])
+    report = make_report([*make_stages()[:2], quantized], repeated=10)
+    assert report["shipped"] == "teacher_quantized"
+    assert conclusion(report, WORDS).startswith(
+        "The shipped model (teacher_quantized) is 4.0 times smaller and 4.0 times"
+    )
 
 
 def mean(values: np.ndarray) -> np.ndarray:
