@@ -18,7 +18,6 @@ from test_token_classification import write_tokens
 
 from conftest import killed_after, quick_arguments
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig
-from pipelines.core.processes import wait_for_all
 from pipelines.core.task import Task
 from pipelines.models.students import build_student
 from pipelines.tasks.multi_label_classification import MultiLabelClassification
@@ -137,6 +136,7 @@ def learn_all(folder: Path, directory: Path, processes: int) -> dict[str, Any]:
         return during
 
     Trainer.evaluate = evaluate  # type: ignore[method-assign]
+    quick_arguments(directory)  # from here on the processes are one group; before, each would write all soft targets
     learnt = {}
     for name in TASKS:
         soft_targets = directory / name / "soft_targets"
@@ -144,7 +144,6 @@ def learn_all(folder: Path, directory: Path, processes: int) -> dict[str, Any]:
         compute_soft_targets(
             str(folder / name), soft_targets, task_of(name, folder), DistillConfig(), shard_examples=10
         )
-        wait_for_all()  # as a run does after every stage: the main process writes the last file
         settings = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 1e9, "num_train_epochs": 1}
         weights, details = learn(name, folder, directory / name, soft_targets, processes, **settings)
         learnt[name] = {"weights": weights, "evaluations": compared.copy(), "steps": details["steps"]}

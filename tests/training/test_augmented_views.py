@@ -123,9 +123,10 @@ def test_a_resumed_training_goes_on_with_the_view_of_its_epoch(task, teacher, so
 def in_processes(folder: str, teacher: str, directory: Path, processes: int) -> list[float]:
     """The soft targets and a training on them, whose global batch is the same for any number of processes."""
     task = make_task(folder)
+    # From here on the processes are one group; before, each would write all soft targets.
+    training = arguments(directory, num_train_epochs=4, per_device_train_batch_size=8 // processes)
     (directory / "soft_targets").mkdir(parents=True, exist_ok=True)
     compute_soft_targets(teacher, directory / "soft_targets", task, DISTILL, shard_examples=50)
-    training = arguments(directory, num_train_epochs=4, per_device_train_batch_size=8 // processes)
     return learn(task, teacher, directory / "soft_targets", training, directory / "checkpoints")[1]
 
 
