@@ -415,7 +415,7 @@ def distill_student(
     if student.student_vocabulary is not None:
         details["vocabulary"] = {"tokens": len(processor), "of_teacher": len(task.load_processor(source))}
     learning = (distill, training, soft_targets, directory / CHECKPOINTS, transfer, search, examples_per_epoch)
-    if training.num_train_epochs > 0:  # else it stays a copy, see fit --train false
+    if training.num_train_epochs > 0 or training.max_steps > 0:  # else it stays a copy, see fit --train false
         details |= train_student(model, processor, task, source, *learning)
     if search is not None:
         return Outcome("settings", details=details)

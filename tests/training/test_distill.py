@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from conftest import example_inputs, tiny_config, tiny_language_model, tiny_model
+from conftest import example_inputs, quick_arguments, tiny_config, tiny_language_model, tiny_model
 from pipelines.core.config import DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.identity import describe, differences
@@ -303,6 +304,17 @@ def test_hidden_states_are_paired_with_those_of_the_layers_that_were_copied(
     deeper = StudentConfig(student_model=str(tmp_path / "student"))
     again = distill_student(str(trained_teacher), tmp_path / "again", task, deeper, distill, training)
     assert again.details["hidden_state_map"] == [[1, 1], [2, 2], [3, 4]]  # at the same share of 4 layers
+
+
+def test_steps_without_epochs_train_and_neither_leaves_a_copy(trained_teacher, task, soft_targets, tmp_path):
+    layers, found = StudentConfig(student_layers="2"), {}
+    for name, steps in (("copy", -1), ("trained", 2), ("again", -1)):
+        training = quick_arguments(tmp_path, num_train_epochs=0, max_steps=steps)
+        (tmp_path / name).mkdir()
+        distill_student(str(trained_teacher), tmp_path / name, task, layers, DistillConfig(), training, soft_targets)
+        found[name] = load_file(tmp_path / name / "model.safetensors")["classifier.weight"]
+    assert torch.equal(found["copy"], found["again"])
+    assert not torch.equal(found["copy"], found["trained"])
 
 
 def test_the_best_checkpoint_is_that_of_the_primary_metric(trained_teacher, task, training, tmp_path):
