@@ -31,13 +31,13 @@ from pipelines.chain import finish, make_baselines, make_models, plan, teach
 from pipelines.core.config import RepeatConfig, ReportConfig, Settings, StudentConfig, TransferConfig
 from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.records import Outcome, read_record
+from pipelines.core.records import Outcome
 from pipelines.core.run import Run
 from pipelines.core.task import StageResult, Task, TransferSet
 from pipelines.onnx.export import export_onnx
 from pipelines.report.bootstrap import paired_bootstrap
 from pipelines.report.pages import TEACHER, TEACHER_QUANTIZED
-from pipelines.report.results import STAGES, finished_stages, predict_stage, time_stages
+from pipelines.report.results import STAGES, finished_stages, score_stage, time_stages
 from pipelines.tasks import make_task
 
 FRONT = "front.json"
@@ -178,10 +178,8 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
     config, schemes = task.load_config(source), schemes_of(task, settings.quantize)
     vocabularies = vocabularies_of(source, settings.student, task, transfer)
     others = shapes_of_students(settings.fit.students, task, schemes[0])
-    shapes, timed = (
-        [*grid(config, schemes, vocabularies, settings.fit.train), *others],
-        [*graphs_of(config, schemes), *others],
-    )
+    shapes = [*grid(config, schemes, vocabularies, settings.fit.train), *others]
+    timed = [*graphs_of(config, schemes), *others]
     making: dict[str, Any] = {"shapes": timed, "quantize": settings.quantize}
     if settings.fit.forecast:
         folder = run.stage("untrained", write_graphs, source, **making)
@@ -300,30 +298,21 @@ def planned(one: Forecast) -> Row:
     return {**of_shape, "kind": "candidate", **left, "forecast": one.costs, **one.costs}
 
 
-def predicted(run: Run, settings: Settings, path: str) -> StageResult:
-    """What the finished stage in `path` predicts for the validation split."""
-    record = read_record(run.directory / path)
-    assert record is not None
-    batch_size = settings.training.per_device_eval_batch_size
-    predictions = predict_stage(run.directory / path, record["format"], run.task, batch_size, "validation")
-    return StageResult(path, path, record["format"], predictions, record, timing={})
-
-
 def made(run: Run, settings: Settings, path: str, row: Row, reference: StageResult | None) -> Row:
     """The row of the finished stage in `path`; its milliseconds are a forecast until judge() knows them. The main process, which has the
     teacher's predictions as `reference`, adds the `delta` to it: its lower end is a one-sided 95 % bound, where more is better."""
-    record = read_record(run.directory / path)
-    assert record is not None
+    record = run.record(path)
     score = record["metrics"]["validation"][run.task.primary_metric]
     row = row | {"path": path, "bytes": record["bytes"], "score": score}
     if reference is not None:
-        both, processor = (
-            [reference, predicted(run, settings, path)],
-            run.task.load_processor(str(run.directory / TEACHER)),
-        )
-        found = run.task.compare(both, processor, path, "validation")
+        processor = run.task.load_processor(str(run.directory / TEACHER))
+        found = run.task.compare([reference, predicted(run, settings, path)], processor, path, "validation")
         row["delta"] = paired_bootstrap(found.metric, found.samples[path], found.samples[TEACHER], level=0.9)
     return _weighed(run, settings, row)
+
+
+def predicted(run: Run, settings: Settings, path: str) -> StageResult:
+    return score_stage(run, path, settings.training.per_device_eval_batch_size, "validation")
 
 
 def _weighed(run: Run, settings: Settings, row: Row) -> Row:

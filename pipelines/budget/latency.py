@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,14 @@ def write_graphs(source: str, directory: Path, task: Task, shapes: list[Shape], 
     wholes: dict[tuple[int, str | None], Path] = {}
     fused: dict[tuple[int, float, float, str | None], Path] = {}
     processors = {one: task.load_processor(one or source) for one in {shape.student for shape in shapes}}
+    feeds = {
+        one: cache(partial(calibration_feeds, task, processor, quantize.calibration_samples))
+        for one, processor in processors.items()
+    }
     with tempfile.TemporaryDirectory(dir=directory, prefix=".untrained-") as scratch:
         for shape in shapes:
             units = (shape.layers, shape.heads, shape.neurons, shape.student)
-            own, processor = shape.student or source, processors[shape.student]
+            own = shape.student or source
             if units not in fused:
                 folder = wholes.setdefault((shape.layers, shape.student), Path(scratch) / f"whole_{len(wholes)}")
                 torch.manual_seed(0)
@@ -74,14 +78,13 @@ def write_graphs(source: str, directory: Path, task: Task, shapes: list[Shape], 
                 for parameter in model.parameters():
                     torch.nn.init.normal_(parameter, std=0.02)
                 plain, fused[units] = (Path(scratch) / f"{len(fused)}{name}.onnx" for name in ("", "-fused"))
-                export_graph(task.graph(model, processor), plain)
+                export_graph(task.graph(model, processors[shape.student]), plain)
                 fuse_for_onnxruntime(plain, fused[units])
             target = directory / shape.name
             shutil.copytree(wholes[shape.layers, shape.student], target)
             if shape.student is not None and "single" in (feed := task.workload(target, "validation").feeds):
                 np.savez(target / "feed.npz", allow_pickle=False, **feed["single"])  # its tokenizer may be another
-            feeds = partial(calibration_feeds, task, processor, quantize.calibration_samples)
-            SCHEMES[shape.scheme](fused[units], target / ONNX_FILE, quantize, feeds)
+            SCHEMES[shape.scheme](fused[units], target / ONNX_FILE, quantize, feeds[shape.student])
     workload = task.workload(directory / shapes[0].name, "validation")
     if "single" in workload.feeds:
         np.savez(directory / "feed.npz", allow_pickle=False, **workload.feeds["single"])

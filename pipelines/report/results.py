@@ -168,7 +168,7 @@ def _score_and_time(
     others: Sequence[Run],
 ) -> dict[str, Any]:
     task: Task = run.task
-    results = [_score(run, name, batch_size) for name in records]
+    results = [score_stage(run, name, batch_size) for name in records]
     # Before the timing, which takes minutes: a model whose predictions are not finite is refused here.
     processor = task.load_processor(str(run.directory / TEACHER))
     shipped = shipped_stage(results).name
@@ -176,7 +176,9 @@ def _score_and_time(
     comparisons = {records[shipped]["made_by"]["seed"]: comparison}
     for other in others:
         own = [
-            result if other.place(result.name) == run.place(result.name) else _score(other, result.name, batch_size)
+            result
+            if other.place(result.name) == run.place(result.name)
+            else score_stage(other, result.name, batch_size)
             for result in results
             if result.name == TEACHER or result.name in other.stages
         ]
@@ -193,9 +195,10 @@ def _score_and_time(
     return report
 
 
-def _score(run: Run, name: str, batch_size: int) -> StageResult:
+def score_stage(run: Run, name: str, batch_size: int, split: str = "test") -> StageResult:
+    """A finished stage with what it predicts for a split."""
     record = run.record(name)
-    predictions = predict_stage(run.place(name), record["format"], run.task, batch_size)
+    predictions = predict_stage(run.place(name), record["format"], run.task, batch_size, split)
     return StageResult(name, name, record["format"], predictions, record, timing={})
 
 
