@@ -41,6 +41,7 @@ from pipelines.report.results import STAGES, finished_stages, score_stage, time_
 from pipelines.tasks import make_task
 
 FRONT = "front.json"
+# Twice as many with --time, which shortens their trainings where it must.
 MOST_CANDIDATES = 4
 # What is chosen here. The YAML of a chain may say it.
 CHOSEN = tuple(field.name for field in fields(StudentConfig) if field.name != "student_vocabulary")
@@ -91,7 +92,8 @@ def fit(settings: Settings) -> None:
         transfer = task.transfer_set(settings.transfer)
         forecasts = forecast(run, settings, transfer)
         feasible = [one for one in forecasts if not budget.broken(**one.costs)]
-        candidates = candidates_of(feasible, forecasts[0], budget, MOST_CANDIDATES) if feasible else []
+        most = MOST_CANDIDATES if settings.fit.seconds is None else 2 * MOST_CANDIDATES
+        candidates = candidates_of(feasible, forecasts[0], budget, most) if feasible else []
         run.state.print(f"forecast: {exclusions([one.costs for one in forecasts], budget, len(candidates))}")
         if not candidates:
             raise InputError(impossible({one.shape.name: one.costs for one in forecasts}, budget))
@@ -275,19 +277,23 @@ def _seconds(
 ) -> tuple[list[float], float, float | None]:
     """The seconds of each candidate's whole training, those that each takes besides, and the time that is left for all: of records alone,
     so that a killed search comes to the same rounds."""
-    spent = {name: run.record(name)["seconds"] for name in run.stages}
-    predicting = sum(seconds for name, seconds in spent.items() if name.startswith("soft_targets"))
     if settings.fit.seconds is None:
         return [0.0] * len(candidates), 0.0, None
-    epochs = [
-        settings.training.num_train_epochs
-        + (settings.prune.prune_steps * settings.prune.prune_epochs if one.shape.heads * one.shape.neurons < 1 else 0.0)
-        for one in candidates
-    ]
-    seconds = [
-        TRAINING_STEP * predicting * count * (one.ms or 1.0) / (whole.ms or 1.0)
-        for one, count in zip(candidates, epochs, strict=True)
-    ]
+    spent = {name: run.record(name)["seconds"] for name in run.stages}
+    training, prune = settings.training, settings.prune
+    # What the teacher needs for the examples of an epoch, and a student as much less as it is faster.
+    epoch = labelled = spent["soft_targets"]
+    if "transfer_soft_targets" in spent:
+        ratio = settings.transfer.transfer_ratio
+        epoch += spent["transfer_soft_targets"] if ratio is None else ratio * labelled
+    learning = training.num_train_epochs * epoch
+    if training.max_steps > 0:
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * run.state.num_processes
+        learning = training.max_steps * batch * labelled / len(run.task.splits["train"])
+    seconds = []
+    for one in candidates:
+        recovery = prune.prune_steps * prune.prune_epochs * epoch if one.shape.heads * one.shape.neurons < 1 else 0.0
+        seconds.append(TRAINING_STEP * (learning + recovery) * (one.ms or 1.0) / (whole.ms or 1.0))
     return seconds, 2 * spent["teacher_onnx"], max(1.0, settings.fit.seconds - sum(spent.values()))
 
 

@@ -194,7 +194,8 @@ def _run_fork(module: str, spec: Path) -> tuple[int, str]:
     worker.start()
     worker.join()
     assert worker.exitcode is not None
-    return worker.exitcode, (spec.parent / STDERR).read_text(encoding="utf-8", errors="replace")
+    said = spec.parent / STDERR
+    return worker.exitcode, said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
 
 
 def _work_in_fork(module: str, spec: str) -> None:

@@ -20,6 +20,9 @@ from pipelines.report.pages import (
 )
 from pipelines.report.seeds import seeds_section
 
+# The schemes of pipelines/onnx/quantize.py that quantize activations while the model runs.
+DYNAMIC = ("dynamic_int8", "int8_int4_embeddings", "mixed_int8")
+
 
 def format_model_card(report: dict[str, Any], presentation: Presentation, usage: str | None = None) -> str:
     """README.md, a Hub model card: YAML front matter with the results, then what a stranger needs to know.
@@ -148,12 +151,12 @@ def _bits(report: dict[str, Any]) -> str | None:
 
 def _limitations_section(report: dict[str, Any], presentation: Presentation) -> str:
     points = [
-        f"The scores are those of one run with one seed on {tested_on(report, presentation)} from the same source as the training data. "
+        f"The scores are those of {'the first seed' if report.get('seeds') else 'one run with one seed'} on {tested_on(report, presentation)} from the same source as the training data. "
         "Expect lower quality on other data.",
         *presentation.limitations,
         "Times and memory were measured on the machine above. Another CPU can rank the stages differently: measure on your own.",
     ]
-    if "dynamic" in (report["quantization"] or ""):
+    if report["quantization"] in DYNAMIC:
         points.append(
             "Dynamic quantization uses one scale for a whole batch of activations. A close decision can therefore depend on the other "
             "inputs of the batch, and on the CPU."

@@ -33,7 +33,7 @@ def describe_environment(seed: int) -> dict[str, Any]:
     """The machine and the versions that the figures hold for; nothing that names its owner."""
     information = Path("/proc/cpuinfo")
     text = information.read_text(errors="replace") if information.exists() else ""
-    named = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
+    named = re.search(r"^(?:model name|Hardware|Model)\s*:\s*(.+)$", text, re.MULTILINE)
     listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     flags = set(listed.group(1).split()) if listed else set()
     return {

@@ -357,7 +357,8 @@ class SpanFinder:
     def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
         self.manifest, self.session = open_model(directory, manifest, **how)
         module, names = module_beside("spans"), [value.name for value in self.session.get_inputs()]
-        windows = module.Windows(Path(directory) / "tokenizer.json", self.manifest["inputs"]["max_length"], names)
+        tokenizer = open_tokenizer(Path(directory) / "tokenizer.json")
+        windows = module.Windows(tokenizer, self.manifest["inputs"]["max_length"], names)
         labels = self.manifest["outputs"]["labels"]
         self.model = module.SpanModel(windows, labels, lambda feed: self.session.run(None, feed)[0])
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 OUTSIDE = "O"
@@ -70,13 +69,10 @@ def redact(text: str, spans: Sequence[dict[str, Any]]) -> str:
 
 
 class Windows:
-    """The windows of a text as inputs of the graph by their `names`; `path` is a tokenizer.json."""
+    """The windows of a text as inputs of the graph by their `names`; the `tokenizer`, of the library tokenizers, pads nothing."""
 
-    def __init__(self, path: Path, max_length: int, names: Sequence[str]) -> None:
-        from tokenizers import Tokenizer
-
-        self.tokenizer, self.overlap, self.names = Tokenizer.from_file(str(path)), max_length // OVERLAP, names
-        self.tokenizer.no_padding()
+    def __init__(self, tokenizer: Any, max_length: int, names: Sequence[str]) -> None:
+        self.tokenizer, self.overlap, self.names = tokenizer, max_length // OVERLAP, names
         self.tokenizer.enable_truncation(max_length, stride=self.overlap)
 
     def __call__(self, text: str) -> Iterator[tuple[dict[str, Any], list[int], list[tuple[int, int]]]]:

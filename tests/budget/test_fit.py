@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -257,3 +258,37 @@ def test_the_grid_is_what_the_family_allows(task, wide, tmp_path):
     assert grid(config, ["fp32"])[0] == Shape(2, 1.0, 1.0, "fp32")
     config.model_type = "unknown"
     assert grid(config, ["fp32"]) == [Shape(1, 1.0, 1.0, "fp32")]
+
+
+@pytest.mark.parametrize(
+    ("transfer_ratio", "max_steps", "pruned", "seconds"),
+    [
+        # Three forward passes a step, half of the teacher's time each, over 2 epochs of 10 s for the labelled and 50 s for all the others.
+        (None, -1, 1.0, 3 * 0.5 * 2 * (10 + 50)),
+        # Two unlabelled examples for each labelled one.
+        (2.0, -1, 1.0, 3 * 0.5 * 2 * (10 + 20)),
+        # 5 steps of 16 of the 200 labelled examples, whatever the epochs.
+        (2.0, 5, 1.0, 3 * 0.5 * 5 * 16 * 10 / 200),
+        # And two rounds of pruning with an epoch of recovery each.
+        (2.0, 5, 0.5, 3 * 0.5 * (5 * 16 * 10 / 200 + 2 * 30)),
+    ],
+)
+def test_the_seconds_of_a_training_count_the_transfer_set_and_the_steps(transfer_ratio, max_steps, pruned, seconds):
+    spent = {"teacher": 100.0, "soft_targets": 10.0, "transfer_soft_targets": 50.0, "teacher_onnx": 3.0}
+    run = SimpleNamespace(
+        stages=list(spent),
+        record=lambda name: {"seconds": spent[name]},
+        state=SimpleNamespace(num_processes=1),
+        task=SimpleNamespace(splits={"train": range(200)}),
+    )
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    settings = SimpleNamespace(
+        fit=SimpleNamespace(seconds=1000.0),
+        training=SimpleNamespace(num_train_epochs=2.0, max_steps=max_steps, **batch),
+        prune=SimpleNamespace(prune_steps=2, prune_epochs=1.0),
+        transfer=SimpleNamespace(transfer_ratio=transfer_ratio),
+    )
+    candidate = SimpleNamespace(ms=1.0, shape=Shape(1, 1.0, pruned, "dynamic_int8"))
+    found, fixed, left = fit._seconds(run, settings, [candidate], SimpleNamespace(ms=2.0))
+    assert found == [pytest.approx(seconds)]
+    assert (fixed, left) == (6.0, 1000.0 - 163.0)

@@ -402,6 +402,15 @@ def test_markdown_shows_hostile_text_literally() -> None:
     assert rows == [13] * 7 + [5] * 3 + [4] * 4
 
 
+@pytest.mark.parametrize("scheme", ["dynamic_int8", "int8_int4_embeddings", "mixed_int8", "static_int8_minmax"])
+def test_the_card_says_that_a_dynamic_scheme_depends_on_the_batch(tmp_path: Path, scheme: str) -> None:
+    stages = make_stages()
+    stages[-1].record["details"]["scheme"] = scheme
+    write_report(tmp_path, make_report(stages), WORDS)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ("depend on the other inputs of the batch" in card) == (not scheme.startswith("static"))
+
+
 def test_card_is_valid_metadata(tmp_path: Path) -> None:
     stages = make_stages()
     stages[0].record["details"]["license"] = "apache-2.0"
