@@ -22,7 +22,7 @@ from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TransferConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import UNLABELLED
+from pipelines.core.task import UNLABELLED, StageResult
 from pipelines.hub import check_run
 from pipelines.models.embedder import SETTINGS, load_embedder, pool, width_of
 from pipelines.models.removal import load_model
@@ -390,6 +390,23 @@ def test_what_cannot_work_is_refused(pairs, pretrained, embedder):
         EmbeddingConfig(matryoshka_sizes="small")
     with pytest.raises(InputError, match="--matryoshka_sizes"):
         EmbeddingConfig(matryoshka_sizes="16,0")
+
+
+def test_a_baseline_is_compared_as_if_it_was_shipped(pairs):
+    """As `fit` does with each row of its table."""
+    task = SentenceEmbedding(DataConfig(dataset=str(pairs), text_pair_column="other", max_length=32))
+    labels = np.asarray(task.rows.splits["validation"]["label"][:])
+    vectors = np.random.default_rng(0).normal(size=(len(labels), 8)).astype(np.float32)
+    first = np.ones((labels != CORPUS).sum(), np.int64)
+    stages = [
+        StageResult("teacher", "teacher", "transformers", vectors, {}, {}),
+        StageResult("bm25", "bm25", "sklearn", first, {}, {}),
+    ]
+    found = task.compare(stages, None, "bm25", "validation")
+    assert found.stages["bm25"]["metrics"]["mrr_at_10"] == 1 > found.stages["teacher"]["metrics"]["mrr_at_10"]
+    assert found.report["vector_options"] == []
+    assert found.report["worse_examples"]["total"] == 0
+    assert found.samples["bm25"][0].mean() == 1
 
 
 IN_NODE = """

@@ -62,10 +62,13 @@ def compare_embedders(
     if "onnx" in found and shipped in found and found["onnx"].shape == found[shipped].shape:
         cosines = (unit(found["onnx"]) * unit(found[shipped])).sum(axis=1)
         compared[shipped]["cosine_to_fp32"] = {"mean": float(cosines.mean()), "least": float(cosines.min())}
+    stored, has_vectors = found[shipped], found[shipped].ndim == 2  # no estimator's places, which `fit` compares, too
     report: dict[str, Any] = {
         "test_examples": len(samples[teacher][0]),
         "corpus_examples": len(labels) - queries,
-        "vector_options": options(found[shipped], sizes, lambda vectors: float(metric(*sample(vectors)))),
+        "vector_options": options(stored, sizes, lambda vectors: float(metric(*sample(vectors))))
+        if has_vectors
+        else [],
     }
     if searches:
         before, after = (places_of(found[name], labels) for name in (teacher, shipped))

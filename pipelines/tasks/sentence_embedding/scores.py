@@ -17,7 +17,9 @@ MOST_QUERIES, MOST_TEXTS = 500, 5_000  # whose likeness is compared, so that it 
 
 
 def places_of(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The place (queries,) of each query's positive in the corpus, of vectors in the rows of queries_and_corpus()."""
+    """The place (queries,) of each query's positive in the corpus, of vectors in the rows of queries_and_corpus(); a baseline has places."""
+    if vectors.ndim == 1:
+        return vectors
     is_query = labels != CORPUS
     vectors = unit(vectors)
     return places(vectors[is_query] @ vectors[~is_query].T, labels[is_query] - is_query.sum())

@@ -288,8 +288,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         """Of vectors (rows, size) against the labels of single_texts(); of a baseline that searches, of places (queries,)."""
         labels = np.asarray(references)
         if self.searches:
-            found = predictions if predictions.ndim == 1 else scores.places_of(predictions, labels)
-            return scores.retrieval_metrics(found)
+            return scores.retrieval_metrics(scores.places_of(predictions, labels))
         if self.embedding.score_column is not None:
             found = scores.cosines_of(predictions)
             metrics = regression_metrics(found, labels[: len(found)])
@@ -373,8 +372,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     def _sample(self, predictions: np.ndarray, labels: np.ndarray, split: str) -> tuple[np.ndarray, ...]:
         """What the primary metric of a stage is computed from: see core.task.Comparison."""
         if self.searches:
-            found = predictions if predictions.ndim == 1 else scores.places_of(predictions, labels)
-            return (metrics_of_places(found)[self.primary_metric],)
+            return (metrics_of_places(scores.places_of(predictions, labels))[self.primary_metric],)
         if self.embedding.score_column is not None:
             found = scores.cosines_of(predictions)
             return found, labels[: len(found)]
