@@ -14,6 +14,7 @@ from pipelines.core.command import parse_config
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
 from pipelines.core.run import Run
+from pipelines.tasks.sentence_embedding.task import SentenceEmbedding
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.tasks.text_regression import TextRegression
 from pipelines.training import search
@@ -194,7 +195,8 @@ def test_the_chain_uses_what_it_found(trained_teacher, csv_file, tmp_path, monke
 def test_a_temperature_that_changes_nothing_is_not_searched_for():
     classes, scores = TextClassification(DataConfig()), TextRegression(DataConfig())
     assert searched(classes, GIVEN, 1e-3) == {"learning_rate": 1e-3, "soft_target_weight": 0.9, "temperature": 2.0}
-    assert searched(scores, GIVEN, 1e-3) == {"learning_rate": 1e-3, "soft_target_weight": 0.9}
+    for other in (scores, SentenceEmbedding(DataConfig())):
+        assert searched(other, GIVEN, 1e-3) == {"learning_rate": 1e-3, "soft_target_weight": 0.9}
     assert "temperature" not in searched(classes, DistillConfig(divergence="squared_error"), 1e-3)
 
 

@@ -70,6 +70,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     lora_settings: dict[str, Any] = {"task_type": "FEATURE_EXTRACTION", "target_modules": "all-linear"}
     student_kinds = {"static": StaticVectorsConfig}
     label_names: list[str] = []
+    has_distributions = False
     # Of texts alone; see __init__ for pairs.
     primary_metric = "overlap_at_10"
     metrics: Mapping[str, bool] = dict.fromkeys(("overlap_at_10", "similarity_spearman"), True)
