@@ -135,10 +135,8 @@ def split_examples(
     """The three splits of what a data set has by their roles; `feature` is the type of their column `label`, None for none, and `names`
     are those of its classes."""
     train, names = given["train"], list(names)
-    if config.max_samples_per_class is not None and not names:
-        raise InputError(
-            f"expected classes with --max_samples_per_class, found a task without. Limit its {noun} by --max_train_samples."
-        )
+    if not names:
+        check_no_classes(config, noun)
     origins = {role: given.get(role, train) for role in SPLITS}
     # Only classes can be spread evenly.
     strata = {
@@ -192,6 +190,14 @@ def split_examples(
         "split_seed": config.split_seed,
     }
     return Examples(datasets.DatasetDict(splits), details, content.hexdigest(), names, hashes)
+
+
+def check_no_classes(config: DataConfig, noun: str) -> None:
+    """Raise InputError for a limit of each class where there are none."""
+    if config.max_samples_per_class is not None:
+        raise InputError(
+            f"expected classes with --max_samples_per_class, found a task without. Limit its {noun} by --max_train_samples."
+        )
 
 
 def count_labels(labels: np.ndarray, names: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.core.config import GateConfig, Settings, settings_name
+from pipelines.core.errors import InputError
 from pipelines.core.quality import gate_metric
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ def make_task(settings: Settings) -> Task:
     """The task that `settings.task` names, made of its own dataclasses among the settings; --gate is one of its metrics."""
     kind = task_class(settings.task.task)
     task: Task = kind(*(getattr(settings, settings_name(one)) for one in kind.settings))
+    if task.config.text_part != "whole" and not kind.reads_parts:
+        raise InputError(
+            f"expected --text_part whole for --task {kind.name}, which reads all that it is given, found {task.config.text_part}. Leave it out."
+        )
     for one in vars(settings).values():
         if isinstance(one, GateConfig):
             gate_metric(task, one)

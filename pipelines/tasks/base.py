@@ -101,6 +101,7 @@ class BaseTask(Task):
     examples_of: Kind = TEXTS
     document_start: str | None = None  # what begins a document where rows are less than one
     architectures: tuple[str, ...]  # how the names of its models' classes end
+    reads_parts = True  # whether --text_part may name a part of each text
     demo: str  # the YAML file of its offline demo
     greater_is_better = True
     allow_weak_teacher = False

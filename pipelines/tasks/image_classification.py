@@ -101,6 +101,7 @@ class ImageClassification(Classification):
     # Most published image models come with a head for ImageNet's thousand classes.
     student_head: Head = "new if other"
     student_kinds = {"cnn": ImageCnnConfig}
+    reads_parts = False
 
     def __init__(
         self, config: DataConfig, augmentation: AugmentConfig | None = None, label: LabelConfig | None = None

@@ -416,6 +416,14 @@ def test_data_without_questions_is_refused(tmp_path):
             load_questions(DataConfig(dataset=str(tmp_path / "rows.json")), AnswerConfig(**settings))
 
 
+def test_questions_have_no_classes_to_limit(tmp_path):
+    path = write_squad(tmp_path / "rows.json", make_questions(20))
+    with pytest.raises(
+        InputError, match="expected classes with --max_samples_per_class.*questions by --max_train_samples"
+    ):
+        load_questions(DataConfig(dataset=str(path), max_samples_per_class=2), AnswerConfig())
+
+
 def test_questions_of_speakers():
     text = (
         'The headline\n\n"This will help every family in the country," said Mr Brown in London. "We shall publish the figures on Monday." '

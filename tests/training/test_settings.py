@@ -97,6 +97,13 @@ def test_the_direction_of_a_metric_is_the_tasks(tmp_path, task, name, expected):
     assert best_metric(settings.training, make_task(settings)) == expected
 
 
+@pytest.mark.parametrize("task", ["question-answering", "token-classification", "image-classification"])
+def test_a_part_of_texts_that_a_task_would_not_cut_is_refused(tmp_path, task):
+    with pytest.raises(InputError, match=f"expected --text_part whole for --task {task}, .*found first_line"):
+        make_task(settings_of(tmp_path, "--text_part", "first_line", task=task))
+    make_task(settings_of(tmp_path, "--text_part", "first_line"))
+
+
 @pytest.mark.parametrize("flags", ["--label_smoothing_factor 0.1", "--optim adafactor", "--neftune_noise_alpha 5"])
 def test_what_the_trainer_can_do_is_not_refused(tmp_path, flags):
     make_task(settings_of(tmp_path, *flags.split()))

@@ -18,7 +18,7 @@ import pyarrow.parquet
 from pipelines.core.config import Checked, DataConfig, flag
 from pipelines.core.errors import InputError
 from pipelines.data.documents import load_texts
-from pipelines.data.examples import Examples, hash_of
+from pipelines.data.examples import Examples, check_no_classes, hash_of
 from pipelines.data.folders import load_source
 from pipelines.data.splits import choose_splits, cut_missing_splits, drop_duplicates
 from pipelines.data.tables import JSON_SUFFIXES, json_lines, open_text, read_table, reason, whole_characters
@@ -188,6 +188,7 @@ def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
 
     Raises InputError for an answer that is not where its row says.
     """
+    check_no_classes(config, "questions")
     tables: dict[str, list[Row]]
     if settings.quoted_speakers:
         source = load_texts(config)

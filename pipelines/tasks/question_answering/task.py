@@ -80,6 +80,7 @@ class QuestionAnswering(ClassifierLoss, TextTask):
     architectures = ("ForQuestionAnswering",)
     lora_settings: dict[str, Any] = {"task_type": "QUESTION_ANS", "target_modules": "all-linear"}
     student_kinds = {}
+    reads_parts = False
     primary_metric = "f1"
     metrics: Mapping[str, bool] = {"f1": True, "exact_match": True}
     label_names = [STARTS, ENDS]

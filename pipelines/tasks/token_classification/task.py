@@ -66,6 +66,7 @@ class TokenClassification(TextTask, Classification):
     example = '"A text."'
     lora_settings: dict[str, Any] = {"task_type": "TOKEN_CLS", "target_modules": "all-linear"}
     student_kinds: dict[str, Any] = {}  # those read a text as a whole
+    reads_parts = False
     primary_metric = "f1"
     metrics: Mapping[str, bool] = dict.fromkeys(("f1", "precision", "recall", "accuracy"), True)
 
