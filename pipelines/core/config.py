@@ -69,7 +69,6 @@ class OneOrMore(argparse.Action):
 
 @dataclass
 class DataConfig(Checked):
-    of_data = True  # what a demo's file says here is of no use to another data set
 
     dataset: str | None = flag(
         None,
@@ -159,8 +158,6 @@ class DataConfig(Checked):
 
 @dataclass
 class TransferConfig(Checked):
-    of_data = True
-
     transfer_dataset: str | None = flag(
         None,
         "Unlabelled examples that the teacher labels for the student, beside the labelled ones: whatever --dataset takes, also a text file "

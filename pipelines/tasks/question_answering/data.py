@@ -38,8 +38,6 @@ COLUMNS = datasets.Features(
 
 @dataclass
 class AnswerConfig(Checked):
-    of_data = True
-
     question_column: str = flag("question", "The column with the question.")
     context_column: str = flag("context", "The column with the text that the answer is a part of.")
     answer_column: str | None = flag(
