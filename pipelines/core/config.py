@@ -69,7 +69,6 @@ class OneOrMore(argparse.Action):
 
 @dataclass
 class DataConfig(Checked):
-
     dataset: str | None = flag(
         None,
         "The data set: a Hub id, a csv, tsv, json, jsonl or parquet file, a folder of such files or with one sub-folder per "

@@ -416,6 +416,12 @@ def test_data_without_questions_is_refused(tmp_path):
             load_questions(DataConfig(dataset=str(tmp_path / "rows.json")), AnswerConfig(**settings))
 
 
+def test_texts_without_their_column_are_one_message(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"body": '"It is a goal for the whole team," said Mr Blair.'}))
+    with pytest.raises(InputError, match="expected a column 'text' .*found the columns 'body'; .* --text_column"):
+        load_questions(DataConfig(dataset=str(tmp_path / "rows.jsonl")), AnswerConfig(quoted_speakers=True))
+
+
 def test_questions_have_no_classes_to_limit(tmp_path):
     path = write_squad(tmp_path / "rows.json", make_questions(20))
     with pytest.raises(

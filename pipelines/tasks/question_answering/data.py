@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from pipelines.core.config import Checked, DataConfig, flag
 from pipelines.core.errors import InputError
-from pipelines.data.documents import load_texts
+from pipelines.data.documents import documents_of, load_texts
 from pipelines.data.examples import Examples, check_no_classes, hash_of
 from pipelines.data.folders import load_source
 from pipelines.data.splits import choose_splits, cut_missing_splits, drop_duplicates
@@ -190,7 +190,8 @@ def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
     tables: dict[str, list[Row]]
     if settings.quoted_speakers:
         source = load_texts(config)
-        tables = {name: questions_of_speakers(split[config.text_column][:]) for name, split in source.splits.items()}
+        texts = {name: documents_of(split, name, config, None) for name, split in source.splits.items()}
+        tables = {name: questions_of_speakers(found) for name, found in texts.items()}
     else:
         kind = replace(TEXTS, noun="questions", columns={}, read_file=partial(read_file, settings=settings))
         source = load_source(config, kind)
