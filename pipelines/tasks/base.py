@@ -33,8 +33,11 @@ from pipelines.training.soft_targets import WithSoftTargets
 LISTED_EXAMPLES = 50  # in report.json
 
 
-def check_predictions(stages: list[StageResult], shape: tuple[int, ...], meaning: str, teacher: str) -> None:
-    """Refuse stages without a teacher to compare with, with predictions of another shape, or with such as are not finite."""
+def check_predictions(
+    stages: list[StageResult], shape: tuple[int, ...] | dict[str, tuple[int, ...]], meaning: str, teacher: str
+) -> None:
+    """Refuse stages without a teacher to compare with, with predictions of another shape, or with such as are not finite; `shape` is that of
+    all stages, or of each by its name."""
     names = [stage.name for stage in stages]
     if names.count(teacher) != 1 or len(set(names)) < len(names):
         raise InputError(
@@ -42,9 +45,10 @@ def check_predictions(stages: list[StageResult], shape: tuple[int, ...], meaning
             "Run the missing stages first."
         )
     for stage in stages:
-        if stage.predictions.shape != shape:
+        expected = shape[stage.name] if isinstance(shape, dict) else shape
+        if stage.predictions.shape != expected:
             raise InputError(
-                f"expected predictions of shape {shape} ({meaning}) from {stage.name}, found {stage.predictions.shape}. Run it over the "
+                f"expected predictions of shape {expected} ({meaning}) from {stage.name}, found {stage.predictions.shape}. Run it over the "
                 "whole test split of the data that the teacher was trained on; it must have the teacher's labels or vocabulary."
             )
         infinite = ~np.isfinite(stage.predictions).reshape(len(stage.predictions), -1).all(axis=1)

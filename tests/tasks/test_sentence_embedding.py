@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -407,6 +408,10 @@ def test_a_baseline_is_compared_as_if_it_was_shipped(pairs):
     assert found.report["vector_options"] == []
     assert found.report["worse_examples"]["total"] == 0
     assert found.samples["bm25"][0].mean() == 1
+    with pytest.raises(InputError, match=r"one of them the teacher .*found \['bm25'\]"):
+        task.compare(stages[1:], None, "bm25", "validation")
+    with pytest.raises(InputError, match=rf"shape \({len(first)},\) .*from bm25"):
+        task.compare([stages[0], replace(stages[1], predictions=first[1:])], None, "bm25", "validation")
 
 
 IN_NODE = """

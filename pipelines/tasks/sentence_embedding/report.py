@@ -42,9 +42,11 @@ def compare_embedders(
     of the ten nearest texts with the teacher's. `sizes` are those to which vectors may be cut.
     """
     queries = int((labels != CORPUS).sum())
-    for stage in stages:
-        shape = (queries,) if stage.format == "sklearn" else (len(labels), stage.predictions.shape[-1])
-        check_predictions([stage], shape, "a vector for each text, or the place of each query's positive", stage.name)
+    shapes = {
+        stage.name: (queries,) if stage.format == "sklearn" else (len(labels), stage.predictions.shape[-1])
+        for stage in stages
+    }
+    check_predictions(stages, shapes, "a vector for each text, or the place of each query's positive", teacher)
     found = {stage.name: stage.predictions for stage in stages}
     reference = likeness(found[teacher], labels, searches)
     compared: dict[str, dict[str, Any]] = {}
