@@ -327,9 +327,7 @@ class Task(Protocol):
 
     # ---- Report
 
-    def compare(
-        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = "teacher"
-    ) -> Comparison:
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
         """Score all stages on a split and compare them with the teacher, whose `processor` it is; raises where predictions do not fit
         the split, or are not finite."""
 

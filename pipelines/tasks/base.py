@@ -28,18 +28,19 @@ from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
 from pipelines.onnx.verify import verification_batches
 from pipelines.report.markdown import CLIPPED_TEXT, clip
+from pipelines.report.pages import TEACHER
 from pipelines.training.soft_targets import WithSoftTargets
 
 LISTED_EXAMPLES = 50  # in report.json
 
 
 def check_predictions(
-    stages: list[StageResult], shape: tuple[int, ...] | dict[str, tuple[int, ...]], meaning: str, teacher: str
+    stages: list[StageResult], shape: tuple[int, ...] | dict[str, tuple[int, ...]], meaning: str
 ) -> None:
     """Refuse stages without a teacher to compare with, with predictions of another shape, or with such as are not finite; `shape` is that of
     all stages, or of each by its name."""
     names = [stage.name for stage in stages]
-    if names.count(teacher) != 1 or len(set(names)) < len(names):
+    if names.count(TEACHER) != 1 or len(set(names)) < len(names):
         raise InputError(
             f"expected different stages, one of them the teacher that the others are compared with, found {names}. "
             "Run the missing stages first."

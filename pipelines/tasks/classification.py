@@ -149,13 +149,9 @@ class Classification(ClassifierLoss, BaseTask):
     def texts_of(self, split: str = "test") -> list[str]:
         """The examples of a split as a person reads them."""
 
-    def compare(
-        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
-    ) -> Comparison:
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
         references = np.asarray(self.features(processor)[split]["labels"])
-        return compare_classifiers(
-            stages, references, self.texts_of(split), self.label_names, shipped, teacher, self.balanced
-        )
+        return compare_classifiers(stages, references, self.texts_of(split), self.label_names, shipped, self.balanced)
 
 
 def compare_classifiers(
@@ -164,37 +160,34 @@ def compare_classifiers(
     texts: list[str],
     label_names: list[str],
     shipped: str,
-    teacher: str = TEACHER,
     balanced: bool = False,
 ) -> Comparison:
     """What a report says of classifiers: `references` are class ids (examples,), `texts` the same examples for people to read."""
-    check_predictions(stages, (len(references), len(label_names)), "examples, labels", teacher)
+    check_predictions(stages, (len(references), len(label_names)), "examples, labels")
     predictions = {stage.name: np.argmax(stage.predictions, axis=-1) for stage in stages}
     scores = {name: classification_metrics(found, references, label_names) for name, found in predictions.items()}
     names = np.array(label_names)
     likeliest = {stage.name: softmax(stage.predictions, axis=-1).max(axis=-1) for stage in stages}
     columns = {
         "reference": names[references],
-        "teacher_probability": likeliest[teacher],
+        "teacher_probability": likeliest[TEACHER],
         "shipped_prediction": names[predictions[shipped]],
         "shipped_probability": likeliest[shipped],
     }
     right = {name: found == references for name, found in predictions.items()}
     counts = np.bincount(references, minlength=len(label_names))
     report = class_report(stages, label_names, counts, len(references)) | {
-        "broken_examples": broken_examples(right[teacher], right[shipped], texts, columns)
+        "broken_examples": broken_examples(right[TEACHER], right[shipped], texts, columns)
     }
     weights = 1 / counts[references] if balanced else np.ones(len(references))
     samples = {name: (found.astype(float), weights) for name, found in right.items()}
-    agreement = {name: float(np.mean(found == predictions[teacher])) for name, found in predictions.items()}
-    return Comparison(compared_classes(scores, agreement, teacher), report, samples, metric=weighted_accuracy)
+    agreement = {name: float(np.mean(found == predictions[TEACHER])) for name, found in predictions.items()}
+    return Comparison(compared_classes(scores, agreement), report, samples, metric=weighted_accuracy)
 
 
-def compared_classes(
-    scores: dict[str, dict[str, Any]], agreement: dict[str, float], teacher: str
-) -> dict[str, dict[str, Any]]:
+def compared_classes(scores: dict[str, dict[str, Any]], agreement: dict[str, float]) -> dict[str, dict[str, Any]]:
     """What a report says of each stage by its scores on the test split."""
-    before = scores[teacher]["recall_per_class"]
+    before = scores[TEACHER]["recall_per_class"]
     return {
         name: {
             "metrics": metrics,

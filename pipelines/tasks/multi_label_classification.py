@@ -298,11 +298,9 @@ class MultiLabelClassification(TextTask, Classification):
 
     # ---- Report
 
-    def compare(
-        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
-    ) -> Comparison:
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
         references = np.asarray(self.features(processor)[split]["labels"])
-        check_predictions(stages, references.shape, "examples, labels", teacher)
+        check_predictions(stages, references.shape, "examples, labels")
         names, fits = self.label_names, references > 0
         thresholds = {
             name: np.array([found[label] for label in names]) for name, found in thresholds_of(stages, names).items()
@@ -313,22 +311,22 @@ class MultiLabelClassification(TextTask, Classification):
             stage.name: multi_label_metrics(stage.predictions, references, names, thresholds[stage.name])
             for stage in stages
         }
-        agreement = {name: float(np.mean((one == found[teacher]).all(axis=1))) for name, one in found.items()}
+        agreement = {name: float(np.mean((one == found[TEACHER]).all(axis=1))) for name, one in found.items()}
         right = {name: (one == fits).all(axis=1) for name, one in found.items()}
         columns = {
             "reference": _joined_names(fits, names),
-            "teacher_probability": _probability(probabilities[teacher], fits),
+            "teacher_probability": _probability(probabilities[TEACHER], fits),
             "shipped_prediction": _joined_names(found[shipped], names),
             "shipped_probability": _probability(probabilities[shipped], found[shipped]),
         }
         report = class_report(stages, names, references.sum(axis=0), len(references)) | {
-            "broken_examples": broken_examples(right[teacher], right[shipped], self.texts_of(split), columns)
+            "broken_examples": broken_examples(right[TEACHER], right[shipped], self.texts_of(split), columns)
         }
         samples = {}
         for name, one in found.items():
             hits, errors = (one & fits).astype(float), (one != fits).astype(float)
             samples[name] = (*hits.T, *errors.T) if self.balanced else (hits.sum(axis=1), errors.sum(axis=1))
-        return Comparison(compared_classes(scores, agreement, teacher), report, samples, metric=mean_f1)
+        return Comparison(compared_classes(scores, agreement), report, samples, metric=mean_f1)
 
 
 def join_texts(data: Examples, most: int, seed: int) -> Examples:

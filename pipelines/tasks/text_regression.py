@@ -225,23 +225,21 @@ class TextRegression(ClassifierLoss, TextTask):
 
     # ---- Report
 
-    def compare(
-        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
-    ) -> Comparison:
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
         references = np.asarray(self.features(processor)[split]["labels"], np.float64)
-        check_predictions(stages, references.shape, "examples", teacher)
+        check_predictions(stages, references.shape, "examples")
         found = {stage.name: stage.predictions.astype(np.float64) for stage in stages}
         tolerance = CLOSE * float(references.std())
         compared = {
             name: {
                 "metrics": regression_metrics(scores, references),
-                "agreement": float(np.mean(np.abs(scores - found[teacher]) <= tolerance)),
+                "agreement": float(np.mean(np.abs(scores - found[TEACHER]) <= tolerance)),
             }
             for name, scores in found.items()
         }
-        growth = np.abs(found[shipped] - references) - np.abs(found[teacher] - references)
+        growth = np.abs(found[shipped] - references) - np.abs(found[TEACHER] - references)
         order = np.argsort(-growth, kind="stable")
-        columns = {"label": references, "teacher": found[teacher], "shipped": found[shipped]}
+        columns = {"label": references, "teacher": found[TEACHER], "shipped": found[shipped]}
         report = {
             "test_examples": len(references),
             "label_mean": float(references.mean()),

@@ -23,27 +23,25 @@ def mean(values: np.ndarray) -> np.ndarray:
     return np.asarray(values.mean(axis=-1))
 
 
-def compare_answers(
-    stages: list[StageResult], rows: Any, unanswerable: bool, shipped: str, teacher: str = TEACHER
-) -> Comparison:
+def compare_answers(stages: list[StageResult], rows: Any, unanswerable: bool, shipped: str) -> Comparison:
     """What a report says of models that answer the questions in `rows`; the unit of the bootstrap is the question."""
     contexts, questions, references = (list(rows[name]) for name in ("context", "question", "answers"))
     best = [replace(stage, predictions=best_spans(stage.predictions, len(questions), unanswerable)) for stage in stages]
-    check_predictions(best, (len(questions), 3), "questions; score, start and end", teacher)
+    check_predictions(best, (len(questions), 3), "questions; score, start and end")
     answers = {stage.name: answers_of(stage.predictions, contexts) for stage in best}
     scores = {name: score_answers(found, references) for name, found in answers.items()}
     plain = {name: [normalized(one) for one in found] for name, found in answers.items()}
     compared = {
         name: {
             "metrics": {"f1": float(partly.mean()), "exact_match": float(exact.mean())},
-            "agreement": float(np.mean([a == b for a, b in zip(plain[name], plain[teacher], strict=True)])),
+            "agreement": float(np.mean([a == b for a, b in zip(plain[name], plain[TEACHER], strict=True)])),
         }
         for name, (exact, partly) in scores.items()
     }
-    lost = scores[teacher][1] - scores[shipped][1]
+    lost = scores[TEACHER][1] - scores[shipped][1]
     order = np.argsort(-lost, kind="stable")
     columns = {"reference": [one[0] if one else "" for one in references]}
-    columns |= {"teacher": answers[teacher], "shipped": answers[shipped]}
+    columns |= {"teacher": answers[TEACHER], "shipped": answers[shipped]}
     report = {
         "test_examples": len(questions),
         "test_unanswerable": sum(not one for one in references),

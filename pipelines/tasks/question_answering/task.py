@@ -36,7 +36,6 @@ from pipelines.edge.bundle import PROBE_TEXTS, VERIFIED_EXAMPLES, page_probe
 from pipelines.edge.settings import ANSWERS, head_outputs, text_settings
 from pipelines.models.loading import load_weights, new_model
 from pipelines.onnx.predict import run_session
-from pipelines.report.pages import TEACHER
 from pipelines.runtime.answers import likeliest_spans
 from pipelines.runtime.infer import Answerer
 from pipelines.tasks.question_answering import baselines
@@ -347,10 +346,8 @@ class QuestionAnswering(ClassifierLoss, TextTask):
 
     # ---- Report
 
-    def compare(
-        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
-    ) -> Comparison:
-        return compare_answers(stages, self.data.splits[split], self.unanswerable, shipped, teacher)
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
+        return compare_answers(stages, self.data.splits[split], self.unanswerable, shipped)
 
     # ---- Bundle
 

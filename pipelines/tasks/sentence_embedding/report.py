@@ -34,7 +34,6 @@ def compare_embedders(
     searches: bool,
     sizes: list[int],
     shipped: str,
-    teacher: str = TEACHER,
 ) -> Comparison:
     """What a report says of embedders: `labels` are those of single_texts(), predictions vectors (rows, size), or places (queries,).
 
@@ -46,9 +45,9 @@ def compare_embedders(
         stage.name: (queries,) if stage.format == "sklearn" else (len(labels), stage.predictions.shape[-1])
         for stage in stages
     }
-    check_predictions(stages, shapes, "a vector for each text, or the place of each query's positive", teacher)
+    check_predictions(stages, shapes, "a vector for each text, or the place of each query's positive")
     found = {stage.name: stage.predictions for stage in stages}
-    reference = likeness(found[teacher], labels, searches)
+    reference = likeness(found[TEACHER], labels, searches)
     compared: dict[str, dict[str, Any]] = {}
     for stage in stages:
         compared[stage.name] = {"metrics": score(stage.predictions), "agreement": None, "similarity_spearman": None}
@@ -60,20 +59,20 @@ def compare_embedders(
                 "vector_size": stage.predictions.shape[1],
             }
     samples = {name: sample(predictions) for name, predictions in found.items()}
-    metric = spearman if len(samples[teacher]) == 2 else mean
+    metric = spearman if len(samples[TEACHER]) == 2 else mean
     if "onnx" in found and shipped in found and found["onnx"].shape == found[shipped].shape:
         cosines = (unit(found["onnx"]) * unit(found[shipped])).sum(axis=1)
         compared[shipped]["cosine_to_fp32"] = {"mean": float(cosines.mean()), "least": float(cosines.min())}
     stored, has_vectors = found[shipped], found[shipped].ndim == 2  # no estimator's places, which `fit` compares, too
     report: dict[str, Any] = {
-        "test_examples": len(samples[teacher][0]),
+        "test_examples": len(samples[TEACHER][0]),
         "corpus_examples": len(labels) - queries,
         "vector_options": options(stored, sizes, lambda vectors: float(metric(*sample(vectors))))
         if has_vectors
         else [],
     }
     if searches:
-        before, after = (places_of(found[name], labels) for name in (teacher, shipped))
+        before, after = (places_of(found[name], labels) for name in (TEACHER, shipped))
         order = np.argsort(1 / after - 1 / before, kind="stable")
         columns = {"teacher_place": before, "shipped_place": after}
         worse = order[after[order] > before[order]]

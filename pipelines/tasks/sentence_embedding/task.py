@@ -37,7 +37,6 @@ from pipelines.edge.bundle import text_probes, verify_predictor
 from pipelines.models.embedder import SETTINGS, StaticVectorsConfig, embedder_config, load_embedder, width_of
 from pipelines.models.predict import predict_torch
 from pipelines.onnx.predict import run_session
-from pipelines.report.pages import TEACHER
 from pipelines.tasks.ranking import METRICS, Bm25, Retriever, Tfidf, metrics_of_places
 from pipelines.tasks.sentence_embedding import losses, scores
 from pipelines.tasks.sentence_embedding.data import (
@@ -357,18 +356,14 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
 
     # ---- Report
 
-    def compare(
-        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
-    ) -> Comparison:
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
         labels = np.asarray(self.rows.splits[split]["label"][:])
         score, sample = (
             partial(self.scores, references=labels, split=split),
             partial(self._sample, labels=labels, split=split),
         )
         sizes = self.embedding.sizes
-        return compare_embedders(
-            stages, labels, self.texts_of(split), score, sample, self.searches, sizes, shipped, teacher
-        )
+        return compare_embedders(stages, labels, self.texts_of(split), score, sample, self.searches, sizes, shipped)
 
     def _sample(self, predictions: np.ndarray, labels: np.ndarray, split: str) -> tuple[np.ndarray, ...]:
         """What the primary metric of a stage is computed from: see core.task.Comparison."""

@@ -22,7 +22,6 @@ def compare_language_models(
     texts: list[str],
     end_token: int,
     shipped: str,
-    teacher: str = TEACHER,
 ) -> Comparison:
     """What a report says of language models.
 
@@ -30,7 +29,7 @@ def compare_language_models(
     (windows, tokens, 2). `score` gives the metrics of predictions. The unit of the bootstrap is the document: its losses are summed
     over all windows that hold a part of it.
     """
-    check_predictions(stages, (*references.shape, 2), "windows, tokens, loss and likeliest token", teacher)
+    check_predictions(stages, (*references.shape, 2), "windows, tokens, loss and likeliest token")
     counted = references != IGNORED
     document = documents_of(references[counted], end_token)
     losses = {stage.name: stage.predictions[..., 0].astype(np.float64) for stage in stages}
@@ -38,13 +37,13 @@ def compare_language_models(
     compared = {
         stage.name: {
             "metrics": score(stage.predictions),
-            "agreement": float(np.mean(likeliest[stage.name] == likeliest[teacher])),
+            "agreement": float(np.mean(likeliest[stage.name] == likeliest[TEACHER])),
         }
         for stage in stages
     }
     tokens = np.bincount(document)
     samples = {name: (np.bincount(document, weights=loss[counted]), tokens) for name, loss in losses.items()}
-    before, after = (np.sum(losses[name], axis=1, where=counted) / counted.sum(axis=1) for name in (teacher, shipped))
+    before, after = (np.sum(losses[name], axis=1, where=counted) / counted.sum(axis=1) for name in (TEACHER, shipped))
     report = {
         "test_examples": len(tokens),
         "test_tokens": int(counted.sum()),

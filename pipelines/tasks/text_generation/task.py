@@ -227,13 +227,11 @@ class LanguageModeling(NextTokenLoss, BaseTask):
 
     # ---- Report
 
-    def compare(
-        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = "teacher"
-    ) -> Comparison:
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
         references = np.asarray(self.features(processor)[split]["labels"])
         texts = [processor.decode(labels[labels != IGNORED]) for labels in references]
         score = partial(self.scores, references=references, split=split)
-        return compare_language_models(stages, references, score, texts, processor.eos_token_id, shipped, teacher)
+        return compare_language_models(stages, references, score, texts, processor.eos_token_id, shipped)
 
     # ---- ONNX.
 

@@ -216,23 +216,21 @@ class TextRanking(TextRegression):
         settings["outputs"]["ranks"] = True
         return settings
 
-    def compare(
-        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
-    ) -> Comparison:
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
         examples = self.splits[split]
         references = np.asarray(examples["label"][:])
-        check_predictions(stages, (len(references),), "pairs", teacher)
+        check_predictions(stages, (len(references),), "pairs")
         found = {stage.name: ranking_metrics(stage.predictions, references) for stage in stages}
         first = {stage.name: first_candidates(stage.predictions, references) for stage in stages}
         compared = {
             name: {
                 "metrics": {metric: float(values.mean()) for metric, values in metrics.items()},
-                "agreement": float(np.mean(first[name] == first[teacher])),
+                "agreement": float(np.mean(first[name] == first[TEACHER])),
             }
             for name, metrics in found.items()
         }
         of_query = {name: metrics[self.primary_metric] for name, metrics in found.items()}
-        loss = of_query[teacher] - of_query[shipped]
+        loss = of_query[TEACHER] - of_query[shipped]
         order = np.argsort(-loss, kind="stable")
         passages = np.asarray(examples["text_pair"][:], object)
         report: dict[str, Any] = {
@@ -243,8 +241,8 @@ class TextRanking(TextRegression):
                 "total": int((loss > 0).sum()),
                 "examples": listed_examples(
                     order[loss[order] > 0],
-                    [examples[int(row)]["text"] for row in first[teacher]],
-                    teacher=of_query[teacher],
+                    [examples[int(row)]["text"] for row in first[TEACHER]],
+                    teacher=of_query[TEACHER],
                     shipped=of_query[shipped],
                 ),
             },

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipelines.core.task import Comparison, StageResult
 from pipelines.report.markdown import CLIPPED_TEXT, clip, markdown_table, number
+from pipelines.report.pages import TEACHER
 from pipelines.runtime.spans import OVERLAP
 from pipelines.tasks.base import LISTED_EXAMPLES
 from pipelines.tasks.classification import ClassifierPresentation, lost_most, recall_tables
@@ -25,7 +26,6 @@ def compare_entities(
     test: Any,
     kinds: list[str],
     shipped: str,
-    teacher: str,
 ) -> Comparison:
     """What a report says of the tags (words,) of every stage; `places` are the rows of `test` that words belong to, and their
     numbers there, both (words,)."""
@@ -41,8 +41,8 @@ def compare_entities(
     compared = {
         name: {
             "metrics": scores[name],
-            "agreement": float(np.mean(words[name] == words[teacher])),
-            "recall_change_per_class": {kind: recall[name][kind] - recall[teacher][kind] for kind in kinds},
+            "agreement": float(np.mean(words[name] == words[TEACHER])),
+            "recall_change_per_class": {kind: recall[name][kind] - recall[TEACHER][kind] for kind in kinds},
         }
         for name in found
     }
@@ -50,18 +50,18 @@ def compare_entities(
     def per_document(some: set[Entity]) -> np.ndarray:
         return np.bincount(np.array([document for document, *_ in some], int), minlength=len(test))
 
-    lost = sorted((gold & found[teacher]) - found[shipped])
+    lost = sorted((gold & found[TEACHER]) - found[shipped])
     report = {
         "label_names": kinds,
         "test_examples": len(test),
         "test_words": len(expected),
         "test_words_without_token": sum(map(len, test["starts"])) - len(expected),
-        "test_examples_per_class": scores[teacher]["examples_per_class"],
+        "test_examples_per_class": scores[TEACHER]["examples_per_class"],
         "lost_most": [lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
         "lost_spans": {
             "total": len(lost),
             "expected": len(gold),
-            "gained_total": len((gold & found[shipped]) - found[teacher]),
+            "gained_total": len((gold & found[shipped]) - found[TEACHER]),
             "examples": [_described(one, found[shipped], places, test) for one in lost[:LISTED_EXAMPLES]],
         },
     }

@@ -23,7 +23,6 @@ from pipelines.data.tagged import load_tagged, tag_windows
 from pipelines.data.text import TEXTS, tokenizer_content
 from pipelines.edge.bundle import VERIFIED_EXAMPLES, text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
-from pipelines.report.pages import TEACHER
 from pipelines.runtime import infer
 from pipelines.runtime.spans import OUTSIDE, OVERLAP
 from pipelines.tasks.base import check_predictions
@@ -212,9 +211,7 @@ class TokenClassification(TextTask, Classification):
 
     # ---- Report
 
-    def compare(
-        self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test", teacher: str = TEACHER
-    ) -> Comparison:
+    def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
         examples, features = self.data.splits[split], self.features(processor)[split]
         found = [
             (text, word)
@@ -230,10 +227,10 @@ class TokenClassification(TextTask, Classification):
             return predictions[among_all] if predictions.ndim == 1 else self.words(predictions, references)[0]
 
         stages = [replace(stage, predictions=by_word(stage.predictions)) for stage in stages]
-        check_predictions(stages, texts.shape, "words", teacher)
+        check_predictions(stages, texts.shape, "words")
         tags = {stage.name: self.tags(stage.predictions) for stage in stages}
         expected = self.tags(self.words(np.zeros((len(references), self.config.max_length)), references)[1])
-        return compare_entities(stages, tags, expected, (texts, words), examples, self.kinds, shipped, teacher)
+        return compare_entities(stages, tags, expected, (texts, words), examples, self.kinds, shipped)
 
     # ---- Bundle
 
