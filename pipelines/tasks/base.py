@@ -27,7 +27,7 @@ from pipelines.models.loading import has_tokenizer, load, load_classifier
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
 from pipelines.onnx.verify import verification_batches
-from pipelines.report.markdown import CLIPPED_TEXT, clip
+from pipelines.report.markdown import CLIPPED_TEXT, clip, markdown_table
 from pipelines.report.pages import TEACHER
 from pipelines.training.soft_targets import WithSoftTargets
 
@@ -67,6 +67,27 @@ def listed_examples(order: np.ndarray, texts: list[str], **columns: np.ndarray) 
         | {name: values[index].item() for name, values in columns.items()}
         for index in order[:LISTED_EXAMPLES]
     ]
+
+
+def worse_examples(loss: np.ndarray, texts: list[str], **columns: np.ndarray) -> dict[str, Any]:
+    """How many test examples lost something, and those that lost most, as report.json has them; `loss` (examples,) is above 0 where one did."""
+    order = np.argsort(-loss, kind="stable")
+    return {"total": int((loss > 0).sum()), "examples": listed_examples(order[loss[order] > 0], texts, **columns)}
+
+
+def examples_section(
+    sentence: str,
+    which: str,
+    examples: list[dict[str, Any]],
+    header: list[str],
+    cells: Callable[[dict[str, Any]], list[str]],
+    text_columns: int = 2,
+) -> list[str]:
+    """Paragraphs on what was lost: a sentence on how much, and a table of examples, of which `which` says which ones they are."""
+    if not examples:
+        return [sentence]
+    table = markdown_table(header, [cells(one) for one in examples], text_columns)
+    return [f"{sentence} The {len(examples)} {which}:", table]
 
 
 class BasePresentation:

@@ -21,7 +21,7 @@ from pipelines.core.task import Comparison, Predict, StageResult
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.report.markdown import escape, markdown_table, number
 from pipelines.report.pages import BASELINES, TEACHER, stage_of
-from pipelines.tasks.base import BasePresentation, BaseTask, check_predictions, listed_examples
+from pipelines.tasks.base import BasePresentation, BaseTask, check_predictions, examples_section, listed_examples
 from pipelines.tasks.metrics import BALANCED_METRIC, PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
 
@@ -299,23 +299,18 @@ class ClassifierPresentation(BasePresentation):
 
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
         broken, name = report["broken_examples"], shipped["name"]
-        parts = recall_tables(report, shipped, "examples")
-        examples = broken["examples"][:listed]
-        parts.append(
+        section = examples_section(
             f"Test examples that the teacher predicts right and {name} wrong: {broken['total']:,} of {report['test_examples']:,}. The other "
-            f"way round: {broken['repaired_total']:,}."
-            + (f" The {len(examples)} most confident mistakes:" if len(examples) < broken["total"] else "")
+            f"way round: {broken['repaired_total']:,}.",
+            "most confident mistakes",
+            broken["examples"][:listed],
+            ["example", self.example, "label (teacher's probability)", f"{name}'s prediction"],
+            lambda one: [
+                str(one["index"]),
+                one["text"],
+                f"{one['reference']} ({one['teacher_probability']:.2f})",
+                f"{one['shipped_prediction']} ({one['shipped_probability']:.2f})",
+            ],
+            text_columns=4,
         )
-        if examples:
-            header = ["example", self.example, "label (teacher's probability)", f"{name}'s prediction"]
-            rows = [
-                [
-                    str(example["index"]),
-                    example["text"],
-                    f"{example['reference']} ({example['teacher_probability']:.2f})",
-                    f"{example['shipped_prediction']} ({example['shipped_probability']:.2f})",
-                ]
-                for example in examples
-            ]
-            parts.append(markdown_table(header, rows, text_columns=len(header)))
-        return "\n\n".join(parts)
+        return "\n\n".join([*recall_tables(report, shipped, "examples"), *section])

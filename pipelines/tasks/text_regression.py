@@ -17,10 +17,10 @@ from pipelines.core.task import IGNORED, UNLABELLED, Candidates, Comparison, Hea
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.references import read_scores
 from pipelines.data.text import TEXTS
-from pipelines.report.markdown import markdown_table, number
+from pipelines.report.markdown import number
 from pipelines.report.pages import TEACHER
 from pipelines.tasks import baselines
-from pipelines.tasks.base import check_predictions, listed_examples
+from pipelines.tasks.base import check_predictions, examples_section, worse_examples
 from pipelines.tasks.texts import TextPresentation, TextTask, is_pair, token_limit
 from pipelines.training.losses import ClassifierLoss
 
@@ -88,19 +88,19 @@ class RegressionPresentation(TextPresentation):
 
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
         worse, name = report["worse_examples"], shipped["name"]
-        examples = worse["examples"][:listed]
-        parts = [
+        section = examples_section(
             f"Test examples whose score from {name} is further from the label than the teacher's: {worse['total']:,} of "
-            f"{report['test_examples']:,}." + (f" The {len(examples)} whose error grew most:" if examples else "")
-        ]
-        if examples:
-            header = ["example", "text", "label", "teacher's score", f"{name}'s score"]
-            rows = [
-                [str(one["index"]), one["text"], *(number(one[key], ".2f") for key in ("label", "teacher", "shipped"))]
-                for one in examples
-            ]
-            parts.append(markdown_table(header, rows, text_columns=2))
-        return "\n\n".join(parts)
+            f"{report['test_examples']:,}.",
+            "whose error grew most",
+            worse["examples"][:listed],
+            ["example", "text", "label", "teacher's score", f"{name}'s score"],
+            lambda one: [
+                str(one["index"]),
+                one["text"],
+                *(number(one[key], ".2f") for key in ("label", "teacher", "shipped")),
+            ],
+        )
+        return "\n\n".join(section)
 
     def in_python(self, report: dict[str, Any], model: str) -> str:
         text = '{"text": "A first text.", "text_pair": "A second text."}' if is_pair(report) else '"A text."'
@@ -238,15 +238,11 @@ class TextRegression(ClassifierLoss, TextTask):
             for name, scores in found.items()
         }
         growth = np.abs(found[shipped] - references) - np.abs(found[TEACHER] - references)
-        order = np.argsort(-growth, kind="stable")
         columns = {"label": references, "teacher": found[TEACHER], "shipped": found[shipped]}
         report = {
             "test_examples": len(references),
             "label_mean": float(references.mean()),
             "label_standard_deviation": float(references.std()),
-            "worse_examples": {
-                "total": int((growth > 0).sum()),
-                "examples": listed_examples(order[growth[order] > 0], self.texts_of(split), **columns),
-            },
+            "worse_examples": worse_examples(growth, self.texts_of(split), **columns),
         }
         return Comparison(compared, report, {name: (scores, references) for name, scores in found.items()}, pearson)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.core.task import Comparison, StageResult
-from pipelines.report.markdown import markdown_table, number
+from pipelines.report.markdown import number
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.base import check_predictions, listed_examples
+from pipelines.tasks.base import check_predictions, examples_section, worse_examples
 from pipelines.tasks.question_answering.scores import answers_of, best_spans, normalized, score_answers
 from pipelines.tasks.texts import TextPresentation, token_limit
 
@@ -39,19 +39,13 @@ def compare_answers(stages: list[StageResult], rows: Any, unanswerable: bool, sh
         for name, (exact, partly) in scores.items()
     }
     lost = scores[TEACHER][1] - scores[shipped][1]
-    order = np.argsort(-lost, kind="stable")
     columns = {"reference": [one[0] if one else "" for one in references]}
     columns |= {"teacher": answers[TEACHER], "shipped": answers[shipped]}
+    listed = {name: np.array(texts) for name, texts in columns.items()}
     report = {
         "test_examples": len(questions),
         "test_unanswerable": sum(not one for one in references),
-        "worse_examples": {
-            "total": int((lost > 0).sum()),
-            "better_total": int((lost < 0).sum()),
-            "examples": listed_examples(
-                order[lost[order] > 0], questions, **{name: np.array(texts) for name, texts in columns.items()}
-            ),
-        },
+        "worse_examples": worse_examples(lost, questions, **listed) | {"better_total": int((lost < 0).sum())},
     }
     return Comparison(compared, report, {name: (partly,) for name, (_, partly) in scores.items()}, mean)
 
@@ -85,20 +79,16 @@ class AnswerPresentation(TextPresentation):
 
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
         worse, name = report["worse_examples"], shipped["name"]
-        examples = worse["examples"][:listed]
-        parts = [
+        section = examples_section(
             f"Test questions whose answer from {name} has a lower F1 than the teacher's: {worse['total']:,} of {report['test_examples']:,}. "
-            f"The other way round: {worse['better_total']:,}."
-            + (f" The {len(examples)} that lost most:" if examples else "")
-        ]
-        if examples:
-            header = ["example", "question", "reference", "teacher's answer", f"{name}'s answer"]
-            rows = [
-                [str(one["index"]), one["text"], *(one[key] for key in ("reference", "teacher", "shipped"))]
-                for one in examples
-            ]
-            parts.append(markdown_table(header, rows, text_columns=len(header)))
-        return "\n\n".join(parts)
+            f"The other way round: {worse['better_total']:,}.",
+            "that lost most",
+            worse["examples"][:listed],
+            ["example", "question", "reference", "teacher's answer", f"{name}'s answer"],
+            lambda one: [str(one["index"]), one["text"], *(one[key] for key in ("reference", "teacher", "shipped"))],
+            text_columns=5,
+        )
+        return "\n\n".join(section)
 
     def in_shell(self, report: dict[str, Any]) -> str:
         return f'--pair "{QUESTION}" "{CONTEXT}"'

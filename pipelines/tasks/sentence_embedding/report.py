@@ -12,7 +12,7 @@ from pipelines.core.task import Comparison, StageResult
 from pipelines.report.markdown import markdown_table, number
 from pipelines.report.pages import TEACHER
 from pipelines.runtime.vectors import unit
-from pipelines.tasks.base import BasePresentation, check_predictions, listed_examples
+from pipelines.tasks.base import BasePresentation, check_predictions, examples_section, worse_examples
 from pipelines.tasks.sentence_embedding.data import CORPUS
 from pipelines.tasks.sentence_embedding.scores import likeness, options, overlap, places_of, rank_correlation, spearman
 from pipelines.tasks.texts import TextPresentation, token_limit
@@ -73,11 +73,8 @@ def compare_embedders(
     }
     if searches:
         before, after = (places_of(found[name], labels) for name in (TEACHER, shipped))
-        order = np.argsort(1 / after - 1 / before, kind="stable")
-        columns = {"teacher_place": before, "shipped_place": after}
-        worse = order[after[order] > before[order]]
-        examples = listed_examples(worse, texts, **columns)
-        report["worse_examples"] = {"total": len(worse), "better": int((after < before).sum()), "examples": examples}
+        worse = worse_examples(1 / before - 1 / after, texts, teacher_place=before, shipped_place=after)
+        report["worse_examples"] = worse | {"better": int((after < before).sum())}
     return Comparison(compared, report, samples, metric)
 
 
@@ -137,19 +134,14 @@ class EmbedderPresentation(TextPresentation, BasePresentation):
         parts.append(f"The vectors of {name} in fewer bytes (infer.py --vector_type), and what that costs:")
         parts.append(markdown_table(["numbers", "size", "bytes", metric], rows))
         if worse := report.get("worse_examples"):
-            examples = worse["examples"][:listed]
-            parts.append(
+            parts += examples_section(
                 f"Test queries whose positive {name} finds at a later place than the teacher: {worse['total']:,} of "
-                f"{report['test_examples']:,}. The other way round: {worse['better']:,}."
-                + (f" The {len(examples)} that lost most:" if examples else "")
+                f"{report['test_examples']:,}. The other way round: {worse['better']:,}.",
+                "that lost most",
+                worse["examples"][:listed],
+                ["query", "text", "teacher's place", f"{name}'s place"],
+                lambda one: [str(one["index"]), one["text"], str(one["teacher_place"]), str(one["shipped_place"])],
             )
-            if examples:
-                header = ["query", "text", "teacher's place", f"{name}'s place"]
-                cells = [
-                    [str(one["index"]), one["text"], str(one["teacher_place"]), str(one["shipped_place"])]
-                    for one in examples
-                ]
-                parts.append(markdown_table(header, cells, text_columns=2))
         return "\n\n".join(parts)
 
     def in_python(self, report: dict[str, Any], model: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.core.task import IGNORED, Comparison, StageResult
-from pipelines.report.markdown import markdown_table, number
+from pipelines.report.markdown import number
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.base import BasePresentation, check_predictions, listed_examples
+from pipelines.tasks.base import BasePresentation, check_predictions, examples_section, worse_examples
 
 
 def compare_language_models(
@@ -66,13 +66,8 @@ def perplexity(losses: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def _broken_windows(before: np.ndarray, after: np.ndarray, texts: list[str]) -> dict[str, Any]:
     """The windows whose mean loss a token rose most, by the perplexities of both models."""
     rise = after - before
-    order = np.argsort(-rise, kind="stable")
     perplexities = {"teacher_perplexity": np.exp(before), "shipped_perplexity": np.exp(after)}
-    return {
-        "total": int((rise > 0).sum()),
-        "repaired_total": int((rise < 0).sum()),
-        "examples": listed_examples(order[rise[order] > 0], texts, **perplexities),
-    }
+    return worse_examples(rise, texts, **perplexities) | {"repaired_total": int((rise < 0).sum())}
 
 
 class GenerationPresentation(BasePresentation):
@@ -115,24 +110,16 @@ class GenerationPresentation(BasePresentation):
 
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
         broken, name = report["broken_examples"], shipped["name"]
-        examples = broken["examples"][:listed]
-        text = (
+        columns = ("teacher_perplexity", "shipped_perplexity")
+        section = examples_section(
             f"{name} finds {broken['total']:,} windows of the test text less likely than the teacher does, and "
-            f"{broken['repaired_total']:,} more likely."
+            f"{broken['repaired_total']:,} more likely.",
+            "largest rises in loss",
+            broken["examples"][:listed],
+            ["window", "text", "teacher's perplexity", f"{name}'s perplexity"],
+            lambda one: [str(one["index"]), one["text"], *(number(one[key], ".1f") for key in columns)],
         )
-        if not examples:
-            return text
-        rows = [
-            [
-                str(example["index"]),
-                example["text"],
-                number(example["teacher_perplexity"], ".1f"),
-                number(example["shipped_perplexity"], ".1f"),
-            ]
-            for example in examples
-        ]
-        header = ["window", "text", "teacher's perplexity", f"{name}'s perplexity"]
-        return f"{text} The largest rises in loss:\n\n{markdown_table(header, rows, text_columns=2)}"
+        return "\n\n".join(section)
 
     def in_python(self, report: dict[str, Any], model: str) -> str:
         return f"""

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.report.markdown import clip, markdown_table, number
+from pipelines.report.markdown import clip, number
+from pipelines.tasks.base import examples_section
 from pipelines.tasks.texts import TextPresentation, token_limit
 
 BATCH, LARGE_BATCH = 32, 128  # that throughput is timed at
@@ -56,20 +57,19 @@ class RankingPresentation(TextPresentation):
 
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
         worse, name = report["worse_examples"], shipped["name"]
-        examples = worse["examples"][:listed]
         metric = report["primary_metric"].replace("_", " ")
-        parts = [
-            f"Test queries whose {metric} is lower with {name} than with the teacher: {worse['total']:,} of {report['test_examples']:,}."
-            + (f" The {len(examples)} that lost most:" if examples else "")
-        ]
-        if examples:
-            header = ["query", f"what {name} puts first", "teacher's", f"{name}'s"]
-            rows = [
-                [one["text"], clip(one["passage"], SHOWN), number(one["teacher"], ".2f"), number(one["shipped"], ".2f")]
-                for one in examples
-            ]
-            parts.append(markdown_table(header, rows, text_columns=2))
-        return "\n\n".join(parts)
+        section = examples_section(
+            f"Test queries whose {metric} is lower with {name} than with the teacher: {worse['total']:,} of {report['test_examples']:,}.",
+            "that lost most",
+            worse["examples"][:listed],
+            ["query", f"what {name} puts first", "teacher's", f"{name}'s"],
+            lambda one: [
+                one["text"],
+                clip(one["passage"], SHOWN),
+                *(number(one[key], ".2f") for key in ("teacher", "shipped")),
+            ],
+        )
+        return "\n\n".join(section)
 
     def in_python(self, report: dict[str, Any], model: str) -> str:
         return f"""

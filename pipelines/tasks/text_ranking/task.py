@@ -22,7 +22,7 @@ from pipelines.data.examples import Examples
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.report.pages import TEACHER
 from pipelines.tasks import baselines
-from pipelines.tasks.base import check_predictions, listed_examples
+from pipelines.tasks.base import check_predictions, worse_examples
 from pipelines.tasks.ranking import METRICS, metrics_of_groups
 from pipelines.tasks.text_ranking import baselines as orders
 from pipelines.tasks.text_ranking.candidates import PASSAGE, RankingConfig, load_rankings
@@ -231,21 +231,17 @@ class TextRanking(TextRegression):
         }
         of_query = {name: metrics[self.primary_metric] for name, metrics in found.items()}
         loss = of_query[TEACHER] - of_query[shipped]
-        order = np.argsort(-loss, kind="stable")
         passages = np.asarray(examples["text_pair"][:], object)
         report: dict[str, Any] = {
             "test_examples": len(loss),
             "test_pairs": len(references),
             "without_relevant": int(np.sum(pandas.Series(_relevance(references)).groupby(references[:, 1]).max() == 0)),
-            "worse_examples": {
-                "total": int((loss > 0).sum()),
-                "examples": listed_examples(
-                    order[loss[order] > 0],
-                    [examples[int(row)]["text"] for row in first[TEACHER]],
-                    teacher=of_query[TEACHER],
-                    shipped=of_query[shipped],
-                ),
-            },
+            "worse_examples": worse_examples(
+                loss,
+                [examples[int(row)]["text"] for row in first[TEACHER]],
+                teacher=of_query[TEACHER],
+                shipped=of_query[shipped],
+            ),
         }
         for one in report["worse_examples"]["examples"]:
             one["passage"] = passages[first[shipped][one["index"]]]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from pipelines.core.task import Comparison, StageResult
-from pipelines.report.markdown import CLIPPED_TEXT, clip, markdown_table, number
+from pipelines.report.markdown import CLIPPED_TEXT, clip, number
 from pipelines.report.pages import TEACHER
 from pipelines.runtime.spans import OVERLAP
-from pipelines.tasks.base import LISTED_EXAMPLES
+from pipelines.tasks.base import LISTED_EXAMPLES, examples_section
 from pipelines.tasks.classification import ClassifierPresentation, lost_most, recall_tables
 from pipelines.tasks.texts import TextPresentation, token_limit
 from pipelines.tasks.token_classification.entities import Entity, entities, entity_metrics, f1_of
@@ -111,19 +111,21 @@ class TokenPresentation(TextPresentation, ClassifierPresentation):
 
     def what_was_lost(self, report: dict[str, Any], shipped: dict[str, Any], listed: int) -> str:
         lost, name = report["lost_spans"], shipped["name"]
-        examples = lost["examples"][:listed]
-        parts = [
-            *recall_tables(report, shipped, "spans"),
+        section = examples_section(
             f"Spans that the teacher finds and {name} does not: {lost['total']:,} of {lost['expected']:,}. The other way round: "
             f"{lost['gained_total']:,}.",
-        ]
-        if examples:
-            rows = [
-                [str(one["index"]), one["text"], f"{one['span']} ({one['label']})", one["shipped"] or "nothing"]
-                for one in examples
-            ]
-            parts.append(markdown_table(["example", "text", "span", f"{name} finds"], rows, text_columns=4))
-        return "\n\n".join(parts)
+            "first",
+            lost["examples"][:listed],
+            ["example", "text", "span", f"{name} finds"],
+            lambda one: [
+                str(one["index"]),
+                one["text"],
+                f"{one['span']} ({one['label']})",
+                one["shipped"] or "nothing",
+            ],
+            text_columns=4,
+        )
+        return "\n\n".join([*recall_tables(report, shipped, "spans"), *section])
 
     def in_python(self, report: dict[str, Any], model: str) -> str:
         return f"""
