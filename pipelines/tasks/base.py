@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -100,6 +101,7 @@ class BasePresentation:
     speed_unit = "samples/s"
     hub_task: str | None = None
     hub_library = "transformers"
+    javascript: tuple[str, str]  # a name for the task's pipeline of transformers.js, and what it is given
 
     def columns(self, stage: dict[str, Any]) -> dict[str, str]:
         return {}
@@ -110,6 +112,14 @@ class BasePresentation:
             f"*p50*, *p95*: one call with an input of shape {shape}. *samples/s*: over batches of 16 test examples, texts together with "
             "others of their length."
         )
+
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        name, given = self.javascript
+        return f"""
+            import {{ pipeline }} from "@huggingface/transformers";
+            const {name} = await pipeline("{report["task"]}", {json.dumps(repo_id)}, {{ dtype: "{dtype}" }});
+            console.log(await {name}({given}));
+        """
 
     def remarks(self, files: Mapping[str, Path]) -> list[str]:
         return []

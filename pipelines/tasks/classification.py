@@ -284,6 +284,7 @@ class ClassifierPresentation(BasePresentation):
         "recall per class).",
     )
     example = "text"  # the column of the examples in a table
+    javascript = ("classify", '"A text."')
 
     def kind(self, report: dict[str, Any]) -> str:
         names = report["label_names"]

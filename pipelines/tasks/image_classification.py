@@ -40,6 +40,7 @@ class ImagePresentation(ClassifierPresentation):
     """What a report says of a classifier of images."""
 
     example = "image"
+    javascript = ("classify", '"image.png"')
     limitations: Sequence[str] = (
         *ClassifierPresentation.limitations,
         "The bundle shows transparency on white and scales values of more than 8 bits as in training. Give other tools RGB images of 8 bits.",
@@ -68,13 +69,6 @@ class ImagePresentation(ClassifierPresentation):
             logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
             with open({json.dumps(directory + "/config.json")}) as file:
                 print(json.load(file)["id2label"][str(logits[0].argmax())])
-        """
-
-    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
-        return f"""
-            import {{ pipeline }} from "@huggingface/transformers";
-            const classify = await pipeline("image-classification", {json.dumps(repo_id)}, {{ dtype: "{dtype}" }});
-            console.log(await classify("image.png"));
         """
 
     def in_shell(self, report: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ from pipelines.tasks.classification import (
 )
 from pipelines.tasks.metrics import best_thresholds, multi_label_metrics
 from pipelines.tasks.text_classification import TextClassifierPresentation
-from pipelines.tasks.texts import TextTask, is_pair, token_limit
+from pipelines.tasks.texts import TextTask, is_pair, onnx_code, python_text, token_limit
 from pipelines.training.losses import soft_target_loss
 
 MULTI_LABEL = "multi_label_classification"  # the problem_type in config.json, by which pipeline() takes a sigmoid
@@ -100,33 +100,20 @@ class MultiLabelPresentation(TextClassifierPresentation):
         )
 
     def in_python(self, report: dict[str, Any], model: str) -> str:
-        text = '{"text": "A first text.", "text_pair": "A second text."}' if is_pair(report) else '"A text."'
         return f"""
             from transformers import pipeline
             classify = pipeline("text-classification", model={json.dumps(model)})
-            found = classify({text}, top_k=None, truncation=True, max_length={token_limit(report)})
+            found = classify({python_text(report)}, top_k=None, truncation=True, max_length={token_limit(report)})
             print([one for one in found if one["score"] >= classify.model.config.thresholds[one["label"]]])
         """
 
     def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
-        texts = '["A first text."], ["A second text."]' if is_pair(report) else '["A text."]'
-        return f"""
-            import json
-
-            import numpy
-            import onnxruntime
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
-            inputs = tokenizer({texts}, truncation=True, max_length={token_limit(report)}, return_tensors="np")
-            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
-            logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0][0]
-            with open({json.dumps(directory + "/config.json")}) as file:
-                config = json.load(file)
-            labels = [config["id2label"][str(number)] for number in range(len(logits))]
-            probabilities = 1 / (1 + numpy.exp(-logits))
-            print([label for label, one in zip(labels, probabilities) if one >= config["thresholds"][label]])
-        """
+        then = [
+            "probabilities = 1 / (1 + numpy.exp(-logits[0]))",
+            'labels = [config["id2label"][str(number)] for number in range(len(probabilities))]',
+            'print([label for label, one in zip(labels, probabilities) if one >= config["thresholds"][label]])',
+        ]
+        return onnx_code(report, directory, *then, imports=["numpy"], reads_config=True)
 
     def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
         if is_pair(report):

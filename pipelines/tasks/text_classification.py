@@ -14,44 +14,34 @@ from pipelines.data.references import read_classes
 from pipelines.data.text import TEXTS
 from pipelines.tasks import baselines
 from pipelines.tasks.classification import Classification, ClassifierPresentation
-from pipelines.tasks.texts import TextPresentation, TextTask, is_pair, token_limit
+from pipelines.tasks.texts import (
+    TextPresentation,
+    TextTask,
+    is_pair,
+    javascript_code,
+    onnx_code,
+    python_text,
+    token_limit,
+)
 
 
 class TextClassifierPresentation(TextPresentation, ClassifierPresentation):
     """What a report says of a classifier of texts, or of pairs."""
 
     def in_python(self, report: dict[str, Any], model: str) -> str:
-        text = '{"text": "A first text.", "text_pair": "A second text."}' if is_pair(report) else '"A text."'
         return f"""
             from transformers import pipeline
             classify = pipeline("text-classification", model={json.dumps(model)})
-            print(classify({text}, truncation=True, max_length={token_limit(report)}))
+            print(classify({python_text(report)}, truncation=True, max_length={token_limit(report)}))
         """
 
     def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
-        texts = '["A first text."], ["A second text."]' if is_pair(report) else '["A text."]'
-        return f"""
-            import json
-
-            import onnxruntime
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
-            inputs = tokenizer({texts}, truncation=True, max_length={token_limit(report)}, return_tensors="np")
-            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
-            logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
-            with open({json.dumps(directory + "/config.json")}) as file:
-                print(json.load(file)["id2label"][str(logits[0].argmax())])
-        """
+        return onnx_code(report, directory, 'print(config["id2label"][str(logits[0].argmax())])', reads_config=True)
 
     def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
-        if is_pair(report):
-            return super().in_javascript(report, repo_id, dtype)
-        return f"""
-            import {{ pipeline }} from "@huggingface/transformers";
-            const classify = await pipeline("text-classification", {json.dumps(repo_id)}, {{ dtype: "{dtype}" }});
-            console.log(await classify("A text."));
-        """
+        if is_pair(report):  # which the pipeline does not take
+            return javascript_code(report, repo_id, dtype)
+        return super().in_javascript(report, repo_id, dtype)
 
 
 class TextClassification(TextTask, Classification):

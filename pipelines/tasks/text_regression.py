@@ -21,7 +21,15 @@ from pipelines.report.markdown import number
 from pipelines.report.pages import TEACHER
 from pipelines.tasks import baselines
 from pipelines.tasks.base import check_predictions, examples_section, worse_examples
-from pipelines.tasks.texts import TextPresentation, TextTask, is_pair, token_limit
+from pipelines.tasks.texts import (
+    TextPresentation,
+    TextTask,
+    is_pair,
+    javascript_code,
+    onnx_code,
+    python_text,
+    token_limit,
+)
 from pipelines.training.losses import ClassifierLoss
 
 CLOSE = 0.1  # two scores this share of the labels' standard deviation apart count as the same
@@ -103,24 +111,18 @@ class RegressionPresentation(TextPresentation):
         return "\n\n".join(section)
 
     def in_python(self, report: dict[str, Any], model: str) -> str:
-        text = '{"text": "A first text.", "text_pair": "A second text."}' if is_pair(report) else '"A text."'
         return f"""
             from transformers import pipeline
             score = pipeline("text-classification", model={json.dumps(model)}, function_to_apply="none")
-            print(score({text}, truncation=True, max_length={token_limit(report)}))
+            print(score({python_text(report)}, truncation=True, max_length={token_limit(report)}))
         """
 
     def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
-        texts = '["A first text."], ["A second text."]' if is_pair(report) else '["A text."]'
-        return f"""
-            import onnxruntime
-            from transformers import AutoTokenizer
+        return onnx_code(report, directory, "print(logits)")
 
-            tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
-            inputs = tokenizer({texts}, truncation=True, max_length={token_limit(report)}, return_tensors="np")
-            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
-            print(session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0])
-        """
+    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
+        # A pipeline would make probabilities of scores.
+        return javascript_code(report, repo_id, dtype)
 
 
 class TextRegression(ClassifierLoss, TextTask):

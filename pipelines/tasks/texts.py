@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,6 @@ class TextPresentation(BasePresentation):
 
     def in_shell(self, report: dict[str, Any]) -> str:
         return '--pair "A first text." "A second text."' if is_pair(report) else '"A text."'
-
-    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
-        """Prints the logits: transformers.js's own pipeline takes single texts, and makes probabilities of scores."""
-        name = json.dumps(repo_id)
-        texts = '"A first text.", { text_pair: "A second text." }' if is_pair(report) else '"A text."'
-        return f"""
-            import {{ AutoModelForSequenceClassification as Model, AutoTokenizer }} from "@huggingface/transformers";
-            const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
-            console.log((await model(tokenizer({texts}))).logits.tolist());
-        """
 
     def tokenizer_settings(self, report: dict[str, Any]) -> dict[str, Any]:
         # transformers.js cuts texts at the tokenizer's limit.
@@ -210,6 +200,57 @@ def _halves(column: list[Any]) -> list[list[int]]:
     student with fewer."""
     texts = [text for row in column for text in (row if row and isinstance(row[0], list) else [row])]
     return [text[: len(text) // 2] for text in texts]
+
+
+def onnx_code(
+    report: dict[str, Any],
+    directory: str,
+    *then: str,
+    texts: str | None = None,
+    output: str = "logits",
+    imports: Sequence[str] = (),
+    reads_config: bool = False,
+) -> str:
+    """Code that runs an ONNX directory without torch, and lines that do something with its `output`, an array, and `config`."""
+    given = texts or ('["A first text."], ["A second text."]' if is_pair(report) else '["A text."]')
+    reading = [f"with open({json.dumps(directory + '/config.json')}) as file:", "    config = json.load(file)"]
+    return "\n".join(
+        [
+            *(["import json", ""] if reads_config else []),
+            *(f"import {name}" for name in (*imports, "onnxruntime")),
+            "from transformers import AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})",
+            f'inputs = tokenizer({given}, truncation=True, max_length={token_limit(report)}, return_tensors="np")',
+            f"session = onnxruntime.InferenceSession({json.dumps(directory + '/model.onnx')})",
+            f'[{output}] = session.run(["{output}"], {{node.name: inputs[node.name] for node in session.get_inputs()}})',
+            *(reading if reads_config else []),
+            *then,
+        ]
+    )
+
+
+def javascript_code(
+    report: dict[str, Any],
+    repo_id: str,
+    dtype: str,
+    texts: str | None = None,
+    kind: str = "AutoModelForSequenceClassification",
+    output: str = "logits",
+) -> str:
+    """Code that prints an output of a published model, for what transformers.js's own pipelines do not do."""
+    name = json.dumps(repo_id)
+    given = texts or ('"A first text.", { text_pair: "A second text." }' if is_pair(report) else '"A text."')
+    return f"""
+        import {{ {kind} as Model, AutoTokenizer }} from "@huggingface/transformers";
+        const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
+        console.log((await model(tokenizer({given}))).{output}.tolist());
+    """
+
+
+def python_text(report: dict[str, Any]) -> str:
+    """What transformers' pipeline is given."""
+    return '{"text": "A first text.", "text_pair": "A second text."}' if is_pair(report) else '"A text."'
 
 
 def is_pair(report: dict[str, Any]) -> bool:

@@ -63,6 +63,8 @@ class AnswerPresentation(TextPresentation):
         "It learned from its teacher and its data, errors and biases included.",
     )
 
+    javascript = ("answer", f"{json.dumps(QUESTION)}, {json.dumps(CONTEXT)}")
+
     def kind(self, report: dict[str, Any]) -> str:
         some = ", or that the text has none" if report["test_unanswerable"] else ""
         return f"the part of a text that answers a question{some}"
@@ -113,11 +115,4 @@ class AnswerPresentation(TextPresentation):
             session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
             start, end = session.run(["start_logits", "end_logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})
             print(tokenizer.decode(inputs["input_ids"][0, start.argmax() : end.argmax() + 1]))
-        """
-
-    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
-        return f"""
-            import {{ pipeline }} from "@huggingface/transformers";
-            const answer = await pipeline("question-answering", {json.dumps(repo_id)}, {{ dtype: "{dtype}" }});
-            console.log(await answer({json.dumps(QUESTION)}, {json.dumps(CONTEXT)}));
         """

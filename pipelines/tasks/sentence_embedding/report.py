@@ -15,7 +15,7 @@ from pipelines.runtime.vectors import unit
 from pipelines.tasks.base import BasePresentation, check_predictions, examples_section, worse_examples
 from pipelines.tasks.sentence_embedding.data import CORPUS
 from pipelines.tasks.sentence_embedding.scores import likeness, options, overlap, places_of, rank_correlation, spearman
-from pipelines.tasks.texts import TextPresentation, token_limit
+from pipelines.tasks.texts import TextPresentation, javascript_code, onnx_code
 
 Sample = tuple[np.ndarray, ...]
 TITLES = {"recall_at_1": "recall@1", "recall_at_10": "recall@10", "ndcg_at_10": "NDCG@10", "pearson": "pearson"}
@@ -152,23 +152,11 @@ class EmbedderPresentation(TextPresentation, BasePresentation):
         """
 
     def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
-        return f"""
-            import onnxruntime
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
-            inputs = tokenizer(["A text."], truncation=True, max_length={token_limit(report)}, return_tensors="np")
-            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
-            print(session.run(["sentence_embedding"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0])
-        """
+        output = "sentence_embedding"
+        return onnx_code(report, directory, f"print({output})", texts='["A text."]', output=output)
 
     def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
-        name = json.dumps(repo_id)
-        return f"""
-            import {{ AutoModel, AutoTokenizer }} from "@huggingface/transformers";
-            const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await AutoModel.from_pretrained({name}, {{ dtype: "{dtype}" }});
-            console.log((await model(tokenizer(["A text."]))).sentence_embedding.tolist());
-        """
+        return javascript_code(report, repo_id, dtype, '["A text."]', "AutoModel", "sentence_embedding")
 
     def in_shell(self, report: dict[str, Any]) -> str:
         return "--file texts.txt --output vectors.npy"

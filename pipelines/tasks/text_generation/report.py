@@ -85,6 +85,8 @@ class GenerationPresentation(BasePresentation):
         "perplexity is a mean over all tokens and hides that.",
     )
 
+    javascript = ("generate", '"A text", { max_new_tokens: 40 }')
+
     def kind(self, report: dict[str, Any]) -> str:
         return str(report["task"])
 
@@ -147,13 +149,6 @@ class GenerationPresentation(BasePresentation):
                 new = [int(logits[0, -1].argmax())]
                 tokens = tokens + new
             print(tokenizer.decode(tokens))
-        """
-
-    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
-        return f"""
-            import {{ pipeline }} from "@huggingface/transformers";
-            const generate = await pipeline("text-generation", {json.dumps(repo_id)}, {{ dtype: "{dtype}" }});
-            console.log(await generate("A text", {{ max_new_tokens: 40 }}));
         """
 
     def in_shell(self, report: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.report.markdown import clip, number
 from pipelines.tasks.base import examples_section
-from pipelines.tasks.texts import TextPresentation, token_limit
+from pipelines.tasks.texts import TextPresentation, javascript_code, onnx_code, token_limit
 
 BATCH, LARGE_BATCH = 32, 128  # that throughput is timed at
 SHOWN = 100  # characters of a passage in a table
@@ -79,26 +79,12 @@ class RankingPresentation(TextPresentation):
         """
 
     def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
-        return f"""
-            import onnxruntime
-            from transformers import AutoTokenizer
-
-            query, passages = "A query", ["A passage.", "Another passage."]
-            tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
-            settings = {{"padding": True, "truncation": True, "max_length": {token_limit(report)}, "return_tensors": "np"}}
-            inputs = tokenizer([query] * len(passages), passages, **settings)
-            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
-            print(session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0])
-        """
+        texts = '["A query"] * 2, ["A passage.", "Another passage."], padding=True'
+        return onnx_code(report, directory, "print(logits)", texts=texts)
 
     def in_shell(self, report: dict[str, Any]) -> str:
         return '--query "A query" --file passages.txt'
 
     def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
-        name = json.dumps(repo_id)
-        return f"""
-            import {{ AutoModelForSequenceClassification as Model, AutoTokenizer }} from "@huggingface/transformers";
-            const tokenizer = await AutoTokenizer.from_pretrained({name}), model = await Model.from_pretrained({name}, {{ dtype: "{dtype}" }});
-            const pairs = tokenizer(["A query", "A query"], {{ text_pair: ["A passage.", "Another."], padding: true, truncation: true }});
-            console.log((await model(pairs)).logits.tolist());
-        """
+        texts = '["A query", "A query"], { text_pair: ["A passage.", "Another."], padding: true, truncation: true }'
+        return javascript_code(report, repo_id, dtype, texts)

@@ -14,7 +14,7 @@ from pipelines.report.pages import TEACHER
 from pipelines.runtime.spans import OVERLAP
 from pipelines.tasks.base import LISTED_EXAMPLES, examples_section
 from pipelines.tasks.classification import ClassifierPresentation, lost_most, recall_tables
-from pipelines.tasks.texts import TextPresentation, token_limit
+from pipelines.tasks.texts import TextPresentation, onnx_code, token_limit
 from pipelines.tasks.token_classification.entities import Entity, entities, entity_metrics, f1_of
 
 
@@ -99,6 +99,8 @@ class TokenPresentation(TextPresentation, ClassifierPresentation):
         "It learned from its teacher and its data, errors and biases included. Names and forms that its data lacks are found less often.",
     )
 
+    javascript = ("find", '"A text.", { ignore_labels: ["O"] }')
+
     def columns(self, stage: dict[str, Any]) -> dict[str, str]:
         return {name: number(stage["metrics"][name], ".3f") for name in ("precision", "recall", "accuracy")}
 
@@ -135,24 +137,5 @@ class TokenPresentation(TextPresentation, ClassifierPresentation):
         """
 
     def in_onnx_runtime(self, report: dict[str, Any], directory: str) -> str:
-        return f"""
-            import json
-
-            import onnxruntime
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory)})
-            inputs = tokenizer(["A text."], truncation=True, max_length={token_limit(report)}, return_tensors="np")
-            session = onnxruntime.InferenceSession({json.dumps(directory + "/model.onnx")})
-            logits = session.run(["logits"], {{node.name: inputs[node.name] for node in session.get_inputs()}})[0]
-            with open({json.dumps(directory + "/config.json")}) as file:
-                labels = json.load(file)["id2label"]
-            print([labels[str(number)] for number in logits[0].argmax(-1)])
-        """
-
-    def in_javascript(self, report: dict[str, Any], repo_id: str, dtype: str) -> str:
-        return f"""
-            import {{ pipeline }} from "@huggingface/transformers";
-            const find = await pipeline("token-classification", {json.dumps(repo_id)}, {{ dtype: "{dtype}" }});
-            console.log(await find("A text.", {{ ignore_labels: ["O"] }}));
-        """
+        tags = 'print([config["id2label"][str(number)] for number in logits[0].argmax(-1)])'
+        return onnx_code(report, directory, tags, reads_config=True)
