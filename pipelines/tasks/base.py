@@ -141,6 +141,11 @@ class BaseTask(Task):
     demo: str  # the YAML file of its offline demo
     greater_is_better = True
     allow_weak_teacher = False
+    teacher_metric: str | None = None  # that tells whether a teacher knows the task; None: the primary one
+    better_teacher = (
+        "Train it longer or slower (--teacher_epochs, --teacher_learning_rate), or check that it is for such data: that its outputs mean what "
+        "the data set's labels do."
+    )
     student_kinds: Mapping[str, Any] = {}
 
     @classmethod
@@ -276,6 +281,20 @@ class BaseTask(Task):
 
     def config_entries(self, metrics: dict[str, Any]) -> dict[str, Any]:
         return {}
+
+    def guess(self, config: Any) -> float:
+        """What guessing scores on the validation split, for a model with this config."""
+        return 0.0
+
+    def check_teacher(self, metrics: dict[str, Any], config: Any) -> None:
+        """Raise InputError for a teacher that does no better on the validation split than guessing."""
+        metric, guess = self.teacher_metric or self.primary_metric, self.guess(config)
+        score = metrics[metric]
+        if not (score > guess if self.greater_is_better else score < guess):  # nor is what is no number
+            raise InputError(
+                f"expected a teacher that knows the task, found one whose {metric} on the validation split is {score:,.4f}, no better than guessing "
+                f"({guess:,.4f}). {self.better_teacher}"
+            )
 
     def check_label_order(self, processor: Any, predict: Predict) -> None:
         """Nothing: only classes have an order that can be wrong."""

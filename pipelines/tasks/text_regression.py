@@ -171,14 +171,6 @@ class TextRegression(ClassifierLoss, TextTask):
                 f"expected a model with one output, a score, found {model.config.num_labels} in {source}. Fine-tune it on this data set."
             )
 
-    def check_teacher(self, metrics: dict[str, Any], config: Any) -> None:
-        if not metrics["pearson"] > 0:
-            raise InputError(
-                f"expected a teacher that knows the task, found one whose scores have a correlation of {metrics['pearson']:.3f} with the "
-                "labels of the validation split, no better than guessing. Train it longer or slower (--teacher_epochs, "
-                "--teacher_learning_rate), or check that its scores mean what the data set's do."
-            )
-
     # ---- Losses: as a classifier with one label has them, but squared errors over the labels' variance, so that learning rates and weights
     # do not depend on their unit
 

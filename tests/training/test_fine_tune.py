@@ -205,7 +205,9 @@ def test_a_weak_teacher_is_refused_by_the_name_of_the_flag_that_allows_it(task, 
 def test_a_language_teacher_whose_perplexity_is_no_number_is_refused(language_task):
     config = tiny_language_model().config
     for perplexity in (math.nan, math.inf, 300.0):
-        with pytest.raises(InputError, match="knows the language"):
+        with pytest.raises(
+            InputError, match=f"found one whose perplexity .* is {perplexity:.4f}, no better than guessing"
+        ):
             language_task.check_teacher({"perplexity": perplexity}, config)
     language_task.check_teacher({"perplexity": 299.0}, config)
 
