@@ -34,7 +34,7 @@ from pipelines.data.examples import Examples
 from pipelines.data.text import map_kept, tokenizer_content
 from pipelines.edge.bundle import PROBE_TEXTS, VERIFIED_EXAMPLES, page_probe
 from pipelines.edge.settings import ANSWERS, head_outputs, text_settings
-from pipelines.models.loading import load_weights, new_model
+from pipelines.models.loading import name_labels
 from pipelines.onnx.predict import run_session
 from pipelines.runtime.answers import likeliest_spans
 from pipelines.runtime.infer import Answerer
@@ -193,23 +193,15 @@ class QuestionAnswering(ClassifierLoss, TextTask):
 
     # ---- Models
 
+    def load_config(self, source: str) -> Any:
+        """The config of a model, whose two labels, whatever they are called, are the start and the end."""
+        config = super().load_config(source)
+        if config.num_labels == len(self.label_names):
+            name_labels(config, self.label_names)
+        return config
+
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
-        """The model with the two outputs of a question answering head; a fresh one where there is none and `head` allows it."""
-        config = self.checked_config(source, from_scratch)
-        has_head = any("ForQuestionAnswering" in name for name in config.architectures or [])
-        code = {"trust_remote_code": self.trust_remote_code}
-        if not has_head:
-            if head == "required" and not from_scratch:
-                raise InputError(
-                    f"expected a model that answers questions, found {config.architectures} in {source}. Fine-tune it on this data set (a "
-                    "teacher: --teacher_epochs above 0)."
-                )
-            config = copy.deepcopy(config)
-            config.num_labels, config.problem_type = 2, None
-        if from_scratch:
-            model = new_model(self.auto_class, source, config, **code)
-        else:
-            model = load_weights(self.auto_class, source, head_may_be_new=not has_head, config=config, **code)
+        model = super().load_model(source, head, from_scratch)
         setattr(model.config, ANSWERS, {"unanswerable": self.unanswerable, **self._reading})
         return model
 
