@@ -50,6 +50,7 @@ class TextTask(BaseTask):
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"
     quantization_schemes = ("dynamic_int8", "int8_int4_embeddings", *BaseTask.quantization_schemes[1:])
+    reads_windows = False  # whether a text longer than --max_length is read in parts, whose tokens have places in it
     student_kinds: Mapping[str, Any] = {"lstm": LstmConfig, "cnn": TextCnnConfig, "static": StaticConfig}
 
     def __init__(self, config: DataConfig) -> None:
@@ -83,6 +84,15 @@ class TextTask(BaseTask):
         # A decoder, which reads the last token before the padding, and counts positions from the left; or a student that reads in order.
         if tokenizer.cls_token is None or type(config) in self.student_kinds.values():
             tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
+        if self.reads_windows:
+            if not tokenizer.is_fast:
+                raise InputError(
+                    f"expected a fast tokenizer (tokenizer.json) at {source}, which knows where a token is in its text, found one in Python "
+                    "alone. Convert it, or use a model that has one."
+                )
+            for side in ("padding_side", "truncation_side"):
+                setattr(tokenizer, side, "right")
+                tokenizer.init_kwargs[side] = "right"
         return tokenizer
 
     def input_sizes(self, source: str) -> dict[str, Any]:
@@ -133,8 +143,12 @@ class TextTask(BaseTask):
         data = data or self.data
         key = digest([data.fingerprint, *tokenizer_content(processor)])
         if key not in self._features:
-            self._features[key] = tokenize(data, processor, self.config.max_length)
+            self._features[key] = self.tokenized(data, processor, key)
         return self._features[key]
+
+    def tokenized(self, data: Examples, processor: Any, key: str) -> Any:
+        """The splits as tokens; `key` is all that they depend on besides the task."""
+        return tokenize(data, processor, self.config.max_length)
 
     def collate(self, processor: Any) -> Collate:
         return collate(processor)

@@ -31,7 +31,7 @@ from pipelines.core.task import (
     TransferSet,
 )
 from pipelines.data.examples import Examples
-from pipelines.data.text import map_kept, tokenizer_content
+from pipelines.data.text import map_kept
 from pipelines.edge.bundle import PROBE_TEXTS, VERIFIED_EXAMPLES, page_probe
 from pipelines.edge.settings import ANSWERS, head_outputs, text_settings
 from pipelines.models.loading import name_labels
@@ -80,6 +80,7 @@ class QuestionAnswering(ClassifierLoss, TextTask):
     lora_settings: dict[str, Any] = {"task_type": "QUESTION_ANS", "target_modules": "all-linear"}
     student_kinds = {}
     reads_parts = False
+    reads_windows = True
     primary_metric = "f1"
     metrics: Mapping[str, bool] = {"f1": True, "exact_match": True}
     label_names = [STARTS, ENDS]
@@ -122,25 +123,10 @@ class QuestionAnswering(ClassifierLoss, TextTask):
         """Whether a model may say that there is no answer: some training questions have none."""
         return bool(self.data.details["unanswerable"]["train"])
 
-    def load_processor(self, source: str) -> Any:
-        tokenizer = super().load_processor(source)
-        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"  # tokens are counted from the left
-        if not tokenizer.is_fast:
-            raise InputError(
-                f"expected a fast tokenizer, which says where tokens are in a text, found {type(tokenizer).__name__} at {source}. Convert it "
-                "to a tokenizer.json, or use a model that has one."
-            )
-        return tokenizer
-
-    def features(self, processor: Any, data: Examples | None = None) -> Any:
-        """The windows of every split; the same tokenizer tokenizes once in a process."""
-        data = data or self.data
-        key = digest([data.fingerprint, *tokenizer_content(processor)])
-        if key not in self._features:
-            self._features[key] = datasets.DatasetDict(
-                {name: self._cut(split, name, processor, key) for name, split in data.splits.items()}
-            )
-        return self._features[key]
+    def tokenized(self, data: Examples, processor: Any, key: str) -> Any:
+        return datasets.DatasetDict(
+            {name: self._cut(split, name, processor, key) for name, split in data.splits.items()}
+        )
 
     def _cut(self, split: datasets.Dataset, name: str, tokenizer: Any, key: str) -> datasets.Dataset:
         limit, overlap = self.config.max_length, self.overlap

@@ -14,13 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from pipelines.core.config import Checked, DataConfig, DistillConfig, flag
-from pipelines.core.disk import digest
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.task import IGNORED, Candidates, Collate, Comparison, Predict, Presentation, StageResult, Tensors
 from pipelines.data.examples import Examples
 from pipelines.data.kinds import Source
 from pipelines.data.tagged import load_tagged, tag_windows
-from pipelines.data.text import TEXTS, tokenizer_content
+from pipelines.data.text import TEXTS
 from pipelines.edge.bundle import VERIFIED_EXAMPLES, text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
 from pipelines.runtime import infer
@@ -66,6 +65,7 @@ class TokenClassification(TextTask, Classification):
     lora_settings: dict[str, Any] = {"task_type": "TOKEN_CLS", "target_modules": "all-linear"}
     student_kinds: dict[str, Any] = {}  # those read a text as a whole
     reads_parts = False
+    reads_windows = True
     primary_metric = "f1"
     metrics: Mapping[str, bool] = dict.fromkeys(("f1", "precision", "recall", "accuracy"), True)
 
@@ -100,27 +100,8 @@ class TokenClassification(TextTask, Classification):
 
     # ---- Models
 
-    def load_processor(self, source: str) -> Any:
-        """The tokenizer of a model, which knows where its tokens are in a text."""
-        tokenizer = super().load_processor(source)
-        if not tokenizer.is_fast:
-            raise InputError(
-                f"expected a fast tokenizer (tokenizer.json) at {source}, which knows where a token is in its text, found one in Python "
-                "alone. Convert it, or use a model that has one."
-            )
-        for side in ("padding_side", "truncation_side"):
-            setattr(tokenizer, side, "right")
-            tokenizer.init_kwargs[side] = "right"
-        return tokenizer
-
-    def features(self, processor: Any, data: Examples | None = None) -> Any:
-        """The windows of the splits; the same tokenizer tokenizes once in a process."""
-        data = data or self.data
-        key = digest([data.fingerprint, *tokenizer_content(processor)])
-        if key not in self._features:
-            settings = self.config.max_length, self.overlap, self.token.subtokens == "all"
-            self._features[key] = tag_windows(data, processor, *settings)
-        return self._features[key]
+    def tokenized(self, data: Examples, processor: Any, key: str) -> Any:
+        return tag_windows(data, processor, self.config.max_length, self.overlap, self.token.subtokens == "all")
 
     def collate(self, processor: Any) -> Collate:
         """A collator that pads a batch to its longest window, labels with IGNORED; stored soft targets are cut to it."""
