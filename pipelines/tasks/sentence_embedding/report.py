@@ -1,81 +1,16 @@
-"""What the report of an embedder has of its own: what is compared, and how its pages say it."""
+"""What a report says of an embedder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from pipelines.core.task import Comparison, StageResult
 from pipelines.report.markdown import markdown_table, number
-from pipelines.report.pages import TEACHER
-from pipelines.runtime.vectors import unit
-from pipelines.tasks.base import BasePresentation, check_predictions, examples_section, worse_examples
-from pipelines.tasks.sentence_embedding.data import CORPUS
-from pipelines.tasks.sentence_embedding.scores import likeness, options, overlap, places_of, rank_correlation, spearman
+from pipelines.tasks.base import BasePresentation, examples_section
 from pipelines.tasks.texts import TextPresentation, javascript_code, onnx_code
 
-Sample = tuple[np.ndarray, ...]
 TITLES = {"recall_at_1": "recall@1", "recall_at_10": "recall@10", "ndcg_at_10": "NDCG@10", "pearson": "pearson"}
-
-
-def mean(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values.mean(axis=-1))
-
-
-def compare_embedders(
-    stages: list[StageResult],
-    labels: np.ndarray,
-    texts: list[str],
-    score: Callable[[np.ndarray], dict[str, Any]],
-    sample: Callable[[np.ndarray], Sample],
-    searches: bool,
-    sizes: list[int],
-    shipped: str,
-) -> Comparison:
-    """What a report says of embedders: `labels` are those of single_texts(), predictions vectors (rows, size), or places (queries,).
-
-    `score` gives the metrics of predictions of the test split, `sample` what the primary one is computed from. Agreement is the mean overlap
-    of the ten nearest texts with the teacher's. `sizes` are those to which vectors may be cut.
-    """
-    queries = int((labels != CORPUS).sum())
-    shapes = {
-        stage.name: (queries,) if stage.format == "sklearn" else (len(labels), stage.predictions.shape[-1])
-        for stage in stages
-    }
-    check_predictions(stages, shapes, "a vector for each text, or the place of each query's positive")
-    found = {stage.name: stage.predictions for stage in stages}
-    reference = likeness(found[TEACHER], labels, searches)
-    compared: dict[str, dict[str, Any]] = {}
-    for stage in stages:
-        compared[stage.name] = {"metrics": score(stage.predictions), "agreement": None, "similarity_spearman": None}
-        if stage.format != "sklearn":
-            own = likeness(stage.predictions, labels, searches)
-            compared[stage.name] |= {
-                "agreement": float(overlap(own, reference).mean()),
-                "similarity_spearman": rank_correlation(own, reference),
-                "vector_size": stage.predictions.shape[1],
-            }
-    samples = {name: sample(predictions) for name, predictions in found.items()}
-    metric = spearman if len(samples[TEACHER]) == 2 else mean
-    if "onnx" in found and shipped in found and found["onnx"].shape == found[shipped].shape:
-        cosines = (unit(found["onnx"]) * unit(found[shipped])).sum(axis=1)
-        compared[shipped]["cosine_to_fp32"] = {"mean": float(cosines.mean()), "least": float(cosines.min())}
-    stored, has_vectors = found[shipped], found[shipped].ndim == 2  # no estimator's places, which `fit` compares, too
-    report: dict[str, Any] = {
-        "test_examples": len(samples[TEACHER][0]),
-        "corpus_examples": len(labels) - queries,
-        "vector_options": options(stored, sizes, lambda vectors: float(metric(*sample(vectors))))
-        if has_vectors
-        else [],
-    }
-    if searches:
-        before, after = (places_of(found[name], labels) for name in (TEACHER, shipped))
-        worse = worse_examples(1 / before - 1 / after, texts, teacher_place=before, shipped_place=after)
-        report["worse_examples"] = worse | {"better": int((after < before).sum())}
-    return Comparison(compared, report, samples, metric)
 
 
 class EmbedderPresentation(TextPresentation, BasePresentation):

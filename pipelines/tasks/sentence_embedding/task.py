@@ -37,6 +37,9 @@ from pipelines.edge.bundle import text_probes, verify_predictor
 from pipelines.models.embedder import SETTINGS, StaticVectorsConfig, embedder_config, load_embedder, width_of
 from pipelines.models.predict import predict_torch
 from pipelines.onnx.predict import run_session
+from pipelines.report.pages import TEACHER
+from pipelines.runtime.vectors import unit
+from pipelines.tasks.base import check_predictions, worse_examples
 from pipelines.tasks.ranking import METRICS, Bm25, Retriever, Tfidf, metrics_of_places
 from pipelines.tasks.sentence_embedding import losses, scores
 from pipelines.tasks.sentence_embedding.data import (
@@ -47,7 +50,7 @@ from pipelines.tasks.sentence_embedding.data import (
     queries_and_corpus,
     single_texts,
 )
-from pipelines.tasks.sentence_embedding.report import EmbedderPresentation, compare_embedders
+from pipelines.tasks.sentence_embedding.report import EmbedderPresentation
 from pipelines.tasks.text_regression import regression_metrics
 from pipelines.tasks.texts import TextTask
 from pipelines.training.losses import ClassifierLoss
@@ -355,13 +358,48 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     # ---- Report
 
     def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
+        """Agreement is the mean overlap of the ten nearest texts with the teacher's."""
         labels = np.asarray(self.rows.splits[split]["label"][:])
-        score, sample = (
-            partial(self.scores, references=labels, split=split),
-            partial(self._sample, labels=labels, split=split),
-        )
-        sizes = self.embedding.sizes
-        return compare_embedders(stages, labels, self.texts_of(split), score, sample, self.searches, sizes, shipped)
+        queries = int((labels != CORPUS).sum())
+        shapes = {
+            stage.name: (queries,) if stage.format == "sklearn" else (len(labels), stage.predictions.shape[-1])
+            for stage in stages
+        }
+        check_predictions(stages, shapes, "a vector for each text, or the place of each query's positive")
+        found = {stage.name: stage.predictions for stage in stages}
+        reference = scores.likeness(found[TEACHER], labels, self.searches)
+        compared: dict[str, dict[str, Any]] = {}
+        for name, predictions in found.items():
+            metrics = self.scores(predictions, labels, split)
+            compared[name] = {"metrics": metrics, "agreement": None, "similarity_spearman": None}
+            if predictions.ndim == 2:
+                own = scores.likeness(predictions, labels, self.searches)
+                compared[name] |= {
+                    "agreement": float(scores.overlap(own, reference).mean()),
+                    "similarity_spearman": scores.rank_correlation(own, reference),
+                    "vector_size": predictions.shape[1],
+                }
+        sample = partial(self._sample, labels=labels, split=split)
+        samples = {name: sample(predictions) for name, predictions in found.items()}
+        metric: Any = scores.spearman if len(samples[TEACHER]) == 2 else partial(np.mean, axis=-1)
+        if "onnx" in found and found["onnx"].shape == found[shipped].shape:
+            cosines = (unit(found["onnx"]) * unit(found[shipped])).sum(axis=1)
+            compared[shipped]["cosine_to_fp32"] = {"mean": float(cosines.mean()), "least": float(cosines.min())}
+        report: dict[str, Any] = {
+            "test_examples": len(samples[TEACHER][0]),
+            "corpus_examples": len(labels) - queries,
+            "vector_options": [],
+        }
+        if found[shipped].ndim == 2:  # no places of an estimator, which `fit` compares, too
+            report["vector_options"] = scores.options(
+                found[shipped], self.embedding.sizes, lambda vectors: float(metric(*sample(vectors)))
+            )
+        if self.searches:
+            before, after = (scores.places_of(found[name], labels) for name in (TEACHER, shipped))
+            places = {"teacher_place": before, "shipped_place": after}
+            worse = worse_examples(1 / before - 1 / after, self.texts_of(split), **places)
+            report["worse_examples"] = worse | {"better": int((after < before).sum())}
+        return Comparison(compared, report, samples, metric)
 
     def _sample(self, predictions: np.ndarray, labels: np.ndarray, split: str) -> tuple[np.ndarray, ...]:
         """What the primary metric of a stage is computed from: see core.task.Comparison."""
