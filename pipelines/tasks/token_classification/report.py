@@ -13,7 +13,7 @@ from pipelines.report.markdown import CLIPPED_TEXT, clip, number
 from pipelines.report.pages import TEACHER
 from pipelines.runtime.spans import OVERLAP
 from pipelines.tasks.base import LISTED_EXAMPLES, examples_section
-from pipelines.tasks.classification import ClassifierPresentation, lost_most, recall_tables
+from pipelines.tasks.classification import ClassifierPresentation, class_report, compared_classes, recall_tables
 from pipelines.tasks.texts import TextPresentation, onnx_code, token_limit
 from pipelines.tasks.token_classification.entities import Entity, entities, entity_metrics, f1_of
 
@@ -37,27 +37,16 @@ def compare_entities(
         name: entity_metrics(own, gold, kinds) | {"accuracy": float(np.mean(words[name] == np.array(expected)))}
         for name, own in found.items()
     }
-    recall = {name: score["recall_per_class"] for name, score in scores.items()}
-    compared = {
-        name: {
-            "metrics": scores[name],
-            "agreement": float(np.mean(words[name] == words[TEACHER])),
-            "recall_change_per_class": {kind: recall[name][kind] - recall[TEACHER][kind] for kind in kinds},
-        }
-        for name in found
-    }
+    agreement = {name: float(np.mean(own == words[TEACHER])) for name, own in words.items()}
 
     def per_document(some: set[Entity]) -> np.ndarray:
         return np.bincount(np.array([document for document, *_ in some], int), minlength=len(test))
 
     lost = sorted((gold & found[TEACHER]) - found[shipped])
-    report = {
-        "label_names": kinds,
-        "test_examples": len(test),
+    counts = np.array([*scores[TEACHER]["examples_per_class"].values()])
+    report = class_report(stages, kinds, counts, len(test)) | {
         "test_words": len(expected),
         "test_words_without_token": sum(map(len, test["starts"])) - len(expected),
-        "test_examples_per_class": scores[TEACHER]["examples_per_class"],
-        "lost_most": [lost_most(stage) for stage in stages if "source_metrics" in stage.record["details"]],
         "lost_spans": {
             "total": len(lost),
             "expected": len(gold),
@@ -66,7 +55,7 @@ def compare_entities(
         },
     }
     samples = {name: (per_document(own & gold), per_document(own), per_document(gold)) for name, own in found.items()}
-    return Comparison(compared, report, samples, metric=f1_of)
+    return Comparison(compared_classes(scores, agreement), report, samples, metric=f1_of)
 
 
 def _described(
