@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,9 @@ def finish(
     if training.push_to_hub:
         push_run(run, training)
     if bundle is not None:
-        run.state.print(next_commands(run.directory, bundle, run.task.example))
+        run.state.print(
+            next_commands(run.directory, bundle, run.task.presentation.in_shell({"config": asdict(run.task.config)}))
+        )
 
 
 def teach(run: Run, settings: Settings, transfer: TransferSet | None) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Presentation(Protocol):
         """Code that runs a published repository with transformers.js, in three lines."""
 
     def in_shell(self, report: dict[str, Any]) -> str:
-        """What the bundle's infer.py is called with."""
+        """What the bundle's infer.py is called with: '"A text."', '"image.png"'; of the report its `config`, the flags, are enough."""
 
     def remarks(self, files: Mapping[str, Path]) -> list[str]:
         """What a user of the published `files` must know besides."""
@@ -164,10 +164,6 @@ class Task(Protocol):
     config: DataConfig
     presentation: Presentation
     allow_weak_teacher: bool  # whether a teacher that check_teacher refuses may go on
-
-    @property
-    def example(self) -> str:
-        """An input as a person gives it to infer.py on the command line: '"A text."', 'image.png'."""
 
     def describe(self) -> dict[str, Any]:
         """What of the data a stage's result depends on, as JSON."""

@@ -85,7 +85,6 @@ class ImageClassification(Classification):
     examples_of = IMAGES
     architectures = ("ForImageClassification",)
     demo = "vit_digits"
-    example = "image.png"
     # No task type of adapters fits images, so the new head, which has no use for a low rank, is named.
     lora_settings: dict[str, Any] = {
         "target_modules": "all-linear",

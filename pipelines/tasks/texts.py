@@ -61,10 +61,6 @@ class TextTask(BaseTask):
         """What of the data a stage's result depends on."""
         return super().describe() | {"max_length": self.config.max_length}
 
-    @property
-    def example(self) -> str:
-        return '--pair "A first text." "A second text."' if self._reads_pairs else '"A text."'
-
     def load_processor(self, source: str) -> Any:
         """The tokenizer of a model, which gives what the model takes, and pads with a token that it has."""
         tokenizer = load_tokenizer(source, self.trust_remote_code)

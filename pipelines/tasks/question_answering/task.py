@@ -40,7 +40,7 @@ from pipelines.runtime.answers import likeliest_spans
 from pipelines.runtime.infer import Answerer
 from pipelines.tasks.question_answering import baselines
 from pipelines.tasks.question_answering.data import AnswerConfig, load_questions
-from pipelines.tasks.question_answering.report import CONTEXT, QUESTION, AnswerPresentation, compare_answers
+from pipelines.tasks.question_answering.report import QUESTION, AnswerPresentation, compare_answers
 from pipelines.tasks.question_answering.scores import NO_SPAN, answers_of, best_spans, score_answers
 from pipelines.tasks.texts import TextTask
 from pipelines.training.losses import ClassifierLoss
@@ -84,7 +84,6 @@ class QuestionAnswering(ClassifierLoss, TextTask):
     primary_metric = "f1"
     metrics: Mapping[str, bool] = {"f1": True, "exact_match": True}
     label_names = [STARTS, ENDS]
-    example = f'--pair "{QUESTION}" "{CONTEXT}"'
 
     def __init__(self, config: DataConfig, answer: AnswerConfig) -> None:
         super().__init__(config)

@@ -94,4 +94,4 @@ class EmbedderPresentation(TextPresentation, BasePresentation):
         return javascript_code(report, repo_id, dtype, '["A text."]', "AutoModel", "sentence_embedding")
 
     def in_shell(self, report: dict[str, Any]) -> str:
-        return "--file texts.txt --output vectors.npy"
+        return '"A text." "Another text." --output vectors.npy'

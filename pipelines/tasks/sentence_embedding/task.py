@@ -79,7 +79,6 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     # Of texts alone; see __init__ for pairs.
     primary_metric = "overlap_at_10"
     metrics: Mapping[str, bool] = dict.fromkeys(("overlap_at_10", "similarity_spearman"), True)
-    example = '"A text."'
     _reads_pairs = False
 
     def __init__(self, config: DataConfig, embedding: EmbeddingConfig | None = None) -> None:

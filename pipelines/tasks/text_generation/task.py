@@ -64,7 +64,6 @@ class LanguageModeling(NextTokenLoss, BaseTask):
     auto_class = AutoModelForCausalLM
     architectures = ("ForCausalLM", "LMHeadModel")
     demo = "gpt2_bbc_news"
-    example = '"The beginning of a text"'
     lora_settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     student_head: Head = "required"
     primary_metric = "perplexity"

@@ -203,10 +203,6 @@ class TextRanking(TextRegression):
         larger = {LARGE_BATCH: timing_feeds(features, collate, LARGE_BATCH)[1]}
         return encoder_workload(*timing_feeds(features, collate, BATCH), larger)
 
-    @property
-    def example(self) -> str:
-        return '--query "A query" --file passages.txt'
-
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
         settings = super().bundle_settings(directory, processor)
         settings["outputs"]["ranks"] = True

@@ -61,7 +61,6 @@ class TokenClassification(TextTask, Classification):
     auto_class: Any = AutoModelForTokenClassification
     architectures = ("ForTokenClassification",)
     demo = "bert_pii"
-    example = '"A text."'
     lora_settings: dict[str, Any] = {"task_type": "TOKEN_CLS", "target_modules": "all-linear"}
     student_kinds: dict[str, Any] = {}  # those read a text as a whole
     reads_parts = False
