@@ -28,7 +28,7 @@ from pipelines.models.loading import has_tokenizer, load, load_classifier
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
 from pipelines.onnx.verify import verification_batches
-from pipelines.report.markdown import CLIPPED_TEXT, clip, markdown_table
+from pipelines.report.markdown import CLIPPED_TEXT, clip, markdown_table, number
 from pipelines.report.pages import TEACHER
 from pipelines.training.soft_targets import WithSoftTargets
 
@@ -99,12 +99,14 @@ class BasePresentation:
     latency_digits = 1
     latency_of = "one example"
     speed_unit = "samples/s"
+    shown: Mapping[str, str] = {}  # metrics besides the primary one that have a column, and its title
     hub_task: str | None = None
     hub_library = "transformers"
     javascript: tuple[str, str]  # a name for the task's pipeline of transformers.js, and what it is given
 
     def columns(self, stage: dict[str, Any]) -> dict[str, str]:
-        return {}
+        metrics = stage["metrics"]
+        return {title: number(metrics[name], ".3f") for name, title in self.shown.items() if name in metrics}
 
     def how_timed(self, report: dict[str, Any]) -> str:
         shape = " x ".join(str(size) for size in report["stages"][0]["latency_ms"]["shape"])

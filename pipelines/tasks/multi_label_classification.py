@@ -25,7 +25,7 @@ from pipelines.data.references import read_classes, read_label_sets
 from pipelines.data.tables import read_table
 from pipelines.data.text import TEXTS
 from pipelines.onnx.verify import verification_batches
-from pipelines.report.markdown import escape, number
+from pipelines.report.markdown import escape
 from pipelines.report.pages import TEACHER, stage_of
 from pipelines.tasks import baselines
 from pipelines.tasks.base import BaseTask, check_predictions
@@ -73,18 +73,13 @@ class MultiLabelPresentation(TextClassifierPresentation):
     """What a report says of a model that gives a text any number of labels."""
 
     hub_task: str | None = "text-classification"
+    shown: Mapping[str, str] = {"macro_f1": "macro F1", "average_precision": "average precision"}
     hub_metrics: Mapping[str, str] = {"micro_f1": "f1"}
     limitations: Sequence[str] = (
         "Each label is predicted by itself, where its probability reaches its threshold; a text may get none. The thresholds were chosen on the "
         "validation split, that of a rare label by few examples, and hold for texts of which as many have the label.",
         *TextClassifierPresentation.limitations[1:],
     )
-
-    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
-        return {
-            "macro F1": number(stage["metrics"]["macro_f1"], ".3f"),
-            "average precision": number(stage["metrics"]["average_precision"], ".3f"),
-        }
 
     def how_scored(self, report: dict[str, Any]) -> str:
         thresholds = stage_of(report, report["shipped"])["metrics"][THRESHOLDS]

@@ -71,6 +71,7 @@ class RegressionPresentation(TextPresentation):
     """What a report says of a model that scores texts, or pairs of texts."""
 
     hub_task: str | None = "text-classification"
+    shown: Mapping[str, str] = {"spearman": "spearman", "root_mean_squared_error": "RMSE"}
     hub_metrics: Mapping[str, str] = {"pearson": "pearsonr", "spearman": "spearmanr"}
     limitations: Sequence[str] = (
         "The score has the unit and the range of the training labels. Nothing keeps it within that range.",
@@ -80,12 +81,6 @@ class RegressionPresentation(TextPresentation):
 
     def kind(self, report: dict[str, Any]) -> str:
         return f"scoring {'pairs of texts' if is_pair(report) else 'texts'}"
-
-    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
-        return {
-            "spearman": number(stage["metrics"]["spearman"], ".3f"),
-            "RMSE": number(stage["metrics"]["root_mean_squared_error"], ".3f"),
-        }
 
     def how_scored(self, report: dict[str, Any]) -> str:
         return (

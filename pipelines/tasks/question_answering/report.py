@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from pipelines.core.task import Comparison, StageResult
-from pipelines.report.markdown import number
 from pipelines.report.pages import TEACHER
 from pipelines.tasks.base import check_predictions, examples_section, worse_examples
 from pipelines.tasks.question_answering.scores import answers_of, best_spans, normalized, score_answers
@@ -55,6 +54,7 @@ class AnswerPresentation(TextPresentation):
 
     unit = "questions"
     latency_of = "one window"
+    shown: Mapping[str, str] = {"exact_match": "exact match"}
     hub_metrics: Mapping[str, str] = {"f1": "f1", "exact_match": "exact_match"}
     limitations: Sequence[str] = (
         "An answer is always a part of the text, copied as it stands. What the text implies but does not say is no answer.",
@@ -62,15 +62,11 @@ class AnswerPresentation(TextPresentation):
         "calibrated, and compression changes it.",
         "It learned from its teacher and its data, errors and biases included.",
     )
-
     javascript = ("answer", f"{json.dumps(QUESTION)}, {json.dumps(CONTEXT)}")
 
     def kind(self, report: dict[str, Any]) -> str:
         some = ", or that the text has none" if report["test_unanswerable"] else ""
         return f"the part of a text that answers a question{some}"
-
-    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
-        return {"exact match": number(stage["metrics"]["exact_match"], ".3f")}
 
     def how_scored(self, report: dict[str, Any]) -> str:
         return (

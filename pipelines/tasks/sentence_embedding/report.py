@@ -7,17 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.report.markdown import markdown_table, number
-from pipelines.tasks.base import BasePresentation, examples_section
+from pipelines.tasks.base import examples_section
 from pipelines.tasks.texts import TextPresentation, javascript_code, onnx_code
 
-TITLES = {"recall_at_1": "recall@1", "recall_at_10": "recall@10", "ndcg_at_10": "NDCG@10", "pearson": "pearson"}
 
-
-class EmbedderPresentation(TextPresentation, BasePresentation):
+class EmbedderPresentation(TextPresentation):
     """What a report says of an embedder."""
 
     latency_of = "one text"
     speed_unit = "texts/s"
+    shown: Mapping[str, str] = {
+        "recall_at_1": "recall@1",
+        "recall_at_10": "recall@10",
+        "ndcg_at_10": "NDCG@10",
+        "pearson": "pearson",
+    }
     hub_task: str | None = "sentence-similarity"
     hub_library = "sentence-transformers"
     hub_metrics: Mapping[str, str] = {
@@ -36,10 +40,7 @@ class EmbedderPresentation(TextPresentation, BasePresentation):
         return "sentence embeddings: texts become vectors, and like texts near ones"
 
     def columns(self, stage: dict[str, Any]) -> dict[str, str]:
-        metrics = stage["metrics"]
-        return {title: number(metrics[name], ".3f") for name, title in TITLES.items() if name in metrics} | {
-            "similarity": number(stage.get("similarity_spearman"), ".3f")
-        }
+        return super().columns(stage) | {"similarity": number(stage.get("similarity_spearman"), ".3f")}
 
     def how_scored(self, report: dict[str, Any]) -> str:
         searched = ""

@@ -84,7 +84,6 @@ class GenerationPresentation(BasePresentation):
         "It learned from its teacher and its data, errors and biases included. Compression can make them worse for what is rare: "
         "perplexity is a mean over all tokens and hides that.",
     )
-
     javascript = ("generate", '"A text", { max_new_tokens: 40 }')
 
     def kind(self, report: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.core.task import Comparison, StageResult
-from pipelines.report.markdown import CLIPPED_TEXT, clip, number
+from pipelines.report.markdown import CLIPPED_TEXT, clip
 from pipelines.report.pages import TEACHER
 from pipelines.runtime.spans import OVERLAP
 from pipelines.tasks.base import LISTED_EXAMPLES, examples_section
@@ -81,17 +81,14 @@ def _described(
 class TokenPresentation(TextPresentation, ClassifierPresentation):
     """What a report says of a model that finds spans."""
 
+    shown: Mapping[str, str] = {"precision": "precision", "recall": "recall", "accuracy": "accuracy"}
     hub_metrics: Mapping[str, str] = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
     limitations: Sequence[str] = (
         "It misses spans and finds some that are none: see the recall and the precision per type. Do not rely on it alone where a miss does "
         "harm. Its scores are not calibrated, and compression changes them.",
         "It learned from its teacher and its data, errors and biases included. Names and forms that its data lacks are found less often.",
     )
-
     javascript = ("find", '"A text.", { ignore_labels: ["O"] }')
-
-    def columns(self, stage: dict[str, Any]) -> dict[str, str]:
-        return {name: number(stage["metrics"][name], ".3f") for name in ("precision", "recall", "accuracy")}
 
     def how_scored(self, report: dict[str, Any]) -> str:
         return (
