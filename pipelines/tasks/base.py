@@ -139,6 +139,7 @@ class BaseTask(Task):
     examples_of: Kind = TEXTS
     document_start: str | None = None  # what begins a document where rows are less than one
     architectures: tuple[str, ...]  # how the names of its models' classes end
+    no_transfer = ""  # why there is no --transfer_dataset, or what to do instead; empty where there may be one
     reads_parts = True  # whether --text_part may name a part of each text
     demo: str  # the YAML file of its offline demo
     greater_is_better = True
@@ -185,6 +186,8 @@ class BaseTask(Task):
         """The unlabelled examples that the settings name, None where they name none."""
         if transfer.transfer_dataset is None:
             return None
+        if self.no_transfer:
+            raise InputError(f"expected no --transfer_dataset for --task {self.name}, found one. {self.no_transfer}")
         load = cache(lambda: load_transfer(transfer, self.config, self.examples_of, self.data, self.document_start))
         settings = {name: value for name, value in asdict(transfer).items() if name != "transfer_ratio"}
 

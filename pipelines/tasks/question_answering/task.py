@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering
 
-from pipelines.core.config import DataConfig, DistillConfig, TransferConfig
+from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.task import (
@@ -28,7 +28,6 @@ from pipelines.core.task import (
     Presentation,
     StageResult,
     Tensors,
-    TransferSet,
 )
 from pipelines.data.examples import Examples
 from pipelines.data.text import map_kept
@@ -80,6 +79,7 @@ class QuestionAnswering(ClassifierLoss, TextTask):
     lora_settings: dict[str, Any] = {"task_type": "QUESTION_ANS", "target_modules": "all-linear"}
     student_kinds = {}
     reads_parts = False
+    no_transfer = "Its examples are questions, which plain texts are not: leave it out."
     reads_windows = True
     primary_metric = "f1"
     metrics: Mapping[str, bool] = {"f1": True, "exact_match": True}
@@ -109,13 +109,6 @@ class QuestionAnswering(ClassifierLoss, TextTask):
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | self._reading
-
-    def transfer_set(self, transfer: TransferConfig) -> TransferSet | None:
-        if transfer.transfer_dataset is not None:
-            raise InputError(
-                "expected no --transfer_dataset for question-answering, whose examples are questions, found one. Leave it out."
-            )
-        return None
 
     @property
     def unanswerable(self) -> bool:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from pipelines.core.config import DataConfig, DistillConfig, TransferConfig
+from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import IGNORED, Candidates, Comparison, Head, StageResult, Tensors, TransferSet, Workload
+from pipelines.core.task import IGNORED, Candidates, Comparison, Head, StageResult, Tensors, Workload
 from pipelines.data.examples import Examples
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.report.pages import TEACHER
@@ -62,6 +62,9 @@ class TextRanking(TextRegression):
     demo = "minilm_bbc_reranking"
     primary_metric = "mrr_at_10"
     metrics: Mapping[str, bool] = dict.fromkeys(METRICS, True)
+    no_transfer = (
+        "Put the pairs into the training split, with the scores of another model as their labels (--relevance graded)."
+    )
 
     def __init__(self, config: DataConfig, ranking: RankingConfig | None = None) -> None:
         ranking = ranking or RankingConfig()
@@ -113,14 +116,6 @@ class TextRanking(TextRegression):
                     "split. Pass --ranking_loss squared_error or margin."
                 )
         return examples
-
-    def transfer_set(self, transfer: TransferConfig) -> TransferSet | None:
-        if transfer.transfer_dataset is not None:
-            raise InputError(
-                "expected no --transfer_dataset for --task text-ranking, found one. Put the pairs into the training split, with the scores of "
-                "another model as their labels (--relevance graded)."
-            )
-        return None
 
     def features(self, processor: Any, data: Examples | None = None) -> Any:
         """The tokenized splits, with the number of the query as `group`."""
