@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipelines.core.config import Checked, DataConfig, DistillConfig, LabelConfig, flag
 from pipelines.core.disk import digest
+from pipelines.core.divergences import DIVERGENCES
 from pipelines.core.errors import InputError
 from pipelines.core.records import fingerprint
 from pipelines.core.task import IGNORED, Arrays, Candidates, Comparison, Head, Presentation, StageResult, Tensors
@@ -228,13 +229,8 @@ class MultiLabelClassification(TextTask, Classification):
             losses = losses * torch.where(targets > 0, fits, without)
         return losses[counted].sum(), counted.sum()
 
-    def check_soft_loss(self, distill: DistillConfig, teachers: int = 1) -> None:
-        """Raise InputError for settings that are about a choice among labels."""
-        if distill.divergence == "decoupled" or distill.standardize_logits:
-            setting = "--standardize_logits" if distill.standardize_logits else "--divergence decoupled"
-            raise InputError(
-                f"expected no setting that compares labels with one another where each is predicted by itself, found {setting}. Leave it out."
-            )
+    divergences = tuple(name for name in DIVERGENCES if name != "decoupled")
+    unlike_classes = "it compares labels with one another where each is predicted by itself"
 
     def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
         """The divergence between two distributions for each label: whether it fits or not."""

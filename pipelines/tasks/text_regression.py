@@ -182,13 +182,8 @@ class TextRegression(ClassifierLoss, TextTask):
         errors = outputs["logits"][:, 0].float() - labels
         return errors[counted].pow(2).sum() / self._variance, counted.sum()
 
-    def check_soft_loss(self, distill: DistillConfig, teachers: int = 1) -> None:
-        """Raise InputError for settings that are about a distribution."""
-        if distill.divergence not in ("forward_kl", "squared_error") or distill.standardize_logits:
-            setting = "--standardize_logits" if distill.standardize_logits else f"--divergence {distill.divergence}"
-            raise InputError(
-                f"expected no setting of distributions for scores, which are distilled by their squared error, found {setting}. Leave it out."
-            )
+    divergences = ("forward_kl", "squared_error")  # the first, the default, does nothing
+    unlike_classes = "it is for distributions, and scores are distilled by their squared error"
 
     def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
         """The squared distance of the teacher's score: a score has no distribution, so temperature and divergence say nothing."""

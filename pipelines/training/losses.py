@@ -164,6 +164,8 @@ class ClassifierLoss:
     class_weights: Tensor | None = None  # (labels), each label's in the loss against the labels
     has_distributions = True
     soft_target_settings: Sequence[str] = ()
+    divergences: Sequence[str] = tuple(DIVERGENCES)  # that soft_loss can do
+    unlike_classes = ""  # why these are not all, and logits cannot be standardized
 
     def outputs(self, model_output: Any) -> Tensors:
         return {"logits": model_output.logits}
@@ -179,7 +181,11 @@ class ClassifierLoss:
         return {"teacher_logits": outputs["logits"].float()}
 
     def check_soft_loss(self, distill: DistillConfig, teachers: int = 1) -> None:
-        """Nothing: a classifier's logits, which are stored as they are, serve every loss."""
+        """Raise InputError for a loss that the outputs do not serve; a classifier's logits, which are stored as they are, serve all."""
+        is_other = distill.divergence not in self.divergences
+        if is_other or (distill.standardize_logits and self.unlike_classes):
+            found = f"--divergence {distill.divergence}" if is_other else "--standardize_logits"
+            raise InputError(f"expected no {found}, since {self.unlike_classes}, found it. Leave it out.")
 
     def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
         logits = standardize(outputs["logits"]) if distill.standardize_logits else outputs["logits"]

@@ -17,6 +17,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.disk import digest
+from pipelines.core.divergences import DIVERGENCES
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.task import (
     IGNORED,
@@ -234,14 +235,8 @@ class QuestionAnswering(ClassifierLoss, TextTask):
         missing = self.config.max_length - outputs[STARTS].shape[1]
         return {f"teacher_{name}": F.pad(outputs[name].float(), (0, missing)) for name in (STARTS, ENDS)}
 
-    def check_soft_loss(self, distill: DistillConfig, teachers: int = 1) -> None:
-        """Raise InputError for what depends on tokens that can be no answer."""
-        if distill.divergence == "squared_error" or distill.standardize_logits:
-            setting = "--standardize_logits" if distill.standardize_logits else "--divergence squared_error"
-            raise InputError(
-                f"expected no {setting} for question-answering, whose distributions are over as many tokens as a window has, found it. Leave "
-                "it out."
-            )
+    divergences = tuple(name for name in DIVERGENCES if name != "squared_error")
+    unlike_classes = "it depends on the tokens that can be no answer, too"
 
     def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
         tokens = outputs[STARTS].shape[1]

@@ -241,13 +241,12 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         found = np.asarray(self.data.splits["train"]["label"][:])
         return float(found.min()), float(found.max())
 
+    divergences = ("forward_kl",)  # the default, which does nothing
+    unlike_classes = "vectors are no distributions, and have --vector_loss and --similarity_weight"
+
     def check_soft_loss(self, distill: DistillConfig, teachers: int = 1) -> None:
         """Raise InputError for settings of distributions over classes, and where there is nothing to learn."""
-        if distill.divergence != "forward_kl" or distill.standardize_logits:
-            raise InputError(
-                "expected --vector_loss and --similarity_weight for vectors, which are no distributions, found --divergence "
-                f"{distill.divergence} or --standardize_logits. Leave these out."
-            )
+        super().check_soft_loss(distill, teachers)
         if distill.soft_target_weight == 0 and not self.learns_pairs and not distill.needs_teacher:
             raise InputError(
                 "expected --learn_from pairs with --soft_target_weight 0, found texts: there is nothing to learn."
