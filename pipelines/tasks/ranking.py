@@ -63,6 +63,11 @@ def metrics_of_groups(scores: np.ndarray, relevance: np.ndarray, groups: np.ndar
     }
 
 
+def means(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    """The metrics of all queries together."""
+    return {name: float(values.mean()) for name, values in metrics.items()}
+
+
 def _in_order(query: np.ndarray, relevance: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """How relevant the candidates are, query after query, the best score first; of equal scores the least relevant first."""
     order = np.lexsort((relevance, -scores, query))

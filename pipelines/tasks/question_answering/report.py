@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,6 @@ from pipelines.tasks.question_answering.scores import answers_of, best_spans, no
 from pipelines.tasks.texts import TextPresentation, token_limit
 
 QUESTION, CONTEXT = "Who wrote Emma?", "Emma was written by Jane Austen in 1815."
-
-
-def mean(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values.mean(axis=-1))
 
 
 def compare_answers(stages: list[StageResult], rows: Any, unanswerable: bool, shipped: str) -> Comparison:
@@ -46,7 +43,8 @@ def compare_answers(stages: list[StageResult], rows: Any, unanswerable: bool, sh
         "test_unanswerable": sum(not one for one in references),
         "worse_examples": worse_examples(lost, questions, **listed) | {"better_total": int((lost < 0).sum())},
     }
-    return Comparison(compared, report, {name: (partly,) for name, (_, partly) in scores.items()}, mean)
+    samples = {name: (partly,) for name, (_, partly) in scores.items()}
+    return Comparison(compared, report, samples, partial(np.mean, axis=-1))
 
 
 class AnswerPresentation(TextPresentation):

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from pipelines.runtime.vectors import convert, unit
-from pipelines.tasks.ranking import metrics_of_places, places
+from pipelines.tasks.ranking import places
 from pipelines.tasks.sentence_embedding.data import CORPUS
 from pipelines.tasks.text_regression import pearson
 
@@ -56,10 +56,6 @@ def rank_correlation(found: np.ndarray, reference: np.ndarray) -> float:
     """Spearman's correlation of all cosines of likeness()."""
     counted = np.isfinite(found)
     return float(spearman(found[counted], reference[counted]))
-
-
-def retrieval_metrics(found: np.ndarray) -> dict[str, float]:
-    return {name: float(values.mean()) for name, values in metrics_of_places(found).items()}
 
 
 def options(vectors: np.ndarray, sizes: list[int], score: Any) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ from pipelines.onnx.predict import run_session
 from pipelines.report.pages import TEACHER
 from pipelines.runtime.vectors import unit
 from pipelines.tasks.base import check_predictions, worse_examples
-from pipelines.tasks.ranking import METRICS, Bm25, Retriever, Tfidf, metrics_of_places
+from pipelines.tasks.ranking import METRICS, Bm25, Retriever, Tfidf, means, metrics_of_places
 from pipelines.tasks.sentence_embedding import losses, scores
 from pipelines.tasks.sentence_embedding.data import (
     CORPUS,
@@ -287,7 +287,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         """Of vectors (rows, size) against the labels of single_texts(); of a baseline that searches, of places (queries,)."""
         labels = np.asarray(references)
         if self.searches:
-            return scores.retrieval_metrics(scores.places_of(predictions, labels))
+            return means(metrics_of_places(scores.places_of(predictions, labels)))
         if self.embedding.score_column is not None:
             found = scores.cosines_of(predictions)
             metrics = regression_metrics(found, labels[: len(found)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.report.pages import TEACHER
 from pipelines.tasks import baselines
 from pipelines.tasks.base import check_predictions, worse_examples
-from pipelines.tasks.ranking import METRICS, metrics_of_groups
+from pipelines.tasks.ranking import METRICS, means, metrics_of_groups
 from pipelines.tasks.text_ranking import baselines as orders
 from pipelines.tasks.text_ranking.candidates import PASSAGE, RankingConfig, load_rankings
 from pipelines.tasks.text_ranking.report import BATCH, LARGE_BATCH, RankingPresentation
@@ -167,7 +167,7 @@ class TextRanking(TextRegression):
     # ---- Scores, one number a query
 
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
-        return {name: float(values.mean()) for name, values in ranking_metrics(predictions, references).items()}
+        return means(ranking_metrics(predictions, references))
 
     # ---- Baselines
 
@@ -211,7 +211,7 @@ class TextRanking(TextRegression):
         first = {stage.name: first_candidates(stage.predictions, references) for stage in stages}
         compared = {
             name: {
-                "metrics": {metric: float(values.mean()) for metric, values in metrics.items()},
+                "metrics": means(metrics),
                 "agreement": float(np.mean(first[name] == first[TEACHER])),
             }
             for name, metrics in found.items()
@@ -232,7 +232,8 @@ class TextRanking(TextRegression):
         }
         for one in report["worse_examples"]["examples"]:
             one["passage"] = passages[first[shipped][one["index"]]]
-        return Comparison(compared, report, {name: (values,) for name, values in of_query.items()}, _mean)
+        samples = {name: (values,) for name, values in of_query.items()}
+        return Comparison(compared, report, samples, partial(np.mean, axis=-1))
 
 
 def _of_pairs(logits: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,7 +259,3 @@ def first_candidates(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
     """The row of the candidate with the highest score, for each query in the order of their numbers."""
     order = np.lexsort((-np.asarray(scores, np.float64), references[:, 1]))
     return order[np.unique(references[order, 1], return_index=True)[1]]
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values.mean(axis=-1))
