@@ -340,16 +340,20 @@ class BaseTask(Task):
         return list(verification_batches(self.features(processor)["validation"], self.collate(processor)))
 
     def run_model(self, model: Any, feed: Arrays) -> Arrays:
-        """The logits of a torch model for one of the verification feeds."""
+        """The outputs of a torch model for one of the verification feeds."""
         import torch
 
         with torch.inference_mode():
-            output = model(**{name: torch.from_numpy(array) for name, array in feed.items()})
-        return {"logits": output.logits.numpy()}
+            found = self.outputs(model(**{name: torch.from_numpy(array) for name, array in feed.items()}))
+        return self.without_padding({name: values.numpy() for name, values in found.items()}, feed)
 
     def run_graph(self, session: Any, feed: Arrays) -> Arrays:
         """The same of an ONNX Runtime session."""
-        return run_session(session, feed)
+        return self.without_padding(run_session(session, feed), feed)
+
+    def without_padding(self, outputs: Arrays, feed: Arrays) -> Arrays:
+        """The outputs as they are: an example has one."""
+        return outputs
 
     def verify_behaviour(self, directory: Path, model: Any, processor: Any) -> dict[str, Any]:
         """Nothing: a model that only predicts does nothing beyond single calls."""

@@ -50,6 +50,7 @@ class TextTask(BaseTask):
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"
     quantization_schemes = ("dynamic_int8", "int8_int4_embeddings", *BaseTask.quantization_schemes[1:])
+    graph_outputs = ["logits"]
     reads_windows = False  # whether a text longer than --max_length is read in parts, whose tokens have places in it
     student_kinds: Mapping[str, Any] = {"lstm": LstmConfig, "cnn": TextCnnConfig, "static": StaticConfig}
 
@@ -177,7 +178,7 @@ class TextTask(BaseTask):
         lengths = np.asarray(features["length"])
         inputs = self.collate(processor)([features[int(np.argmin(lengths))], features[int(np.argmax(lengths))]])
         del inputs["labels"]
-        return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ["logits"])
+        return Graph(model, inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, self.graph_outputs)
 
     # ---- Bundle
 

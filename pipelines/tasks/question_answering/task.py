@@ -24,7 +24,6 @@ from pipelines.core.task import (
     Arrays,
     Candidates,
     Comparison,
-    Graph,
     Head,
     Presentation,
     StageResult,
@@ -85,6 +84,7 @@ class QuestionAnswering(ClassifierLoss, TextTask):
     primary_metric = "f1"
     metrics: Mapping[str, bool] = {"f1": True, "exact_match": True}
     label_names = [STARTS, ENDS]
+    graph_outputs = [STARTS, ENDS]
 
     def __init__(self, config: DataConfig, answer: AnswerConfig) -> None:
         super().__init__(config)
@@ -291,18 +291,8 @@ class QuestionAnswering(ClassifierLoss, TextTask):
 
     # ---- ONNX
 
-    def graph(self, model: Any, processor: Any) -> Graph:
-        graph = super().graph(model, processor)
-        graph.outputs = [STARTS, ENDS]
-        return graph
-
-    def run_model(self, model: Any, feed: Arrays) -> Arrays:
-        with torch.inference_mode():
-            found = self.outputs(model(**{name: torch.from_numpy(array) for name, array in feed.items()}))
-        return {name: values.numpy() * feed["attention_mask"] for name, values in found.items()}
-
-    def run_graph(self, session: Any, feed: Arrays) -> Arrays:
-        return {name: values * feed["attention_mask"] for name, values in run_session(session, feed).items()}
+    def without_padding(self, outputs: Arrays, feed: Arrays) -> Arrays:
+        return {name: values * feed["attention_mask"] for name, values in outputs.items()}
 
     # ---- Report
 

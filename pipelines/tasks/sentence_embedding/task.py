@@ -25,7 +25,6 @@ from pipelines.core.task import (
     Candidates,
     Collate,
     Comparison,
-    Graph,
     Head,
     Presentation,
     StageResult,
@@ -36,7 +35,6 @@ from pipelines.data.text import map_kept
 from pipelines.edge.bundle import text_probes, verify_predictor
 from pipelines.models.embedder import SETTINGS, StaticVectorsConfig, embedder_config, load_embedder, width_of
 from pipelines.models.predict import predict_torch
-from pipelines.onnx.predict import run_session
 from pipelines.report.pages import TEACHER
 from pipelines.runtime.vectors import unit
 from pipelines.tasks.base import check_predictions, worse_examples
@@ -72,6 +70,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     lora_settings: dict[str, Any] = {"task_type": "FEATURE_EXTRACTION", "target_modules": "all-linear"}
     student_kinds = {"static": StaticVectorsConfig}
     label_names: list[str] = []
+    graph_outputs = ["token_embeddings", OUTPUT]
     has_distributions = False
     better_teacher = (
         "Use an embedder that is trained, the pooling that it was trained with, or pairs that belong together."
@@ -338,20 +337,14 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
 
     # ---- ONNX
 
-    def graph(self, model: Any, processor: Any) -> Graph:
-        graph = super().graph(model, processor)
-        graph.outputs = ["token_embeddings", OUTPUT]
-        return graph
-
     def run_model(self, model: Any, feed: Arrays) -> Arrays:
         with torch.inference_mode():
             found = model(**{name: torch.from_numpy(array) for name, array in feed.items()})
-        return _without_padding(
-            {"token_embeddings": found.token_embeddings.numpy(), OUTPUT: found[OUTPUT].numpy()}, feed
-        )
+        return self.without_padding({name: found[name].numpy() for name in self.graph_outputs}, feed)
 
-    def run_graph(self, session: Any, feed: Arrays) -> Arrays:
-        return _without_padding(run_session(session, feed), feed)
+    def without_padding(self, outputs: Arrays, feed: Arrays) -> Arrays:
+        outputs["token_embeddings"] = outputs["token_embeddings"] * feed["attention_mask"][..., None]
+        return outputs
 
     # ---- Report
 
@@ -447,8 +440,3 @@ def _collate(pad: Any, left_out: set[str], rows: list[dict[str, Any]]) -> dict[s
         name: torch.from_numpy(values.astype(np.float32) if values.dtype == np.float64 else values)
         for name, values in others.items()
     }
-
-
-def _without_padding(outputs: Arrays, feed: Arrays) -> Arrays:
-    outputs["token_embeddings"] = outputs["token_embeddings"] * feed["attention_mask"][..., None]
-    return outputs
