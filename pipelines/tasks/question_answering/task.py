@@ -314,29 +314,23 @@ class QuestionAnswering(ClassifierLoss, TextTask):
         model = Answerer(directory).model
         features, rows = self.features(processor)["validation"], self.data.splits["validation"]
         count = min(VERIFIED_EXAMPLES, len(rows))
-        by_row: dict[int, list[int]] = {row: [] for row in range(count)}
-        for window, label in enumerate(features["labels"]):
-            row = int(self._places(torch.tensor([label]))[0, 0])
-            if row >= count:
-                break
-            by_row[row].append(window)
-        collate, outputs = self.collate(processor), (STARTS, ENDS)
-        for row, windows in by_row.items():
+        collate, rows_of_windows = self.collate(processor), self._places(torch.tensor(features["labels"][:]))[:, 0]
+        for row in range(count):
             question, context = rows[row]["question"], rows[row]["context"]
-            found = model.windows(question, context)
-            batches = [collate([features[window]]) for window in windows]
-            same = [window.ids for window in found] == [features[window]["input_ids"] for window in windows]
-            logits = [run_session(model.session, {k: np.asarray(v) for k, v in batch.items()}) for batch in batches]
-            same = same and all(
-                np.array_equal(model.logits(window), [one[name][0] for name in outputs])
-                for window, one in zip(found, logits, strict=True)
+            batches = [collate([features[int(window)]]) for window in np.flatnonzero(rows_of_windows == row)]
+            feeds = [{name: batch[name].numpy() for name in model.names} for batch in batches]
+            read = [model.feed(window) for window in model.windows(question, context)]
+            same = len(read) == len(feeds) and all(
+                np.array_equal(own[name], feed[name])
+                for own, feed in zip(read, feeds, strict=True)
+                for name in model.names
             )
-            predictions = torch.cat(
-                [
-                    self.predictions({name: torch.as_tensor(one[name]) for name in outputs}, batch["labels"])
-                    for one, batch in zip(logits, batches, strict=True)
-                ]
-            ).numpy()
+            logits = [run_session(model.session, feed) for feed in feeds]
+            parts = [
+                self.predictions({name: torch.from_numpy(values) for name, values in one.items()}, batch["labels"])
+                for one, batch in zip(logits, batches, strict=True)
+            ]
+            predictions = torch.cat(parts).numpy()
             predictions[:, 0] = 0
             [expected] = answers_of(best_spans(predictions, 1, model.outputs["unanswerable"]), [context])
             answer = model.answer(question, context)["answer"]
