@@ -15,6 +15,7 @@ from sklearn.base import BaseEstimator
 from sklearn.preprocessing import FunctionTransformer
 
 from pipelines.runtime.spans import OUTSIDE
+from pipelines.tasks.token_classification.entities import entities
 
 MARK = "\x1f"
 
@@ -80,12 +81,9 @@ class PatternsAndNames(BaseEstimator):
         found: dict[tuple[str, ...], Counter[tuple[int, int]]] = defaultdict(Counter)
         for text, label in zip(texts, labels, strict=True):
             words, tags = words_in(text), [self.names[int(tag)] for tag in label.split()]
-            for start, tag in enumerate(tags):
-                if tag.startswith("B-") and number[tag] not in with_pattern:
-                    end = start + 1
-                    while end < len(tags) and tags[end] == f"I-{tag[2:]}":
-                        end += 1
-                    found[tuple(words[start:end])][number[tag], number[f"I-{tag[2:]}"]] += 1
+            for _, start, end, kind in sorted(entities(tags, [0] * len(tags))):
+                if tags[start] == f"B-{kind}" and number[tags[start]] not in with_pattern:
+                    found[tuple(words[start:end])][number[tags[start]], number[f"I-{kind}"]] += 1
         self.gazetteer_ = {words: counts.most_common(1)[0][0] for words, counts in found.items()}
         self.longest_ = max(map(len, self.gazetteer_), default=0)
         self.other_ = number[OUTSIDE]
