@@ -43,12 +43,17 @@ def pearson(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
     return np.where(varied, (scores * references).sum(axis=-1) / np.where(varied, scale, 1), 0.0)
 
 
+def spearman(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of the ranks over the last axis."""
+    return pearson(rankdata(scores, axis=-1), rankdata(references, axis=-1))
+
+
 def regression_metrics(scores: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """Pearson's correlation, Spearman's (Pearson's of the ranks), and the root of the mean squared error, in the labels' unit."""
+    """Pearson's correlation, Spearman's, and the root of the mean squared error, in the labels' unit."""
     scores, references = np.asarray(scores, np.float64), np.asarray(references, np.float64)
     return {
         "pearson": float(pearson(scores, references)),
-        "spearman": float(pearson(rankdata(scores), rankdata(references))),
+        "spearman": float(spearman(scores, references)),
         "root_mean_squared_error": float(np.sqrt(np.mean((scores - references) ** 2))),
     }
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from pipelines.runtime.vectors import convert, unit
 from pipelines.tasks.ranking import places
 from pipelines.tasks.sentence_embedding.data import CORPUS
-from pipelines.tasks.text_regression import pearson
+from pipelines.tasks.text_regression import spearman
 
 NEAREST = 10
 MOST_QUERIES, MOST_TEXTS = 500, 5_000  # whose likeness is compared, so that it takes a second
@@ -27,12 +26,12 @@ def places_of(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def cosines_of(vectors: np.ndarray) -> np.ndarray:
     """The cosine (pairs,) of each pair, whose first texts are the first half of the rows."""
-    first, second = np.split(unit(vectors), 2)
-    return np.asarray((first * second).sum(axis=1))
+    return cosines(*np.split(vectors, 2))
 
 
-def spearman(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
-    return pearson(rankdata(scores, axis=-1), rankdata(references, axis=-1))
+def cosines(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The cosine (texts,) of each vector with the other one in its row."""
+    return np.asarray((unit(vectors) * unit(others)).sum(axis=1))
 
 
 def likeness(vectors: np.ndarray, labels: np.ndarray, searched: bool) -> np.ndarray:

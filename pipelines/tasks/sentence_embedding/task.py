@@ -36,7 +36,6 @@ from pipelines.edge.bundle import text_probes, verify_predictor
 from pipelines.models.embedder import SETTINGS, StaticVectorsConfig, embedder_config, load_embedder, width_of
 from pipelines.models.predict import predict_torch
 from pipelines.report.pages import TEACHER
-from pipelines.runtime.vectors import unit
 from pipelines.tasks.base import check_predictions, worse_examples
 from pipelines.tasks.ranking import METRICS, Bm25, Retriever, Tfidf, means, metrics_of_places
 from pipelines.tasks.sentence_embedding import losses, scores
@@ -49,7 +48,7 @@ from pipelines.tasks.sentence_embedding.data import (
     single_texts,
 )
 from pipelines.tasks.sentence_embedding.report import EmbedderPresentation
-from pipelines.tasks.text_regression import regression_metrics
+from pipelines.tasks.text_regression import regression_metrics, spearman
 from pipelines.tasks.texts import TextTask
 from pipelines.training.losses import ClassifierLoss
 
@@ -83,6 +82,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     def __init__(self, config: DataConfig, embedding: EmbeddingConfig | None = None) -> None:
         super().__init__(config)
         self.embedding = embedding or EmbeddingConfig()
+        self._references: dict[str, np.ndarray] = {}  # the vectors of --reference_model, by split
         if self.embedding.score_column is not None:
             self.primary_metric, self.metrics = "spearman", dict.fromkeys(("spearman", "pearson"), True)
         elif self.searches:
@@ -302,18 +302,12 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
             self._references[split] = self._vectors(str(self.embedding.reference_model), split)
         return self._references[split]
 
-    @cached_property
-    def _references(self) -> dict[str, np.ndarray]:
-        return {}
-
     # An index that was made in fp32 is searched with int8 vectors, too.
     least: Mapping[str, float] = {"cosine_to_fp32": 0.9}
 
     def nearness(self, predictions: np.ndarray, exact: np.ndarray) -> dict[str, float]:
         """The mean cosine of each text's two vectors."""
-        products = (predictions.astype(np.float64) * exact).sum(axis=1)
-        lengths = np.linalg.norm(predictions, axis=1) * np.linalg.norm(exact, axis=1)
-        return {"cosine_to_fp32": float((products / np.maximum(lengths, 1e-12)).mean())}
+        return {"cosine_to_fp32": float(scores.cosines(predictions, exact).mean())}
 
     # ---- Baselines
 
@@ -372,9 +366,9 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
                 }
         sample = partial(self._sample, labels=labels, split=split)
         samples = {name: sample(predictions) for name, predictions in found.items()}
-        metric: Any = scores.spearman if len(samples[TEACHER]) == 2 else partial(np.mean, axis=-1)
+        metric: Any = spearman if len(samples[TEACHER]) == 2 else partial(np.mean, axis=-1)
         if "onnx" in found and found["onnx"].shape == found[shipped].shape:
-            cosines = (unit(found["onnx"]) * unit(found[shipped])).sum(axis=1)
+            cosines = scores.cosines(found["onnx"], found[shipped])
             compared[shipped]["cosine_to_fp32"] = {"mean": float(cosines.mean()), "least": float(cosines.min())}
         report: dict[str, Any] = {
             "test_examples": len(samples[TEACHER][0]),
