@@ -276,9 +276,7 @@ class MultiLabelClassification(TextTask, Classification):
         references = np.asarray(self.features(processor)[split]["labels"])
         check_predictions(stages, references.shape, "examples, labels")
         names, fits = self.label_names, references > 0
-        thresholds = {
-            name: np.array([found[label] for label in names]) for name, found in thresholds_of(stages, names).items()
-        }
+        thresholds = thresholds_of(stages, names)
         probabilities = {stage.name: expit(stage.predictions.astype(np.float64)) for stage in stages}
         found = {name: values >= thresholds[name] for name, values in probabilities.items()}
         scores = {
@@ -332,8 +330,8 @@ def join_texts(data: Examples, most: int, seed: int) -> Examples:
     return replace(data, splits=datasets.DatasetDict(splits), details=details, fingerprint=fingerprint)
 
 
-def thresholds_of(stages: list[StageResult], label_names: list[str]) -> dict[str, dict[str, float]]:
-    """By the name of each stage the thresholds that were chosen for it on the validation split, or for the model that it is the exported
+def thresholds_of(stages: list[StageResult], label_names: list[str]) -> dict[str, np.ndarray]:
+    """By the name of each stage the thresholds (labels,) that were chosen for it on the validation split, or for the model that it is the exported
     form of; 0.5 where neither was scored there."""
     made = {fingerprint(stage.record): stage.record for stage in stages}
     found = {}
@@ -341,9 +339,8 @@ def thresholds_of(stages: list[StageResult], label_names: list[str]) -> dict[str
         record = (
             stage.record if stage.record["metrics"] else made.get(stage.record["made_by"]["source_fingerprint"], {})
         )
-        found[stage.name] = record.get("metrics", {}).get("validation", {}).get(THRESHOLDS) or dict.fromkeys(
-            label_names, 0.5
-        )
+        chosen = record.get("metrics", {}).get("validation", {}).get(THRESHOLDS, {})
+        found[stage.name] = np.array([chosen.get(label, 0.5) for label in label_names])
     return found
 
 
