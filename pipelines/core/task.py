@@ -145,7 +145,7 @@ class Presentation(Protocol):
         """Code that runs a published repository with transformers.js, in three lines."""
 
     def in_shell(self, report: dict[str, Any]) -> str:
-        """What the bundle's infer.py is called with: '"A text."', '"image.png"'; of the report its `config`, the flags, are enough."""
+        """What the bundle's infer.py is called with, such as '"A text."'; of the report its `config` is enough."""
 
     def remarks(self, files: Mapping[str, Path]) -> list[str]:
         """What a user of the published `files` must know besides."""

@@ -52,7 +52,8 @@ def make_task(settings: Settings) -> Task:
     task: Task = kind(*(getattr(settings, settings_name(one)) for one in kind.settings))
     if task.config.text_part != "whole" and not kind.reads_parts:
         raise InputError(
-            f"expected --text_part whole for --task {kind.name}, which reads all that it is given, found {task.config.text_part}. Leave it out."
+            f"expected --text_part whole for --task {kind.name}, which reads all that it is given, found "
+            f"{task.config.text_part}. Leave it out."
         )
     for one in vars(settings).values():
         if isinstance(one, GateConfig):

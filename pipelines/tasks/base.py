@@ -38,8 +38,10 @@ LISTED_EXAMPLES = 50  # in report.json
 def check_predictions(
     stages: list[StageResult], shape: tuple[int, ...] | dict[str, tuple[int, ...]], meaning: str
 ) -> None:
-    """Refuse stages without a teacher to compare with, with predictions of another shape, or with such as are not finite; `shape` is that of
-    all stages, or of each by its name."""
+    """Refuse stages without a teacher to compare with, with predictions of another shape, or with such as are not finite.
+
+    `shape` is that of all stages, or of each by its name.
+    """
     names = [stage.name for stage in stages]
     if names.count(TEACHER) != 1 or len(set(names)) < len(names):
         raise InputError(
@@ -71,7 +73,7 @@ def listed_examples(order: np.ndarray, texts: list[str], **columns: np.ndarray) 
 
 
 def worse_examples(loss: np.ndarray, texts: list[str], **columns: np.ndarray) -> dict[str, Any]:
-    """How many test examples lost something, and those that lost most, as report.json has them; `loss` (examples,) is above 0 where one did."""
+    """How many test examples have a `loss` (examples,) above 0, and the largest ones, as report.json lists them."""
     order = np.argsort(-loss, kind="stable")
     return {"total": int((loss > 0).sum()), "examples": listed_examples(order[loss[order] > 0], texts, **columns)}
 
@@ -84,7 +86,7 @@ def examples_section(
     cells: Callable[[dict[str, Any]], list[str]],
     text_columns: int = 2,
 ) -> list[str]:
-    """Paragraphs on what was lost: a sentence on how much, and a table of examples, of which `which` says which ones they are."""
+    """Paragraphs on what was lost: a sentence on how much, and a table of examples; `which` says which ones these are."""
     if not examples:
         return [sentence]
     table = markdown_table(header, [cells(one) for one in examples], text_columns)
@@ -146,8 +148,8 @@ class BaseTask(Task):
     allow_weak_teacher = False
     teacher_metric: str | None = None  # that tells whether a teacher knows the task; None: the primary one
     better_teacher = (
-        "Train it longer or slower (--teacher_epochs, --teacher_learning_rate), or check that it is for such data: that its outputs mean what "
-        "the data set's labels do."
+        "Train it longer or slower (--teacher_epochs, --teacher_learning_rate), or check that it is for such data: that its "
+        "outputs mean what the data set's labels do."
     )
     student_kinds: Mapping[str, Any] = {}
 
@@ -297,8 +299,8 @@ class BaseTask(Task):
         score = metrics[metric]
         if not (score > guess if self.greater_is_better else score < guess):  # nor is what is no number
             raise InputError(
-                f"expected a teacher that knows the task, found one whose {metric} on the validation split is {score:,.4f}, no better than guessing "
-                f"({guess:,.4f}). {self.better_teacher}"
+                f"expected a teacher that knows the task, found one whose {metric} on the validation split is {score:,.4f}, "
+                f"no better than guessing ({guess:,.4f}). {self.better_teacher}"
             )
 
     def check_label_order(self, processor: Any, predict: Predict) -> None:

@@ -331,8 +331,8 @@ def join_texts(data: Examples, most: int, seed: int) -> Examples:
 
 
 def thresholds_of(stages: list[StageResult], label_names: list[str]) -> dict[str, np.ndarray]:
-    """By the name of each stage the thresholds (labels,) that were chosen for it on the validation split, or for the model that it is the exported
-    form of; 0.5 where neither was scored there."""
+    """By the name of each stage the thresholds (labels,) that were chosen for it on the validation split, or for the model that
+    it is the exported form of; 0.5 where neither was scored there."""
     made = {fingerprint(stage.record): stage.record for stage in stages}
     found = {}
     for stage in stages:

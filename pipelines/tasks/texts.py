@@ -222,7 +222,7 @@ def onnx_code(
     imports: Sequence[str] = (),
     reads_config: bool = False,
 ) -> str:
-    """Code that runs an ONNX directory without torch, and lines that do something with its `output`, an array, and `config`."""
+    """Code that runs an ONNX directory without torch, and lines that do something with its `output` and `config`."""
     given = texts or ('["A first text."], ["A second text."]' if is_pair(report) else '["A text."]')
     reading = [f"with open({json.dumps(directory + '/config.json')}) as file:", "    config = json.load(file)"]
     return "\n".join(

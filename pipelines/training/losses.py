@@ -181,7 +181,7 @@ class ClassifierLoss:
         return {"teacher_logits": outputs["logits"].float()}
 
     def check_soft_loss(self, distill: DistillConfig, teachers: int = 1) -> None:
-        """Raise InputError for a loss that the outputs do not serve; a classifier's logits, which are stored as they are, serve all."""
+        """Raise InputError for a loss that the outputs do not serve; logits of classes, stored as they are, serve all."""
         is_other = distill.divergence not in self.divergences
         if is_other or (distill.standardize_logits and self.unlike_classes):
             found = f"--divergence {distill.divergence}" if is_other else "--standardize_logits"

@@ -16,7 +16,10 @@ MOST_QUERIES, MOST_TEXTS = 500, 5_000  # whose likeness is compared, so that it 
 
 
 def places_of(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The place (queries,) of each query's positive in the corpus, of vectors in the rows of queries_and_corpus(); a baseline has places."""
+    """The place (queries,) of each query's positive in the corpus, of vectors in the rows of queries_and_corpus().
+
+    A baseline finds places, which stay what they are.
+    """
     if vectors.ndim == 1:
         return vectors
     is_query = labels != CORPUS
