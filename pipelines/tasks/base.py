@@ -36,7 +36,7 @@ LISTED_EXAMPLES = 50  # in report.json
 
 
 def check_predictions(
-    stages: list[StageResult], shape: tuple[int, ...] | dict[str, tuple[int, ...]], meaning: str
+    stages: list[StageResult], shape: tuple[int, ...] | Mapping[str, tuple[int, ...]], meaning: str
 ) -> None:
     """Refuse stages without a teacher to compare with, with predictions of another shape, or with such as are not finite.
 
@@ -49,7 +49,7 @@ def check_predictions(
             "Run the missing stages first."
         )
     for stage in stages:
-        expected = shape[stage.name] if isinstance(shape, dict) else shape
+        expected = shape[stage.name] if isinstance(shape, Mapping) else shape
         if stage.predictions.shape != expected:
             raise InputError(
                 f"expected predictions of shape {expected} ({meaning}) from {stage.name}, found {stage.predictions.shape}. Run it over the "
@@ -61,6 +61,11 @@ def check_predictions(
                 f"expected finite predictions from {stage.name}, found NaN or infinity in {infinite.sum()} of {len(infinite)} rows of the "
                 "test split. Do not use this model; export or quantize it again, in fp32 if need be."
             )
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """Over the last axis, as the metric of a Comparison."""
+    return np.asarray(values.mean(axis=-1))
 
 
 def listed_examples(order: np.ndarray, texts: list[str], **columns: np.ndarray) -> list[dict[str, Any]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pipelines.core.task import Comparison, StageResult
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.base import check_predictions, examples_section, worse_examples
+from pipelines.tasks.base import check_predictions, examples_section, mean, worse_examples
 from pipelines.tasks.question_answering.scores import answers_of, best_spans, normalized, score_answers
 from pipelines.tasks.texts import TextPresentation, token_limit
 
@@ -44,7 +43,7 @@ def compare_answers(stages: list[StageResult], rows: Any, unanswerable: bool, sh
         "worse_examples": worse_examples(lost, questions, **listed) | {"better_total": int((lost < 0).sum())},
     }
     samples = {name: (partly,) for name, (_, partly) in scores.items()}
-    return Comparison(compared, report, samples, partial(np.mean, axis=-1))
+    return Comparison(compared, report, samples, mean)
 
 
 class AnswerPresentation(TextPresentation):

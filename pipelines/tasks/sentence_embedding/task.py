@@ -36,7 +36,7 @@ from pipelines.edge.bundle import text_probes, verify_predictor
 from pipelines.models.embedder import SETTINGS, StaticVectorsConfig, embedder_config, load_embedder, width_of
 from pipelines.models.predict import predict_torch
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.base import check_predictions, worse_examples
+from pipelines.tasks.base import check_predictions, mean, worse_examples
 from pipelines.tasks.ranking import METRICS, Bm25, Retriever, Tfidf, means, metrics_of_places
 from pipelines.tasks.sentence_embedding import losses, scores
 from pipelines.tasks.sentence_embedding.data import (
@@ -366,7 +366,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
                 }
         sample = partial(self._sample, labels=labels, split=split)
         samples = {name: sample(predictions) for name, predictions in found.items()}
-        metric: Any = spearman if len(samples[TEACHER]) == 2 else partial(np.mean, axis=-1)
+        metric = spearman if len(samples[TEACHER]) == 2 else mean
         if "onnx" in found and found["onnx"].shape == found[shipped].shape:
             cosines = scores.cosines(found["onnx"], found[shipped])
             compared[shipped]["cosine_to_fp32"] = {"mean": float(cosines.mean()), "least": float(cosines.min())}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipelines.data.examples import Examples
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.report.pages import TEACHER
 from pipelines.tasks import baselines
-from pipelines.tasks.base import check_predictions, worse_examples
+from pipelines.tasks.base import check_predictions, mean, worse_examples
 from pipelines.tasks.ranking import METRICS, means, metrics_of_groups
 from pipelines.tasks.text_ranking import baselines as orders
 from pipelines.tasks.text_ranking.candidates import PASSAGE, RankingConfig, load_rankings
@@ -233,7 +233,7 @@ class TextRanking(TextRegression):
         for one in report["worse_examples"]["examples"]:
             one["passage"] = passages[first[shipped][one["index"]]]
         samples = {name: (values,) for name, values in of_query.items()}
-        return Comparison(compared, report, samples, partial(np.mean, axis=-1))
+        return Comparison(compared, report, samples, mean)
 
 
 def _of_pairs(logits: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
