@@ -28,11 +28,12 @@ logger = logging.getLogger(__name__)
 SPLIT_NAMES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
+METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)", re.IGNORECASE)  # a table of the files beside it
 FILE_NAME = "file_name"  # the column of a metadata table that `datasets` gives this meaning, too
 
 
-def load_source(config: DataConfig, kind: Kind) -> Source:
-    """The data set that the flags name, as it is."""
+def load_source(config: DataConfig, kind: Kind, in_split: bool = False) -> Source:
+    """The data set that the flags name, as it is; with `in_split` a folder is what one of a split may be: also files without classes."""
     if config.dataset is None:
         raise InputError(
             f"expected a data set, found none; pass --dataset with a Hub id, a file ({_formats(kind)}), a folder "
@@ -44,7 +45,9 @@ def load_source(config: DataConfig, kind: Kind) -> Source:
     path = Path(resolved)
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _load_saved(path)
-    parts = [("train", _load_file(path, config, kind))] if path.is_file() else list(_parts(path, config, kind))
+    parts = (
+        [("train", _load_file(path, config, kind))] if path.is_file() else list(_parts(path, config, kind, in_split))
+    )
     by_split: dict[str, list[datasets.Dataset]] = {}
     for split, part in parts:
         by_split.setdefault(split, []).append(part)
@@ -65,7 +68,7 @@ def _parts(
     entries = visible(path)
     tables = [entry for entry in entries if entry.is_file() and entry.name.lower().endswith(kind.suffixes)]
     folders = [entry for entry in entries if entry.is_dir()]
-    listed = [entry for entry in entries if re.fullmatch(r"metadata\.(csv|jsonl|parquet)", entry.name.lower())]
+    listed = [entry for entry in entries if METADATA.fullmatch(entry.name)]
     if listed:
         names = read_table(listed[0], replace(config, image_column=FILE_NAME))
         if FILE_NAME in names.column_names:
@@ -83,13 +86,18 @@ def _parts(
         _say_left_out(path, [*other, *folders])
         yield from ((split, _load_file(file, config, kind)) for split, files in by_split.items() for file in files)
         return
-    # A folder that holds neither folders nor tables is a class, even one that is called train.
     nests = [
         folder
         for folder in folders
-        if any(entry.is_dir() or entry.name.lower().endswith(kind.suffixes) for entry in visible(folder))
+        if any(
+            entry.is_dir() or entry.name.lower().endswith(kind.suffixes) or METADATA.fullmatch(entry.name)
+            for entry in visible(folder)
+        )
     ]
-    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in nests if folder.name.lower() in SPLIT_NAMES}
+    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
+    # Beside folders with other names, one of files alone is a class, even one that is called train.
+    if "train" not in splits.values() or len(splits) == 1 < len(folders):
+        splits = {folder: split for folder, split in splits.items() if folder in nests}
     if "train" in splits.values() or (splits and len(splits) == len(folders)):
         _say_left_out(path, [entry for entry in [*other, *folders] if entry not in splits])
         for folder, split in splits.items():
@@ -99,6 +107,9 @@ def _parts(
     elif folders:
         _say_left_out(path, other)
         yield "train", kind.read_files(path, _labelled_files(path, folders, kind), config)
+    elif in_split and (unlabelled := [entry for entry in entries if entry not in other]):
+        _say_left_out(path, other)
+        yield "train", kind.read_files(path, [(file, None) for file in unlabelled], config).remove_columns("label")
     else:
         raise InputError(
             f"expected {kind.noun} in {path}: files ({_formats(kind)}), one sub-folder per class, or a saved DatasetDict; "

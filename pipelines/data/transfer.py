@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,13 +11,11 @@ import numpy as np
 
 from pipelines.core.config import DataConfig, TransferConfig
 from pipelines.core.errors import InputError
-from pipelines.core.sources import resolve
 from pipelines.core.task import TRANSFER, UNLABELLED
 from pipelines.data.documents import documents_of, load_texts, rows_of
 from pipelines.data.examples import Examples, hash_of, hash_rows, inputs_of, prepared
 from pipelines.data.folders import load_source
-from pipelines.data.kinds import Kind, Source
-from pipelines.data.remembered import visible
+from pipelines.data.kinds import Kind
 from pipelines.data.text import TEXTS, content, first_lines, first_sentences, lines_of, sentences_of
 
 
@@ -40,7 +37,7 @@ def load_transfer(
         raise InputError("expected single texts for --transfer_sentences, found pairs or images. Leave it out.")
     is_cut = kind is TEXTS and config.text_part != "whole"
     config = _config_of(transfer, config, kind)
-    source = _load(config, kind, document_start)
+    source = load_texts(config, document_start) if kind is TEXTS else load_source(config, kind, in_split=True)
     rows = datasets.concatenate_datasets(
         [_inputs(split, name, config, kind, document_start) for name, split in source.splits.items()]
     )
@@ -90,17 +87,6 @@ def _config_of(transfer: TransferConfig, config: DataConfig, kind: Kind) -> Data
     )
     named: dict[str, Any] = {"dataset": transfer.transfer_dataset, "dataset_config": transfer.transfer_dataset_config}
     return replace(config, **named, **column, text_part="whole")
-
-
-def _load(config: DataConfig, kind: Kind, document_start: str | None) -> Source:
-    if kind is TEXTS:
-        return load_texts(config, document_start)
-    path = Path(resolve(str(config.dataset)))
-    entries = visible(path) if path.is_dir() else []
-    tables = (*kind.suffixes, ".json", ".jsonl")
-    if entries and not any(entry.is_dir() or entry.name.lower().endswith(tables) for entry in entries):
-        return Source({"train": kind.read_files(path, [(entry, None) for entry in entries], config)})
-    return load_source(config, kind)
 
 
 def _inputs(

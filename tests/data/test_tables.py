@@ -475,6 +475,23 @@ def test_folders_of_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         load(tmp_path / "deep")
 
 
+def test_plain_files_in_folders_of_splits_are_those_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split, prefix in (("train", ""), ("Test", "another ")):
+        (tmp_path / "books" / split).mkdir(parents=True)
+        for number, (text, _) in enumerate(ROWS):
+            (tmp_path / "books" / split / f"{number:02}.txt").write_text(prefix + text)
+    for _ in range(2):
+        data = load_documents(DataConfig(dataset=str(tmp_path / "books")), LanguageConfig())
+        assert sorted(data.splits["test"]["text"]) == sorted(f"another {text}" for text, _ in ROWS)
+        assert data.details["documents"] == {"train": 36, "validation": 4, "test": 40}
+        with pytest.raises(InputError, match="a column 'label' in the split 'train'.*--label_column"):
+            load(tmp_path / "books")
+        (tmp_path / "books" / "notes").mkdir(exist_ok=True)
+        (tmp_path / "books" / "notes" / "a.txt").write_text("what these are")
+    assert "left out of the data set" in caplog.text
+    assert "notes" in caplog.text
+
+
 def test_a_metadata_table_labels_the_images_beside_it(tmp_path: Path) -> None:
     images = write_image_folder(tmp_path / "images", 30)
     expected = load(images, kind=IMAGES)
@@ -499,6 +516,14 @@ def test_a_metadata_table_labels_the_images_beside_it(tmp_path: Path) -> None:
     (tmp_path / "split" / "metadata.csv").write_text("\n".join([lines[0], *rows]))
     split_data = load(tmp_path / "split", kind=IMAGES, label_column="kind")
     assert split_data.details["came_from"]["test"] == "split 'test'"
+    # Or each split has a table of its own.
+    (tmp_path / "split" / "metadata.csv").unlink()
+    for split, files in {"train": lines[1::2], "Test": lines[2::2]}.items():
+        rows = [{"file_name": name, "kind": kind} for name, _, kind in (file.split(",") for file in files)]
+        (tmp_path / "split" / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("", "more"):
+        (tmp_path / "split" / name).mkdir(exist_ok=True)
+        assert load(tmp_path / "split", kind=IMAGES, label_column="kind").fingerprint == split_data.fingerprint
     (flat / lines[1].split(",")[0]).unlink()
     with pytest.raises(InputError, match="found 1 of them missing"):
         load(flat, kind=IMAGES, label_column="kind")
