@@ -105,7 +105,8 @@ def _parts(
     elif len(folders) == 1 and nests:  # an archive's own folder
         yield from _parts(folders[0], config, kind)
     elif folders:
-        _say_left_out(path, other)
+        hidden = [entry for entry in path.iterdir() if entry.is_dir() and entry.name.startswith(".")]
+        _say_left_out(path, [*other, *sorted(hidden)])
         yield "train", kind.read_files(path, _labelled_files(path, folders, kind), config)
     elif in_split and (unlabelled := [entry for entry in entries if entry not in other]):
         _say_left_out(path, other)

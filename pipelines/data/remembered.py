@@ -23,7 +23,8 @@ from pipelines.core.sources import resolve
 # Part of the key of all that is remembered: raise it when the same files give other examples.
 VERSION = 5
 # What Windows, macOS, network disks and file systems leave in folders, beside hidden files.
-NOT_DATA = ("thumbs.db", "desktop.ini", "icon\r", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+NOT_DATA = {"thumbs.db", "desktop.ini", "icon\r", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+NOT_DATA |= {"__macosx", "__pycache__"}
 # Settings that change nothing in the examples.
 NOT_IN_DATA = {"max_length", "trust_remote_code"}
 
@@ -58,7 +59,8 @@ def visible(folder: Path) -> list[Path]:
     return sorted(
         entry
         for entry in folder.iterdir()
-        if not entry.name.startswith((".", "__", "~$"))
+        if not entry.name.startswith((".", "~$"))
+        and not (entry.name.startswith("__") and entry.is_file())  # a folder may be a class: __unknown__
         and entry.name.lower() not in NOT_DATA
         and not (entry.is_dir() and any((entry / name).exists() for name in (MARKER, RECORD)))
     )

@@ -220,7 +220,7 @@ def test_text_files_that_are_not_utf8_are_read_as_cp1252(tmp_path: Path, caplog:
     texts = {text for split in contents(data).values() for text, _ in split}
     assert {"the café costs £5", "the naïve café"} <= texts
     assert data.details["read_as"] == {"encoding cp1252": 1}
-    assert len(caplog.records) == 1
+    assert [record.name for record in caplog.records].count("pipelines.data.text") == 1
     assert "art/0001.txt is read as cp1252" in caplog.text
 
     for content in (b"\xff\xfe\x00", b"a\0b\0\0\0", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"):

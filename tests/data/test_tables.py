@@ -492,6 +492,18 @@ def test_plain_files_in_folders_of_splits_are_those_splits(tmp_path: Path, caplo
     assert "notes" in caplog.text
 
 
+def test_a_class_may_be_called_like_what_python_hides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_classes(tmp_path / "data")
+    (folder / "art").rename(folder / "__unknown__")
+    (folder / ".cache").mkdir()
+    (folder / "sport" / "__init__.py").write_text("")
+    data = load(folder)
+    assert data.label_names == ["__unknown__", "sport"]
+    assert sum(data.details["examples"].values()) == 40
+    assert "left out of the data set" in caplog.text
+    assert ".cache" in caplog.text
+
+
 def test_a_metadata_table_labels_the_images_beside_it(tmp_path: Path) -> None:
     images = write_image_folder(tmp_path / "images", 30)
     expected = load(images, kind=IMAGES)
