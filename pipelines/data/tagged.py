@@ -64,15 +64,18 @@ def read_tagged(path: Path, config: DataConfig) -> datasets.Dataset:
     """A json, jsonl or parquet file with its lists; of a CoNLL file the columns of words and of tags, a row for each sentence."""
     if not path.name.lower().endswith(CONLL_SUFFIXES):
         return read_table(path, config, nested=True)
-    sentences = list(_sentences(path, config))
+    text, encoding = read_text(path, config.encoding)
+    sentences = list(_sentences(text, path, config))
     columns = {config.text_column: [words for words, _ in sentences]}
-    return datasets.Dataset.from_dict(columns | {config.label_column: [tags for _, tags in sentences]})
+    columns[config.label_column] = [tags for _, tags in sentences]
+    note = "" if encoding == "utf-8" else f"encoding {encoding}"
+    return datasets.Dataset.from_dict(columns, info=datasets.DatasetInfo(description=note))
 
 
-def _sentences(path: Path, config: DataConfig) -> Iterator[tuple[list[str], list[str]]]:
-    """The sentences of a CoNLL file, which blank lines part. Words are in its first column and tags in the last one, unless --text_column
-    and --label_column are the numbers of others, counted from 0. Columns stand between white space where all lines have then as many; else between tabs, where there are any."""
-    text, _ = read_text(path, config.encoding)
+def _sentences(text: str, path: Path, config: DataConfig) -> Iterator[tuple[list[str], list[str]]]:
+    """The sentences of a CoNLL file, which blank lines part. Words are in its first column and tags in the last one (of CoNLL-U in FORM and
+    UPOS), unless --text_column and --label_column are the numbers of others, counted from 0. Columns stand between white space where all
+    lines have then as many; else between tabs, where there are any."""
     lines = re.split(r"\r\n?|\n", text)
     split = [re.split(r"[ \t]+", line.strip(" \t")) for line in lines]
     others = ("#", "-DOCSTART-")
@@ -85,8 +88,10 @@ def _sentences(path: Path, config: DataConfig) -> Iterator[tuple[list[str], list
     words = [split[number] for number in told]
     width = Counter(map(len, words)).most_common(1)[0][0] if words else 2
     tags = {row[-1] for row in words}
+    usual = (1, 3) if path.name.lower().endswith(".conllu") else (0, -1)
     text_place, tag_place = (
-        int(name) if name.isdecimal() else usual for name, usual in ((config.text_column, 0), (config.label_column, -1))
+        int(name) if name.isdecimal() else place
+        for name, place in zip((config.text_column, config.label_column), usual, strict=True)
     )
     for is_blank, block in groupby(range(len(lines)), lambda number: not lines[number].strip()):
         rows = []
@@ -172,7 +177,8 @@ def _checked(rows: list[Tagged], name: str, config: DataConfig) -> list[Tagged]:
 def _has_tags(split: datasets.Dataset, config: DataConfig) -> bool:
     """Whether a split that no flag names can be scored: hidden tags are empty, or -1."""
     rows = split[config.label_column][:] if config.label_column in split.column_names else []
-    return any(row is not None and (not isinstance(row, list) or row[:1] != [-1]) for row in rows)
+    rows = [any(row.values()) if isinstance(row, dict) else row for row in rows]
+    return any(row and (not isinstance(row, list) or row[0] not in (None, "", -1)) for row in rows)
 
 
 def _declared(split: datasets.Dataset, config: DataConfig) -> list[str] | None:
@@ -187,7 +193,9 @@ def _rows(split: datasets.Dataset, name: str, config: DataConfig) -> Iterator[Ta
         zip(split[config.text_column][:], split[config.label_column][:], strict=True)
     ):
         where = f"row {number} of the split {name!r}"
-        if isinstance(given, str):
+        if given is None:
+            yield Tagged("", [], [], None)
+        elif isinstance(given, str):
             yield _of_spans(given, labels, where, config)
         elif isinstance(given, list) and isinstance(labels, list | None):
             yield _of_tokens(given, labels, declared, where)

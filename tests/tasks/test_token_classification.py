@@ -215,6 +215,43 @@ def test_an_empty_tag_of_a_conll_file_is_refused(tmp_path):
         load(tmp_path / "rows.conll").data  # noqa: B018
 
 
+def test_conll_u_has_words_and_parts_of_speech_in_columns_of_their_own(tmp_path):
+    blocks = [
+        f"# sent_id = {number}\n1-2\tdel\t_\t_\t_\t_\t_\t_\t_\t_\n1\tde\tde\tADP\tIN\t_\t2\tcase\t_\t_\n"
+        f"2\tel{number}\tel\tDET\tDT\t_\t0\troot\t_\tSpaceAfter=No\n"
+        for number in range(10)
+    ]
+    (tmp_path / "data.conllu").write_text("\n".join(blocks))
+    expected = {(("de", "ADP"), (f"el{number}", "DET")) for number in range(10)}
+    assert words_and_tags(load(tmp_path / "data.conllu")) == expected
+    others = {(("de", "IN"), (f"el{number}", "DT")) for number in range(10)}
+    assert words_and_tags(load(tmp_path / "data.conllu", label_column="4")) == others
+
+
+def test_the_encoding_of_a_conll_file_is_told(tmp_path, caplog):
+    lines = "".join(f"café{number} O\nà B-A\n\n" for number in range(10))
+    (tmp_path / "data.conll").write_text(lines, encoding="cp1252")
+    assert load(tmp_path / "data.conll").data.details["read_as"] == {"encoding cp1252": 1}
+    assert "data.conll is read with encoding cp1252" in caplog.text
+
+
+@pytest.mark.parametrize("hidden", [[], {"start": [], "end": [], "label": []}, None])
+def test_a_test_split_with_hidden_spans_is_none(hidden, tmp_path):
+    spans = [{"start": 0, "end": 3, "label": "A"}]
+    rows = [{"text": f"Ann {number}", "label": spans if number else []} for number in range(10)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"text": f"b {n}", "label": hidden}) for n in range(9)))
+    assert load(tmp_path).data.details["came_from"]["test"] == "cut from split 'train'"
+
+
+def test_rows_without_a_text_can_be_left_out(tmp_path):
+    rows = [{"text": f"Ann {n}", "label": [{"start": 0, "end": 3, "label": "A"}]} for n in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": None, "label": []}])))
+    assert sum(load(tmp_path / "rows.jsonl", missing="drop").data.details["examples"].values()) == 10
+    with pytest.raises(InputError, match="1 of 11 rows without"):
+        load(tmp_path / "rows.jsonl").data  # noqa: B018
+
+
 def test_an_unknown_tag_of_another_split_is_refused(tmp_path):
     for name, tag in (("train", "B-A"), ("test", "B-C")):
         rows = [{"text": [f"{name} {index}", "b"], "label": ["O", tag]} for index in range(10)]
