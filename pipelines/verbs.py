@@ -120,17 +120,7 @@ class DemoConfig:
 
 
 def compress(settings: Settings) -> None:
-    if settings.data.dataset is None:
-        raise InputError(
-            "expected a data set, found none. Pass --dataset, a --config that names one, or --demo for the task's offline demo."
-        )
     chain.compress(settings, recipe="compress")
-
-
-def fit(settings: Settings) -> None:
-    if settings.data.dataset is None:
-        raise InputError("expected a data set, found none. Pass it first: pocketformers fit reviews.csv.")
-    search.fit(settings)
 
 
 def take(settings: Settings) -> None:
@@ -250,7 +240,7 @@ LEARNING = (TaskConfig, TeacherConfig, DistillConfig, TransferConfig, GateConfig
 # Each verb's function and its dataclasses; where TaskConfig stands, those of the task come, too.
 VERBS: dict[str, tuple[Callable[[Settings], Any], tuple[type, ...]]] = {
     "compress": (compress, (DemoConfig, TaskConfig, *CHAIN)),
-    "fit": (fit, (FitConfig, TaskConfig, *(kind for kind in CHAIN if kind is not RepeatConfig))),
+    "fit": (search.fit, (FitConfig, TaskConfig, *(kind for kind in CHAIN if kind is not RepeatConfig))),
     "take": (take, (TakeConfig,)),
     "fine-tune": (fine_tune, (TaskConfig, TeacherConfig, TrainingArguments)),
     "soft-targets": (soft_targets, (TaskConfig, TeacherConfig, DistillConfig, TransferConfig, OutputConfig)),

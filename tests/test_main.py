@@ -230,16 +230,23 @@ def test_compress_has_the_flags_of_its_task_and_runs_its_demo(stage, compressed,
     file = tmp_path / "mine.yaml"
     file.write_text("task: text-generation\ndataset: texts.txt\nvocabulary_size: 500\n")
     assert stage("compress", "--config", str(file))[0] == 0
-    (text, recipe), (image, _), (language, _) = compressed
+    assert stage("compress", "--demo", "--task", "token-classification")[0] == 0
+    (text, recipe), (image, _), (language, _), (made, _) = compressed
     assert recipe == "compress"
     assert (text.task.task, text.training.output_dir) == ("text-classification", "runs/bert_bbc_headlines")
     assert Path(image.teacher.teacher_model).is_dir()
     assert image.augment.random_flip
     assert (language.data.dataset, language.language.vocabulary_size) == ("texts.txt", 500)
     assert language.given == {"dataset": "texts.txt", "vocabulary_size": 500}
-    status, _, errors = stage("compress")
+    assert made.token.made_texts  # which are its data: it names no data set
+
+
+@pytest.mark.parametrize("verb", ["compress", "fit"])
+def test_a_whole_chain_without_data_is_refused(verb, stage, tmp_path):
+    status, _, errors = stage(verb, "--output_dir", str(tmp_path / "run"))
     assert status == 1
-    assert "--demo for the task's offline demo" in errors
+    assert "expected a data set, found none; pass --dataset" in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wheel_has_what_a_clone_has(tmp_path):

@@ -37,7 +37,7 @@ def load_source(config: DataConfig, kind: Kind, in_split: bool = False) -> Sourc
     if config.dataset is None:
         raise InputError(
             f"expected a data set, found none; pass --dataset with a Hub id, a file ({_formats(kind)}), a folder "
-            "of such files, or a folder with one sub-folder per class"
+            "of such files, or a folder with one sub-folder per class ('pocketformers compress --demo' runs the task's offline demo)"
         )
     resolved = resolve(config.dataset)
     if not os.path.isabs(resolved):
