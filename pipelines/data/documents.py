@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -103,7 +104,7 @@ def _parts(file: dict[str, str], document_start: str | None) -> list[str]:
     if not text.strip():
         raise InputError(f"expected text in {file['file']}, found an empty file. Write it again, or give another file.")
     if document_start:
-        return text.splitlines(keepends=True)
+        return list(io.StringIO(text))  # splitlines() would also part lines at a form feed
     documents = re.split(r"\n[ \t]*\n\s*", text.strip())
     if len(documents) == 1 and len(lines := text.strip().split("\n")) > 1:
         logger.warning(

@@ -110,6 +110,13 @@ def test_rows_are_joined_into_documents_at_a_pattern(tmp_path):
         assert found == [f" = Title {number} = \n\n text {number} \n = = Section = = \n" for number in range(10)]
 
 
+def test_a_pattern_for_the_start_of_documents_changes_no_text(tmp_path):
+    documents = [f"# {number}\nA page\x0cand\u2028# no title, but\x85 the same line.\n" for number in range(10)]
+    (tmp_path / "book.txt").write_text("".join(documents), encoding="utf-8")
+    data = load(tmp_path / "book.txt", LanguageConfig(document_start="^# "))
+    assert sorted(text for split in data.splits.values() for text in split["text"]) == sorted(documents)
+
+
 def test_a_text_file_in_cp1252_is_read(tmp_path, caplog):
     (tmp_path / "all.txt").write_text("\n\n".join(text + " é" for text in DOCUMENTS), encoding="cp1252")
     data = load(tmp_path / "all.txt")
