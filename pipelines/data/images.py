@@ -140,7 +140,8 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
     """A table whose rows are the pixels of square grey images, and a class.
 
     The class is in the column --label_column, or in the last one where the file has no header; all other columns are pixels, row
-    by row from the top. 0 is black, and the largest value of the file is white: 255 in most files, 16 in scikit-learn's digits.
+    by row from the top. 0 is black. What is white depends as little on the file as it can, so that the files of a data set agree: 255, but
+    16 where no value is above 16 (scikit-learn's digits), and 1 where none is above 1; of values above 255 the largest.
     """
 
     def refuse(found: str) -> InputError:
@@ -167,7 +168,9 @@ def _read_pixels(path: Path, config: DataConfig) -> datasets.Dataset:
         raise refuse(f"{pixels.shape[1]} columns besides the class, which is no square number")
     if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() == 0:
         raise refuse("empty cells, text, fractions, negative numbers, or nothing but zeros")
-    grey = np.round(pixels * (255 / pixels.max())).astype(np.uint8).reshape(-1, side, side)
+    most = pixels.max()
+    white = next((value for value in (1, 16, 255) if value >= most), most)
+    grey = np.round(pixels * (255 / white)).astype(np.uint8).reshape(-1, side, side)
     images = [{"bytes": _png(image), "path": None} for image in grey]
     classes = {} if labels.empty else {config.label_column: labels[label].tolist()}
     rows = datasets.Dataset.from_dict({config.image_column: images} | classes)

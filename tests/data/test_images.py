@@ -92,6 +92,20 @@ def test_a_table_of_pixels_with_a_header_has_its_class_in_the_label_column(tmp_p
     refused(path, "'label'", "--label_column")
 
 
+@pytest.mark.parametrize(("most", "of_test", "white"), [(1, 1, 1), (16, 15, 16), (255, 240, 255), (999, 999, 999)])
+def test_white_is_the_same_in_all_tables_of_pixels(most, of_test, white, tmp_path):
+    """Though the brightest pixel of one file is not quite white."""
+    generator = np.random.default_rng(0)
+    names = ",".join(["label", *(f"pixel{place}" for place in range(9))])
+    for name, brightest in (("train", most), ("test", of_test)):
+        values = generator.integers(0, brightest + 1, (40, 9))
+        values[0, 0] = brightest
+        rows = [",".join(map(str, [number % 2, *row])) for number, row in enumerate(values)]
+        (tmp_path / f"{name}.csv").write_text("\n".join([names, *rows]))
+    found = [pixels(row["image"])[..., 0].reshape(-1) for row in load(tmp_path).splits["test"]]
+    np.testing.assert_array_equal(found, np.round(values * (255 / white)))
+
+
 def test_a_table_of_pixels_without_classes_is_no_test_split(tmp_path):
     rows = np.random.default_rng(0).integers(0, 256, (80, 9)).astype(str)
     names = ",".join(f"pixel{i}" for i in range(9))
