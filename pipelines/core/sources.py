@@ -14,7 +14,8 @@ from pipelines.core.errors import InputError
 PACKAGE_SCHEME = "package://"
 
 # A name that ends like this is meant as a file, so a missing one is a mistake and not a Hub id.
-FILE_NAME = re.compile(r"\.(csv|tsv|jsonl?|parquet|arrow|txt|zip|gz|safetensors|onnx)$", re.IGNORECASE)
+FILES = "csv tsv json jsonl ndjson parquet arrow txt text md conll conllu iob iob2 bio zip gz bz2 xz safetensors onnx"
+FILE_NAME = re.compile(rf"\.({'|'.join(FILES.split())})$", re.IGNORECASE)
 
 # JSON files that describe how a model was made or trained, not what it computes.
 NOT_MODEL_FILES = {"record.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}

@@ -487,12 +487,14 @@ def refused(dataset: Path | str, *parts: str, **settings: Any) -> None:
 
 
 def test_no_data_set_is_refused() -> None:
-    with pytest.raises(InputError, match="expected a data set, found none; pass --dataset"):
+    with pytest.raises(InputError, match="expected a data set, found none; pass --dataset.*compress --demo"):
         load_examples(DataConfig(), TEXTS, read_classes)
 
 
 def test_missing_and_malformed_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     refused(tmp_path / "missing.csv", "does not exist", "check the spelling")
+    for name in ("missing.ndjson", "missing.conllu", "missing.csv.xz"):  # no names of the Hub, which is not asked
+        refused(name, "does not exist", "check the spelling")
     malformed: dict[str, str | bytes] = {
         "quote.csv": 'text,label\n"never, closed,a\n',
         "columns.csv": "text,label\na,b\na,b,c,d\n",
