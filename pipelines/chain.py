@@ -10,18 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.core.command import parse_config
-from pipelines.core.config import (
-    BundleConfig,
-    DistillConfig,
-    PruneConfig,
-    QuantizeConfig,
-    RepeatConfig,
-    ReportConfig,
-    Settings,
-    StudentConfig,
-    TeacherConfig,
-    TransferConfig,
-)
+from pipelines.core.config import OF_STAGES, PruneConfig, Settings
 from pipelines.core.quality import check_stage
 from pipelines.core.records import read_record
 from pipelines.core.run import Run
@@ -43,18 +32,7 @@ from pipelines.training.soft_targets import compute_soft_targets, one_or_more
 from pipelines.training.transfer import check_transfer
 
 # The settings of the stages; those of the task come before them.
-CHAIN = (
-    TeacherConfig,
-    StudentConfig,
-    DistillConfig,
-    TransferConfig,
-    PruneConfig,
-    QuantizeConfig,
-    BundleConfig,
-    ReportConfig,
-    RepeatConfig,
-    TrainingArguments,
-)
+CHAIN = (*OF_STAGES, TrainingArguments)
 
 
 def compress(settings: Settings, recipe: str) -> None:

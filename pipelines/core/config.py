@@ -612,6 +612,20 @@ class RepeatConfig(Checked):
     )
 
 
+# The settings of the whole chain, in the order of the flags that --help lists.
+OF_STAGES = (
+    TeacherConfig,
+    StudentConfig,
+    DistillConfig,
+    TransferConfig,
+    PruneConfig,
+    QuantizeConfig,
+    BundleConfig,
+    ReportConfig,
+    RepeatConfig,
+)
+
+
 # Where it was done and published, what the report names anyway, and a secret: not among the flags that the report lists.
 NOT_RECORDED = ("config", "debug", "demo", "hub_", "output_dir", "push_to_hub", "task", "web_assets")
 
