@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
 import io
@@ -15,7 +14,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -395,25 +393,18 @@ def encoding_of(file: BinaryIO, path: Path) -> str:
     if max(zeros) > len(head) / 8 and not min(zeros):  # every other byte of Latin letters
         return "utf_16_be" if zeros[0] else "utf_16_le"
     file.seek(0)
-    decoder = codecs.getincrementaldecoder("utf-8")(
-        "surrogatepass"
-    )  # half of a pair is not UTF-8, but nothing else either
-    with contextlib.suppress(UnicodeDecodeError):
-        for chunk in iter(partial(file.read, 1 << 20), b""):
-            decoder.decode(chunk)
-        decoder.decode(b"", final=True)
-        return "utf-8-sig"
-    file.seek(0)
     counts: Counter[str] = Counter()
     other = b""
     for line in file:
         if not line.isascii():
             try:
-                line.decode()
+                line.decode("utf-8", "surrogatepass")  # half of a pair is not UTF-8, but nothing else either
                 counts["UTF-8"] += 1
             except UnicodeDecodeError:
                 counts["other"] += 1
                 other += line[:4096] if len(other) < 1 << 16 else b""
+    if not counts["other"]:
+        return "utf-8-sig"
     if other.startswith(BINARY):
         raise InputError(
             f"expected a file of text, found that {path} is a spreadsheet, an archive or another binary file whatever its name says; save "
