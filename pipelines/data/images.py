@@ -21,7 +21,6 @@ from torch import Tensor
 
 from pipelines.core.config import AugmentConfig, DataConfig
 from pipelines.core.errors import InputError
-from pipelines.core.task import Collate
 from pipelines.data.kinds import Kind
 from pipelines.data.references import dtype
 from pipelines.data.tables import read_table
@@ -250,30 +249,19 @@ def augment(image: Image.Image, config: AugmentConfig, seed: int | None = None) 
 
 
 def collate(
+    rows: list[dict[str, Any]],
     processor: Any,
     teacher_processor: Any = None,
     augmentation: AugmentConfig | None = None,
     value_range: Sequence[float] | None = None,
     at_random: bool = True,
-) -> Collate:
-    """A collator of rows with `image`, `labels` and perhaps `teacher_logits`.
+) -> dict[str, Tensor]:
+    """The batch of rows with `image`, `labels` and perhaps `teacher_logits`.
 
     `pixel_values` (batch, channels, height, width) are what `processor` makes of the images; with a `teacher_processor`,
     `teacher_pixel_values` are what that makes of the very same images, augmented alike. `value_range` is find_value_range()'s.
     Images are augmented by their row's seed (see AugmentedViews), those without one `at_random` or not at all.
     """
-    return partial(_collate_rows, processor, teacher_processor, augmentation, value_range, at_random)
-
-
-def _collate_rows(
-    processor: Any,
-    teacher_processor: Any,
-    augmentation: AugmentConfig | None,
-    value_range: Sequence[float] | None,
-    at_random: bool,
-    rows: list[dict[str, Any]],
-) -> dict[str, Tensor]:
-    # At module level, so that the workers of a DataLoader can receive it pickled.
     images = [read_image(row["image"], value_range) for row in rows]
     if augmentation is not None:
         seeds = [row.get(AUGMENTATION_SEED) for row in rows]

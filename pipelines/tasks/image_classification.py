@@ -160,7 +160,9 @@ class ImageClassification(Classification):
 
     def training_collate(self, processor: Any, teacher_processor: Any = None, augment: bool = False) -> Collate:
         """The collator for training: images augmented if asked, the same ones for an online teacher, by its own processor."""
-        return collate(processor, teacher_processor, self.augmentation, self.value_range, at_random=augment)
+        how: dict[str, Any] = {"augmentation": self.augmentation, "value_range": self.value_range, "at_random": augment}
+        # A partial, so that the workers of a DataLoader can receive it pickled.
+        return partial(collate, processor=processor, teacher_processor=teacher_processor, **how)
 
     def texts_of(self, split: str = "test") -> list[str]:
         """The examples of a split by name: a file's own, or else their number in the split."""

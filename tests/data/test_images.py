@@ -410,7 +410,7 @@ def test_bytes_in_a_plain_column_of_a_table_and_images_of_one_pixel(tmp_path):
     task = ImageClassification(DataConfig(dataset=str(tmp_path / "table.parquet"), image_column="picture"))
     rows = [task.splits["train"][number] for number in range(30)]
     processor = make_image_processor()
-    batch = collate(processor, augmentation=AugmentConfig(random_shift=0.3, random_crop=0.3, random_flip=True))(rows)
+    batch = collate(rows, processor, augmentation=AugmentConfig(random_shift=0.3, random_crop=0.3, random_flip=True))
     assert batch["pixel_values"].shape == (30, 3, 8, 8)
     for row, found in zip(rows, task.collate(processor)(rows)["pixel_values"], strict=True):
         expected = images.image_pixels(read_image(row["image"]), image_settings(processor))
@@ -538,10 +538,10 @@ def test_augmentation_shifts_crops_and_mirrors_at_the_images_own_size():
 def test_teacher_and_student_see_the_same_augmented_image_each_by_its_own_processor(image_task):
     small, bright = make_image_processor(8), make_image_processor(16, mean=0.25)
     rows = [image_task.features(small)["train"][index] for index in range(4)]
-    batch = collate(small, small, AugmentConfig(random_shift=0.3))(rows)
+    batch = collate(rows, small, small, AugmentConfig(random_shift=0.3))
     assert torch.equal(batch["pixel_values"], batch["teacher_pixel_values"])
-    assert not torch.equal(batch["pixel_values"], collate(small)(rows)["pixel_values"])
-    batch = collate(small, bright)(rows)
+    assert not torch.equal(batch["pixel_values"], collate(rows, small)["pixel_values"])
+    batch = collate(rows, small, bright)
     assert batch["pixel_values"].shape == (4, 3, 8, 8)
     assert batch["teacher_pixel_values"].shape == (4, 3, 16, 16)
     assert batch["labels"].dtype == torch.int64
