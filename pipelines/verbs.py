@@ -145,7 +145,7 @@ def soft_targets(settings: Settings) -> Path:
     transfer = task.transfer_set(settings.transfer)
     directory = _store_soft_targets(task, settings, teacher, settings.output)
     if transfer is not None:
-        _store_transfer(task, settings, teacher, directory, settings.output.seed, transfer)
+        _store_transfer(task, settings, teacher, directory, transfer)
     return directory
 
 
@@ -303,45 +303,32 @@ def _one_teacher(settings: Settings) -> TeacherConfig:
     return settings.teacher
 
 
-def _store_soft_targets(task: Task, settings: Settings, teacher: str, output: Any) -> Path:
+def _store_soft_targets(task: Task, settings: Settings, teacher: str, output: Any, **transfer: TransferSet) -> Path:
+    """A teacher's soft targets, computed unless they are there."""
     distill = settings.distill.only(task.soft_target_settings)
-    return _stage(task, output, compute_soft_targets, teacher, distributed=True, distill=distill)
+    return _stage(task, output, compute_soft_targets, teacher, distributed=True, distill=distill, **transfer)
 
 
-def _store_transfer(
-    task: Task, settings: Settings, teacher: str, beside: Path, seed: int, transfer: TransferSet
-) -> Path:
-    """The soft targets of a transfer set, computed unless they are there."""
+def _store_transfer(task: Task, settings: Settings, teacher: str, beside: Path, transfer: TransferSet) -> Path:
+    """Those of a transfer set, beside the others and with their seed."""
+    seed = int((read_record(beside) or {})["made_by"]["seed"])
     output = OutputConfig(str(beside.with_name(f"{beside.name}_transfer")), seed)
-    storing = {"distill": settings.distill.only(task.soft_target_settings), "transfer": replace(transfer, ratio=None)}
-    return _stage(task, output, compute_soft_targets, teacher, distributed=True, **storing)
+    return _store_soft_targets(task, settings, teacher, output, transfer=replace(transfer, ratio=None))
 
 
 def _teaching(task: Task, settings: Settings) -> dict[str, Any]:
     """What a training learns from beside the labels: the stored soft targets, and the transfer set."""
     transfer = task.transfer_set(settings.transfer)
     check_transfer(transfer, settings.distill)
-    found = _soft_targets(task, settings)
+    teachers = settings.teacher.each() if settings.distill.needs_stored_targets else {}
+    found = [_soft_targets_of(task, settings, one.teacher_model, suffix) for suffix, one in teachers.items()]
     if transfer is not None and found:
-        teachers = [one.teacher_model for one in settings.teacher.each().values()]
         stored = [
-            _store_transfer(task, settings, teacher, directory.absolute(), _seed_of(directory), transfer)
-            for teacher, directory in zip(teachers, found, strict=True)
+            _store_transfer(task, settings, one.teacher_model, directory.absolute(), transfer)
+            for one, directory in zip(teachers.values(), found, strict=True)
         ]
         transfer = replace(transfer, soft_targets=one_or_more(stored))
     return {"soft_targets": one_or_more(found), "transfer": transfer}
-
-
-def _seed_of(directory: Path) -> int:
-    return int((read_record(directory) or {})["made_by"]["seed"])
-
-
-def _soft_targets(task: Task, settings: Settings) -> list[Path]:
-    """The directories of the stored soft targets that a training needs, of each teacher one: given, or made first."""
-    if not settings.distill.needs_stored_targets:
-        return []
-    each = settings.teacher.each().items()
-    return [_soft_targets_of(task, settings, one.teacher_model, suffix) for suffix, one in each]
 
 
 def _soft_targets_of(task: Task, settings: Settings, teacher: str, suffix: str) -> Path:
