@@ -192,9 +192,8 @@ def bundle(settings: Settings) -> Path:
 
 
 def verify(settings: Settings) -> dict[str, Any]:
-    if settings.reference.reference is None:
-        raise InputError("expected the directory that the model was made from, found none. Pass --reference.")
-    model, reference = Path(_source(settings)), Path(settings.reference.reference)
+    reference = Path(_needed(settings.reference.reference, "the directory that the model was made from", "reference"))
+    model = Path(_source(settings))
     use_available_cores()
     return verify_directory(model, reference, make_task(settings), settings.quantize)
 
@@ -204,9 +203,7 @@ def doctor(settings: Settings) -> str:
 
 
 def benchmark(settings: Settings) -> str:
-    if not settings.models.models:
-        raise InputError("expected the directories to time, found none. Pass --models with one or more.")
-    models = [Path(model) for model in settings.models.models]
+    models = [Path(model) for model in _needed(settings.models.models, "the directories to time", "models")]
     return benchmark_directories(models, make_task(settings), settings.report)
 
 
@@ -268,11 +265,15 @@ def kinds_of(verb: str, task: str) -> list[type]:
     return kinds
 
 
+def _needed(value: Any, what: str, name: str) -> Any:
+    if not value:
+        raise InputError(f"expected {what}, found none. Pass --{name}.")
+    return value
+
+
 def _stage(task: Task, output: Any, function: Callable[..., Any], source: str, **arguments: Any) -> Path:
     """Run one stage function into `output.output_dir`, with the record, the resuming and the safety of a stage of the chain."""
-    if output.output_dir is None:
-        raise InputError("expected a directory to write, found none. Pass --output_dir.")
-    target = Path(output.output_dir).absolute()
+    target = Path(_needed(output.output_dir, "a directory to write", "output_dir")).absolute()
     with Run(target.parent, task, output.seed, only_stage=target.name) as run:
         return run.stage(target.name, function, source, **arguments)
 
@@ -284,9 +285,7 @@ def _checked(directory: Path, task: Task, settings: Any) -> Path:
 
 
 def _source(settings: Settings) -> str:
-    if settings.model.model is None:
-        raise InputError("expected a model directory, found none. Pass --model.")
-    return str(settings.model.model)
+    return str(_needed(settings.model.model, "a model directory", "model"))
 
 
 def _run_directory(output_dir: str | None) -> Path:
