@@ -95,7 +95,7 @@ def load_texts(config: DataConfig, document_start: str | None = None) -> Source:
         whole = is_folder and not named  # one document a file
         parts = ([row["text"]] if whole else _parts(row, document_start) for row in table)
         splits[split] = rows_of(config.text_column, chain.from_iterable(parts))
-    return Source(splits, details=how_read(read.values()))
+    return Source(splits, how_read(read.values()))
 
 
 def _parts(file: dict[str, str], document_start: str | None) -> list[str]:

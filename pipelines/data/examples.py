@@ -18,7 +18,7 @@ import pandas
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
 from pipelines.data.folders import load_source
-from pipelines.data.kinds import SPLITS, Kind, Source
+from pipelines.data.kinds import SPLITS, Kind
 from pipelines.data.references import ReadReferences, dtype, has_references, missing
 from pipelines.data.remembered import remembered, state_of
 from pipelines.data.splits import choose_splits, cut_missing_splits, cut_stratified, drop_duplicates, strata_of
@@ -89,7 +89,6 @@ def read_given(
     source = load_source(config, kind)
     if unpack is not None:
         source.splits = {name: unpack(split, name) for name, split in source.splits.items()}
-        source.row_name_column = None
     roles = choose_splits(source.splits, config, partial(has_references, config=config))
     named = {role: name for role, name in roles.items() if name is not None}
     used = {name: prepared(source.splits[name], name, config, kind) for name in named.values()}
@@ -110,14 +109,14 @@ def read_given(
         usable = hashes[name][:, 0] > 0
         first = [inputs_of(split, config, kind)[int(row)] for row in np.flatnonzero(~usable)[:1]]
         why = kind.why_unusable(tuple(first[0].values())) if first else ""
-        used[name] = _kept(split, usable, kind.usable, name, source, config, why)
+        used[name] = _kept(split, usable, kind.usable, name, config, why)
         hashes[name] = hashes[name][usable]
         dropped[name] = len(usable) - len(hashes[name])
     labels, feature, names = read_references(used, config)
     given = {}
     for role, name in named.items():
         has_label = ~missing(labels[name])
-        inputs = inputs_of(_kept(used[name], has_label, "a label", name, source, config), config, kind)
+        inputs = inputs_of(_kept(used[name], has_label, "a label", name, config), config, kind)
         given[role] = Given(name, inputs, hashes[name][has_label], labels[name][has_label])
         dropped[name] += len(has_label) - len(inputs)
     counted = {"rows_dropped": dropped} if any(dropped.values()) else {}
@@ -271,16 +270,17 @@ def hash_of(content: bytes) -> int:
 
 
 def _kept(
-    split: datasets.Dataset, good: np.ndarray, what: str, name: str, source: Source, config: DataConfig, why: str = ""
+    split: datasets.Dataset, good: np.ndarray, what: str, name: str, config: DataConfig, why: str = ""
 ) -> datasets.Dataset:
     """The rows that have `what` every row must have. Raises InputError where some do not, unless --missing drop leaves them out."""
     if good.all():
         return split
     if config.missing == "drop" and good.any():
         return split.select(np.flatnonzero(good))
-    column, unusable = source.row_name_column, np.flatnonzero(~good)
-    names = [str(row) if column is None else split[int(row)][column] for row in unusable[:10]]
-    unit = "rows, counted from 0:" if column is None else "files"
+    unusable = np.flatnonzero(~good)
+    is_file = "file" in split.column_names and dtype(split, "file") == "string"  # a better name than its number
+    names = [str(split[int(row)]["file"] if is_file else row) for row in unusable[:10]]
+    unit = "files" if is_file else "rows, counted from 0:"
     raise InputError(
         f"expected {what} in every row of the split {name!r}, found {len(unusable)} of {len(split)} rows without one "
         f"({unit} {', '.join(names)}{' …' if len(unusable) > len(names) else ''}{why}); remove these rows, or leave them out with --missing drop"

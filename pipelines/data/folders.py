@@ -53,8 +53,7 @@ def load_source(config: DataConfig, kind: Kind, in_split: bool = False) -> Sourc
         by_split.setdefault(split, []).append(part)
     columns = {*kind.columns_of(config).values(), config.label_column, *config.more_label_columns}
     splits = {split: _joined(shards, columns) for split, shards in by_split.items()}
-    files = all("file" in split.column_names and dtype(split, "file") == "string" for split in splits.values())
-    return Source(splits, "file" if files else None, how_read(part for _, part in parts))
+    return Source(splits, how_read(part for _, part in parts))
 
 
 def _formats(kind: Kind) -> str:

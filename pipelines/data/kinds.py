@@ -19,7 +19,6 @@ class Source:
     """A data set as it was found: its own splits and columns."""
 
     splits: dict[str, datasets.Dataset]
-    row_name_column: str | None = None  # the column that names a row better than its number does
     details: dict[str, Any] = field(default_factory=dict)
 
 
