@@ -242,10 +242,7 @@ def prepared(
 def inputs_of(split: datasets.Dataset, config: DataConfig, kind: Kind) -> datasets.Dataset:
     """The input columns under our own names."""
     columns = {column: kind.columns[flag] for flag, column in kind.columns_of(config).items()}
-    inputs = split.select_columns(list(columns))
-    # Through unique names, since a source's own "text" column may be the second of the pair.
-    inputs = inputs.rename_columns({column: f"{column} {name}" for column, name in columns.items()})
-    return inputs.rename_columns({f"{column} {name}": name for column, name in columns.items()})
+    return split.select_columns(list(columns)).rename_columns(columns)
 
 
 def hash_rows(inputs: datasets.Dataset, name: str, kind: Kind) -> np.ndarray:
