@@ -45,7 +45,8 @@ def compress(settings: Settings, recipe: str) -> None:
         shipped = make_models(run, settings, prune, transfer)
 
         # 7. One seed says little of a small difference: others repeat whatever depends on the seed.
-        others = [run.with_seed(training.seed + number) for number in range(1, settings.repeat.seeds)]
+        seeds = [training.seed + number for number in range(1, settings.repeat.seeds)]
+        others = [run.inside(f"seeds/{seed}", seed) for seed in seeds]
         for other in others:
             make_models(other, settings, prune, transfer)
         quantized = settings.quantize.quantization != "none"

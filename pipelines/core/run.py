@@ -111,10 +111,6 @@ class Run:
         run.directory = self.directory / folder
         return run
 
-    def with_seed(self, seed: int) -> Run:
-        """This run with another seed, in `seeds/<seed>` of its directory."""
-        return self.inside(f"seeds/{seed}", seed)
-
     def adopt(self, folder: Path, names: Sequence[str]) -> None:
         """Take the finished stages of a run inside this one as its own, in place of what it has by these names."""
         self.stages += names

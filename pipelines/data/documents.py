@@ -16,12 +16,12 @@ import numpy as np
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
-from pipelines.data.examples import Examples, Given, hash_of, prepared, split_examples
+from pipelines.data.examples import Examples, Given, hash_rows, prepared, split_examples
 from pipelines.data.folders import files_by_split, how_read, load_source, split_named_by
 from pipelines.data.kinds import Source
 from pipelines.data.remembered import visible
 from pipelines.data.splits import choose_splits
-from pipelines.data.text import TEXTS, content, read_text_files
+from pipelines.data.text import TEXTS, read_text_files
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +51,17 @@ def load_documents(config: DataConfig, language: LanguageConfig) -> TextData:
     for role, name in roles.items():
         if name is None:
             continue
-        documents = list(documents_of(source.splits[name], name, config, language.document_start))
-        contents = content([(document,) for document in documents])
-        texts = [document for document, found in zip(documents, contents, strict=True) if found is not None]
-        empty += len(documents) - len(texts)
-        if not texts:
+        documents = rows_of("text", documents_of(source.splits[name], name, config, language.document_start))
+        hashes = hash_rows(documents, name, TEXTS)
+        usable = np.flatnonzero(hashes[:, 0])
+        empty += len(documents) - len(usable)
+        if not len(usable):
             raise InputError(
                 f"expected text in the split {name!r}, found {len(documents)} rows and not a word in them. Check the file, or name "
                 f"another column with --text_column (columns: {', '.join(source.splits[name].column_names)})."
             )
-        hashes = np.array([[hash_of(part) for part in found] for found in contents if found is not None], np.uint64)
         # Documents have no classes: all are of one.
-        given[role] = Given(name, rows_of("text", texts), hashes, np.zeros(len(texts), np.int64))
+        given[role] = Given(name, documents.select(usable), hashes[usable], np.zeros(len(usable), np.int64))
     examples = split_examples(given, config, "texts", source.details)
     text_bytes = {role: sum(len(text.encode()) for text in split["text"]) for role, split in examples.splits.items()}
     details = examples.details | {"bytes": text_bytes, "empty_removed": empty}

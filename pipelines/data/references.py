@@ -174,7 +174,7 @@ def read_label_sets(
     else:
         sets = {name: _label_sets(split, name, config, separator) for name, split in splits.items()}
         found = {label for rows in sets.values() for row in rows if row for label in row}
-        names = _declared(next(iter(splits.values())), config) or _label_names(found, config)
+        names = declared_names(next(iter(splits.values())), config) or _label_names(found, config)
         _check_known(found, names)
         place = {name: index for index, name in enumerate(names)}
         values = {}
@@ -201,14 +201,14 @@ def _columns_of_labels(split: datasets.Dataset, name: str, columns: list[str]) -
     return values
 
 
-def _declared(split: datasets.Dataset, config: DataConfig) -> list[str] | None:
+def declared_names(split: datasets.Dataset, config: DataConfig) -> list[str] | None:
     """The names of a column of lists of a ClassLabel."""
     return getattr(getattr(split.features[config.label_column], "feature", None), "names", None)
 
 
 def _label_sets(split: datasets.Dataset, name: str, config: DataConfig, separator: str | None) -> list[set[str] | None]:
     """The names of each row's labels, None for a row that has no list."""
-    cells, declared = split[config.label_column][:], _declared(split, config)
+    cells, declared = split[config.label_column][:], declared_names(split, config)
     if not _is_plain(split, config):
         return [_names_of(cell, declared, cell, name, config) for cell in cells]
     parsed = {cell: _parse_labels("" if _is_empty(cell) else str(cell), separator) for cell in set(cells)}

@@ -27,9 +27,10 @@ from pipelines.core.config import DataConfig
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, UNLABELLED
-from pipelines.data.examples import Examples, Given, hash_of, prepared, split_examples
+from pipelines.data.examples import Examples, Given, hash_of, hash_rows, prepared, split_examples
 from pipelines.data.folders import load_source
 from pipelines.data.kinds import Kind, Source
+from pipelines.data.references import declared_names
 from pipelines.data.splits import choose_splits
 from pipelines.data.tables import JSON_SUFFIXES, read_table
 from pipelines.data.text import content, map_kept, read_text, tokenizer_content
@@ -142,23 +143,22 @@ def load_tagged(config: DataConfig, source: Source | None = None) -> Examples:
         name: _checked(list(_rows(prepared(source.splits[name], name, config, TAGGED), name, config)), name, config)
         for name in named.values()
     }
-    names, by_split = _tags(rows, _declared(source.splits[named["train"]], config), config)
+    names, by_split = _tags(rows, declared_names(source.splits[named["train"]], config), config)
     given = {}
     for role, name in named.items():
         number = {tag: index for index, tag in enumerate(names)}
         labels = [" ".join(str(number[tag]) for tag in tags) for tags in by_split[name]]
-        texts = [row.text for row in rows[name]]
         inputs = datasets.Dataset.from_dict(
             {
-                "text": texts,
+                "text": [row.text for row in rows[name]],
                 "starts": [row.starts for row in rows[name]],
                 "ends": [row.ends for row in rows[name]],
                 "label": labels,
             }
         )
-        hashes = [[hash_of(part) for part in found or ()] for found in content([(text,) for text in texts])]
+        hashes = hash_rows(inputs.select_columns("text"), name, TAGGED)
         tagged = [hash_of(f"{row.starts} {label}".encode()) for row, label in zip(rows[name], labels, strict=True)]
-        given[role] = Given(name, inputs, np.array(hashes, np.uint64), np.array(tagged, np.uint64).view(np.int64))
+        given[role] = Given(name, inputs, hashes, np.array(tagged, np.uint64).view(np.int64))
     examples = split_examples(given, config, TAGGED.noun, source.details)
     examples.label_names, examples.fingerprint = names, digest([examples.fingerprint, names])
     return examples
@@ -181,14 +181,8 @@ def _has_tags(split: datasets.Dataset, config: DataConfig) -> bool:
     return any(row and (not isinstance(row, list) or row[0] not in (None, "", -1)) for row in rows)
 
 
-def _declared(split: datasets.Dataset, config: DataConfig) -> list[str] | None:
-    """The names of a column of ClassLabels, in their order."""
-    names: list[str] | None = getattr(getattr(split.features[config.label_column], "feature", None), "names", None)
-    return names
-
-
 def _rows(split: datasets.Dataset, name: str, config: DataConfig) -> Iterator[Tagged]:
-    declared = _declared(split, config)
+    declared = declared_names(split, config)
     for number, (given, labels) in enumerate(
         zip(split[config.text_column][:], split[config.label_column][:], strict=True)
     ):
