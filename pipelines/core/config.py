@@ -286,8 +286,6 @@ class TeacherConfig(Checked):
 
 
 STUDENT_KINDS = ("lstm", "cnn", "static")
-# Settings of a student that came later: in no record where they are left out.
-LATER_OF_STUDENT = ("student_width", "student_hidden", "student_vocabulary")
 
 
 @dataclass
@@ -356,15 +354,7 @@ class StudentConfig:
     def describe(self) -> dict[str, Any]:
         """What a student is made of: another model under the same name is another."""
         of = {} if self.checkpoint is None else {"student_model_fingerprint": model_fingerprint(self.checkpoint)}
-        settings = asdict(self).items()
-        made_of = {name: value for name, value in settings if name not in LATER_OF_STUDENT or value is not None}
-        return made_of | of
-
-
-# Settings of the distillation that came later: at their defaults they are in no record.
-LATER = frozenset(
-    "hidden_state_loss attention_weight relation_weight relation_heads standardize_logits combine_teachers augmented_views".split()
-)
+        return asdict(self) | of
 
 
 @dataclass
@@ -454,11 +444,6 @@ class DistillConfig(Checked):
     def needs_stored_targets(self) -> bool:
         """Whether the teacher's logits are read from disk: one that runs along gives them itself."""
         return self.soft_targets == "stored" and self.soft_target_weight > 0 and not self.needs_teacher
-
-    def describe(self) -> dict[str, Any]:
-        """What a student depends on; settings that came later are left out at their defaults, so that earlier records stay valid."""
-        defaults = asdict(DistillConfig())
-        return {name: value for name, value in asdict(self).items() if name not in LATER or value != defaults[name]}
 
     def labels_only(self) -> DistillConfig:
         """The same training without a teacher."""
