@@ -269,19 +269,27 @@ def hash_of(content: bytes) -> int:
 def _kept(
     split: datasets.Dataset, good: np.ndarray, what: str, name: str, config: DataConfig, why: str = ""
 ) -> datasets.Dataset:
-    """The rows that have `what` every row must have. Raises InputError where some do not, unless --missing drop leaves them out."""
     if good.all():
         return split
-    if config.missing == "drop" and good.any():
-        return split.select(np.flatnonzero(good))
+    # A file is a better name than a number.
+    files = split["file"] if "file" in split.column_names and dtype(split, "file") == "string" else None
+    return split.select(usable_rows(good, what, name, config, why, files))
+
+
+def usable_rows(
+    good: np.ndarray, what: str, name: str, config: DataConfig, why: str = "", files: Any = None
+) -> np.ndarray:
+    """The numbers of the rows that have `what` every row must have. Raises InputError where some do not, unless --missing drop leaves them
+    out; it names them by their `files`, if they have some."""
     unusable = np.flatnonzero(~good)
-    is_file = "file" in split.column_names and dtype(split, "file") == "string"  # a better name than its number
-    names = [str(split[int(row)]["file"] if is_file else row) for row in unusable[:10]]
-    unit = "files" if is_file else "rows, counted from 0:"
-    raise InputError(
-        f"expected {what} in every row of the split {name!r}, found {len(unusable)} of {len(split)} rows without one "
-        f"({unit} {', '.join(names)}{' …' if len(unusable) > len(names) else ''}{why}); remove these rows, or leave them out with --missing drop"
-    )
+    if len(unusable) and (config.missing == "error" or not good.any()):
+        names = [str(row if files is None else files[int(row)]) for row in unusable[:10]]
+        raise InputError(
+            f"expected {what} in every row of the split {name!r}, found {len(unusable)} of {len(good)} rows without one "
+            f"({'rows, counted from 0:' if files is None else 'files'} {', '.join(names)}{' …' if len(unusable) > len(names) else ''}{why}); "
+            "remove these rows, or leave them out with --missing drop"
+        )
+    return np.flatnonzero(good)
 
 
 def _check_classes(counts: dict[str, np.ndarray], label_names: list[str], config: DataConfig) -> None:

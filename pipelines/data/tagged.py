@@ -27,7 +27,7 @@ from pipelines.core.config import DataConfig
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, UNLABELLED
-from pipelines.data.examples import Examples, Given, hash_of, hash_rows, prepared, split_examples
+from pipelines.data.examples import Examples, Given, hash_of, hash_rows, prepared, split_examples, usable_rows
 from pipelines.data.folders import load_source
 from pipelines.data.kinds import Kind, Source
 from pipelines.data.references import declared_names
@@ -165,13 +165,8 @@ def load_tagged(config: DataConfig, source: Source | None = None) -> Examples:
 
 
 def _checked(rows: list[Tagged], name: str, config: DataConfig) -> list[Tagged]:
-    bad = [number for number, row in enumerate(rows) if row.tags is None or not row.text.strip()]
-    if bad and (config.missing == "error" or len(bad) == len(rows)):
-        raise InputError(
-            f"expected words and their tags in every row of the split {name!r}, found {len(bad)} of {len(rows)} rows without (rows, counted "
-            f"from 0: {', '.join(map(str, bad[:10]))}); remove these rows, or leave them out with --missing drop"
-        )
-    return [row for row in rows if row.tags is not None and row.text.strip()]
+    good = np.array([row.tags is not None and bool(row.text.strip()) for row in rows], bool)
+    return [rows[number] for number in usable_rows(good, "words and their tags", name, config)]
 
 
 def _has_tags(split: datasets.Dataset, config: DataConfig) -> bool:

@@ -281,7 +281,7 @@ def test_no_context_is_in_two_splits(questions, tmp_path):
     [
         (
             {"starts": [2]},
-            r"1 of 40 rows that are not so, row 1 .*is not in the context at character 2.*--missing drop",
+            r"1 of 40 rows without .*: 1; the first: .*is not in the context at character 2.*--missing drop",
         ),
         ({"answers": ["nowhere"]}, "the answer 'nowhere' is not in the context"),
         ({"question": " "}, "no question or no context"),
@@ -346,7 +346,7 @@ def test_an_empty_text_is_no_answer(tmp_path):
     ],
 )
 def test_an_answer_without_its_place_is_refused(answers, tmp_path):
-    with pytest.raises(InputError, match="10 of 10 rows that are not so"):
+    with pytest.raises(InputError, match="10 of 10 rows without"):
         load_from(tmp_path, [one_question(index) | {"answers": answers} for index in range(10)])
 
 

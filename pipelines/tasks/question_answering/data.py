@@ -18,7 +18,7 @@ import pyarrow.parquet
 from pipelines.core.config import Checked, DataConfig, flag
 from pipelines.core.errors import InputError
 from pipelines.data.documents import documents_of, load_texts
-from pipelines.data.examples import Examples, check_no_classes, hash_of
+from pipelines.data.examples import Examples, check_no_classes, hash_of, usable_rows
 from pipelines.data.folders import load_source
 from pipelines.data.splits import choose_splits, cut_missing_splits, drop_duplicates
 from pipelines.data.tables import JSON_SUFFIXES, json_lines, open_text, read_table, reason, whole_characters
@@ -205,7 +205,8 @@ def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
     dropped = {}
     by_context: dict[str, dict[int, list[Row]]] = {}
     for role, name in roles.items():
-        rows, dropped[name] = _usable(tables[name], name, config)
+        rows = _usable(tables[name], name, config)
+        dropped[name] = len(tables[name]) - len(rows)
         if not any(row["answers"] for row in rows):
             raise InputError(
                 f"expected questions with an answer in the split {name!r}, found none among {len(rows)}. Name the column of answers with "
@@ -244,17 +245,13 @@ def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
     return Examples(datasets.DatasetDict(splits), details, content.hexdigest())
 
 
-def _usable(rows: list[Row], name: str, config: DataConfig) -> tuple[list[Row], int]:
-    """The rows with nothing wrong and the number of the others, which raise InputError unless --missing drop leaves them out."""
-    problems = {number: problem for number, row in enumerate(rows) if (problem := problem_of(row))}
-    if problems and config.missing != "drop":
-        number, problem = next(iter(problems.items()))
-        raise InputError(
-            f"expected a question, a context and answers that are parts of it in every row of the split {name!r}, found {len(problems)} of "
-            f"{len(rows)} rows that are not so, row {number} (counted from 0) first: {problem}. Correct the rows, or leave them out with "
-            "--missing drop."
-        )
-    return [row for number, row in enumerate(rows) if number not in problems], len(problems)
+def _usable(rows: list[Row], name: str, config: DataConfig) -> list[Row]:
+    """The rows with nothing wrong; others raise InputError unless --missing drop leaves them out."""
+    problems = [problem_of(row) for row in rows]
+    why = next((f"; the first: {problem}" for problem in problems if problem), "")
+    good = np.array([problem is None for problem in problems], bool)
+    what = "a question, a context and answers that are parts of it"
+    return [rows[number] for number in usable_rows(good, what, name, config, why)]
 
 
 def _by_context(rows: list[Row]) -> dict[int, list[Row]]:

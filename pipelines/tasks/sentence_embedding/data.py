@@ -22,6 +22,7 @@ from pipelines.data.examples import (
     load_examples,
     prepared,
     split_examples,
+    usable_rows,
 )
 from pipelines.data.references import read_scores
 from pipelines.data.splits import choose_splits
@@ -134,13 +135,8 @@ def _given(split: datasets.Dataset, name: str, config: DataConfig, embedding: Em
     hashes = hash_rows(inputs, name, TEXTS)
     if characters is not None:  # so that no query has two positives
         hashes[:, 1] = [hash_of(" ".join(title.split()).encode()) for title in inputs["text"]]
-    usable = hashes[:, 0] > 0
-    if not usable.any() or (not usable.all() and config.missing == "error" and characters is None):
-        raise InputError(
-            f"expected text in every row of the split {name!r}, found {int((~usable).sum())} of {len(usable)} rows without; remove these "
-            "rows, or leave them out with --missing drop"
-        )
-    kept = np.flatnonzero(usable)
+    drops = config if characters is None else replace(config, missing="drop")  # a text may be nothing but its title
+    kept = usable_rows(hashes[:, 0] > 0, "text", name, drops)
     return Given(name, inputs.select(kept), hashes[kept], np.zeros(len(kept), np.int64))
 
 
