@@ -18,9 +18,9 @@ import pyarrow.parquet
 from pipelines.core.config import Checked, DataConfig, flag
 from pipelines.core.errors import InputError
 from pipelines.data.documents import documents_of, load_texts
-from pipelines.data.examples import Examples, check_no_classes, hash_of, usable_rows
+from pipelines.data.examples import Examples, Given, check_no_classes, hash_of, split_examples, usable_rows
 from pipelines.data.folders import load_source
-from pipelines.data.splits import choose_splits, cut_missing_splits, drop_duplicates
+from pipelines.data.splits import choose_splits
 from pipelines.data.tables import JSON_SUFFIXES, json_lines, open_text, read_table, reason, whole_characters
 from pipelines.data.text import TEXTS
 from pipelines.tasks.question_answering.speakers import questions_of_speakers
@@ -203,7 +203,7 @@ def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
 
     roles = {role: name for role, name in choose_splits(source.splits, config, has_answers).items() if name is not None}
     dropped = {}
-    by_context: dict[str, dict[int, list[Row]]] = {}
+    given = {}
     for role, name in roles.items():
         rows = _usable(tables[name], name, config)
         dropped[name] = len(tables[name]) - len(rows)
@@ -212,36 +212,25 @@ def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
                 f"expected questions with an answer in the split {name!r}, found none among {len(rows)}. Name the column of answers with "
                 "--answer_column, or another split."
             )
-        by_context[role] = _by_context(rows)
-    hashes = {role: np.fromiter(contexts, np.uint64, len(contexts)) for role, contexts in by_context.items()}
-    zeros = {role: np.zeros(len(found), np.int64) for role, found in hashes.items()}
-    kept, found = drop_duplicates({role: (hashes[role], zeros[role]) for role in hashes}, "contexts")
-    cut_missing_splits(kept, zeros["train"], roles["train"], config, "contexts")
+        given[role] = _contexts(rows, name)
+    unlimited = replace(config, max_train_samples=None, max_eval_samples=None)  # which are limits of questions
+    details = source.details | ({"rows_dropped": dropped} if any(dropped.values()) else {})
+    examples = split_examples(given, unlimited, "contexts", details)
     splits, content = {}, hashlib.sha256()
-    for role in ("train", "validation", "test"):
-        origin, order = role if role in roles else "train", kept[role]
-        if role != "test" or role not in roles:
-            order = np.random.default_rng(config.split_seed).permutation(order)
-        contexts = list(by_context[origin].values())
-        rows = [row for place in order for row in contexts[place]]
+    for role, split in examples.splits.items():
+        rows = [row for questions in split["questions"] for row in json.loads(questions)]
         rows = rows[: config.max_train_samples if role == "train" else config.max_eval_samples]
         content.update(json.dumps([role, rows], sort_keys=True).encode())
         numbered = [{**row, "label": number} for number, row in enumerate(rows)]
         splits[role] = datasets.Dataset.from_list(numbered, features=COLUMNS)
     details = {
-        "dataset": config.dataset,
-        "dataset_config": config.dataset_config,
-        **source.details,
+        **examples.details,
         "questions": {role: len(split) for role, split in splits.items()},
         "unanswerable": {role: sum(not one for one in split["answers"]) for role, split in splits.items()},
         "contexts": {role: len(set(split["context"])) for role, split in splits.items()},
-        "came_from": {
-            role: f"split {roles[role]!r}" if role in roles else f"cut from split {roles['train']!r}" for role in splits
-        },
-        "contexts_in_several_splits": sum(found["duplicates_removed"].values()),
-        **({"rows_dropped": dropped} if any(dropped.values()) else {}),
-        "split_seed": config.split_seed,
     }
+    details["contexts_in_several_splits"] = sum(details.pop("duplicates_removed").values())
+    del details["examples"], details["conflicting_labels"]
     return Examples(datasets.DatasetDict(splits), details, content.hexdigest())
 
 
@@ -254,10 +243,12 @@ def _usable(rows: list[Row], name: str, config: DataConfig) -> list[Row]:
     return [rows[number] for number in usable_rows(good, what, name, config, why)]
 
 
-def _by_context(rows: list[Row]) -> dict[int, list[Row]]:
-    """The rows of each context, by a hash of its words; of equal questions the first."""
+def _contexts(rows: list[Row], name: str) -> Given:
+    """The contexts of a split as its examples, each with the rows of its questions as json; of equal questions the first."""
     found: dict[int, dict[str, Row]] = {}
     for row in rows:
         key = hash_of(" ".join(row["context"].split()).encode())
         found.setdefault(key, {}).setdefault(" ".join(row["question"].split()), row)
-    return {key: list(questions.values()) for key, questions in found.items()}
+    questions = {"questions": [json.dumps([*one.values()]) for one in found.values()]}
+    hashes = np.fromiter(found, np.uint64, len(found)).repeat(2).reshape(-1, 2)
+    return Given(name, datasets.Dataset.from_dict(questions), hashes, np.zeros(len(found), np.int64))
