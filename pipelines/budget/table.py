@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.budget.choice import Row
 from pipelines.budget.words import Budget
 from pipelines.report.markdown import interval
-from pipelines.report.plot import COLORS, MARKERS
+from pipelines.report.plot import COLORS, MARKERS, two_panels
 
 
 def cells(row: Row, budget: Budget) -> dict[str, str]:
@@ -75,14 +75,8 @@ def live_table(budget: Budget, is_main_process: bool) -> Iterator[Callable[[Sequ
 
 def draw_front(rows: Sequence[Row], budget: Budget, metric: str, teacher: float) -> Any:
     """The matplotlib figure of front.png: score against size and against latency, with the budget's bounds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
-    units = (("bytes", 1e-6, "size (MB)"), ("ms", 1.0, "median latency (ms)"))
-    for axes, (name, factor, label) in zip(panels, units, strict=True):
+    figure, panels = two_panels(("size (MB)", "median latency (ms)"))
+    for axes, (name, factor) in zip(panels, (("bytes", 1e-6), ("ms", 1.0)), strict=True):
         for row in rows:
             style = MARKERS["sklearn" if row["kind"] == "estimator" else "onnx"]
             color = COLORS[0] if row["breaks"] else COLORS[3]
@@ -93,8 +87,6 @@ def draw_front(rows: Sequence[Row], budget: Budget, metric: str, teacher: float)
         if getattr(budget, name) is not None:
             axes.axvline(getattr(budget, name) * factor, color=COLORS[4], linewidth=1)
         axes.axhline(teacher, color=COLORS[2], linewidth=1, linestyle="--")
-        axes.set_xlabel(f"{label}, smaller is better, log scale")
-        axes.grid(color="#e4e4e4", linewidth=0.7)
     panels[0].set_ylabel(f"{metric.replace('_', ' ')} on the validation split")
     figure.suptitle("Rows of front.json by their number; green: inside the budget, dashed: the teacher")
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipelines.core.task import Presentation
@@ -17,23 +18,30 @@ MARKERS = {
 }
 
 
+def two_panels(labels: Sequence[str]) -> tuple[Any, Any]:
+    """A matplotlib figure and its two panels, one for each label of their axes below."""
+    from matplotlib.figure import Figure
+
+    # Without pyplot: no global state, and no display is looked for.
+    figure = Figure(figsize=(11, 5.5), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, label in zip(panels, labels, strict=True):
+        axes.set_xlabel(f"{label}, smaller is better, log scale")
+        axes.grid(color="#e4e4e4", linewidth=0.7)
+    return figure, panels
+
+
 def draw_report(report: dict[str, Any], presentation: Presentation) -> Any:
     """The matplotlib figure of report.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     metric, busy = metric_name(report), ", timed on a busy machine" if report.get("busy") else ""
     # What predicts the same for every example is so far below that the others would lie on one line.
     stages = [stage for stage in report["stages"] if not stage.get("constant")]
-    # Figure and canvas without pyplot: no global state, and no display is looked for.
-    figure = Figure(figsize=(11, 5.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
     size = [stage["bytes"] / 1e6 for stage in stages]
     latency = [stage["latency_ms"]["p50"] for stage in stages]
-    labels = ("shipped size (MB)", f"median latency of {presentation.latency_of} (ms)")
-    for axes, values, label in zip(panels, (size, latency), labels, strict=True):
+    figure, panels = two_panels(("shipped size (MB)", f"median latency of {presentation.latency_of} (ms)"))
+    for axes, values in zip(panels, (size, latency), strict=True):
         for index, (stage, value) in enumerate(zip(stages, values, strict=True)):
             score, delta, color = (
                 stage["metrics"][report["primary_metric"]],
@@ -48,8 +56,6 @@ def draw_report(report: dict[str, Any], presentation: Presentation) -> Any:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.15, y=0.2)
-        axes.set_xlabel(f"{label}, smaller is better, log scale")
-        axes.grid(color="#e4e4e4", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
     better = "larger" if report["greater_is_better"] else "smaller"
     panels[0].set_ylabel(f"{metric} on the test split, {better} is better")
