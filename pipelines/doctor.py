@@ -44,7 +44,7 @@ def diagnose(source: str) -> str:
         "task": name,
         "family": config.model_type if known else f"{config.model_type}, which is not in the table of families",
     }
-    lines["parameters"] = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+    lines["parameters"] = f"{model.num_parameters():,}"
     found = removable(config)
     if known:
         depths = depths_of(config)
@@ -111,7 +111,7 @@ def _export_part(model: Any, config: Any) -> dict[str, int] | None:
     """
     part = _small(config)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in type(model)(part).parameters())
+        size = type(model)(part).num_parameters()
     if size > LARGEST:
         return None
     sample = _sample(type(model)(part).eval())

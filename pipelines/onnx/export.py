@@ -164,6 +164,6 @@ def export_onnx(source: str, directory: Path, task: Task) -> Outcome:
     verification |= task.verify_behaviour(directory, model, processor)
     return Outcome(
         "onnx",
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=model.num_parameters(),
         details={"opset": OPSET, **exported, "verification": verification},
     )

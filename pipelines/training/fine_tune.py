@@ -18,7 +18,7 @@ from pipelines.data.sources import model_license
 from pipelines.models.predict import predict_torch
 from pipelines.training.arguments import arguments_for
 from pipelines.training.checkpoints import CHECKPOINTS
-from pipelines.training.trainer import count_parameters, train
+from pipelines.training.trainer import train
 
 
 def fine_tune(
@@ -41,7 +41,7 @@ def fine_tune(
 
             lora = LoraConfig(r=teacher.lora_rank, lora_alpha=2 * teacher.lora_rank, **task.lora_settings)
             trained = get_peft_model(model, lora)
-            details["trainable_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+            details["trainable_parameters"] = trained.get_nb_trainable_parameters()[0]
         details |= train(
             trained,
             task,
@@ -75,7 +75,7 @@ def finish(
     model.config.update(task.config_entries(metrics))
     save(model, processor, directory)
     how_read = {name: task.details[name] for name in ("read_as", "rows_dropped") if name in task.details}
-    return Outcome("transformers", {"validation": metrics}, count_parameters(model), details | how_read)
+    return Outcome("transformers", {"validation": metrics}, model.num_parameters(), details | how_read)
 
 
 def refuse_weak_teacher(task: Task, metrics: dict[str, Any], config: Any) -> dict[str, Any]:

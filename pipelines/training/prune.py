@@ -31,7 +31,6 @@ from pipelines.training.fine_tune import save, source_metrics, validation_metric
 from pipelines.training.losses import teachers_loss
 from pipelines.training.masks import tune_masks
 from pipelines.training.soft_targets import with_soft_targets
-from pipelines.training.trainer import count_parameters
 
 STEPS = "steps.json"  # beside the weights that a step left: what the steps before it did
 MINIMUM = {"heads": 1, "neurons": 8}  # what every layer keeps
@@ -238,7 +237,7 @@ def prune_and_recover(
     model.config.update(task.config_entries(metrics))
     save(with_stock_shapes(model), processor, directory)
     details = {"before": before, "after": after, **removed, "steps": steps, "source_metrics": from_source}
-    return Outcome("transformers", {"validation": metrics}, count_parameters(model), details)
+    return Outcome("transformers", {"validation": metrics}, model.num_parameters(), details)
 
 
 def _importance(

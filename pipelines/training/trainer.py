@@ -409,7 +409,3 @@ def make_whole(trainer: Trainer, model: Any, whole: Any) -> None:
         for parameter in model.parameters():
             exact = safe_get_full_fp32_param(parameter)  # None for a frozen weight
             parameter.data = (parameter.data if exact is None else exact).float()
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
