@@ -30,13 +30,13 @@ from pipelines.core.errors import InputError  # noqa: E402
 from pipelines.core.run import Run  # noqa: E402
 from pipelines.core.task import Task  # noqa: E402
 from pipelines.models.families import groups_of, layers_of, slices, unit_count  # noqa: E402
-from pipelines.models.predict import predict_torch  # noqa: E402
+from pipelines.models.predict import predict_torch, sample_of  # noqa: E402
 from pipelines.models.removal import cut, shape_of  # noqa: E402
 from pipelines.tasks import DEFAULT_TASK, TaskConfig, make_task, task_class  # noqa: E402
 from pipelines.training.arguments import arguments_for  # noqa: E402
 from pipelines.training.distill import train_student  # noqa: E402
 from pipelines.training.masks import tune_masks  # noqa: E402
-from pipelines.training.prune import MINIMUM, choose_units, inputs_of, measure_importance, sample_of, training_loss  # noqa: E402
+from pipelines.training.prune import MINIMUM, choose_units, inputs_of, measure_importance, training_loss  # noqa: E402
 
 Units = dict[str, list[np.ndarray]]  # a number, or the places, of each unit of each layer
 

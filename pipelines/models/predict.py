@@ -13,6 +13,11 @@ from pipelines.core.task import Arrays, Collate, Task
 from pipelines.runtime.infer import in_order
 
 
+def sample_of(rows: Any, samples: int, seed: int = 0) -> Any:
+    """So many rows drawn at random, in their order; of fewer rows all."""
+    return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:samples]))
+
+
 def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Indices in batches of like length, the longest first, so that little of a batch is padding."""
     order = np.argsort(-np.asarray(lengths), kind="stable")

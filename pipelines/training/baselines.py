@@ -11,13 +11,13 @@ from typing import Any
 
 import joblib
 import numpy as np
-from datasets import Dataset
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from pipelines.core.records import Outcome
 from pipelines.core.task import Candidates, Task
+from pipelines.models.predict import sample_of
 
 BASELINE_FILE = "model.joblib"
 MOST_EXAMPLES = 50_000  # of a split: what has more is fitted in minutes, not hours
@@ -28,7 +28,7 @@ def fit_baseline(source: None, directory: Path, task: Task, baseline: str) -> Ou
 
     There is no `source`: a baseline learns from the data alone, of a large split from a part drawn at random.
     """
-    parts = {split: _part(task.splits[split]) for split in ("train", "validation")}
+    parts = {split: sample_of(task.splits[split], MOST_EXAMPLES) for split in ("train", "validation")}
     data = {split: (task.baseline_inputs(part), np.asarray(part["label"])) for split, part in parts.items()}
     # Examples of one class alone, as a part of a split may have, are for the first baseline, which fits any data. Threads that share a sum
     # end it in another order on a busy machine, and the file would have other bytes.
@@ -49,12 +49,6 @@ def fit_baseline(source: None, directory: Path, task: Task, baseline: str) -> Ou
 def load_baseline(directory: Path) -> Any:
     """The estimator that `fit_baseline` wrote. It is a pickle: open only what you wrote yourself."""
     return joblib.load(directory / BASELINE_FILE)
-
-
-def _part(split: Dataset) -> Dataset:
-    if len(split) <= MOST_EXAMPLES:
-        return split
-    return split.select(np.sort(np.random.default_rng(0).permutation(len(split))[:MOST_EXAMPLES]))
 
 
 def _choose(candidates: Candidates, data: dict[str, tuple[Any, np.ndarray]], task: Task) -> tuple[Any, Any] | None:

@@ -23,6 +23,7 @@ from pipelines.core.processes import wait_for_all
 from pipelines.core.records import Outcome, with_checksum
 from pipelines.core.task import Task, TransferSet
 from pipelines.models.families import groups_of, layers_of, removable, unit_count, unit_width
+from pipelines.models.predict import sample_of
 from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training.arguments import arguments_for
 from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write_checksums
@@ -259,10 +260,6 @@ def _importance(
     loss = training_loss(model, processor, task, distill, teacher if soft_targets is None else None)
     batch_size = training.per_device_train_batch_size
     return measure_importance(model, sample_of(features, prune.prune_samples), loss, batch_size)
-
-
-def sample_of(features: Any, samples: int, seed: int = 0) -> Any:
-    return features.select(np.sort(np.random.default_rng(seed).permutation(len(features))[:samples]))
 
 
 def inputs_of(features: Any, collate: Any, batch_size: int, device: Any = "cpu") -> list[dict[str, Tensor]]:
