@@ -124,15 +124,13 @@ def choose_kept(importance: list[np.ndarray], remove: int, minimum: int) -> list
     Layers compete with one another, so they end up uneven; none falls below `minimum`.
     """
     kept = [np.ones(len(layer), dtype=bool) for layer in importance]
-    ranked = sorted(
-        (value, layer, index) for layer, values in enumerate(importance) for index, value in enumerate(values)
+    candidates = sorted(
+        (values[index], layer, index)
+        for layer, values in enumerate(importance)
+        for index in np.argsort(values, kind="stable")[: max(0, len(values) - minimum)]
     )
-    for _, layer, index in ranked:
-        if remove == 0:
-            break
-        if kept[layer].sum() > minimum:
-            kept[layer][index] = False
-            remove -= 1
+    for _, layer, index in candidates[: max(0, remove)]:
+        kept[layer][index] = False
     return [np.flatnonzero(layer) for layer in kept]
 
 
