@@ -18,7 +18,6 @@ from huggingface_hub import ModelCard, constants
 
 from conftest import quick_arguments
 from hub_server import HubServer
-from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
 from pipelines.core.records import RECORD, fingerprint, with_checksum
 from pipelines.data.images import read_image
@@ -27,6 +26,7 @@ from pipelines.onnx.predict import predict_onnx, run_session
 from pipelines.report.card import format_model_card
 from pipelines.report.report import read_report
 from pipelines.runtime import generate, infer
+from pipelines.runtime.infer import file_checksum
 from pipelines.tasks import task_class
 
 REPOSITORY = Path(__file__).parents[1]
@@ -193,7 +193,7 @@ def test_one_private_commit_with_the_files_that_others_look_for(a_run: Path, hub
     page = a_run / "bundle" / "web" / "library.mjs"
     page.parent.mkdir()
     page.write_text("// for a browser\n")
-    change_record(a_run, "bundle", lambda record: record["files"].update({"web/library.mjs": hash_file(page)}))
+    change_record(a_run, "bundle", lambda record: record["files"].update({"web/library.mjs": file_checksum(page)}))
     address = push(a_run, "ann/small", token=TOKEN)
 
     repository = hub.repository("ann/small")
@@ -666,7 +666,7 @@ def test_a_report_that_changed_is_known_by_its_file(a_run: Path) -> None:
 def test_stages_that_do_not_belong_together_are_refused(a_run: Path, hub: HubServer) -> None:
     config = a_run / "pruned" / "config.json"
     config.write_text(config.read_text() + "\n")
-    change_record(a_run, "pruned", lambda record: record["files"].update({"config.json": hash_file(config)}))
+    change_record(a_run, "pruned", lambda record: record["files"].update({"config.json": file_checksum(config)}))
     assert "'pruned'" in refusal(a_run), "a stage made anew after the report"
     shutil.rmtree(a_run / "pruned")
     assert "pruned/record.json" in refusal(a_run)

@@ -1,4 +1,4 @@
-"""The disk below a run: files written whole or not at all, their hashes, the lock of a directory, and one message when it is full."""
+"""The disk below a run: files written whole or not at all, digests, the lock of a directory, and one message when it is full."""
 
 from __future__ import annotations
 
@@ -36,11 +36,6 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(value: Any) -> str:

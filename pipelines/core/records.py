@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pipelines
-from pipelines.core.disk import digest, hash_file
+from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.core.sources import WEIGHT_SUFFIXES
+from pipelines.runtime.infer import file_checksum
 
 RECORD = "record.json"
 ATTEMPT = ".made_by.json"  # what an unfinished stage is to become
@@ -71,7 +72,7 @@ def damaged_files(directory: Path, record: dict[str, Any]) -> list[str]:
     return [
         name
         for name, digest in record["files"].items()
-        if not (directory / name).is_file() or hash_file(directory / name) != digest
+        if not (directory / name).is_file() or file_checksum(directory / name) != digest
     ]
 
 

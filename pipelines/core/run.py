@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pipelines
-from pipelines.core.disk import hash_file, lock, needing_room, write_json
+from pipelines.core.disk import lock, needing_room, write_json
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.identity import describe, differences
 from pipelines.core.machine import check_launch, quieten_libraries, use_available_cores
@@ -41,6 +41,7 @@ from pipelines.core.records import (
 )
 from pipelines.core.sources import model_fingerprint
 from pipelines.core.task import Task
+from pipelines.runtime.infer import file_checksum
 
 MARKER = ".pocketformers"
 
@@ -279,7 +280,7 @@ class Run:
             "processes": self.state.num_processes,
             "details": outcome.details,
             "versions": versions(),
-            "files": {str(path.relative_to(partial)): hash_file(path) for path in files},
+            "files": {str(path.relative_to(partial)): file_checksum(path) for path in files},
         }
         record = with_checksum(record)
         write_json(partial / RECORD, record)

@@ -8,8 +8,8 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
+from pipelines.runtime.infer import file_checksum
 
 PACKAGE_SCHEME = "package://"
 
@@ -118,7 +118,7 @@ def _directory_fingerprint(path: Path) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{hash_file(file)}\n".encode())
+        digest.update(f"{file.name}\0{file_checksum(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ import onnx
 
 import pipelines
 from pipelines.core.config import BundleConfig
-from pipelines.core.disk import hash_file, write_json
+from pipelines.core.disk import write_json
 from pipelines.core.errors import VerificationError
 from pipelines.core.records import Outcome, read_record, shipped_files
 from pipelines.core.sources import WEIGHT_SUFFIXES
@@ -97,7 +97,7 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of the files in `directory`, with their checksums and its own."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
     manifest["files"] = {
-        path.relative_to(directory).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size}
+        path.relative_to(directory).as_posix(): {"sha256": infer.file_checksum(path), "bytes": path.stat().st_size}
         for path in paths
         if path.name != MANIFEST
     }

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from pipelines.core.config import BundleConfig
-from pipelines.core.disk import hash_file
 from pipelines.core.errors import InputError
+from pipelines.runtime.infer import file_checksum
 
 HERE = Path(__file__).parents[1] / "runtime"
 SECONDS = 60  # that a page which nobody asked for may take
@@ -91,7 +91,7 @@ def copy_library(library: str, source: Path, web: Path) -> None:
     version, _, files = LIBRARIES[library]
     for name, checksum in files.items():
         path = source / name
-        if not path.is_file() or hash_file(path) != checksum:
+        if not path.is_file() or file_checksum(path) != checksum:
             found = "another version of it" if path.is_file() else "no such file"
             raise InputError(
                 f"expected {name} of {library} {version} at {path}, found {found}. Run npm install {library}@{version}, and name that "

@@ -8,8 +8,9 @@ from typing import Any
 
 import transformers
 
-from pipelines.core.disk import hash_file, write_json
+from pipelines.core.disk import write_json
 from pipelines.core.records import damaged_files
+from pipelines.runtime.infer import file_checksum
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
@@ -55,7 +56,7 @@ def last_whole_checkpoint(directory: Path) -> str | None:
 def write_checksums(checkpoint: Path) -> None:
     """Write what every file of a checkpoint hashes to: a checkpoint without that was not written to its end."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    hashes = {str(path.relative_to(checkpoint)): hash_file(path) for path in files}
+    hashes = {str(path.relative_to(checkpoint)): file_checksum(path) for path in files}
     write_json(checkpoint / CHECKSUMS, {"files": hashes})
 
 
