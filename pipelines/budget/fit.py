@@ -121,7 +121,7 @@ def fit(settings: Settings) -> None:
         answer = chosen["answer"]
         if answer is None:
             raise VerificationError(
-                f"expected a model inside the budget, found none of {len(rows)}. The nearest: {'; '.join(map(_nearly(budget), nearest(rows)))}. "
+                f"expected a model inside the budget, found none of {len(rows)}. The nearest: {'; '.join(_nearly(row, budget) for row in nearest(rows))}. "
                 f"All rows are in {run.directory / FRONT}; 'pocketformers take {run.directory} ROW' ships one of them. More --time, more "
                 "--num_train_epochs or a looser bound may help."
             )
@@ -395,12 +395,9 @@ def write_front(run: Run, settings: Settings, rows: Sequence[Row], chosen: dict[
     print(f"inside the budget: {said or 'none'}; the teacher's {task.primary_metric} is {teacher:.4f}", flush=True)
 
 
-def _nearly(budget: Budget) -> Any:
-    def words(row: Row) -> str:
-        shown = cells(row, budget)
-        return f"row {shown['row']}, {row['name']} ({shown['MB']} MB, {shown['ms']} ms, {row['drop']:.2g} below the teacher; {shown['budget']})"
-
-    return words
+def _nearly(row: Row, budget: Budget) -> str:
+    shown = cells(row, budget)
+    return f"row {shown['row']}, {row['name']} ({shown['MB']} MB, {shown['ms']} ms, {row['drop']:.2g} below the teacher; {shown['budget']})"
 
 
 def _know_the_task(task: Task, models: list[str]) -> bool:
