@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -81,12 +82,8 @@ def untie(graph: onnx.GraphProto) -> dict[str, str]:
 
 def _library() -> Any:
     """ONNX Runtime's module of quantizers by blocks, which sets the root logger up on import: every library would print its information."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    from onnxruntime.quantization import matmul_nbits_quantizer
-
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with patch.object(logging, "basicConfig"):
+        from onnxruntime.quantization import matmul_nbits_quantizer
     return matmul_nbits_quantizer
 
 
