@@ -13,6 +13,11 @@ from pipelines.core.task import Arrays, Collate, Task
 from pipelines.runtime.infer import in_order
 
 
+def lengths_of(examples: Any) -> list[int]:
+    """How many tokens each example has; where they are of one length, 1."""
+    return list(examples["length"]) if "length" in getattr(examples, "column_names", []) else [1] * len(examples)
+
+
 def sample_of(rows: Any, samples: int, seed: int = 0) -> Any:
     """So many rows drawn at random, in their order; of fewer rows all."""
     return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:samples]))
@@ -36,8 +41,7 @@ def map_batches(
 
     Batches are of like length; `at_once` of them are worked on by so many threads.
     """
-    lengths = features["length"] if "length" in features.column_names else [1] * len(features)
-    batches = batches_by_length(lengths, batch_size)
+    batches = batches_by_length(lengths_of(features), batch_size)
 
     def collated() -> Iterator[dict[str, Any]]:
         for indices in tqdm(batches, desc=name, leave=False, disable=len(features) < 64):
@@ -78,7 +82,7 @@ def try_model(model: Any, features: Any, collate: Collate) -> None:
     """Raise InputError unless the model takes the shortest and the longest of the examples, padded to one batch."""
     import torch
 
-    lengths = features["length"] if "length" in features.column_names else [1] * len(features)
+    lengths = lengths_of(features)
     batch = collate([features[int(index)] for index in (np.argmin(lengths), np.argmax(lengths))])
     try:
         with torch.no_grad():  # what a model may keep of this must not hinder its training

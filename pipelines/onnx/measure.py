@@ -100,8 +100,9 @@ def carries(ratio: dict[str, float]) -> bool:
 
 def timing_feeds(features: Any, collate: Collate, batch_size: int = THROUGHPUT_BATCH) -> tuple[Arrays, list[Arrays]]:
     """The longest example alone, for the latency, and a fixed sample in batches of like length, for the throughput."""
-    lengths = features["length"] if "length" in features.column_names else [1] * len(features)
-    longest, batches = _timed_examples(lengths, batch_size)
+    from pipelines.models.predict import lengths_of
+
+    longest, batches = _timed_examples(lengths_of(features), batch_size)
     return feed_of(features, longest, collate), [feed_of(features, batch, collate) for batch in batches]
 
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import SchedulerType
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Collate, Task
 from pipelines.data.sources import check_safetensors
-from pipelines.models.predict import try_model
+from pipelines.models.predict import lengths_of, try_model
 from pipelines.training.arguments import best_metric
 from pipelines.training.checkpoints import BestCheckpoint, EarlyStopping, last_whole_checkpoint, write_checksums
 from pipelines.training.cpu import cpu_speedups
@@ -278,8 +278,7 @@ class Trainer(transformers.Trainer):
             return super()._get_train_sampler(train_dataset)
         global_batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        has_lengths = self._groups_lengths() and _has_lengths(examples)
-        lengths = list(examples["length"]) if has_lengths else [1] * len(examples)
+        lengths = lengths_of(examples) if self._groups_lengths() else [1] * len(examples)
         in_epoch = examples.in_epoch if draws else len(examples)
         fillers = -in_epoch % (self._train_batch_size * self.args.world_size) if isinstance(dataset, Filled) else 0
         rows_of = examples.rows_of_epoch if draws else None
@@ -295,12 +294,7 @@ class Trainer(transformers.Trainer):
 
 def evaluation_order(examples: Any) -> np.ndarray:
     """The order in which examples are evaluated, the same every time: the longest first, as little of a batch is padding then."""
-    lengths = examples["length"] if _has_lengths(examples) else [1] * len(examples)
-    return np.argsort(-np.asarray(lengths), kind="stable")
-
-
-def _has_lengths(examples: Any) -> bool:
-    return "length" in getattr(examples, "column_names", [])
+    return np.argsort(-np.asarray(lengths_of(examples)), kind="stable")
 
 
 def train(
