@@ -114,16 +114,8 @@ class DistillationTrainer(Trainer):
         loss = loss * self.rows_per_label  # all will be divided by the number of rows
         teacher: dict[str, Any] = named
         if self.teacher is not None:
-            # A teacher with a processor of its own: the collator adds what that makes of the same examples.
-            taken = signature(self.teacher.forward).parameters
-            own = {
-                name: values
-                for column, values in named.items()
-                if (name := column.removeprefix(TEACHER_COLUMN)) in taken
-            }
-            with torch.no_grad(), self._vectors(self.teacher, 1) as teacher_vectors:
-                from_teacher = self.teacher(**(own or inputs), **asked)
-            teacher = {TEACHER_COLUMN + name: values for name, values in self.task.outputs(from_teacher).items()}
+            with self._vectors(self.teacher, 1) as teacher_vectors:
+                from_teacher, teacher = ask_teacher(self.teacher, self.task, inputs, named, **asked)
         weight = self.distill.soft_target_weight
         if weight > 0:
             if not teacher:
@@ -181,6 +173,20 @@ class DistillationTrainer(Trainer):
         columns = getattr(self.train_dataset, "column_names", None) or []
         known: Any = self._signature_columns
         known += [name for name in columns if name.startswith(TEACHER_COLUMN) and name not in known]
+
+
+def ask_teacher(
+    teacher: Any, task: Any, inputs: dict[str, Any], columns: dict[str, Any], **asked: Any
+) -> tuple[Any, dict[str, Any]]:
+    """What a teacher returns for a batch, and its outputs as columns.
+
+    A teacher with a processor of its own reads what the collator made with that of the same examples, as further `columns`.
+    """
+    taken = signature(teacher.forward).parameters
+    own = {name: values for column, values in columns.items() if (name := column.removeprefix(TEACHER_COLUMN)) in taken}
+    with torch.no_grad():
+        found = teacher(**(own or inputs), **asked)
+    return found, {TEACHER_COLUMN + name: values for name, values in task.outputs(found).items()}
 
 
 def _mean_loss(

@@ -27,7 +27,7 @@ from pipelines.models.predict import sample_of
 from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training.arguments import arguments_for
 from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write_checksums
-from pipelines.training.distill import TEACHER_COLUMN, train_student
+from pipelines.training.distill import TEACHER_COLUMN, ask_teacher, train_student
 from pipelines.training.fine_tune import save, source_metrics, validation_metrics
 from pipelines.training.losses import teachers_loss
 from pipelines.training.masks import tune_masks
@@ -108,11 +108,7 @@ def training_loss(
         if weight == 0:
             return label_loss
         if teacher is not None:
-            # Its own inputs, where they are others than the student's.
-            own = {name.removeprefix(TEACHER_COLUMN): values for name, values in soft_targets.items()}
-            with torch.no_grad():
-                from_teacher = task.outputs(teacher_model(**(own or batch)))
-            soft_targets = {TEACHER_COLUMN + name: values for name, values in from_teacher.items()}
+            _, soft_targets = ask_teacher(teacher_model, task, batch, soft_targets)
         return (1 - weight) * label_loss + weight * teachers_loss(task, outputs, soft_targets, labels, distill)
 
     return loss
