@@ -28,6 +28,7 @@ import numpy as np
 from pipelines.core.errors import InputError
 from pipelines.core.machine import is_busy, load_beside
 from pipelines.core.task import Arrays, Workload
+from pipelines.models.predict import batches_by_length, lengths_of
 from pipelines.onnx.predict import complete_feed, feed_of
 from pipelines.runtime.infer import available_cores, open_session
 
@@ -100,8 +101,6 @@ def carries(ratio: dict[str, float]) -> bool:
 
 def timing_feeds(features: Any, collate: Collate, batch_size: int = THROUGHPUT_BATCH) -> tuple[Arrays, list[Arrays]]:
     """The longest example alone, for the latency, and a fixed sample in batches of like length, for the throughput."""
-    from pipelines.models.predict import lengths_of
-
     longest, batches = _timed_examples(lengths_of(features), batch_size)
     return feed_of(features, longest, collate), [feed_of(features, batch, collate) for batch in batches]
 
@@ -114,8 +113,6 @@ def estimator_workload(inputs: Any) -> Workload:
 
 
 def _timed_examples(lengths: Sequence[int], batch_size: int = THROUGHPUT_BATCH) -> tuple[np.ndarray, list[np.ndarray]]:
-    from pipelines.models.predict import batches_by_length
-
     sample = np.sort(np.random.default_rng(0).permutation(len(lengths))[:THROUGHPUT_EXAMPLES])
     batches = batches_by_length(np.asarray(lengths)[sample], batch_size)
     return np.array([np.argmax(lengths)]), [sample[batch] for batch in batches]
