@@ -128,7 +128,7 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
         f"{claim}.",
         f"Its {name} is {after} on {tested_on(report, presentation)}, the teacher's {before}.",
         f"The delta is {describe_delta(shipped['delta'], report, presentation)}.",
-        *_within_budget(report, shipped, teacher),
+        *_within_budget(report, teacher),
     ]
     if report.get("seeds"):
         sentences += seeds_sentences(report, presentation)
@@ -138,7 +138,7 @@ def conclusion(report: dict[str, Any], presentation: Presentation) -> str:
     return " ".join(sentences)
 
 
-def _within_budget(report: dict[str, Any], shipped: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
+def _within_budget(report: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
     """What the test split says of `pocketformers fit --within`: the drop, its one-sided 95 % bound, and whether the data can tell."""
     within, delta = report["config"].get("within"), report.get("delta_90")
     if within is None or delta is None:
