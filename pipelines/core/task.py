@@ -86,7 +86,6 @@ class StageResult:
     """A stage as the report sees it: its record, its predictions for the test split (see Task.predictions), its timing."""
 
     name: str
-    path: str
     format: str
     predictions: np.ndarray
     record: dict[str, Any]

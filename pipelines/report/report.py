@@ -82,7 +82,7 @@ def build_report(
         rows.append(
             {
                 "name": stage.name,
-                "path": stage.path,
+                "path": stage.name,
                 "format": stage.format,
                 **comparison.stages[stage.name],
                 "constant": stage.format == "sklearn" and bool((stage.predictions == stage.predictions[:1]).all()),
@@ -90,7 +90,7 @@ def build_report(
                 "delta_to_shipped": delta(stage.name, shipped.name) if for_less else None,
                 "quality_retained": _divide(score, best) if task.greater_is_better else _divide(best, score),
                 **{key: stage.record[key] for key in ("parameters", "bytes", "seconds")},
-                "needs": needed_versions(Path(run_dir) / stage.path),
+                "needs": needed_versions(Path(run_dir) / stage.name),
                 "ratios": {"smaller_than_teacher": _divide(teacher.record["bytes"], stage.record["bytes"])},
             }
         )

@@ -199,7 +199,7 @@ def score_stage(run: Run, name: str, batch_size: int, split: str = "test") -> St
     """A finished stage with what it predicts for a split."""
     record = run.record(name)
     predictions = predict_stage(run.place(name), record["format"], run.task, batch_size, split)
-    return StageResult(name, name, record["format"], predictions, record, timing={})
+    return StageResult(name, record["format"], predictions, record, timing={})
 
 
 def predict_stage(directory: Path, form: str, task: Task, batch_size: int, split: str = "test") -> np.ndarray:

@@ -181,11 +181,11 @@ def test_a_stage_is_compared_with_its_source_and_with_the_teacher(tmp_path):
 
 def test_the_report_names_the_class_that_each_stage_took_most_from():
     logits = np.eye(2)[REFERENCES]
-    stages = [StageResult("teacher", "teacher", "transformers", logits, {"details": {}}, {})]
+    stages = [StageResult("teacher", "transformers", logits, {"details": {}}, {})]
     for name, source, before, after in (("student", "teacher", 27, 16), ("quantized", "student", 16, 17)):
         made = {"made_by": {"source": source}, "details": {"source_metrics": scores(before)}}
         record = made | {"metrics": {"validation": scores(after)}}
-        stages.append(StageResult(name, name, "transformers", logits, record, {}))
+        stages.append(StageResult(name, "transformers", logits, record, {}))
     compared = compare_classifiers(stages, REFERENCES, ["a text"] * 300, ["many", "rare"], "quantized")
     assert [(one["stage"], one["class"]) for one in compared.report["lost_most"]] == [
         ("student", "rare"),

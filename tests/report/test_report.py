@@ -73,7 +73,7 @@ def make_stage(
         "threads": 2,
         "rounds": [{"p50": p50} for p50 in p50s],
     }
-    return StageResult(name, name, form, logits, record, timing)
+    return StageResult(name, form, logits, record, timing)
 
 
 def make_stages() -> list[StageResult]:

@@ -483,8 +483,8 @@ def test_the_comparison_names_the_texts_whose_labels_were_lost(topics, tokenizer
     # An exported model was not scored on the validation split, and has the thresholds of its source.
     exported = record_of(None, fingerprint(teacher))
     stages = [
-        StageResult("teacher", "teacher", "onnx", logits, teacher, {}),
-        StageResult("onnx", "onnx", "onnx", worse, exported, {}),
+        StageResult("teacher", "onnx", logits, teacher, {}),
+        StageResult("onnx", "onnx", worse, exported, {}),
     ]
     found = topics.compare(stages, tokenizer, shipped="onnx")
     assert found.stages["onnx"]["metrics"]["thresholds"] == dict.fromkeys(LABELS, 0.2)

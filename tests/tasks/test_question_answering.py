@@ -523,7 +523,7 @@ def test_the_comparison_names_the_questions_that_lost(questions):
     wrong = right.copy()
     lost = int(np.flatnonzero(ends)[0])
     wrong[lost, 2:4] = [0, 1]
-    stages = [StageResult(name, name, "onnx", found, {}, {}) for name, found in (("teacher", right), ("onnx", wrong))]
+    stages = [StageResult(name, "onnx", found, {}, {}) for name, found in (("teacher", right), ("onnx", wrong))]
     found = compare_answers(stages, rows, True, "onnx")
     assert found.stages["teacher"]["metrics"] == {"f1": 1.0, "exact_match": 1.0}
     assert found.stages["onnx"]["agreement"] == pytest.approx(1 - 1 / len(rows))

@@ -35,7 +35,7 @@ def make_stage(name: str, form: str, losses: np.ndarray, size: int, p50: float) 
         "threads": 2,
         "rounds": [{"p50": p50}],
     }
-    return StageResult(name, name, form, np.stack([losses, likeliest], axis=-1).astype(np.float32), record, timing)
+    return StageResult(name, form, np.stack([losses, likeliest], axis=-1).astype(np.float32), record, timing)
 
 
 def make_stages(repeated: int = 1) -> list[StageResult]:

@@ -408,8 +408,7 @@ def test_the_report_names_the_queries_that_lost(ranking, tokenizer):
     worse = references[:, 0].copy()
     worse[references[:, 1] == references[0, 1]] = [0.0, 0.1, 0.2, 0.3]
     stages = [
-        StageResult(name, name, "onnx", scores, {}, {})
-        for name, scores in (("teacher", references[:, 0]), ("onnx", worse))
+        StageResult(name, "onnx", scores, {}, {}) for name, scores in (("teacher", references[:, 0]), ("onnx", worse))
     ]
     found = ranking.compare(stages, tokenizer, shipped="onnx")
     place = 4 - int(np.argmax(references[:4, 0]))

@@ -117,9 +117,7 @@ def test_the_comparison_names_the_texts_whose_error_grew(scored, tokenizer):
     references = np.array(scored.features(tokenizer)["test"]["labels"], np.float64)
     worse = references.copy()
     worse[3] += 9
-    stages = [
-        StageResult(name, name, "onnx", scores, {}, {}) for name, scores in (("teacher", references), ("onnx", worse))
-    ]
+    stages = [StageResult(name, "onnx", scores, {}, {}) for name, scores in (("teacher", references), ("onnx", worse))]
     found = scored.compare(stages, tokenizer, shipped="onnx")
     assert found.report["worse_examples"]["total"] == 1
     [example] = found.report["worse_examples"]["examples"]

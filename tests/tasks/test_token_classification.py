@@ -472,7 +472,7 @@ def test_the_comparison_names_lost_spans(tagged, tokenizer):
     row, place = np.argwhere(np.isin(found, [tagged.label_names.index(f"B-{kind}") for kind in tagged.kinds]))[0]
     worse[row, place] = tagged.label_names.index("O")
     stages = [
-        StageResult(name, name, "onnx", own, {"details": {}}, {}) for name, own in (("teacher", found), ("onnx", worse))
+        StageResult(name, "onnx", own, {"details": {}}, {}) for name, own in (("teacher", found), ("onnx", worse))
     ]
     compared = tagged.compare(stages, tokenizer, shipped="onnx")
     lost = compared.report["lost_spans"]
