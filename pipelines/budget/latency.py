@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from pipelines.data.remembered import remembered
 from pipelines.onnx.calibrate import calibration_feeds
 from pipelines.onnx.export import ONNX_FILE, export_graph
 from pipelines.onnx.fuse import fuse_for_onnxruntime
-from pipelines.onnx.measure import Subject, measure
 from pipelines.onnx.quantize import SCHEMES
 from pipelines.report.report import describe_environment
+from pipelines.report.results import time_stages
 from pipelines.runtime import generate, infer
 
 ORDERS = "shapes.json"  # what infer.py --profile reads, and gives back beside the times
@@ -106,15 +106,13 @@ def time_graphs(
 ) -> Outcome:
     """The median milliseconds of an untrained graph of each shape on this machine, from the cache where they were timed before."""
 
+    brief = replace(report, benchmark_rounds=3, benchmark_seconds=0.3)
+
     def timed() -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
             write_graphs(source, Path(folder), task, shapes, quantize)
-            places = [Path(folder) / shape.name for shape in shapes]
-            subjects = [
-                Subject(shape.name, place, "onnx", task.workload(place, "validation"))
-                for shape, place in zip(shapes, places, strict=True)
-            ]
-            found = measure(subjects, rounds=3, threads=report.benchmark_threads, seconds=0.3)
+            places = {shape.name: Path(folder) / shape.name for shape in shapes}
+            found = time_stages(places, task, "validation", brief)
         return np.array([found[shape.name]["latency_ms"]["p50"] for shape in shapes])
 
     machine = describe_environment(0)
