@@ -263,8 +263,7 @@ def _keep_residuals_apart(graph: Graph) -> int:
             apart = ir.node("Sub", [right, left])
         else:
             apart = ir.node("Sum", [left, right])
-        _replace(add.outputs[0], apart)
-        graph.remove(add, safe=True)
+        ir.convenience.replace_nodes_and_values(graph, add, [add], [apart], add.outputs, apart.outputs)
         changed += 1
     return changed
 
@@ -363,12 +362,6 @@ def _is_tokens(value: Value) -> bool:
 
 def _only_reader(value: Value) -> Node | None:
     return value.consumers()[0] if len(value.uses()) == 1 and not value.is_graph_output() else None
-
-
-def _replace(old: Value, node: Node) -> None:
-    """Let every reader of `old` read the output of the new `node`."""
-    old.graph.insert_after(old.producer(), node)
-    _take_place(old, node.outputs[0])
 
 
 def _take_place(old: Value, new: Value) -> None:
