@@ -21,7 +21,7 @@ from pipelines.report.bootstrap import paired_bootstrap
 from pipelines.report.card import format_model_card
 from pipelines.report.pages import BASELINES, TEACHER, TEACHER_QUANTIZED, format_markdown
 from pipelines.report.plot import draw_report
-from pipelines.runtime.infer import available_cores
+from pipelines.runtime.infer import available_cores, cpu_info
 
 REPORT_FILES = ("report.json", "report.md", "report.png", "README.md")
 # What decides the speed of int8 and bfloat16 matmuls, under the names that Linux gives on x86 and on ARM.
@@ -31,13 +31,9 @@ ARM_SETS = ("asimd", "asimddp", "i8mm", "sve")
 
 def describe_environment(seed: int) -> dict[str, Any]:
     """The machine and the versions that the figures hold for; nothing that names its owner."""
-    information = Path("/proc/cpuinfo")
-    text = information.read_text(errors="replace") if information.exists() else ""
-    named = re.search(r"^(?:model name|Hardware|Model)\s*:\s*(.+)$", text, re.MULTILINE)
-    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = set(listed.group(1).split()) if listed else set()
+    flags = cpu_info("flags|Features").split()
     return {
-        "cpu": named.group(1).strip() if named else platform.processor() or platform.machine(),
+        "cpu": cpu_info() or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "cores": available_cores(),
         "instruction_sets": [name for name in X86_SETS + ARM_SETS if name in flags],

@@ -516,6 +516,14 @@ def benchmark(predictor: Predictor, examples: list[Example]) -> dict[str, Any]:
     return {"p50_ms": round(p50, 3), "p95_ms": round(p95, 3), "predictions_per_second": round(rate, 1)}
 
 
+def cpu_info(entry: str = "model name|Hardware|Model") -> str:
+    """An entry of Linux's description of the first core, its name if no other is asked for; empty where there is none."""
+    information = Path("/proc/cpuinfo")
+    text = information.read_text(errors="replace") if information.exists() else ""
+    found = re.search(rf"^(?:{entry})\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else ""
+
+
 def profile(folder: Path, threads: int | None) -> dict[str, Any]:
     """The median milliseconds of a call (of a language model: of a token) of each graph in a folder of untrained ones, on this device.
 
@@ -525,11 +533,8 @@ def profile(folder: Path, threads: int | None) -> dict[str, Any]:
     import onnxruntime
 
     orders = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
-    information = Path("/proc/cpuinfo")
-    text = information.read_text(errors="replace") if information.exists() else ""
-    named = re.search(r"^(?:model name|Hardware|Model)\s*:\s*(.+)$", text, re.MULTILINE)
     machine = {
-        "cpu": named.group(1).strip() if named else platform.machine(),
+        "cpu": cpu_info() or platform.machine(),
         "threads": threads or available_cores(),
         "onnxruntime": onnxruntime.__version__,
     }
