@@ -30,6 +30,7 @@ from pipelines.core.machine import is_busy, load_beside
 from pipelines.core.task import Arrays, Workload
 from pipelines.models.predict import batches_by_length, lengths_of
 from pipelines.onnx.predict import complete_feed, feed_of
+from pipelines.runtime import infer
 from pipelines.runtime.infer import available_cores, open_session
 
 if TYPE_CHECKING:
@@ -288,18 +289,8 @@ def time_calls(
     run: Callable[[Any], Any], feed: Any, seconds: float, minimum: int = MINIMUM_REPETITIONS
 ) -> dict[str, float]:
     """Percentiles of `minimum` calls or more in milliseconds, after a warm-up of a fifth of the time."""
-
-    def repeat(seconds: float, minimum: int) -> list[float]:
-        times: list[float] = []
-        end = time.perf_counter() + seconds
-        while len(times) < minimum or time.perf_counter() < end:
-            start = time.perf_counter()
-            run(feed)
-            times.append(time.perf_counter() - start)
-        return times
-
-    repeat(seconds / 5, min(3, minimum))
-    times = np.array(repeat(seconds, minimum)) * 1000
+    infer.time_calls(lambda _: run(feed), seconds / 5, min(3, minimum))
+    times = 1000 * np.array(infer.time_calls(lambda _: run(feed), seconds, minimum))
     return percentiles(times) | {"repetitions": len(times)}
 
 
