@@ -147,9 +147,12 @@ def image_pixels(image: Any, settings: dict[str, Any]) -> Any:
         image = image.convert("L")
     if settings["resize"] is not None:
         image = image.resize(resized(image.size, settings["resize"]), resample=settings["resample"])
-    pixels = np.asarray(image).reshape(*image.size[::-1], -1)
     if settings["crop"] is not None:
-        pixels = center_crop(pixels, settings["crop"]["height"], settings["crop"]["width"])
+        width, height = settings["crop"]["width"], settings["crop"]["height"]
+        # Beyond the edges it is black. A border that an odd difference leaves uneven is wider above and on the left.
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(image).reshape(*image.size[::-1], -1)
     if settings["rescale"] is not None:
         pixels = (pixels.astype(np.float64) * settings["rescale"]).astype(np.float32)
     pixels = pixels.astype(np.float32)
@@ -164,14 +167,3 @@ def resized(size: tuple[int, int], resize: dict[str, int]) -> tuple[int, int]:
         return resize["width"], resize["height"]
     (width, height), short = size, resize["shortest_edge"]
     return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-
-
-def center_crop(pixels: Any, height: int, width: int) -> Any:
-    """The middle (height, width) of pixels (rows, columns, channels), with black around it where they are fewer."""
-    rows, columns = pixels.shape[:2]
-    # A border that an odd difference leaves uneven is wider above and on the left.
-    above, left = -(-max(height - rows, 0) // 2), -(-max(width - columns, 0) // 2)
-    canvas = np.zeros((max(height, rows), max(width, columns), pixels.shape[2]), pixels.dtype)
-    canvas[above : above + rows, left : left + columns] = pixels
-    top, first = (rows - height) // 2 + above, (columns - width) // 2 + left
-    return canvas[top : top + height, first : first + width]
