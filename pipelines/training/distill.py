@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from inspect import signature
 from math import gcd
@@ -42,8 +42,8 @@ class DistillationTrainer(Trainer):
     attention maps and relations.
 
     The teacher is a model (online distillation), or its logits are a column `teacher_logits` of the training data (stored soft targets).
-    Without a `task` student and teacher have an output `logits` and read the same inputs. The other settings are those of DistillConfig, which
-    may also be given whole as `distill`; `hidden_state_map` pairs hidden states of student and teacher, see parse_hidden_state_map.
+    Without a `task` student and teacher have an output `logits` and read the same inputs. Further keywords are settings of DistillConfig, such
+    as `divergence`, which may also be given whole as `distill`; `hidden_state_map` pairs hidden states of student and teacher, see parse_hidden_state_map.
     """
 
     def __init__(
@@ -52,20 +52,10 @@ class DistillationTrainer(Trainer):
         teacher: Any = None,
         distill: DistillConfig | None = None,
         hidden_state_map: Sequence[tuple[int, int]] | str | None = None,
-        temperature: float = DistillConfig.temperature,
-        soft_target_weight: float = DistillConfig.soft_target_weight,
-        hidden_state_weight: float = DistillConfig.hidden_state_weight,
-        divergence: str = DistillConfig.divergence,
-        beta: float = DistillConfig.beta,
         **keywords: Any,
     ) -> None:
-        self.distill = distill or DistillConfig(
-            temperature=temperature,
-            soft_target_weight=soft_target_weight,
-            hidden_state_weight=hidden_state_weight,
-            divergence=divergence,
-            beta=beta,
-        )
+        own = {one.name: keywords.pop(one.name) for one in fields(DistillConfig) if one.name in keywords}
+        self.distill = distill or DistillConfig(**own)
         student: Any = arguments[0] if arguments else keywords.get("model")
         self.hidden_state_map: list[tuple[int, int]] = []
         if self.distill.needs_teacher:
