@@ -183,7 +183,7 @@ def test_spans_are_those_of_infer_py_wherever_they_begin(libraries, tmp_path):
     generator = np.random.default_rng(0)
     texts = ["".join(generator.choice(PIECES, generator.integers(0, 25))) for _ in range(SPAN_TEXTS)]
     wordpiece_of(texts).save(str(tmp_path / "tokenizer.json"))
-    windows = spans.Windows(tmp_path / "tokenizer.json", 12, ["input_ids"])
+    windows = spans.Windows(infer.open_tokenizer(tmp_path / "tokenizer.json"), 12, ["input_ids"])
     script = """
         const {Tokenizer} = await import(given.library);
         const tokenizer = new Tokenizer(given.tokenizer, {});
