@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 ANSWERS = 3  # that are kept of each question, the likeliest first
@@ -50,11 +51,18 @@ def trimmed(context: str, start: int, end: int) -> tuple[int, int]:
 
 
 class AnswerModel:
-    """A model that finds the answer to a question in a context; `tokenizer` is one of the tokenizers library, `session` of ONNX Runtime."""
+    """A model that finds the answer to a question in a context; `tokenizer` is one of the tokenizers library, `session` of ONNX Runtime,
+    and `feed` makes inputs of the graph from an Encoding."""
 
-    def __init__(self, tokenizer: Any, session: Any, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
-        self.tokenizer, self.session, self.inputs, self.outputs = tokenizer, session, inputs, outputs
-        self.names = [value.name for value in session.get_inputs()]
+    def __init__(
+        self,
+        tokenizer: Any,
+        feed: Callable[[Any], dict[str, Any]],
+        session: Any,
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
+    ) -> None:
+        self.tokenizer, self.feed, self.session, self.inputs, self.outputs = tokenizer, feed, session, inputs, outputs
         # A longer context is read in windows that share tokens.
         tokenizer.enable_truncation(inputs["max_length"], stride=inputs["overlap"], strategy="only_second")
         self.room = inputs["max_length"] - tokenizer.num_special_tokens_to_add(True) - inputs["overlap"] - 1
@@ -71,16 +79,6 @@ class AnswerModel:
             )
         encoding = self.tokenizer.encode(question, context)
         return [encoding, *encoding.overflowing]
-
-    def feed(self, window: Any) -> dict[str, Any]:
-        import numpy as np
-
-        columns = {
-            "input_ids": window.ids,
-            "attention_mask": window.attention_mask,
-            "token_type_ids": window.type_ids,
-        }
-        return {name: np.array([columns[name]], np.int64) for name in self.names}
 
     def logits(self, window: Any) -> tuple[Any, Any]:
         """The logits of the first and the last token of the answer, (tokens,) each."""

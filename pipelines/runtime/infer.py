@@ -32,6 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -205,21 +206,21 @@ def version_key(version: str) -> list[int]:
 
 def text_inputs(path: Path, settings: dict[str, Any], names: list[str]) -> Callable[[Example], dict[str, Any]]:
     """A function from a text or two to the inputs of the graph by their `names`, each int64 (1, tokens); `path` is a tokenizer.json."""
-    import numpy as np
-
     tokenizer = open_tokenizer(path)
     tokenizer.enable_truncation(settings["max_length"], strategy="longest_first", direction=settings["truncation_side"])
+    return lambda example: token_inputs(tokenizer.encode(*example), names)
 
-    def prepare(example: Example) -> dict[str, Any]:
-        encoding = tokenizer.encode(*example)
-        columns = {
-            "input_ids": encoding.ids,
-            "attention_mask": encoding.attention_mask,
-            "token_type_ids": encoding.type_ids,
-        }
-        return {name: np.array([columns[name]], np.int64) for name in names}
 
-    return prepare
+def token_inputs(encoding: Any, names: list[str]) -> dict[str, Any]:
+    """An Encoding of tokenizers as the inputs of the graph by their `names`, each int64 (1, tokens)."""
+    import numpy as np
+
+    columns = {
+        "input_ids": encoding.ids,
+        "attention_mask": encoding.attention_mask,
+        "token_type_ids": encoding.type_ids,
+    }
+    return {name: np.array([columns[name]], np.int64) for name in names}
 
 
 def open_tokenizer(path: Path) -> Any:
@@ -341,8 +342,9 @@ class Answerer:
     def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
         self.manifest, self.session = open_model(directory, manifest, **how)
         tokenizer = open_tokenizer(Path(directory) / "tokenizer.json")
+        feed = partial(token_inputs, names=[value.name for value in self.session.get_inputs()])
         settings = self.manifest["inputs"], self.manifest["outputs"]
-        self.model = module_beside("answers").AnswerModel(tokenizer, self.session, *settings)
+        self.model = module_beside("answers").AnswerModel(tokenizer, feed, self.session, *settings)
 
     def logits(self, example: Example) -> Any:
         return [self.model.logits(window) for window in self.model.windows(*example)]
@@ -356,9 +358,9 @@ class SpanFinder:
 
     def __init__(self, directory: str | Path, manifest: dict[str, Any] | None = None, **how: Any) -> None:
         self.manifest, self.session = open_model(directory, manifest, **how)
-        module, names = module_beside("spans"), [value.name for value in self.session.get_inputs()]
-        tokenizer = open_tokenizer(Path(directory) / "tokenizer.json")
-        windows = module.Windows(tokenizer, self.manifest["inputs"]["max_length"], names)
+        module, tokenizer = module_beside("spans"), open_tokenizer(Path(directory) / "tokenizer.json")
+        feed = partial(token_inputs, names=[value.name for value in self.session.get_inputs()])
+        windows = module.Windows(tokenizer, feed, self.manifest["inputs"]["max_length"])
         labels = self.manifest["outputs"]["labels"]
         self.model = module.SpanModel(windows, labels, lambda feed: self.session.run(None, feed)[0])
 

@@ -69,32 +69,21 @@ def redact(text: str, spans: Sequence[dict[str, Any]]) -> str:
 
 
 class Windows:
-    """The windows of a text as inputs of the graph by their `names`; the `tokenizer`, of the library tokenizers, pads nothing."""
+    """The windows of a text as what `feed` makes of an Encoding; the `tokenizer`, of the library tokenizers, pads nothing."""
 
-    def __init__(self, tokenizer: Any, max_length: int, names: Sequence[str]) -> None:
-        self.tokenizer, self.overlap, self.names = tokenizer, max_length // OVERLAP, names
+    def __init__(self, tokenizer: Any, feed: Callable[[Any], dict[str, Any]], max_length: int) -> None:
+        self.tokenizer, self.feed, self.overlap = tokenizer, feed, max_length // OVERLAP
         self.tokenizer.enable_truncation(max_length, stride=self.overlap)
 
     def __call__(self, text: str) -> Iterator[tuple[dict[str, Any], list[int], list[tuple[int, int]]]]:
         """Of each window its inputs, int64 (1, tokens); the places in it of the tokens that count, and where these are in the text."""
-        import numpy as np
-
         encoding = self.tokenizer.encode(text)
         windows = [encoding, *encoding.overflowing]
         for number, window in enumerate(windows):
-            columns = {
-                "input_ids": window.ids,
-                "attention_mask": window.attention_mask,
-                "token_type_ids": window.type_ids,
-            }
             places = [place for place, special in enumerate(window.special_tokens_mask) if not special]
             first, after = kept_range(number, number == len(windows) - 1, len(places), self.overlap)
             kept = places[first:after]
-            yield (
-                {name: np.array([columns[name]], np.int64) for name in self.names},
-                kept,
-                [window.offsets[place] for place in kept],
-            )
+            yield self.feed(window), kept, [window.offsets[place] for place in kept]
 
 
 class SpanModel:

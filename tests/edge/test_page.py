@@ -46,6 +46,7 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node
 TEXTS = [text for text, _ in make_texts(12, seed=5)]
 SPAN_TEXTS = int(os.environ.get("SPAN_TEXTS", 1000))  # 10,000 were tried
 ODD_TEXTS = ["goal " * 100, "NAÏVE 東京 🙂 server", "[SEP] goal"]
+feed_ids = functools.partial(infer.token_inputs, names=["input_ids"])
 
 
 def node(script: str, given: Any) -> Any:
@@ -183,7 +184,7 @@ def test_spans_are_those_of_infer_py_wherever_they_begin(libraries, tmp_path):
     generator = np.random.default_rng(0)
     texts = ["".join(generator.choice(PIECES, generator.integers(0, 25))) for _ in range(SPAN_TEXTS)]
     wordpiece_of(texts).save(str(tmp_path / "tokenizer.json"))
-    windows = spans.Windows(infer.open_tokenizer(tmp_path / "tokenizer.json"), 12, ["input_ids"])
+    windows = spans.Windows(infer.open_tokenizer(tmp_path / "tokenizer.json"), feed_ids, 12)
     script = """
         const {Tokenizer} = await import(given.library);
         const tokenizer = new Tokenizer(given.tokenizer, {});
@@ -289,8 +290,9 @@ def test_answers_are_those_of_infer_py(unanswerable, tokenizer, libraries, tmp_p
         return [3 * np.sin(feed["input_ids"] * (7.0 + side) + side) for side in range(2)]
 
     tokenizer.save_pretrained(tmp_path)
-    session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="input_ids")], run=run)
-    model = AnswerModel(infer.open_tokenizer(tmp_path / "tokenizer.json"), session, inputs, outputs)
+    model = AnswerModel(
+        infer.open_tokenizer(tmp_path / "tokenizer.json"), feed_ids, SimpleNamespace(run=run), inputs, outputs
+    )
     pieces = [
         "goal ",
         "the match, ",

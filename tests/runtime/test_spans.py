@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.runtime.infer import open_tokenizer
+from pipelines.runtime.infer import open_tokenizer, token_inputs
 from pipelines.runtime.spans import Windows, find_spans, redact
 
 LABELS = ["O", "B-A", "I-A", "B-B", "I-B"]
@@ -19,7 +20,7 @@ LABELS = ["O", "B-A", "I-A", "B-B", "I-B"]
 def windows(tmp_path_factory, tokenizer) -> Windows:
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
-    return Windows(open_tokenizer(folder / "tokenizer.json"), 12, ["input_ids"])
+    return Windows(open_tokenizer(folder / "tokenizer.json"), partial(token_inputs, names=["input_ids"]), 12)
 
 
 PIECES = ["🙂", "e\u0301", "👩\u200d👧", "\r\n", "\t", " ", "שלום", "نص", "नमस्ते", "goal", "12", ".", "[SEP]"]

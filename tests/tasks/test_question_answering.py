@@ -11,6 +11,7 @@ import string
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
 from pipelines.report.results import predict_stage
 from pipelines.runtime.answers import AnswerModel, likeliest_spans
+from pipelines.runtime.infer import token_inputs
 from pipelines.tasks import task_of_model
 from pipelines.tasks.question_answering import scores
 from pipelines.tasks.question_answering.data import AnswerConfig, load_questions
@@ -181,11 +183,13 @@ def answer_model(tokenizer: Any, seed: int = 0, unanswerable: bool = False, max_
     def run(names: list[str], feed: dict[str, Any]) -> list[np.ndarray]:
         return [generator.normal(0, 3, feed["input_ids"].shape).astype(np.float32) for _ in names]
 
-    session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="input_ids")], run=run)
+    feed = partial(token_inputs, names=["input_ids"])
     inputs = {"max_length": max_length, "overlap": 6}
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
-    return AnswerModel(backend, session, inputs, {"max_answer_tokens": 8, "unanswerable": unanswerable})
+    return AnswerModel(
+        backend, feed, SimpleNamespace(run=run), inputs, {"max_answer_tokens": 8, "unanswerable": unanswerable}
+    )
 
 
 def test_an_answer_is_the_characters_that_it_names(tokenizer):
