@@ -6,8 +6,10 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -18,7 +20,6 @@ from transformers.trainer_utils import SchedulerType
 
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Collate, Task
-from pipelines.data.sources import check_safetensors
 from pipelines.models.predict import lengths_of, try_model
 from pipelines.training.arguments import best_metric
 from pipelines.training.checkpoints import BestCheckpoint, EarlyStopping, last_whole_checkpoint, write_checksums
@@ -26,7 +27,6 @@ from pipelines.training.cpu import cpu_speedups
 from pipelines.training.losses import ClassifierLoss, NextTokenLoss, losses_of
 from pipelines.training.transfer import RowsOf, WithTransfer, own_labels
 
-WEIGHTS = "model.safetensors"
 # The scale of fp16 is halved at every overflow, so that it is found after 16 steps at most; none of these updates the weights.
 HARMLESS_OVERFLOWS = 20
 
@@ -227,15 +227,12 @@ class Trainer(transformers.Trainer):
             super()._run_epoch(*arguments, **keywords)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        model: Any = self.model
         # transformers 5 writes the weights of a ViT, for one, under the names of earlier versions, and the Trainer that resumes or takes
         # the best checkpoint does not know these: it leaves the weights as they are, in silence (transformers issue 43701).
-        directory = Path(str(output_dir or self.args.output_dir))
-        if self.args.should_save and (directory / WEIGHTS).is_file():
-            own = model.state_dict() if state_dict is None else state_dict
-            if not check_safetensors(directory / WEIGHTS) <= own.keys():
-                model.save_pretrained(directory, state_dict=state_dict, save_original_format=False)
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        by_own_names = partial(model.save_pretrained, save_original_format=False)
+        with patch.object(model, "save_pretrained", by_own_names):
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.check_weights()
