@@ -28,8 +28,8 @@ from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish, source_metrics
 from pipelines.training.losses import attention_loss, hidden_state_loss, relation_loss, teachers_loss
 from pipelines.training.soft_targets import check_teacher, with_soft_targets, with_transfer
-from pipelines.training.trainer import OneViewAnEpoch, Trainer, train
-from pipelines.training.transfer import own_labels
+from pipelines.training.trainer import Trainer, train
+from pipelines.training.transfer import OneViewAnEpoch, own_labels
 
 PROJECTIONS = "hidden_state_projections"
 TEACHER_LAYERS = "teacher_layers"  # in a student's config: the teacher's layers that its own are copies of

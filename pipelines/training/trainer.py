@@ -36,7 +36,7 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
     transformers groups within one device's batch and draws from the global generator, so two processes see other batches than one,
     and dropout on one of them shifts its order against the other's. Here the group is the global batch and an epoch has its own seed.
-    `fillers` more indices follow at the end (see Filled). `rows_of` tells which rows an epoch has (see WithTransfer). Rows of the same of
+    `fillers` more indices follow at the end (see Filled). `rows_of` tells which rows an epoch has (see transfer.py). Rows of the same of
     `groups`, such as the candidates of a query, stay together, so that a loss may compare them.
     """
 
@@ -88,25 +88,6 @@ class Filled(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row: dict[str, Any] = self.examples[index if index < len(self.examples) else 0]
         return row if index < len(self.examples) else row | {"labels": np.full_like(row["labels"], IGNORED).tolist()}
-
-
-class OneViewAnEpoch(torch.utils.data.Dataset):
-    """Examples that are there `views` times over, one after the other: epoch e has those of view e, and begins again after the last."""
-
-    def __init__(self, examples: Any, views: int) -> None:
-        self.examples, self.views, self.column_names = examples, views, examples.column_names
-        # In shared memory, since a worker of a DataLoader may live for several epochs.
-        self.view = torch.zeros(1, dtype=torch.int64).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.examples) // self.views
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row: dict[str, Any] = self.examples[int(self.view) * len(self) + index]
-        return row
-
-    def set_epoch(self, epoch: int) -> None:
-        self.view.fill_(epoch % self.views)
 
 
 class Trainer(transformers.Trainer):
@@ -221,8 +202,6 @@ class Trainer(transformers.Trainer):
     # ---- Checkpoints
 
     def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
-        if isinstance(self.train_dataset, OneViewAnEpoch):
-            self.train_dataset.set_epoch(keywords["epoch"])  # accelerate does not, where a sampler has epochs, too
         if not self.control.should_training_stop:  # a training may be resumed that had stopped early
             super()._run_epoch(*arguments, **keywords)
 
@@ -268,7 +247,7 @@ class Trainer(transformers.Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         examples = dataset.examples if isinstance(dataset, Filled) else dataset
-        draws = isinstance(examples, WithTransfer)
+        draws = hasattr(examples, "rows_of_epoch")
         has_groups = self.has_task and "group" in getattr(examples, "column_names", [])
         groups = list(examples["group"]) if has_groups else None
         if not self._groups_lengths() and not draws and groups is None:
@@ -283,7 +262,7 @@ class Trainer(transformers.Trainer):
 
     def num_examples(self, dataloader: Any) -> int:
         examples = getattr(dataloader.dataset, "examples", dataloader.dataset)
-        return examples.in_epoch if isinstance(examples, WithTransfer) else super().num_examples(dataloader)
+        return examples.in_epoch if hasattr(examples, "in_epoch") else super().num_examples(dataloader)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return evaluation_order(eval_dataset).tolist() if self.has_task else super()._get_eval_sampler(eval_dataset)
@@ -313,7 +292,7 @@ def train(
     """
     arguments, metric = _arguments_of(training, task, directory), task.primary_metric
     batch = arguments.train_batch_size * arguments.world_size
-    rows = getattr(train_features, "in_epoch", len(train_features))  # of a transfer set not all
+    rows = getattr(train_features, "in_epoch", len(train_features))  # of a transfer set or of views not all
     if arguments.dataloader_drop_last and rows < batch:
         raise InputError(
             f"expected a whole batch of {batch} training examples with --dataloader_drop_last, found {rows}. Lower "

@@ -1,4 +1,4 @@
-"""Labelled and unlabelled examples in one training: which of them an epoch has, and what of a batch has labels."""
+"""Which examples an epoch has: labelled and unlabelled ones, or a view of each; and what of a batch has labels."""
 
 from __future__ import annotations
 
@@ -65,3 +65,20 @@ class WithTransfer(torch.utils.data.Dataset):
         order = np.random.default_rng(seed).permutation(len(self.unlabelled))
         drawn = order[(epoch * self.drawn + np.arange(self.drawn)) % len(order)]
         return np.concatenate([np.arange(len(self.labelled)), len(self.labelled) + drawn])
+
+
+class OneViewAnEpoch(torch.utils.data.Dataset):
+    """Examples that are there `views` times over, one after the other: epoch e has those of view e, and begins again after the last."""
+
+    def __init__(self, of_all_views: Any, views: int) -> None:
+        self.of_all_views, self.views, self.column_names = of_all_views, views, of_all_views.column_names
+        self.in_epoch = len(of_all_views) // views
+
+    def __len__(self) -> int:
+        return len(self.of_all_views)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.of_all_views[index]
+
+    def rows_of_epoch(self, seed: int, epoch: int) -> np.ndarray:
+        return epoch % self.views * self.in_epoch + np.arange(self.in_epoch)
