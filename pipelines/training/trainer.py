@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import SchedulerType
 
@@ -208,9 +209,8 @@ class Trainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # transformers 5 writes the weights of a ViT, for one, under the names of earlier versions, and the Trainer that resumes or takes
         # the best checkpoint does not know these: it leaves the weights as they are, in silence (transformers issue 43701).
-        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        by_own_names = partial(model.save_pretrained, save_original_format=False)
-        with patch.object(model, "save_pretrained", by_own_names):
+        by_own_names = partialmethod(PreTrainedModel.save_pretrained, save_original_format=False)
+        with patch.object(PreTrainedModel, "save_pretrained", by_own_names):
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
