@@ -42,8 +42,9 @@ class DistillationTrainer(Trainer):
     attention maps and relations.
 
     The teacher is a model (online distillation), or its logits are a column `teacher_logits` of the training data (stored soft targets).
-    Without a `task` student and teacher have an output `logits` and read the same inputs. Further keywords are settings of DistillConfig, such
-    as `divergence`, which may also be given whole as `distill`; `hidden_state_map` pairs hidden states of student and teacher, see parse_hidden_state_map.
+    Without a `task` student and teacher have an output `logits` and read the same inputs. `hidden_state_map` pairs hidden states of student
+    and teacher, see parse_hidden_state_map. Further keywords are settings of DistillConfig, such as `divergence` and `beta`, which may also
+    be given whole as `distill`, or arguments of transformers.Trainer.
     """
 
     def __init__(
