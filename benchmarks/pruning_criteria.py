@@ -2,9 +2,9 @@
 
     python benchmarks/pruning_criteria.py --run runs/bert_bbc_headlines --config recipes/configs/bert_bbc_headlines.yaml --output_dir runs/criteria
 
-First, as many units by each criterion, and so as fast: first-order importance (ours), the norm of a unit's weights, or chance. Second, heads
-and neurons compete, by importance for each millisecond or for each parameter, until a call takes as long as in the first table by the line
-that `fit` lays through timed graphs. What is left is as it is, scaled (see pipelines/training/masks.py) or, with --recover, distilled again
+First, as many units by each criterion, and so as fast: first-order importance (ours), the norm of a unit's weights, or chance. Second, another
+mix of heads and neurons, of which a call takes as long as in the first table by the line that `fit` lays through timed graphs: all compete, by
+importance for each millisecond or for each parameter; or of several shares of heads the one whose cut model loses least on the sample. What is left is as it is, scaled (see pipelines/training/masks.py) or, with --recover, distilled again
 for --prune_epochs. A seed is another sample of --prune_samples examples, other chances, and another order of the recovery.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` beside `pipelines`, installed or not
 
@@ -38,6 +39,8 @@ from pipelines.training.distill import train_student  # noqa: E402
 from pipelines.training.masks import tune_masks  # noqa: E402
 from pipelines.training.prune import MINIMUM, choose_units, inputs_of, measure_importance, training_loss  # noqa: E402
 
+# The shares of heads that least_loss() tries.
+HEADS_REMOVED = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3)
 Units = dict[str, list[np.ndarray]]  # a number, or the places, of each unit of each layer
 
 
@@ -96,6 +99,33 @@ def competing(importance: Units, costs: dict[str, float], ms: dict[str, float], 
     return {kind: [np.flatnonzero(layer) for layer in layers] for kind, layers in kept.items()}
 
 
+def least_loss(
+    whole: Any, importance: Units, ms: dict[str, float], saved: float, settings: Settings, loss_of: Any, rows: Any
+) -> Units:
+    """The units that stay of the share of heads whose cut model has the least loss on the rows; neurons go until `saved` milliseconds are."""
+    before, found = shape_of(whole), []
+    for share in HEADS_REMOVED:
+        heads = round(share * sum(before["heads"])) * ms["heads"]
+        neurons = (saved - heads) / (sum(before["neurons"]) * ms["neurons"])
+        if not 0 <= neurons <= 0.95:
+            continue
+        kept = choose_units(importance, before, replace(settings.prune, prune_heads=share, prune_ffn=neurons), 1.0)
+        model = copy.deepcopy(whole).eval()
+        cut(model, **kept)
+        loss = loss_of(model)
+        with torch.inference_mode():
+            value = sum(
+                float(loss([rows[row] for row in range(at, min(at + 32, len(rows)))])) for at in range(0, len(rows), 32)
+            )
+        found.append((value, share, kept))
+    value, share, kept = min(found, key=lambda one: one[0])
+    print(
+        f"least loss {value / len(rows):.4f} with {share:.0%} of the heads removed, of",
+        {f"{one:.0%}": f"{loss / len(rows):.4f}" for loss, one, _ in found},
+    )
+    return kept
+
+
 def milliseconds(settings: Settings, run: Run, student: Path) -> dict[str, float]:
     """What one head and one neuron take, by the line through graphs of the student's architecture."""
     task, shapes = run.task, graphs_of(run.task.load_config(str(student)), ["dynamic_int8"])
@@ -127,7 +157,10 @@ def compare(settings: Any, task: Task) -> dict[str, list[dict[str, float]]]:
     student, teacher = run_directory / "student", str(run_directory / "teacher")
     whole, processor = task.load_model(str(student)), task.load_processor(str(student))
     features, before, collate = task.features(processor)["train"], shape_of(whole), task.collate(processor)
-    loss = training_loss(whole, processor, task, settings.distill, teacher)
+
+    def loss_of(model: Any) -> Any:
+        return training_loss(model, processor, task, settings.distill, teacher)
+
     output = Path(settings.training.output_dir).absolute()
     with Run(output, task, settings.training.seed) as run:
         ms, parameters = milliseconds(settings, run, student), parameters_of(whole)
@@ -136,13 +169,14 @@ def compare(settings: Any, task: Task) -> dict[str, list[dict[str, float]]]:
     for seed in settings.criteria.criteria_seeds:
         rows = sample_of(features, prune.prune_samples, seed)
         batches = inputs_of(rows, collate, settings.training.per_device_eval_batch_size)
-        importance = measure_importance(whole, rows, loss)
+        importance = measure_importance(whole, rows, loss_of(whole))
         criteria = {"importance": importance, "magnitude": magnitude(whole), "random": chance(whole, seed)}
         choices = {name: choose_units(values, before, prune, 1.0) for name, values in criteria.items()}
         left = choices["importance"]
         saved = sum(ms[kind] * (sum(before[kind]) - sum(map(len, left[kind]))) for kind in left)
         for name, costs in (("for each millisecond", ms), ("for each parameter", parameters)):
             choices[name] = competing(importance, costs, ms, saved)
+        choices["least loss"] = least_loss(whole, importance, ms, saved, settings, loss_of, rows)
         for name, kept in choices.items():
             model = copy.deepcopy(whole)
             cut(model, **kept)
