@@ -252,7 +252,6 @@ def test_what_cannot_be_trimmed_is_refused_before_the_first_step(task, language_
             StudentConfig(student_vocabulary=wrong)
     with pytest.raises(InputError, match="found 'org/name'"):
         StudentConfig("org/name", student_vocabulary="corpus")
-    assert "student_vocabulary" not in describe(StudentConfig())
     assert describe(settings)["student_vocabulary"] == "corpus"
 
 

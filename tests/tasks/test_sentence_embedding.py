@@ -400,8 +400,8 @@ def test_a_baseline_is_compared_as_if_it_was_shipped(pairs):
     vectors = np.random.default_rng(0).normal(size=(len(labels), 8)).astype(np.float32)
     first = np.ones((labels != CORPUS).sum(), np.int64)
     stages = [
-        StageResult("teacher", "teacher", "transformers", vectors, {}, {}),
-        StageResult("bm25", "bm25", "sklearn", first, {}, {}),
+        StageResult("teacher", "transformers", vectors, {}, {}),
+        StageResult("bm25", "sklearn", first, {}, {}),
     ]
     found = task.compare(stages, None, "bm25", "validation")
     assert found.stages["bm25"]["metrics"]["mrr_at_10"] == 1 > found.stages["teacher"]["metrics"]["mrr_at_10"]

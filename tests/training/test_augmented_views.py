@@ -185,8 +185,7 @@ def test_views_of_what_is_not_augmented_are_refused(image_task, task, teacher, c
             DistillConfig(augmented_views=2, **online)
 
 
-def test_without_views_earlier_records_stay_valid(task):
-    assert "augmented_views" not in describe(DistillConfig())
+def test_soft_targets_of_no_views_are_those_of_the_examples(task):
     assert describe(DISTILL)["augmented_views"] == VIEWS
     assert DISTILL.only(task.soft_target_settings) == DISTILL
     assert len(task.soft_target_features(None, DistillConfig())) == len(task.splits["train"])

@@ -318,12 +318,12 @@ class QuestionAnswering(ClassifierLoss, TextTask):
         for row in range(count):
             question, context = rows[row]["question"], rows[row]["context"]
             batches = [collate([features[int(window)]]) for window in np.flatnonzero(rows_of_windows == row)]
-            feeds = [{name: batch[name].numpy() for name in model.names} for batch in batches]
             read = [model.feed(window) for window in model.windows(question, context)]
+            feeds = [{name: batch[name].numpy() for name in read[0]} for batch in batches]
             same = len(read) == len(feeds) and all(
                 np.array_equal(own[name], feed[name])
                 for own, feed in zip(read, feeds, strict=True)
-                for name in model.names
+                for name in own
             )
             logits = [run_session(model.session, feed) for feed in feeds]
             parts = [
