@@ -102,7 +102,8 @@ def competing(importance: Units, costs: dict[str, float], ms: dict[str, float], 
 def least_loss(
     whole: Any, importance: Units, ms: dict[str, float], saved: float, settings: Settings, loss_of: Any, rows: Any
 ) -> Units:
-    """The units that stay of the share of heads whose cut model has the least loss on the rows; neurons go until `saved` milliseconds are."""
+    """The units that stay of the share of heads whose cut model has the least loss on the rows, with so many neurons removed that
+    `saved` milliseconds are saved in all."""
     before, found = shape_of(whole), []
     for share in HEADS_REMOVED:
         heads = round(share * sum(before["heads"])) * ms["heads"]
@@ -118,6 +119,8 @@ def least_loss(
                 float(loss([rows[row] for row in range(at, min(at + 32, len(rows)))])) for at in range(0, len(rows), 32)
             )
         found.append((value, share, kept))
+    if not found:
+        raise InputError("expected a mix of heads and neurons that saves as much, found none. Prune less.")
     value, share, kept = min(found, key=lambda one: one[0])
     print(
         f"least loss {value / len(rows):.4f} with {share:.0%} of the heads removed, of",

@@ -285,7 +285,8 @@ def _seconds(
     epoch = labelled = spent["soft_targets"]
     if "transfer_soft_targets" in spent:
         ratio = settings.transfer.transfer_ratio
-        epoch += spent["transfer_soft_targets"] if ratio is None else ratio * labelled
+        every = spent["transfer_soft_targets"]
+        epoch += every if ratio is None else min(ratio * labelled, every)
     learning = training.num_train_epochs * epoch
     if training.max_steps > 0:
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * run.state.num_processes

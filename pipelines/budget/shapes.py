@@ -31,7 +31,7 @@ from pipelines.training.prune import MINIMUM
 
 LAYERS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 # The shares of heads and of neurons that stay. Of several mixes that take equally long, a third of the heads with half of the neurons lost
-# least when they went, in five of five seeds (benchmarks/pruning_criteria.py); so two heads go for three neurons, in shares.
+# least when they went, in five of five seeds (benchmarks/pruning_criteria.py); so the share of heads that goes is two thirds of that of the neurons.
 SHARES = ((1.0, 1.0), (0.83, 0.75), (0.67, 0.5), (0.5, 0.25))
 # Of a teacher that is cut and not trained.
 UNTRAINED_SHARES = ((1.0, 1.0), (0.93, 0.9), (0.83, 0.75), (0.67, 0.5))

@@ -93,7 +93,8 @@ def _parts(
             for entry in visible(folder)
         )
     ]
-    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
+    named = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES and visible(folder)]
+    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in named}
     # Beside folders with other names, one of files alone is a class, even one that is called train.
     if "train" not in splits.values() or len(splits) == 1 < len(folders):
         splits = {folder: split for folder, split in splits.items() if folder in nests}

@@ -68,6 +68,7 @@ def cls_token_only(model: Any) -> Iterator[None]:
         path is None
         or not type(stock).__module__.startswith("transformers.")  # a head of other code may read other tokens
         or not type(stock).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
+        or getattr(stock.config, "chunk_size_feed_forward", 0) > 1  # which one token cannot be cut into
     ):
         yield
         return

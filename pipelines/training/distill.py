@@ -56,6 +56,10 @@ class DistillationTrainer(Trainer):
         **keywords: Any,
     ) -> None:
         own = {one.name: keywords.pop(one.name) for one in fields(DistillConfig) if one.name in keywords}
+        if own and distill is not None:
+            raise InputError(
+                f"expected settings in `distill` or as keywords, found both: {', '.join(own)}. Leave one out."
+            )
         self.distill = distill or DistillConfig(**own)
         student: Any = arguments[0] if arguments else keywords.get("model")
         self.hidden_state_map: list[tuple[int, int]] = []

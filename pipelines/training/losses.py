@@ -185,7 +185,7 @@ class ClassifierLoss:
         is_other = distill.divergence not in self.divergences
         if is_other or (distill.standardize_logits and self.unlike_classes):
             found = f"--divergence {distill.divergence}" if is_other else "--standardize_logits"
-            raise InputError(f"expected no {found}, since {self.unlike_classes}, found it. Leave it out.")
+            raise InputError(f"expected no {found}, found it. Leave it out: {self.unlike_classes}.")
 
     def soft_loss(self, outputs: Tensors, teacher: Tensors, labels: Tensor, distill: DistillConfig) -> Tensor:
         logits = standardize(outputs["logits"]) if distill.standardize_logits else outputs["logits"]

@@ -50,7 +50,7 @@ def test_every_choice_is_scored_as_it_is_scaled_and_recovered(trained_teacher, t
     settings.prune = PruneConfig(prune_heads=0.25, prune_ffn=0.5, prune_epochs=0.2, prune_samples=32)
     settings.training, settings.distill, settings.quantize = training, DistillConfig(), QuantizeConfig()
     found = criteria.compare(settings, task)
-    names = ["importance", "magnitude", "random", "for each millisecond", "for each parameter"]
+    names = ["importance", "magnitude", "random", "for each millisecond", "for each parameter", "least loss"]
     assert list(found) == ["student", *(f"{name}{left}" for name in names for left in ("", ", scaled", ", recovered"))]
     assert all(len(scores) == 2 for name, scores in found.items() if name != "student")
     assert "| for each parameter, scaled |" in criteria.table(found)

@@ -480,6 +480,8 @@ def test_plain_files_in_folders_of_splits_are_those_splits(tmp_path: Path, caplo
         (tmp_path / "books" / split).mkdir(parents=True)
         for number, (text, _) in enumerate(ROWS):
             (tmp_path / "books" / split / f"{number:02}.txt").write_text(prefix + text)
+    (tmp_path / "books" / "val").mkdir()  # an empty one is none
+    (tmp_path / "books" / "README.md").write_text("where these come from")
     for _ in range(2):
         data = load_documents(DataConfig(dataset=str(tmp_path / "books")), LanguageConfig())
         assert sorted(data.splits["test"]["text"]) == sorted(f"another {text}" for text, _ in ROWS)

@@ -23,7 +23,7 @@ FFN_INPUTS = {"distilbert": "ffn.lin1", "vit": "mlp.fc1", "deit": "mlp.fc1"}
 
 
 def is_hooked(model):
-    return any(module._forward_hooks for module in layers_of(model)[-1].modules())
+    return any(module._forward_hooks for module in model.modules())
 
 
 def forward_and_backward(model, inputs):
@@ -92,6 +92,7 @@ def test_what_reads_other_tokens_is_left_as_it_is():
         AutoModelForMaskedLM.from_config(tiny_model().config),
         tiny_model("resnet"),
         MeanForSequenceClassification(tiny_model().config),
+        tiny_model(chunk_size_feed_forward=2),  # one token is not cut in two
     ]
     for model in models:
         with cls_token_only(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ def test_a_student_is_made_again_where_the_model_it_starts_from_changed(tmp_path
     assert before == describe(StudentConfig(student_model=str(tmp_path)))
     tiny_model(seed=1).save_pretrained(tmp_path)
     assert differences(before, describe(StudentConfig(student_model=str(tmp_path)))) == ["student_model changed"]
+    assert describe(DistillConfig()) == asdict(DistillConfig())
 
 
 def trainer_for(student, task, tokenizer, training, **arguments):

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from conftest import make_texts, make_tokenizer, tiny_language_model, tiny_model
+from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.training.distill import DistillationTrainer
 
@@ -196,3 +197,8 @@ def test_what_cannot_be_distilled_is_one_message(tmp_path):
         trainer.compute_loss(student, {"input_ids": ids})
     with pytest.raises(InputError, match=r"logits of one shape .* \(2, 3\) and \(2, 5\)"):
         trainer.compute_loss(student, {"input_ids": ids, "labels": torch.tensor([0, 1])})
+
+
+def test_settings_are_given_in_one_place():
+    with pytest.raises(InputError, match="found both: temperature. Leave one out"):
+        DistillationTrainer(distill=DistillConfig(), temperature=1.0)

@@ -321,9 +321,7 @@ class QuestionAnswering(ClassifierLoss, TextTask):
             read = [model.feed(window) for window in model.windows(question, context)]
             feeds = [{name: batch[name].numpy() for name in read[0]} for batch in batches]
             same = len(read) == len(feeds) and all(
-                np.array_equal(own[name], feed[name])
-                for own, feed in zip(read, feeds, strict=True)
-                for name in own
+                np.array_equal(own[name], feed[name]) for own, feed in zip(read, feeds, strict=True) for name in own
             )
             logits = [run_session(model.session, feed) for feed in feeds]
             parts = [

@@ -102,7 +102,7 @@ class TokenPresentation(TextPresentation, ClassifierPresentation):
         section = examples_section(
             f"Spans that the teacher finds and {name} does not: {lost['total']:,} of {lost['expected']:,}. The other way round: "
             f"{lost['gained_total']:,}.",
-            "first",
+            "first of them",
             lost["examples"][:listed],
             ["example", "text", "span", f"{name} finds"],
             lambda one: [
