@@ -282,7 +282,7 @@ def _seconds(
     spent = {name: run.record(name)["seconds"] for name in run.stages}
     training, prune = settings.training, settings.prune
     # What the teacher needs for the examples of an epoch, and a student as much less as it is faster.
-    epoch = labelled = spent["soft_targets"]
+    epoch = labelled = spent["soft_targets"] / max(1, settings.distill.augmented_views)
     if "transfer_soft_targets" in spent:
         ratio = settings.transfer.transfer_ratio
         every = spent["transfer_soft_targets"]

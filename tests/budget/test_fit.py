@@ -261,19 +261,25 @@ def test_the_grid_is_what_the_family_allows(task, wide, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("transfer_ratio", "max_steps", "pruned", "seconds"),
+    ("transfer_ratio", "max_steps", "pruned", "views", "seconds"),
     [
         # Three forward passes a step, half of the teacher's time each, over 2 epochs of 10 s for the labelled and 50 s for all the others.
-        (None, -1, 1.0, 3 * 0.5 * 2 * (10 + 50)),
+        (None, -1, 1.0, 0, 3 * 0.5 * 2 * (10 + 50)),
         # Two unlabelled examples for each labelled one.
-        (2.0, -1, 1.0, 3 * 0.5 * 2 * (10 + 20)),
+        (2.0, -1, 1.0, 0, 3 * 0.5 * 2 * (10 + 20)),
+        # There are no more of them than 50 s for all.
+        (9.0, -1, 1.0, 0, 3 * 0.5 * 2 * (10 + 50)),
+        # An epoch has one of five views, which took 10 s together.
+        (None, -1, 1.0, 5, 3 * 0.5 * 2 * (10 / 5 + 50)),
         # 5 steps of 16 of the 200 labelled examples, whatever the epochs.
-        (2.0, 5, 1.0, 3 * 0.5 * 5 * 16 * 10 / 200),
+        (2.0, 5, 1.0, 0, 3 * 0.5 * 5 * 16 * 10 / 200),
         # And two rounds of pruning with an epoch of recovery each.
-        (2.0, 5, 0.5, 3 * 0.5 * (5 * 16 * 10 / 200 + 2 * 30)),
+        (2.0, 5, 0.5, 0, 3 * 0.5 * (5 * 16 * 10 / 200 + 2 * 30)),
     ],
 )
-def test_the_seconds_of_a_training_count_the_transfer_set_and_the_steps(transfer_ratio, max_steps, pruned, seconds):
+def test_the_seconds_of_a_training_count_the_transfer_set_and_the_steps(
+    transfer_ratio, max_steps, pruned, views, seconds
+):
     spent = {"teacher": 100.0, "soft_targets": 10.0, "transfer_soft_targets": 50.0, "teacher_onnx": 3.0}
     run = SimpleNamespace(
         stages=list(spent),
@@ -287,6 +293,7 @@ def test_the_seconds_of_a_training_count_the_transfer_set_and_the_steps(transfer
         training=SimpleNamespace(num_train_epochs=2.0, max_steps=max_steps, **batch),
         prune=SimpleNamespace(prune_steps=2, prune_epochs=1.0),
         transfer=SimpleNamespace(transfer_ratio=transfer_ratio),
+        distill=SimpleNamespace(augmented_views=views),
     )
     candidate = SimpleNamespace(ms=1.0, shape=Shape(1, 1.0, pruned, "dynamic_int8"))
     found, fixed, left = fit._seconds(run, settings, [candidate], SimpleNamespace(ms=2.0))
