@@ -21,11 +21,15 @@ def rank(score: float, greater_is_better: bool) -> float:
     return score if greater_is_better else -score
 
 
-def choose(rows: Sequence[Row], budget: Budget, greater_is_better: bool) -> dict[str, Row | None]:
-    """The `answer` of the rows inside the budget, and which of them are the `best`, the `smallest` and the `fastest`.
+def sought(budget: Budget) -> str:
+    """What a budget asks for: the `best` model inside a bound on size or time, with --within alone the `fastest`, without any the `knee`."""
+    if budget.bytes is not None or budget.ms is not None:
+        return "best"
+    return "knee" if budget.within is None else "fastest"
 
-    With a bound on size or time the answer is the best; with --within alone the fastest; without any bound the knee of the front.
-    """
+
+def choose(rows: Sequence[Row], budget: Budget, greater_is_better: bool) -> dict[str, Row | None]:
+    """The `answer` of the rows inside the budget (see sought), and which of them are the `best`, the `smallest` and the `fastest`."""
     inside = [row for row in rows if not row["breaks"] and rank(row["score"], greater_is_better) > -math.inf]
     if not inside:
         return dict.fromkeys(("answer", "best", "smallest", "fastest"))
@@ -38,12 +42,8 @@ def choose(rows: Sequence[Row], budget: Budget, greater_is_better: bool) -> dict
         "smallest": min(inside, key=lambda row: (row["bytes"], *better(row))),
         "fastest": min(inside, key=lambda row: (row["ms"], *better(row))),
     }
-    if budget.bytes is not None or budget.ms is not None:
-        answer = found["best"]
-    else:
-        answer = (
-            found["fastest"] if budget.within is not None else knee(front(inside, greater_is_better), greater_is_better)
-        )
+    asked = sought(budget)
+    answer = knee(front(inside, greater_is_better), greater_is_better) if asked == "knee" else found[asked]
     return {"answer": answer, **found}
 
 
@@ -81,18 +81,30 @@ def nearest(rows: Sequence[Row], count: int = 3) -> list[Row]:
     return sorted(rows, key=lambda row: sum(row["breaks"].values()))[:count]
 
 
-def rounds_of(seconds: Sequence[float], fixed: float, time: float | None) -> list[tuple[int, float]]:
-    """Successive halving (Jamieson and Talwalkar, 2016): candidates and share of the whole training, of each round.
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """So many of the items, or all, from the first to the last."""
+    count = min(count, len(items))
+    return [items[round(step * (len(items) - 1) / max(1, count - 1))] for step in range(count)]
 
-    `seconds` are those of the candidates' whole trainings, the most promising first; `fixed` what each costs besides. Where all fit into
-    `time` there is one round. Else half of the candidates, rounded up, go on from round to round, with twice the training; where even so
-    the last would get less than a quarter of the whole, there are fewer candidates. The last one is trained however little time there is.
+
+def rounds_of(
+    seconds: Sequence[float], fixed: float, time: float | None, asked: str = "best"
+) -> list[tuple[int, float]]:
+    """The number of trainings in each round, and the share of the whole training that each gets, to end within `time`.
+
+    `seconds` are those of the candidates' whole trainings, the slowest candidate first; `fixed` what each costs besides. There is one round,
+    but for the `best` of candidates whose trainings take longer than there is: then half of them, rounded up, go on from round to round, with
+    twice the training (successive halving; Jamieson and Talwalkar, 2016). For the `fastest` that is good enough the interval is halved
+    instead, which takes as few trainings as the number of candidates has bits. Where a training would get less than a quarter of the whole,
+    there are fewer. The last one is trained however little time there is.
     """
+    if asked == "fastest":  # at worst the slowest ones are tried
+        seconds = [seconds[2**step - 1] for step in range(len(seconds).bit_length())]
     if time is None or sum(seconds) + fixed * len(seconds) <= time:
         return [(len(seconds), 1.0)]
     for count in range(len(seconds), 0, -1):
         counts = [count]
-        while counts[-1] > 1:
+        while asked == "best" and counts[-1] > 1:
             counts.append((counts[-1] + 1) // 2)
         shares = [2.0 ** (place + 1 - len(counts)) for place in range(len(counts))]
         mean = sum(seconds[:count]) / count

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.budget.choice import Row, choose, front, nearest, rank, rounds_of
+from pipelines.budget.choice import Row, choose, evenly, front, nearest, rank, rounds_of, sought
 from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, write_graphs
 from pipelines.budget.shapes import (
     Forecast,
@@ -41,8 +41,8 @@ from pipelines.report.results import STAGES, finished_stages, score_stage, time_
 from pipelines.tasks import make_task
 
 FRONT = "front.json"
-# Twice as many with --time, which shortens their trainings where it must.
-MOST_CANDIDATES = 4
+# Trainings that are not shortened by --time.
+MOST_TRAININGS = 4
 # What is chosen here. The YAML of a chain may say it.
 CHOSEN = tuple(field.name for field in fields(StudentConfig) if field.name != "student_vocabulary")
 CHOSEN += ("prune_heads", "prune_ffn")
@@ -92,8 +92,7 @@ def fit(settings: Settings) -> None:
         transfer = task.transfer_set(settings.transfer)
         forecasts = forecast(run, settings, transfer)
         feasible = [one for one in forecasts if not budget.broken(**one.costs)]
-        most = MOST_CANDIDATES if settings.fit.seconds is None else 2 * MOST_CANDIDATES
-        candidates = candidates_of(feasible, forecasts[0], budget, most) if feasible else []
+        candidates = candidates_of(feasible, forecasts[0], budget, most_candidates(settings)) if feasible else []
         run.state.print(f"forecast: {exclusions([one.costs for one in forecasts], budget, len(candidates))}")
         if not candidates:
             raise InputError(impossible({one.shape.name: one.costs for one in forecasts}, budget))
@@ -128,10 +127,16 @@ def fit(settings: Settings) -> None:
         if answer["kind"] != "candidate":
             run.state.print(f"answer: {answer['name']}, which needs no student, meets the budget with the best score")
 
-        # 6. The answer becomes the run's own model; an estimator is no bundle, so the best model beside it is bundled.
+        # 6. The answer becomes the run's own model; an estimator is no bundle, so the best model beside it is bundled. Its training on labels
+        # alone says what the teacher brought.
         if answer["kind"] == "estimator":
             models_alone = [row for row in rows if row["kind"] != "estimator"]
             answer = choose(models_alone, budget, task.greater_is_better)["answer"]
+        for one in candidates:
+            if settings.report.label_baseline and answer is not None and one.shape.name == answer["name"]:
+                own = settings_of(settings, one.shape, answer["share_of_training"])
+                own.report = settings.report
+                make_models(run.inside(str(Path(answer["path"]).parent)), own, own.prune, transfer, one.shape.scheme)
         ship(run, settings, answer, without_bundle)
 
 
@@ -204,6 +209,14 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
     return [replace(one, ms=times.get(one.shape) or table[one.shape.scheme](one)) for one in found]
 
 
+def most_candidates(settings: Settings) -> int:
+    """How many candidates are tried: for the fastest one that is good enough as many as so few trainings tell apart, with --time else twice
+    as many as are trained to their end."""
+    if sought(settings.fit.budget) == "fastest":
+        return 2**MOST_TRAININGS - 1
+    return MOST_TRAININGS if settings.fit.seconds is None else 2 * MOST_TRAININGS
+
+
 def without_training(settings: Settings) -> Settings:
     """The settings by which students are copies of the teacher and nothing recovers. What is cut is chosen by the labels: a copy loses nothing
     of its teacher yet, so there is no slope."""
@@ -217,8 +230,9 @@ def without_training(settings: Settings) -> Settings:
 
 
 def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Settings:
-    """The settings of the chain that makes a shape, with a share of the training."""
+    """The settings of the chain that makes a shape, with a share of the training, and nothing beside it."""
     own = copy.copy(settings)
+    own.report = replace(settings.report, label_baseline=False)
     if shape.student is None:
         own.student = replace(settings.student, student_layers=str(shape.layers), student_vocabulary=shape.vocabulary)
     else:
@@ -243,27 +257,41 @@ def train_candidates(
     reference: StageResult | None,
 ) -> list[Row]:
     """The rows of the candidates, each from the last round that it came to, in a folder of its own in candidates/."""
-    task, rows = run.task, dict[str, Row]()
-    rounds = rounds_of(*_seconds(run, settings, candidates, whole))
-    if rounds != [(len(candidates), 1.0)]:
+    task, rows, asked = run.task, dict[str, Row](), sought(settings.fit.budget)
+    rounds = rounds_of(*_seconds(run, settings, candidates, whole), asked)
+    if asked == "fastest" or rounds != [(len(candidates), 1.0)]:
         said = ", then ".join(f"{count} with {share:.0%} of the training" for count, share in rounds)
-        run.state.print(f"search: {said}, to end within --time {settings.fit.time}")
+        within = f", to end within --time {settings.fit.time}" if settings.fit.time else ""
+        run.state.print(f"search: {said}{within}")
     with live_table(settings.fit.budget, run.state.is_main_process) as show:
 
-        def train(folder: str, own: Settings, scheme: str, row: Row) -> None:
+        def train(folder: str, own: Settings, scheme: str, row: Row) -> Row:
             path = f"{folder}/{make_models(run.inside(folder), own, own.prune, transfer, scheme)}"
             rows.pop(row["name"], None)
             rows[row["name"]] = made(run, settings, path, row, reference)
             show(list(rows.values()))
+            return rows[row["name"]]
 
-        alive = list(candidates)
-        for place, (count, share) in enumerate(rounds, start=1):
-            alive = alive[:count]
+        def train_share(one: Forecast, share: float, parent: str = "candidates") -> Row:
+            own, row = settings_of(settings, one.shape, share), planned(one) | {"share_of_training": share}
+            return train(f"{parent}/{one.shape.name}", own, one.shape.scheme, row)
+
+        [*earlier, (count, share)] = rounds
+        if asked == "fastest":
+            # What is slower than one that is good enough need not be tried, nor what is faster than one that is not.
+            left = evenly(candidates, 2**count - 1)
+            while left:
+                middle = len(left) // 2
+                is_out = train_share(left[middle], share)["breaks"]
+                left = left[:middle] if is_out else left[middle + 1 :]
+        else:
+            alive = evenly(candidates, rounds[0][0])
+            for place, (_, less) in enumerate(earlier, start=1):
+                found = [train_share(one, less, f"candidates/round_{place}")["score"] for one in alive]
+                ranked = sorted(zip(found, alive, strict=True), key=lambda pair: -rank(pair[0], task.greater_is_better))
+                alive = [one for _, one in ranked[: rounds[place][0]]]
             for one in alive:
-                folder = "candidates" if place == len(rounds) else f"candidates/round_{place}"
-                own, row = settings_of(settings, one.shape, share), planned(one) | {"share_of_training": share}
-                train(f"{folder}/{one.shape.name}", own, one.shape.scheme, row)
-            alive.sort(key=lambda one: -rank(rows[one.shape.name]["score"], task.greater_is_better))
+                train_share(one, share)
         # A student without a transformer costs little to try.
         if settings.report.baselines and settings.fit.train and "static" in task.student_kinds:
             own = settings_of(settings, replace(whole.shape, vocabulary=candidates[0].shape.vocabulary))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pipelines.budget.choice import evenly
 from pipelines.budget.words import Budget
 from pipelines.core.config import QuantizeConfig, StudentConfig
 from pipelines.core.errors import InputError
@@ -284,6 +285,5 @@ def _spread(shapes: list[Forecast], budget: Budget, most: int) -> list[Forecast]
         return list(dict.fromkeys(chosen))
     front = undominated(shapes)
     if len(front) > most:  # some of few layers and many neurons, some of many and few
-        deep = sorted(front, key=lambda one: one.capacity)
-        front = [deep[round(step * (len(deep) - 1) / max(1, most - 1))] for step in range(most)]
+        front = evenly(sorted(front, key=lambda one: one.capacity), most)
     return front

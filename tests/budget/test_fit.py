@@ -131,7 +131,7 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
     run = tmp_path / "run"
     command = [*command, "--within", "60", "--under", "1MB", "--under", "2.3ms", "--output_dir", str(run)]
     command += ["--student_layers", "2"]  # as the YAML of a chain has it
-    monkeypatch.setattr(fit, "MOST_CANDIDATES", 2)
+    monkeypatch.setattr(fit, "MOST_TRAININGS", 2)
     make_models = fit.make_models
     made = []
 
@@ -184,6 +184,28 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
     assert "99" in errors
 
 
+def test_with_within_alone_the_interval_is_halved_and_only_the_answer_learns_from_labels_alone(
+    pocketformers, command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fit, "MOST_TRAININGS", 2)
+    run = tmp_path / "run"
+    flags = ["--within", "100", "--baselines", "false", "--label_baseline", "true", "--output_dir", str(run)]
+    status, output, errors = pocketformers(*command, *flags)
+    assert status == 0, errors
+    assert "search: 2 with 100% of the training\n" in output
+    front = json.loads((run / "front.json").read_text())
+    slow, fast = sorted(front["rows"], key=lambda row: -row["forecast"]["ms"])
+    # All of three candidates are good enough: first the middle one is trained, then the fastest.
+    assert output.index(f"candidates/{slow['name']}/student: started") < output.index(
+        f"{fast['name']}/student: started"
+    )
+    answer = next(row for row in front["rows"] if row["number"] == front["answer"])
+    assert answer["ms"] == min(row["ms"] for row in front["rows"])
+    made = [path.parent.name for path in (run / "candidates").glob("*/student_labels_only")]
+    assert made == [answer["name"]]
+    assert json.loads((run / "report.json").read_text())["delta_to_labels_only"] is not None
+
+
 def test_another_checkpoint_is_a_candidate_too(pocketformers, command, trained_teacher, task, tmp_path):
     small = str(tmp_path / "small")
     tiny_model(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1).save_pretrained(small)
@@ -211,7 +233,7 @@ def test_with_train_false_the_teacher_is_cut_scaled_and_quantized(
         raise AssertionError("nothing is trained")
 
     monkeypatch.setattr("transformers.Trainer.train", trains)
-    monkeypatch.setattr(fit, "MOST_CANDIDATES", 1)
+    monkeypatch.setattr(fit, "MOST_TRAININGS", 1)
     run = tmp_path / "run"
     command = [
         *command,

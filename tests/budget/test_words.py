@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from pipelines.budget.choice import choose, front, nearest, rounds_of
+from pipelines.budget.choice import choose, evenly, front, nearest, rounds_of
 from pipelines.budget.latency import solve
 from pipelines.budget.shapes import Forecast, Shape, candidates_of, schemes_of, undominated
 from pipelines.budget.words import Budget, FitConfig, drop_of, exclusions, impossible
@@ -187,6 +188,31 @@ def test_halving_fits_into_the_time_and_trains_the_last_ones_longest(time):
     if time > sum(seconds) + 4 * fixed:
         assert rounds == [(4, 1.0)]
     assert rounds_of(seconds, fixed, None) == [(4, 1.0)]
+
+
+def test_items_are_taken_evenly_from_the_first_to_the_last():
+    assert evenly("abcdefg", 3) == ["a", "d", "g"]
+    assert evenly("abc", 9) == ["a", "b", "c"]
+    assert evenly("abc", 1) == ["a"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8, 15, 16])
+def test_for_the_fastest_there_are_as_many_trainings_as_halving_an_interval_takes(count):
+    seconds = [10.0 * (count - place) for place in range(count)]  # the slowest candidate takes longest
+    [(trainings, share)] = rounds_of(seconds, 0.0, None, "fastest")
+    assert (trainings, share) == (math.floor(math.log2(count)) + 1, 1.0)
+    left, worst = seconds, 0.0
+    while left:  # none but the slowest is good enough
+        worst += left[len(left) // 2]
+        left = left[: len(left) // 2]
+    [(trainings, share)] = rounds_of(seconds, 0.0, worst / 2, "fastest")
+    assert share * worst * trainings / (math.floor(math.log2(count)) + 1) <= worst / 2 * 1.3
+    assert share >= 0.25
+
+
+def test_for_the_knee_all_get_the_same_training():
+    assert rounds_of([100.0] * 4, 0.0, 200.0, "knee") == [(4, 0.5)]
+    assert rounds_of([100.0] * 4, 0.0, 60.0, "knee") == [(2, 0.3)]
 
 
 @pytest.mark.parametrize("cheap", [0, 1])
