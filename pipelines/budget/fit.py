@@ -21,6 +21,7 @@ from pipelines.budget.shapes import (
     candidates_of,
     forecast_bytes,
     grid,
+    is_copy,
     schemes_of,
     shapes_of_students,
     vocabularies_of,
@@ -125,18 +126,16 @@ def fit(settings: Settings) -> None:
                 "--num_train_epochs or a looser bound may help."
             )
         if answer["kind"] != "candidate":
-            run.state.print(f"answer: {answer['name']}, which needs no student, meets the budget with the best score")
+            asked = {"knee": "the knee of the front"}.get(sought(budget), f"the {sought(budget)} inside the budget")
+            run.state.print(f"answer: {answer['name']}, which needs no student, is {asked}")
 
         # 6. The answer becomes the run's own model; an estimator is no bundle, so the best model beside it is bundled. Its training on labels
         # alone says what the teacher brought.
         if answer["kind"] == "estimator":
             models_alone = [row for row in rows if row["kind"] != "estimator"]
             answer = choose(models_alone, budget, task.greater_is_better)["answer"]
-        for one in candidates:
-            if settings.report.label_baseline and answer is not None and one.shape.name == answer["name"]:
-                own = settings_of(settings, one.shape, answer["share_of_training"])
-                own.report = settings.report
-                make_models(run.inside(str(Path(answer["path"]).parent)), own, own.prune, transfer, one.shape.scheme)
+        if answer is not None and settings.report.label_baseline:
+            train_on_labels_alone(run, settings, answer, candidates, transfer)
         ship(run, settings, answer, without_bundle)
 
 
@@ -244,7 +243,7 @@ def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Setting
     own.training = copy.copy(settings.training)
     own.training.num_train_epochs *= share
     if own.training.max_steps > 0:
-        own.training.max_steps = max(1, round(own.training.max_steps * share))
+        own.training.max_steps = max(1, round(own.training.max_steps * share)) if share else -1
     return own
 
 
@@ -273,6 +272,7 @@ def train_candidates(
             return rows[row["name"]]
 
         def train_share(one: Forecast, share: float, parent: str = "candidates") -> Row:
+            share = 0.0 if is_copy(one, whole) else share
             own, row = settings_of(settings, one.shape, share), planned(one) | {"share_of_training": share}
             return train(f"{parent}/{one.shape.name}", own, one.shape.scheme, row)
 
@@ -300,6 +300,17 @@ def train_candidates(
     return list(rows.values())
 
 
+def train_on_labels_alone(
+    run: Run, settings: Settings, row: Row, candidates: Sequence[Forecast], transfer: TransferSet | None
+) -> None:
+    """The same student and the same steps as in a candidate's row, without the teacher, in the candidate's folder."""
+    for one in candidates:
+        if one.shape.name == row["name"] and row["share_of_training"]:
+            own = settings_of(settings, one.shape, row["share_of_training"])
+            own.report = settings.report
+            make_models(run.inside(str(Path(row["path"]).parent)), own, own.prune, transfer, one.shape.scheme)
+
+
 def _seconds(
     run: Run, settings: Settings, candidates: Sequence[Forecast], whole: Forecast
 ) -> tuple[list[float], float, float | None]:
@@ -321,6 +332,9 @@ def _seconds(
         learning = training.max_steps * batch * labelled / len(run.task.splits["train"])
     seconds = []
     for one in candidates:
+        if is_copy(one, whole):
+            seconds.append(0.0)
+            continue
         recovery = prune.prune_steps * prune.prune_epochs * epoch if one.shape.heads * one.shape.neurons < 1 else 0.0
         seconds.append(TRAINING_STEP * (learning + recovery) * (one.ms or 1.0) / (whole.ms or 1.0))
     return seconds, 2 * spent["teacher_onnx"], max(1.0, settings.fit.seconds - sum(spent.values()))

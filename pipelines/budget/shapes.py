@@ -261,29 +261,36 @@ def undominated(forecasts: Sequence[Forecast]) -> list[Forecast]:
     return [one for one in forecasts if not any(beats(other, one) for other in forecasts)]
 
 
+def is_copy(one: Forecast, whole: Forecast) -> bool:
+    """Whether a shape has all layers, heads and neurons of the teacher, so that there is nothing to learn."""
+    return one.shape.student is None and one.capacity[:3] == whole.capacity[:3]
+
+
 def candidates_of(feasible: Sequence[Forecast], whole: Forecast, budget: Budget, most: int) -> list[Forecast]:
-    """At most so many shapes of the teacher to train, and all other students, the slowest first. With a bound on size or time the largest that meet it; without any a spread from
-    the cheapest on, so that there is a front to choose from. The `whole` teacher is no student, unless there is no other shape."""
+    """At most so many shapes of the teacher to train, and all other students, the slowest first. With a bound on size or time those that no other
+    one has more of; without any a spread from the cheapest on, so that there is a front to choose from. A copy of the `whole` teacher is one
+    with fewer tokens, or where there is no other shape."""
     others = [one for one in feasible if one.shape.student is not None]
     own = [one for one in feasible if one.shape.student is None]
-    shapes = [one for one in own if one.capacity[:3] != whole.capacity[:3]] or own
-    shapes.sort(key=lambda one: (one.cost, one.bytes))
-    return sorted([*others, *(_spread(shapes, budget, most) if shapes else [])], key=lambda one: -one.cost)
+    shapes = [one for one in own if one.shape.vocabulary is not None or not is_copy(one, whole)] or own
+    found = _spread(shapes, most) if budget.bytes is None and budget.ms is None else _front(shapes, most)
+    return sorted([*others, *found], key=lambda one: -one.cost)
 
 
-def _spread(shapes: list[Forecast], budget: Budget, most: int) -> list[Forecast]:
-    if budget.bytes is None and budget.ms is None:
-        least, largest = shapes[0].cost, shapes[-1].cost
-        targets = [least * (largest / least) ** (step / (most - 1)) * 1.0001 for step in range(most)]
-        # The largest keeps all tokens, in the most bits. The others take as few bytes as their layers, heads and neurons can: tokens and bits
-        # of embeddings cost bytes, and hardly time or score.
-        lean: dict[tuple[float, ...], Forecast] = {}
-        for one in sorted(shapes, key=lambda one: -one.bytes):
-            lean[*one.capacity[:3], one.capacity[4]] = one
-        found = [[one for one in lean.values() if one.cost <= target] for target in targets[:-1]]
-        chosen = [max(some, key=lambda one: one.bytes) for some in [*filter(None, found), shapes]]
-        return list(dict.fromkeys(chosen))
-    front = undominated(shapes)
-    if len(front) > most:  # some of few layers and many neurons, some of many and few
-        front = evenly(sorted(front, key=lambda one: one.capacity), most)
-    return front
+def _front(shapes: Sequence[Forecast], most: int) -> list[Forecast]:
+    """Some of few layers and many neurons, some of many and few."""
+    return evenly(sorted(undominated(shapes), key=lambda one: one.capacity), most)
+
+
+def _spread(shapes: Sequence[Forecast], most: int) -> list[Forecast]:
+    """In equal steps of the logarithm of their cost. All take as few bytes as their layers, heads and neurons can: tokens and bits of embeddings
+    cost bytes, and hardly time or score."""
+    lean: dict[tuple[float, ...], Forecast] = {}
+    for one in sorted(shapes, key=lambda one: (-one.bytes, -one.cost)):
+        lean[*one.capacity[:3], one.capacity[4]] = one
+    by_cost = sorted(lean.values(), key=lambda one: one.cost)
+    if not by_cost:
+        return []
+    targets = 1.0001 * np.geomspace(by_cost[0].cost, by_cost[-1].cost, most)
+    found = [max((one for one in by_cost if one.cost <= most), key=lambda one: one.bytes) for most in targets]
+    return list(dict.fromkeys(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 
 from conftest import make_tokenizer, tiny_model
 from pipelines.budget import fit, latency
-from pipelines.budget.shapes import Shape, forecast_bytes, grid, schemes_of, shapes_of_students
+from pipelines.budget.shapes import Forecast, Shape, forecast_bytes, grid, schemes_of, shapes_of_students
 from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import QuantizeConfig
@@ -206,6 +207,27 @@ def test_with_within_alone_the_interval_is_halved_and_only_the_answer_learns_fro
     assert json.loads((run / "report.json").read_text())["delta_to_labels_only"] is not None
 
 
+def test_the_teacher_with_fewer_tokens_needs_no_training(
+    pocketformers, command, trained_teacher, tmp_path, monkeypatch
+):
+    def trains(*arguments, **keywords):
+        raise AssertionError("nothing is trained")
+
+    monkeypatch.setattr("transformers.Trainer.train", trains)
+    run, flags = (
+        tmp_path / "run",
+        ["--student_vocabulary", "corpus", "--label_baseline", "true", "--baselines", "false"],
+    )
+    status, output, errors = pocketformers(*command, *flags, "--under", "10MB", "--output_dir", str(run))
+    assert status == 0, errors
+    front = json.loads((run / "front.json").read_text())
+    [row] = front["rows"]
+    config = json.loads((trained_teacher / "config.json").read_text())
+    assert row["layers"] == config["num_hidden_layers"]
+    assert row["vocabulary"] < config["vocab_size"]
+    assert row["score"] == pytest.approx(front["teacher"], abs=0.05)
+
+
 def test_another_checkpoint_is_a_candidate_too(pocketformers, command, trained_teacher, task, tmp_path):
     small = str(tmp_path / "small")
     tiny_model(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1).save_pretrained(small)
@@ -317,7 +339,9 @@ def test_the_seconds_of_a_training_count_the_transfer_set_and_the_steps(
         transfer=SimpleNamespace(transfer_ratio=transfer_ratio),
         distill=SimpleNamespace(augmented_views=views),
     )
-    candidate = SimpleNamespace(ms=1.0, shape=Shape(1, 1.0, pruned, "dynamic_int8"))
-    found, fixed, left = fit._seconds(run, settings, [candidate], SimpleNamespace(ms=2.0))
-    assert found == [pytest.approx(seconds)]
+    candidate = Forecast(Shape(1, 1.0, pruned, "dynamic_int8"), 1, 4, 64, 1e6, 100, ms=1.0)
+    whole = Forecast(Shape(2, 1.0, 1.0, "dynamic_int8"), 2, 8, 128, 2e6, 100, ms=2.0)
+    trimmed = replace(whole, shape=replace(whole.shape, vocabulary="corpus"), vocabulary=50)
+    found, fixed, left = fit._seconds(run, settings, [trimmed, candidate], whole)
+    assert found == [0.0, pytest.approx(seconds)]  # a copy has nothing to learn
     assert (fixed, left) == (6.0, 1000.0 - 163.0)
