@@ -124,14 +124,19 @@ def teach(run: Run, settings: Settings, transfer: TransferSet | None) -> dict[st
     return {"distributed": True, "training": training, "soft_targets": soft_targets, "transfer": transfer}
 
 
-def make_models(
-    run: Run, settings: Settings, prune: PruneConfig, transfer: TransferSet | None, scheme: str | None = None
-) -> str:
-    """The stages up to the model to ship, whose name is returned; of a run that repeats another one only those that differ from it.
+def make_models(run: Run, settings: Settings, prune: PruneConfig, transfer: TransferSet | None) -> str:
+    """The stages up to the model to ship, whose name is returned; of a run that repeats another one only those that differ from it."""
+    small = make_small(run, settings, prune, transfer)
+    if settings.quantize.quantization == "none":
+        return small
+    # Another seed is quantized by the same scheme, also where speed chose it.
+    scheme = None if run.first is None else run.first.record("quantized")["details"]["scheme"]
+    return make_quantized(run, settings, small, scheme)
 
-    Such a run is quantized by the `scheme`, or as the other one was.
-    """
-    distill, first, quantize = settings.distill, run.first, settings.quantize
+
+def make_small(run: Run, settings: Settings, prune: PruneConfig, transfer: TransferSet | None) -> str:
+    """The stages up to the small model in ONNX, whose name is returned."""
+    distill, first = settings.distill, run.first
     learning = teach(run, settings, transfer)
     training = learning["training"]
 
@@ -162,17 +167,15 @@ def make_models(
     # 5. The teacher in ONNX is the fair baseline of speed.
     if first is None:
         run.stage("teacher_onnx", export_onnx, "teacher")
-    shipped = run.stage("onnx", export_onnx, small).name
+    return run.stage("onnx", export_onnx, small).name
 
-    # 6. Only what keeps the quality of the exported model is shipped.
-    if quantize.quantization != "none":
-        # Of another seed by the same scheme, also where speed chose it; and whatever it loses is part of the result.
-        same: dict[str, Any] = {}
-        if first is not None:
-            same = {"scheme": scheme or first.record("quantized")["details"]["scheme"], "gated": False}
-        shipped = run.stage("quantized", quantize_onnx, shipped, quantize=quantize, **same).name
-        _check_quality(run, "quantized", settings)
-    return shipped
+
+def make_quantized(run: Run, settings: Settings, small: str, scheme: str | None) -> str:
+    """6. Only what keeps the quality of the exported model is shipped. By a `scheme` that is given, whatever it loses is part of the result."""
+    given: dict[str, Any] = {} if scheme is None else {"scheme": scheme, "gated": False}
+    quantized = run.stage("quantized", quantize_onnx, small, quantize=settings.quantize, **given)
+    _check_quality(run, "quantized", settings)
+    return quantized.name
 
 
 def plan(run: Run, task: Task, settings: Settings, transfer: TransferSet | None) -> tuple[PruneConfig, str | None]:

@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pipelines.budget.shapes import (
 )
 from pipelines.budget.table import cells, draw_front, format_rows, live_table
 from pipelines.budget.words import Budget, drop_of, exclusions, impossible
-from pipelines.chain import finish, make_baselines, make_models, plan, teach
+from pipelines.chain import finish, make_baselines, make_quantized, make_small, plan, teach
 from pipelines.core.config import RepeatConfig, ReportConfig, Settings, StudentConfig, TransferConfig
 from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError, VerificationError
@@ -97,7 +97,10 @@ def fit(settings: Settings) -> None:
         run.state.print(f"forecast: {exclusions([one.costs for one in forecasts], budget, len(candidates))}")
         if not candidates:
             raise InputError(impossible({one.shape.name: one.costs for one in forecasts}, budget))
-        run.state.print(format_rows([planned(one) for one in candidates], budget))
+        schemes = {
+            one.shape.model: [other for other in feasible if other.shape.model == one.shape.model] for one in candidates
+        }
+        run.state.print(format_rows([planned(one) for forms in schemes.values() for one in forms], budget))
         if settings.fit.forecast:
             return
         without_bundle = None
@@ -111,7 +114,7 @@ def fit(settings: Settings) -> None:
         reference = predicted(run, settings, TEACHER) if run.state.is_main_process else None
 
         # 4. The candidates, each with a chain of its own.
-        rows = train_candidates(run, settings, candidates, forecasts[0], transfer, reference)
+        rows = train_candidates(run, settings, candidates, schemes, forecasts[0], transfer, reference)
         rows += baseline_rows(run, settings, reference)
 
         # 5. All are timed together, and the choice is made on the validation split.
@@ -168,13 +171,13 @@ def read_front(directory: Path) -> dict[str, Any]:
 def ship(run: Run, settings: Settings, row: Row | None, without_bundle: str | None) -> None:
     """Make a row's stages the run's own, bundle the model, and write the report: only here is the test split read."""
     stage = run.directory / (row or {}).get("path", "")
-    is_candidate = row is not None and row["kind"] == "candidate"
-    names = [name for name in OF_CANDIDATE if is_candidate and (stage.parent / name).is_dir()]
+    folders = stage.parents[1::-1] if row is not None and row["kind"] == "candidate" else []
+    made = {folder: [name for name in OF_CANDIDATE if (folder / name).is_dir()] for folder in folders}
     if run.state.is_main_process:
-        for name in OF_CANDIDATE:
-            if name not in names:
-                shutil.rmtree(run.directory / name, ignore_errors=True)
-    run.adopt(stage.parent, names)
+        for name in {*OF_CANDIDATE}.difference(*made.values()):
+            shutil.rmtree(run.directory / name, ignore_errors=True)
+    for folder, names in made.items():
+        run.adopt(folder, names)
     finish(run, settings, "fit", stage.name, without_bundle if row is not None else "no model meets the budget")
 
 
@@ -251,11 +254,12 @@ def train_candidates(
     run: Run,
     settings: Settings,
     candidates: Sequence[Forecast],
+    schemes: Mapping[str, Sequence[Forecast]],
     whole: Forecast,
     transfer: TransferSet | None,
     reference: StageResult | None,
 ) -> list[Row]:
-    """The rows of the candidates, each from the last round that it came to, in a folder of its own in candidates/."""
+    """The rows of the candidates in all their `schemes`, each from the last round that it came to, in a folder of its own in candidates/."""
     task, rows, asked = run.task, dict[str, Row](), sought(settings.fit.budget)
     rounds = rounds_of(*_seconds(run, settings, candidates, whole), asked)
     if asked == "fastest" or rounds != [(len(candidates), 1.0)]:
@@ -264,17 +268,26 @@ def train_candidates(
         run.state.print(f"search: {said}{within}")
     with live_table(settings.fit.budget, run.state.is_main_process) as show:
 
-        def train(folder: str, own: Settings, scheme: str, row: Row) -> Row:
-            path = f"{folder}/{make_models(run.inside(folder), own, own.prune, transfer, scheme)}"
-            rows.pop(row["name"], None)
-            rows[row["name"]] = made(run, settings, path, row, reference)
-            show(list(rows.values()))
-            return rows[row["name"]]
+        def train(folder: str, own: Settings, forms: Mapping[str, Row]) -> list[Row]:
+            inside, found = run.inside(folder), []
+            small = make_small(inside, own, own.prune, transfer)
+            for scheme, row in forms.items():
+                path = f"{folder}/{scheme}/{make_quantized(inside.inside(scheme), own, small, scheme)}"
+                rows.pop(row["name"], None)
+                rows[row["name"]] = made(run, settings, path, row, reference)
+                found.append(rows[row["name"]])
+                show(list(rows.values()))
+            return found
 
-        def train_share(one: Forecast, share: float, parent: str = "candidates") -> Row:
+        def train_share(one: Forecast, share: float, parent: str = "candidates") -> list[Row]:
             share = 0.0 if is_copy(one, whole) else share
-            own, row = settings_of(settings, one.shape, share), planned(one) | {"share_of_training": share}
-            return train(f"{parent}/{one.shape.name}", own, one.shape.scheme, row)
+            forms = {
+                form.shape.scheme: planned(form) | {"share_of_training": share} for form in schemes[one.shape.model]
+            }
+            return train(f"{parent}/{one.shape.model}", settings_of(settings, one.shape, share), forms)
+
+        def best(found: list[Row]) -> float:
+            return max(rank(row["score"], task.greater_is_better) for row in found)
 
         [*earlier, (count, share)] = rounds
         if asked == "fastest":
@@ -282,21 +295,20 @@ def train_candidates(
             left = evenly(candidates, 2**count - 1)
             while left:
                 middle = len(left) // 2
-                is_out = train_share(left[middle], share)["breaks"]
+                is_out = all(row["breaks"] for row in train_share(left[middle], share))
                 left = left[:middle] if is_out else left[middle + 1 :]
         else:
             alive = evenly(candidates, rounds[0][0])
             for place, (_, less) in enumerate(earlier, start=1):
-                found = [train_share(one, less, f"candidates/round_{place}")["score"] for one in alive]
-                ranked = sorted(zip(found, alive, strict=True), key=lambda pair: -rank(pair[0], task.greater_is_better))
-                alive = [one for _, one in ranked[: rounds[place][0]]]
+                scores = {one: best(train_share(one, less, f"candidates/round_{place}")) for one in alive}
+                alive = sorted(alive, key=lambda one: -scores[one])[: rounds[place][0]]
             for one in alive:
                 train_share(one, share)
         # A student without a transformer costs little to try.
         if settings.report.baselines and settings.fit.train and "static" in task.student_kinds:
             own = settings_of(settings, replace(whole.shape, vocabulary=candidates[0].shape.vocabulary))
             own.student = replace(own.student, student_model="static")
-            train("candidates/static", own, whole.shape.scheme, {"name": "static", "kind": "candidate"})
+            train("candidates/static", own, {whole.shape.scheme: {"name": "static", "kind": "candidate"}})
     return list(rows.values())
 
 
@@ -304,11 +316,12 @@ def train_on_labels_alone(
     run: Run, settings: Settings, row: Row, candidates: Sequence[Forecast], transfer: TransferSet | None
 ) -> None:
     """The same student and the same steps as in a candidate's row, without the teacher, in the candidate's folder."""
+    folder = Path(row["path"]).parents[1]
     for one in candidates:
-        if one.shape.name == row["name"] and row["share_of_training"]:
+        if folder.name == one.shape.model and row["share_of_training"]:
             own = settings_of(settings, one.shape, row["share_of_training"])
             own.report = settings.report
-            make_models(run.inside(str(Path(row["path"]).parent)), own, own.prune, transfer, one.shape.scheme)
+            make_small(run.inside(str(folder)), own, own.prune, transfer)
 
 
 def _seconds(
@@ -337,7 +350,7 @@ def _seconds(
             continue
         recovery = prune.prune_steps * prune.prune_epochs * epoch if one.shape.heads * one.shape.neurons < 1 else 0.0
         seconds.append(TRAINING_STEP * (learning + recovery) * (one.ms or 1.0) / (whole.ms or 1.0))
-    return seconds, 2 * spent["teacher_onnx"], max(1.0, settings.fit.seconds - sum(spent.values()))
+    return seconds, 3 * spent["teacher_onnx"], max(1.0, settings.fit.seconds - sum(spent.values()))
 
 
 def planned(one: Forecast) -> Row:
@@ -380,7 +393,7 @@ def baseline_rows(run: Run, settings: Settings, reference: StageResult | None) -
 
 def time_rows(source: None, directory: Path, task: Task, directories: list[Path], report: ReportConfig) -> Outcome:
     """The median milliseconds of directories, timed together on examples of the validation split."""
-    named = {f"{place} {path.parent.name} {path.name}": path for place, path in enumerate(directories)}
+    named = {f"{place} {'/'.join(path.parts[-3:])}": path for place, path in enumerate(directories)}
     timings = time_stages(named, task, "validation", report)
     return Outcome("timings", details={"ms": [timings[name]["latency_ms"]["p50"] for name in named]})
 

@@ -67,13 +67,17 @@ class Shape:
     fingerprint: str | None = None  # of that checkpoint
 
     @property
-    def name(self) -> str:
+    def model(self) -> str:
+        """Its name before it is quantized: one training serves all schemes."""
         if self.student is not None:
-            return f"{Path(self.student).name}_{self.scheme}"
+            return Path(self.student).name
         vocabulary = "" if self.vocabulary is None else f"_{self.vocabulary}_vocabulary"
-        return f"{self.layers}_layers_{self.heads:.0%}_heads_{self.neurons:.0%}_neurons".replace("%", "") + (
-            f"{vocabulary}_{self.scheme}"
-        )
+        units = f"{self.layers}_layers_{self.heads:.0%}_heads_{self.neurons:.0%}_neurons"
+        return units.replace("%", "") + vocabulary
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}_{self.scheme}"
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,7 @@ class Forecast:
     @property
     def capacity(self) -> tuple[float, ...]:
         """What a model can learn with: more of all of these is no worse."""
-        bits = BITS.get(self.shape.scheme, (8, 8))
-        return (self.layers, self.heads, self.neurons, *bits, self.vocabulary or 0)
+        return self.layers, self.heads, self.neurons, self.vocabulary or 0
 
 
 def schemes_of(task: Task, quantize: QuantizeConfig) -> list[str]:
@@ -267,11 +270,12 @@ def is_copy(one: Forecast, whole: Forecast) -> bool:
 
 
 def candidates_of(feasible: Sequence[Forecast], whole: Forecast, budget: Budget, most: int) -> list[Forecast]:
-    """At most so many shapes of the teacher to train, and all other students, the slowest first. With a bound on size or time those that no other
-    one has more of; without any a spread from the cheapest on, so that there is a front to choose from. A copy of the `whole` teacher is one
-    with fewer tokens, or where there is no other shape."""
-    others = [one for one in feasible if one.shape.student is not None]
-    own = [one for one in feasible if one.shape.student is None]
+    """At most so many shapes of the teacher to train, and all other students, each in its smallest scheme, the slowest first. With a bound on
+    size or time those that no other one has more of; without any a spread from the cheapest on, so that there is a front to choose from. A
+    copy of the `whole` teacher is one with fewer tokens, or where there is no other shape."""
+    smallest = {one.shape.model: one for one in sorted(feasible, key=lambda one: -one.bytes)}.values()
+    others = [one for one in smallest if one.shape.student is not None]
+    own = [one for one in smallest if one.shape.student is None]
     shapes = [one for one in own if one.shape.vocabulary is not None or not is_copy(one, whole)] or own
     found = _spread(shapes, most) if budget.bytes is None and budget.ms is None else _front(shapes, most)
     return sorted([*others, *found], key=lambda one: -one.cost)
@@ -283,11 +287,8 @@ def _front(shapes: Sequence[Forecast], most: int) -> list[Forecast]:
 
 
 def _spread(shapes: Sequence[Forecast], most: int) -> list[Forecast]:
-    """In equal steps of the logarithm of their cost. All take as few bytes as their layers, heads and neurons can: tokens and bits of embeddings
-    cost bytes, and hardly time or score."""
-    lean: dict[tuple[float, ...], Forecast] = {}
-    for one in sorted(shapes, key=lambda one: (-one.bytes, -one.cost)):
-        lean[*one.capacity[:3], one.capacity[4]] = one
+    """In equal steps of the logarithm of their cost. All have as few tokens as they can: those cost bytes, and hardly time or score."""
+    lean = {one.capacity[:3]: one for one in sorted(shapes, key=lambda one: -one.bytes)}
     by_cost = sorted(lean.values(), key=lambda one: one.cost)
     if not by_cost:
         return []
