@@ -13,6 +13,8 @@ from pipelines.budget.words import Budget
 from pipelines.report.markdown import interval
 from pipelines.report.plot import COLORS, MARKERS, two_panels
 
+FAR = 0.25  # of the teacher's score
+
 
 def cells(row: Row, budget: Budget) -> dict[str, str]:
     """A row as a person reads it, by the titles of the columns; what is not known yet is empty."""
@@ -74,10 +76,12 @@ def live_table(budget: Budget, is_main_process: bool) -> Iterator[Callable[[Sequ
 
 
 def draw_front(rows: Sequence[Row], budget: Budget, metric: str, teacher: float) -> Any:
-    """The matplotlib figure of front.png: score against size and against latency, with the budget's bounds."""
+    """The matplotlib figure of front.png: score against size and against latency, with the budget's bounds. Rows that are FAR would press
+    all others together."""
+    near = [row for row in rows if row["score"] is not None and abs(row["score"] - teacher) <= FAR * abs(teacher)]
     figure, panels = two_panels(("size (MB)", "median latency (ms)"))
     for axes, (name, factor) in zip(panels, (("bytes", 1e-6), ("ms", 1.0)), strict=True):
-        for row in rows:
+        for row in near:
             style = MARKERS["sklearn" if row["kind"] == "estimator" else "onnx"]
             color = COLORS[0] if row["breaks"] else COLORS[3]
             axes.semilogx(row[name] * factor, row["score"], color=color, linestyle="none", **style)
@@ -88,5 +92,9 @@ def draw_front(rows: Sequence[Row], budget: Budget, metric: str, teacher: float)
             axes.axvline(getattr(budget, name) * factor, color=COLORS[4], linewidth=1)
         axes.axhline(teacher, color=COLORS[2], linewidth=1, linestyle="--")
     panels[0].set_ylabel(f"{metric.replace('_', ' ')} on the validation split")
-    figure.suptitle("Rows of front.json by their number; green: inside the budget, dashed: the teacher")
+    left_out = ", ".join(str(row["number"]) for row in rows if row not in near)
+    figure.suptitle(
+        "Rows of front.json by their number; green: inside the budget, dashed: the teacher"
+        + (f"; far off and not shown: {left_out}" if left_out else "")
+    )
     return figure
