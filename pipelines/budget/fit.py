@@ -231,6 +231,11 @@ def without_training(settings: Settings) -> Settings:
     return own
 
 
+def knows_all(settings: Settings, one: Forecast, whole: Forecast) -> bool:
+    """Whether a candidate has nothing to learn: it is a copy of its only teacher."""
+    return is_copy(one, whole) and not settings.teacher.more_teachers
+
+
 def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Settings:
     """The settings of the chain that makes a shape, with a share of the training, and nothing beside it."""
     own = copy.copy(settings)
@@ -280,7 +285,7 @@ def train_candidates(
             return found
 
         def train_share(one: Forecast, share: float, parent: str = "candidates") -> list[Row]:
-            share = 0.0 if is_copy(one, whole) else share
+            share = 0.0 if knows_all(settings, one, whole) else share
             forms = {
                 form.shape.scheme: planned(form) | {"share_of_training": share} for form in schemes[one.shape.model]
             }
@@ -345,7 +350,7 @@ def _seconds(
         learning = training.max_steps * batch * labelled / len(run.task.splits["train"])
     seconds = []
     for one in candidates:
-        if is_copy(one, whole):
+        if knows_all(settings, one, whole):
             seconds.append(0.0)
             continue
         recovery = prune.prune_steps * prune.prune_epochs * epoch if one.shape.heads * one.shape.neurons < 1 else 0.0

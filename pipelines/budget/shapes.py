@@ -265,7 +265,7 @@ def undominated(forecasts: Sequence[Forecast]) -> list[Forecast]:
 
 
 def is_copy(one: Forecast, whole: Forecast) -> bool:
-    """Whether a shape has all layers, heads and neurons of the teacher, so that there is nothing to learn."""
+    """Whether a shape has all layers, heads and neurons of the teacher."""
     return one.shape.student is None and one.capacity[:3] == whole.capacity[:3]
 
 

@@ -337,6 +337,7 @@ def test_the_seconds_of_a_training_count_the_transfer_set_and_the_steps(
         prune=SimpleNamespace(prune_steps=2, prune_epochs=1.0),
         transfer=SimpleNamespace(transfer_ratio=transfer_ratio),
         distill=SimpleNamespace(augmented_views=views),
+        teacher=SimpleNamespace(more_teachers=[]),
     )
     candidate = Forecast(Shape(1, 1.0, pruned, "dynamic_int8"), 1, 4, 64, 1e6, 100, ms=1.0)
     whole = Forecast(Shape(2, 1.0, 1.0, "dynamic_int8"), 2, 8, 128, 2e6, 100, ms=2.0)
