@@ -32,17 +32,17 @@ from pipelines.chain import finish, make_baselines, make_quantized, make_small, 
 from pipelines.core.config import RepeatConfig, ReportConfig, Settings, StudentConfig, TransferConfig
 from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.records import Outcome
+from pipelines.core.records import Outcome, read_record
 from pipelines.core.run import Run
 from pipelines.core.task import StageResult, Task, TransferSet
 from pipelines.onnx.export import export_onnx
 from pipelines.report.bootstrap import paired_bootstrap
 from pipelines.report.pages import TEACHER, TEACHER_QUANTIZED
-from pipelines.report.results import STAGES, finished_stages, score_stage, time_stages
+from pipelines.report.results import LABELS_ONLY, STAGES, finished_stages, score_stage, time_stages
 from pipelines.tasks import make_task
 
 FRONT = "front.json"
-# Trainings that are not shortened by --time.
+# So many trainings without --time.
 MOST_TRAININGS = 4
 # What is chosen here. The YAML of a chain may say it.
 CHOSEN = tuple(field.name for field in fields(StudentConfig) if field.name != "student_vocabulary")
@@ -110,7 +110,7 @@ def fit(settings: Settings) -> None:
         # 3. The teacher and its soft targets serve all candidates, and so do the baselines.
         teach(run, settings, transfer)
         run.stage("teacher_onnx", export_onnx, "teacher")
-        make_baselines(run, settings, candidates[0].shape.scheme)
+        make_baselines(run, settings, max(schemes[candidates[0].shape.model], key=lambda one: one.bytes).shape.scheme)
         reference = predicted(run, settings, TEACHER) if run.state.is_main_process else None
 
         # 4. The candidates, each with a chain of its own.
@@ -137,7 +137,7 @@ def fit(settings: Settings) -> None:
         if answer["kind"] == "estimator":
             models_alone = [row for row in rows if row["kind"] != "estimator"]
             answer = choose(models_alone, budget, task.greater_is_better)["answer"]
-        if answer is not None and settings.report.label_baseline:
+        if answer is not None and answer["kind"] == "candidate" and settings.report.label_baseline:
             train_on_labels_alone(run, settings, answer, candidates, transfer)
         ship(run, settings, answer, without_bundle)
 
@@ -172,13 +172,21 @@ def ship(run: Run, settings: Settings, row: Row | None, without_bundle: str | No
     """Make a row's stages the run's own, bundle the model, and write the report: only here is the test split read."""
     stage = run.directory / (row or {}).get("path", "")
     folders = stage.parents[1::-1] if row is not None and row["kind"] == "candidate" else []
-    made = {folder: [name for name in OF_CANDIDATE if (folder / name).is_dir()] for folder in folders}
+    made = {folder: [name for name in OF_CANDIDATE if _belongs(folder, name)] for folder in folders}
     if run.state.is_main_process:
         for name in {*OF_CANDIDATE}.difference(*made.values()):
             shutil.rmtree(run.directory / name, ignore_errors=True)
     for folder, names in made.items():
         run.adopt(folder, names)
     finish(run, settings, "fit", stage.name, without_bundle if row is not None else "no model meets the budget")
+
+
+def _belongs(folder: Path, name: str) -> bool:
+    """Whether a stage is there, and not what an earlier search with other steps left."""
+    record, student = read_record(folder / name), read_record(folder / "student")
+    if name != LABELS_ONLY or record is None or student is None:
+        return record is not None
+    return bool(record["made_by"]["training"] == student["made_by"]["training"])
 
 
 def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list[Forecast]:
@@ -212,8 +220,7 @@ def forecast(run: Run, settings: Settings, transfer: TransferSet | None) -> list
 
 
 def most_candidates(settings: Settings) -> int:
-    """How many candidates are tried: for the fastest one that is good enough as many as so few trainings tell apart, with --time else twice
-    as many as are trained to their end."""
+    """How many candidates there are: for the fastest as many as MOST_TRAININGS can tell apart, else MOST_TRAININGS, with --time twice as many."""
     if sought(settings.fit.budget) == "fastest":
         return 2**MOST_TRAININGS - 1
     return MOST_TRAININGS if settings.fit.seconds is None else 2 * MOST_TRAININGS
@@ -266,8 +273,12 @@ def train_candidates(
 ) -> list[Row]:
     """The rows of the candidates in all their `schemes`, each from the last round that it came to, in a folder of its own in candidates/."""
     task, rows, asked = run.task, dict[str, Row](), sought(settings.fit.budget)
-    rounds = rounds_of(*_seconds(run, settings, candidates, whole), asked)
-    if asked == "fastest" or rounds != [(len(candidates), 1.0)]:
+    copies = [one for one in candidates if knows_all(settings, one, whole)]
+    # Another checkpoint is no step between two shapes of the teacher, so it is tried in any case.
+    apart = [one for one in candidates if one.shape.student is not None and asked == "fastest"]
+    searched = [one for one in candidates if one not in (*copies, *apart)]
+    rounds = rounds_of(*_seconds(run, settings, searched, apart, schemes, whole), asked)
+    if settings.fit.train and searched and (asked == "fastest" or rounds != [(len(searched), 1.0)]):
         said = ", then ".join(f"{count} with {share:.0%} of the training" for count, share in rounds)
         within = f", to end within --time {settings.fit.time}" if settings.fit.time else ""
         run.state.print(f"search: {said}{within}")
@@ -285,7 +296,6 @@ def train_candidates(
             return found
 
         def train_share(one: Forecast, share: float, parent: str = "candidates") -> list[Row]:
-            share = 0.0 if knows_all(settings, one, whole) else share
             forms = {
                 form.shape.scheme: planned(form) | {"share_of_training": share} for form in schemes[one.shape.model]
             }
@@ -295,15 +305,19 @@ def train_candidates(
             return max(rank(row["score"], task.greater_is_better) for row in found)
 
         [*earlier, (count, share)] = rounds
+        for one in copies:
+            train_share(one, 0.0)
+        for one in apart:
+            train_share(one, share)
         if asked == "fastest":
             # What is slower than one that is good enough need not be tried, nor what is faster than one that is not.
-            left = evenly(candidates, 2**count - 1)
+            left = evenly(searched, 2**count - 1)
             while left:
                 middle = len(left) // 2
-                is_out = all(row["breaks"] for row in train_share(left[middle], share))
-                left = left[:middle] if is_out else left[middle + 1 :]
+                found = choose(train_share(left[middle], share), settings.fit.budget, task.greater_is_better)
+                left = left[:middle] if found["answer"] is None else left[middle + 1 :]
         else:
-            alive = evenly(candidates, rounds[0][0])
+            alive = evenly(searched, rounds[0][0])
             for place, (_, less) in enumerate(earlier, start=1):
                 scores = {one: best(train_share(one, less, f"candidates/round_{place}")) for one in alive}
                 alive = sorted(alive, key=lambda one: -scores[one])[: rounds[place][0]]
@@ -330,12 +344,17 @@ def train_on_labels_alone(
 
 
 def _seconds(
-    run: Run, settings: Settings, candidates: Sequence[Forecast], whole: Forecast
+    run: Run,
+    settings: Settings,
+    searched: Sequence[Forecast],
+    apart: Sequence[Forecast],
+    schemes: Mapping[str, Sequence[Forecast]],
+    whole: Forecast,
 ) -> tuple[list[float], float, float | None]:
-    """The seconds of each candidate's whole training, those that each takes besides, and the time that is left for all: of records alone,
-    so that a killed search comes to the same rounds."""
+    """The seconds of each whole training of those `searched`, those that each takes besides, and the time that these and those `apart` leave:
+    of records alone, so that a killed search comes to the same rounds."""
     if settings.fit.seconds is None:
-        return [0.0] * len(candidates), 0.0, None
+        return [0.0] * len(searched), 0.0, None
     spent = {name: run.record(name)["seconds"] for name in run.stages}
     training, prune = settings.training, settings.prune
     # What the teacher needs for the examples of an epoch, and a student as much less as it is faster.
@@ -349,13 +368,14 @@ def _seconds(
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * run.state.num_processes
         learning = training.max_steps * batch * labelled / len(run.task.splits["train"])
     seconds = []
-    for one in candidates:
-        if knows_all(settings, one, whole):
-            seconds.append(0.0)
-            continue
+    for one in [*searched, *apart]:
         recovery = prune.prune_steps * prune.prune_epochs * epoch if one.shape.heads * one.shape.neurons < 1 else 0.0
         seconds.append(TRAINING_STEP * (learning + recovery) * (one.ms or 1.0) / (whole.ms or 1.0))
-    return seconds, 3 * spent["teacher_onnx"], max(1.0, settings.fit.seconds - sum(spent.values()))
+    # The export of each, and its quantization in every scheme.
+    fixed = (1 + max(map(len, schemes.values()))) * spent["teacher_onnx"]
+    others = seconds[len(searched) :]
+    left = settings.fit.seconds - sum(spent.values()) - sum(others) - fixed * len(others)
+    return seconds[: len(searched)], fixed, max(1.0, left)
 
 
 def planned(one: Forecast) -> Row:
@@ -445,13 +465,13 @@ def write_front(run: Run, settings: Settings, rows: Sequence[Row], chosen: dict[
         "rows": rows,
     }
     plot = io.BytesIO()
-    draw_front(rows, budget, task.primary_metric, teacher).savefig(plot, format="png")
+    draw_front(rows, budget, task.primary_metric, teacher, chosen["answer"]).savefig(plot, format="png")
     write_whole(run.directory / "front.png", plot.getvalue())
     write_json(run.directory / FRONT, json.loads(json.dumps(found, default=str), parse_constant=lambda _: None))
     print(format_rows(rows, budget))
     # On a device only the forecast is known.
     times = f" and {off['ms']:.0%} in milliseconds" if settings.fit.on is None else ""
-    print(f"forecast: off by {off['bytes']:.1%} in bytes{times}, median of {len(known)} candidates")
+    print(f"forecast: off by {off['bytes']:.1%} in bytes{times}, median of {len(known)} rows")
     said = ", ".join(f"{name} {row['number']} ({row['name']})" for name, row in chosen.items() if row is not None)
     print(f"inside the budget: {said or 'none'}; the teacher's {task.primary_metric} is {teacher:.4f}", flush=True)
 

@@ -70,7 +70,7 @@ class Shape:
     def model(self) -> str:
         """Its name before it is quantized: one training serves all schemes."""
         if self.student is not None:
-            return Path(self.student).name
+            return f"student_{Path(self.student).name}"
         vocabulary = "" if self.vocabulary is None else f"_{self.vocabulary}_vocabulary"
         units = f"{self.layers}_layers_{self.heads:.0%}_heads_{self.neurons:.0%}_neurons"
         return units.replace("%", "") + vocabulary
@@ -103,7 +103,7 @@ class Forecast:
     @property
     def capacity(self) -> tuple[float, ...]:
         """What a model can learn with: more of all of these is no worse."""
-        return self.layers, self.heads, self.neurons, self.vocabulary or 0
+        return (self.layers, self.heads, self.neurons, *BITS.get(self.shape.scheme, (8, 8)), self.vocabulary or 0)
 
 
 def schemes_of(task: Task, quantize: QuantizeConfig) -> list[str]:
@@ -273,17 +273,21 @@ def candidates_of(feasible: Sequence[Forecast], whole: Forecast, budget: Budget,
     """At most so many shapes of the teacher to train, and all other students, each in its smallest scheme, the slowest first. With a bound on
     size or time those that no other one has more of; without any a spread from the cheapest on, so that there is a front to choose from. A
     copy of the `whole` teacher is one with fewer tokens, or where there is no other shape."""
-    smallest = {one.shape.model: one for one in sorted(feasible, key=lambda one: -one.bytes)}.values()
-    others = [one for one in smallest if one.shape.student is not None]
-    own = [one for one in smallest if one.shape.student is None]
+    others = [one for one in feasible if one.shape.student is not None]
+    own = [one for one in feasible if one.shape.student is None]
     shapes = [one for one in own if one.shape.vocabulary is not None or not is_copy(one, whole)] or own
     found = _spread(shapes, most) if budget.bytes is None and budget.ms is None else _front(shapes, most)
-    return sorted([*others, *found], key=lambda one: -one.cost)
+    return sorted([*_smallest(others), *found], key=lambda one: -one.cost)
+
+
+def _smallest(forms: Sequence[Forecast]) -> list[Forecast]:
+    """The smallest form of each model."""
+    return list({one.shape.model: one for one in sorted(forms, key=lambda one: -one.bytes)}.values())
 
 
 def _front(shapes: Sequence[Forecast], most: int) -> list[Forecast]:
     """Some of few layers and many neurons, some of many and few."""
-    return evenly(sorted(undominated(shapes), key=lambda one: one.capacity), most)
+    return evenly(sorted(_smallest(undominated(shapes)), key=lambda one: one.capacity), most)
 
 
 def _spread(shapes: Sequence[Forecast], most: int) -> list[Forecast]:
@@ -293,5 +297,5 @@ def _spread(shapes: Sequence[Forecast], most: int) -> list[Forecast]:
     if not by_cost:
         return []
     targets = 1.0001 * np.geomspace(by_cost[0].cost, by_cost[-1].cost, most)
-    found = [max((one for one in by_cost if one.cost <= most), key=lambda one: one.bytes) for most in targets]
+    found = [max((one for one in by_cost if one.cost <= target), key=lambda one: one.bytes) for target in targets]
     return list(dict.fromkeys(found))

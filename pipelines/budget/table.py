@@ -75,10 +75,11 @@ def live_table(budget: Budget, is_main_process: bool) -> Iterator[Callable[[Sequ
         )
 
 
-def draw_front(rows: Sequence[Row], budget: Budget, metric: str, teacher: float) -> Any:
+def draw_front(rows: Sequence[Row], budget: Budget, metric: str, teacher: float, answer: Row | None) -> Any:
     """The matplotlib figure of front.png: score against size and against latency, with the budget's bounds. Rows that are FAR would press
-    all others together."""
-    near = [row for row in rows if row["score"] is not None and abs(row["score"] - teacher) <= FAR * abs(teacher)]
+    all others together; the `answer` is there in any case."""
+    known = [row for row in rows if row["score"] is not None]
+    near = [row for row in known if row is answer or abs(row["score"] - teacher) <= FAR * abs(teacher)]
     figure, panels = two_panels(("size (MB)", "median latency (ms)"))
     for axes, (name, factor) in zip(panels, (("bytes", 1e-6), ("ms", 1.0)), strict=True):
         for row in near:

@@ -44,7 +44,7 @@ class FitConfig(Checked):
     )
     time: str | None = flag(
         None,
-        "Time for the search, such as 30m: fewer and shorter trainings where it is short. Left out: every candidate is trained to its end.",
+        "Time for the search, such as 30m: fewer and shorter trainings where it is short. Left out: no training is shortened.",
     )
     fine_tune: bool | None = flag(
         None,
@@ -52,8 +52,8 @@ class FitConfig(Checked):
     )
     train: bool = flag(
         True,
-        "Train the candidates. With false they are the teacher itself, with all its layers: cut by importance, what is left scaled to make up "
-        "for it, and quantized. The teacher must know the task.",
+        "Train the candidates. With false they are the teacher itself, with all its layers: with fewer tokens, or cut by importance and what is "
+        "left scaled to make up for it; and quantized. The teacher must know the task.",
     )
     forecast: bool = flag(
         False,
@@ -127,7 +127,7 @@ def drop_of(task: Task, teacher: float, score: float) -> float:
 
 
 def exclusions(costs: Sequence[Mapping[str, float | None]], budget: Budget, tried: int) -> str:
-    """What rules out what: "10 MB excludes 17 of 24 shapes; 5 ms 3 more; 4 will be tried". `costs` are the bytes and ms of every shape."""
+    """What rules out what: "10 MB excludes 17 of 24 shapes; 5 ms 3 more; 4 to try". `costs` are the bytes and ms of every shape."""
     left, parts = list(costs), list[str]()
     for name in ("bytes", "ms"):
         if getattr(budget, name) is not None:
@@ -137,7 +137,7 @@ def exclusions(costs: Sequence[Mapping[str, float | None]], budget: Budget, trie
                 f"{budget.words(name)} {f'{count} more' if parts else f'excludes {count} of {len(costs)} shapes'}"
             )
             left = kept
-    return "; ".join([*(parts or [f"no bound on size or time for {len(costs)} shapes"]), f"{tried} will be tried"])
+    return "; ".join([*(parts or [f"no bound on size or time for {len(costs)} shapes"]), f"{tried} to try"])
 
 
 def impossible(costs: Mapping[str, Mapping[str, float | None]], budget: Budget) -> str:

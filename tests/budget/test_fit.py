@@ -207,6 +207,24 @@ def test_with_within_alone_the_interval_is_halved_and_only_the_answer_learns_fro
     assert json.loads((run / "report.json").read_text())["delta_to_labels_only"] is not None
 
 
+def test_the_quantized_teacher_may_be_the_answer(pocketformers, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        fit, "choose", lambda rows, *_: dict.fromkeys(("answer", "best", "smallest", "fastest"), quantized(rows))
+    )
+    monkeypatch.setattr(fit, "MOST_TRAININGS", 1)
+
+    def quantized(rows):
+        return next((row for row in rows if row["name"] == "teacher_quantized"), rows[0])
+
+    run = tmp_path / "run"
+    flags = ["--within", "100", "--label_baseline", "true", "--output_dir", str(run)]
+    status, output, errors = pocketformers(*command, *flags)
+    assert status == 0, errors
+    assert "answer: teacher_quantized, which needs no student, is the fastest inside the budget" in output
+    assert not [*run.glob("candidates/*/student_labels_only")]
+    assert (run / "bundle" / "manifest.json").is_file()
+
+
 def test_the_teacher_with_fewer_tokens_needs_no_training(
     pocketformers, command, trained_teacher, tmp_path, monkeypatch
 ):
@@ -243,7 +261,7 @@ def test_another_checkpoint_is_a_candidate_too(pocketformers, command, trained_t
     status, output, errors = pocketformers(*command, *flags, *budget)
     assert status == 0, output + errors
     [row] = json.loads((tmp_path / "run" / "front.json").read_text())["rows"]
-    assert row["name"] == "small_dynamic_int8"
+    assert row["name"] == "student_small_dynamic_int8"
     assert row["bytes"] == pytest.approx(forecast.bytes, rel=0.1)
     assert json.loads((tmp_path / "run" / "student" / "config.json").read_text())["hidden_size"] == 8
 
@@ -342,6 +360,7 @@ def test_the_seconds_of_a_training_count_the_transfer_set_and_the_steps(
     candidate = Forecast(Shape(1, 1.0, pruned, "dynamic_int8"), 1, 4, 64, 1e6, 100, ms=1.0)
     whole = Forecast(Shape(2, 1.0, 1.0, "dynamic_int8"), 2, 8, 128, 2e6, 100, ms=2.0)
     trimmed = replace(whole, shape=replace(whole.shape, vocabulary="corpus"), vocabulary=50)
-    found, fixed, left = fit._seconds(run, settings, [trimmed, candidate], whole)
-    assert found == [0.0, pytest.approx(seconds)]  # a copy has nothing to learn
-    assert (fixed, left) == (9.0, 1000.0 - 163.0)
+    assert fit.knows_all(settings, trimmed, whole)
+    found, fixed, left = fit._seconds(run, settings, [candidate], [candidate], {"of one": [candidate] * 2}, whole)
+    assert found == [pytest.approx(seconds)]
+    assert (fixed, left) == (9.0, pytest.approx(1000.0 - 163.0 - seconds - 9.0))

@@ -55,7 +55,7 @@ COSTS = [{"bytes": size, "ms": ms} for size, ms in [(4e6, 9.0), (8e6, 2.0), (12e
 
 def test_it_says_which_bound_excludes_what():
     said = exclusions(COSTS, Budget(1, 10e6, 5.0), 1)
-    assert said == "10 MB excludes 2 of 4 shapes; 5 ms 1 more; 1 will be tried"
+    assert said == "10 MB excludes 2 of 4 shapes; 5 ms 1 more; 1 to try"
     assert exclusions(COSTS, Budget(ms=5.0), 2).startswith("5 ms excludes 2 of 4 shapes")
     assert "no bound" in exclusions(COSTS, Budget(), 4)
 
@@ -212,6 +212,17 @@ def test_for_the_fastest_there_are_as_many_trainings_as_halving_an_interval_take
     [(trainings, share)] = rounds_of(seconds, 0.0, worst / 2, "fastest")
     assert share * worst * trainings / (math.floor(math.log2(count)) + 1) <= worst / 2 * 1.3
     assert share >= 0.25
+
+
+def test_where_only_copies_are_left_nothing_is_trained():
+    assert rounds_of([], 5.0, 10.0, "fastest") == rounds_of([], 5.0, 10.0, "best") == [(0, 1.0)]
+
+
+def test_what_fits_in_int4_alone_does_not_rule_out_what_fits_in_int8():
+    wide, narrow = shape(2, 1.0, 1.0, 2e6, 2.0), shape(2, 1.0, 0.5, 2e6, 1.5)
+    blocks = [replace(one, shape=replace(one.shape, scheme="int4_blocks"), bytes=1e6) for one in (wide, narrow)]
+    chosen = candidates_of([*blocks, narrow], GRID[0], Budget(bytes=2.5e6), most=4)
+    assert [one.shape.model for one in chosen] == [one.shape.model for one in (wide, narrow)]
 
 
 def test_for_the_knee_all_get_the_same_training():
