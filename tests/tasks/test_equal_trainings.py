@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from test_multi_label import make_topics, write_jsonl
 from test_question_answering import make_questions, write_squad
 from test_sentence_embedding import write_embedder, write_pairs
@@ -175,11 +176,15 @@ def test_two_processes_train_as_one(name: str, learnt: Any, teachers: Path) -> N
     for one in both:
         assert np.linalg.norm(one["weights"] - alone["weights"]) / moved < 1e-3
     shards = [
-        {path.name: path.read_bytes() for path in (directory / count / name / "soft_targets").glob("shard-*")}
+        {path.name: load_file(path) for path in (directory / count / name / "soft_targets").glob("shard-*")}
         for count in ("1", "2")
     ]
     assert len(shards[0]) > 2
-    assert shards[0] == shards[1]
+    assert shards[0].keys() == shards[1].keys()
+    for shard, tensors in shards[0].items():  # a busy CPU may round the last digit otherwise
+        assert tensors.keys() == shards[1][shard].keys()
+        for key, found in tensors.items():
+            np.testing.assert_allclose(found, shards[1][shard][key], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TASKS)
