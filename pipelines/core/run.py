@@ -108,13 +108,8 @@ class Run:
     def inside(self, folder: str, seed: int | None = None) -> Run:
         """This run in a folder of its directory and under its lock, maybe with another seed. A stage that is not made there is this run's."""
         run = copy.copy(self)
-        run.prefix, run.seed, run.stages, run.first = (
-            f"{self.prefix}{folder}/",
-            self.seed if seed is None else seed,
-            [],
-            self,
-        )
-        run.directory = self.directory / folder
+        run.prefix, run.directory = f"{self.prefix}{folder}/", self.directory / folder
+        run.seed, run.stages, run.first = self.seed if seed is None else seed, [], self
         return run
 
     def adopt(self, folder: Path, names: Sequence[str]) -> None:
