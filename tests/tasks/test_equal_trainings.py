@@ -183,7 +183,7 @@ def test_two_processes_train_as_one(name: str, learnt: Any, teachers: Path) -> N
     assert shards[0].keys() == shards[1].keys()
     for shard, tensors in shards[
         0
-    ].items():  # bit by bit, but for the last bits of a sum, which once differed on a CPU with AVX2 alone
+    ].items():  # bit by bit, but for the last bits of a sum, which differ on a CPU with AVX2 alone
         assert tensors.keys() == shards[1][shard].keys()
         for key, found in tensors.items():
             other = shards[1][shard][key]
