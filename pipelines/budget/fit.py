@@ -6,39 +6,46 @@ import copy
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.budget.choice import Row, choose, evenly, front, nearest, rank, rounds_of, sought
+from pipelines.budget.choice import Row, choose, front, nearest, rank, sought
 from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, write_graphs
+from pipelines.budget.search import (
+    Search,
+    baseline_rows,
+    planned,
+    predicted,
+    settings_of,
+    train_candidates,
+    train_on_labels_alone,
+    weighed,
+)
 from pipelines.budget.shapes import (
     Forecast,
-    Shape,
     candidates_of,
     forecast_bytes,
     grid,
-    is_copy,
     schemes_of,
     shapes_of_students,
     vocabularies_of,
 )
-from pipelines.budget.table import cells, draw_front, format_rows, live_table
-from pipelines.budget.words import Budget, drop_of, exclusions, impossible
-from pipelines.chain import finish, make_baselines, make_quantized, make_small, plan, teach
-from pipelines.core.config import RepeatConfig, ReportConfig, Settings, StudentConfig, TransferConfig
+from pipelines.budget.table import cells, draw_front, format_rows
+from pipelines.budget.words import Budget, exclusions, impossible
+from pipelines.chain import finish, make_baselines, plan, teach
+from pipelines.core.config import RepeatConfig, ReportConfig, Settings, StudentConfig, TeacherConfig, TransferConfig
 from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.records import Outcome, read_record
 from pipelines.core.run import Run
-from pipelines.core.task import StageResult, Task, TransferSet
+from pipelines.core.task import Task, TransferSet
 from pipelines.onnx.export import export_onnx
-from pipelines.report.bootstrap import paired_bootstrap
 from pipelines.report.pages import TEACHER, TEACHER_QUANTIZED
-from pipelines.report.results import LABELS_ONLY, STAGES, finished_stages, score_stage, time_stages
+from pipelines.report.results import LABELS_ONLY, STAGES, finished_stages, time_stages
 from pipelines.tasks import make_task
 
 FRONT = "front.json"
@@ -49,8 +56,6 @@ CHOSEN = tuple(field.name for field in fields(StudentConfig) if field.name != "s
 CHOSEN += ("prune_heads", "prune_ffn")
 # The stages of a candidate, which become those of the run.
 OF_CANDIDATE = STAGES[STAGES.index("student") : STAGES.index(TEACHER_QUANTIZED)]
-# Seconds that a step of training takes for each of a prediction: forward and backward.
-TRAINING_STEP = 3
 
 
 def fit(settings: Settings) -> None:
@@ -61,7 +66,7 @@ def fit(settings: Settings) -> None:
                 "expected no --students with --train false, which trains none, found some. Leave one of the two out."
             )
         settings = without_training(settings)
-    budget, teacher = settings.fit.budget, settings.teacher
+    budget = settings.fit.budget
     if settings.fit.seconds is not None and not settings.distill.needs_stored_targets:
         raise InputError(
             "expected stored soft targets with --time, which trainings are timed by, found none. Leave --time, or --soft_targets and --train, "
@@ -75,19 +80,7 @@ def fit(settings: Settings) -> None:
         settings.student = StudentConfig(student_vocabulary=settings.student.student_vocabulary)
 
         # 1. A model with a head for these labels is a teacher already.
-        models: Any = [teacher.teacher_model, *teacher.more_teachers]
-        trained = settings.fit.fine_tune
-        if trained is None and not teacher.teacher_from_scratch and teacher.teacher_epochs:
-            trained = not _know_the_task(task, models)
-        if not settings.fit.train and (trained or teacher.teacher_from_scratch):
-            raise InputError(
-                f"expected a teacher with a head for the labels of the data with --train false, found {teacher.teacher_model}. Leave --train out, "
-                "or fine-tune it first (pocketformers fine-tune)."
-            )
-        if trained is False:
-            settings.teacher = copy.copy(teacher)
-            settings.teacher.teacher_epochs = 0.0
-            run.state.print("teacher: used as it is; --fine_tune true trains it first")
+        settings.teacher = teacher_of(run, settings)
 
         # 2. What every shape will cost, before anything is trained. A budget that none can meet ends here.
         transfer = task.transfer_set(settings.transfer)
@@ -97,10 +90,10 @@ def fit(settings: Settings) -> None:
         run.state.print(f"forecast: {exclusions([one.costs for one in forecasts], budget, len(candidates))}")
         if not candidates:
             raise InputError(impossible({one.shape.name: one.costs for one in forecasts}, budget))
-        schemes = {
+        forms = {
             one.shape.model: [other for other in feasible if other.shape.model == one.shape.model] for one in candidates
         }
-        run.state.print(format_rows([planned(one) for forms in schemes.values() for one in forms], budget))
+        run.state.print(format_rows([planned(one) for of_model in forms.values() for one in of_model], budget))
         if settings.fit.forecast:
             return
         without_bundle = None
@@ -110,12 +103,12 @@ def fit(settings: Settings) -> None:
         # 3. The teacher and its soft targets serve all candidates, and so do the baselines.
         teach(run, settings, transfer)
         run.stage("teacher_onnx", export_onnx, "teacher")
-        make_baselines(run, settings, max(schemes[candidates[0].shape.model], key=lambda one: one.bytes).shape.scheme)
+        make_baselines(run, settings, max(forms[candidates[0].shape.model], key=lambda one: one.bytes).shape.scheme)
         reference = predicted(run, settings, TEACHER) if run.state.is_main_process else None
 
         # 4. The candidates, each with a chain of its own.
-        rows = train_candidates(run, settings, candidates, schemes, forecasts[0], transfer, reference)
-        rows += baseline_rows(run, settings, reference)
+        search = Search(run, settings, forecasts[0], forms, transfer, reference)
+        rows = train_candidates(search, candidates) + baseline_rows(search)
 
         # 5. All are timed together, and the choice is made on the validation split.
         rows = judge(run, settings, rows)
@@ -138,8 +131,36 @@ def fit(settings: Settings) -> None:
             models_alone = [row for row in rows if row["kind"] != "estimator"]
             answer = choose(models_alone, budget, task.greater_is_better)["answer"]
         if answer is not None and answer["kind"] == "candidate" and settings.report.label_baseline:
-            train_on_labels_alone(run, settings, answer, candidates, transfer)
+            train_on_labels_alone(search, answer, candidates)
         ship(run, settings, answer, without_bundle)
+
+
+def teacher_of(run: Run, settings: Settings) -> TeacherConfig:
+    """The teacher's settings, without a training where it knows the task already."""
+    teacher, trained = settings.teacher, settings.fit.fine_tune
+    models: Any = [teacher.teacher_model, *teacher.more_teachers]
+    if trained is None and not teacher.teacher_from_scratch and teacher.teacher_epochs:
+        trained = not _know_the_task(run.task, models)
+    if not settings.fit.train and (trained or teacher.teacher_from_scratch):
+        raise InputError(
+            f"expected a teacher with a head for the labels of the data with --train false, found {teacher.teacher_model}. Leave --train out, "
+            "or fine-tune it first (pocketformers fine-tune)."
+        )
+    if trained is not False:
+        return teacher
+    run.state.print("teacher: used as it is; --fine_tune true trains it first")
+    known = copy.copy(teacher)
+    known.teacher_epochs = 0.0
+    return known
+
+
+def _know_the_task(task: Task, models: list[str]) -> bool:
+    try:
+        for model in models:
+            task.load_model(model, head="required")
+    except InputError:
+        return False
+    return True
 
 
 def take(settings: Settings, number: int) -> None:
@@ -238,184 +259,6 @@ def without_training(settings: Settings) -> Settings:
     return own
 
 
-def knows_all(settings: Settings, one: Forecast, whole: Forecast) -> bool:
-    """Whether a candidate has nothing to learn: it is a copy of its only teacher."""
-    return is_copy(one, whole) and not settings.teacher.more_teachers
-
-
-def settings_of(settings: Settings, shape: Shape, share: float = 1.0) -> Settings:
-    """The settings of the chain that makes a shape, with a share of the training, and nothing beside it."""
-    own = copy.copy(settings)
-    own.report = replace(settings.report, label_baseline=False)
-    if shape.student is None:
-        own.student = replace(settings.student, student_layers=str(shape.layers), student_vocabulary=shape.vocabulary)
-    else:
-        own.student = StudentConfig(student_model=shape.student)
-    epochs = settings.prune.prune_epochs * share
-    own.prune = replace(settings.prune, prune_heads=1 - shape.heads, prune_ffn=1 - shape.neurons, prune_epochs=epochs)
-    if settings.quantize.quantization == "none":
-        own.quantize = replace(settings.quantize, quantization="fp32")
-    own.training = copy.copy(settings.training)
-    own.training.num_train_epochs *= share
-    if own.training.max_steps > 0:
-        own.training.max_steps = max(1, round(own.training.max_steps * share)) if share else -1
-    return own
-
-
-def train_candidates(
-    run: Run,
-    settings: Settings,
-    candidates: Sequence[Forecast],
-    schemes: Mapping[str, Sequence[Forecast]],
-    whole: Forecast,
-    transfer: TransferSet | None,
-    reference: StageResult | None,
-) -> list[Row]:
-    """The rows of the candidates in all their `schemes`, each from the last round that it came to, in a folder of its own in candidates/."""
-    task, rows, asked = run.task, dict[str, Row](), sought(settings.fit.budget)
-    copies = [one for one in candidates if knows_all(settings, one, whole)]
-    # Another checkpoint is no step between two shapes of the teacher, so it is tried in any case.
-    apart = [one for one in candidates if one.shape.student is not None and asked == "fastest"]
-    searched = [one for one in candidates if one not in (*copies, *apart)]
-    rounds = rounds_of(*_seconds(run, settings, searched, apart, schemes, whole), asked)
-    if settings.fit.train and searched and (asked == "fastest" or rounds != [(len(searched), 1.0)]):
-        said = ", then ".join(f"{count} with {share:.0%} of the training" for count, share in rounds)
-        within = f", to end within --time {settings.fit.time}" if settings.fit.time else ""
-        run.state.print(f"search: {said}{within}")
-    with live_table(settings.fit.budget, run.state.is_main_process) as show:
-
-        def train(folder: str, own: Settings, forms: Mapping[str, Row]) -> list[Row]:
-            inside, found = run.inside(folder), []
-            small = make_small(inside, own, own.prune, transfer)
-            for scheme, row in forms.items():
-                path = f"{folder}/{scheme}/{make_quantized(inside.inside(scheme), own, small, scheme)}"
-                rows.pop(row["name"], None)
-                rows[row["name"]] = made(run, settings, path, row, reference)
-                found.append(rows[row["name"]])
-                show(list(rows.values()))
-            return found
-
-        def train_share(one: Forecast, share: float, parent: str = "candidates") -> list[Row]:
-            forms = {
-                form.shape.scheme: planned(form) | {"share_of_training": share} for form in schemes[one.shape.model]
-            }
-            return train(f"{parent}/{one.shape.model}", settings_of(settings, one.shape, share), forms)
-
-        def best(found: list[Row]) -> float:
-            return max(rank(row["score"], task.greater_is_better) for row in found)
-
-        [*earlier, (count, share)] = rounds
-        for one in copies:
-            train_share(one, 0.0)
-        for one in apart:
-            train_share(one, share)
-        if asked == "fastest":
-            # What is slower than one that is good enough need not be tried, nor what is faster than one that is not.
-            left = evenly(searched, 2**count - 1)
-            while left:
-                middle = len(left) // 2
-                found = choose(train_share(left[middle], share), settings.fit.budget, task.greater_is_better)
-                left = left[:middle] if found["answer"] is None else left[middle + 1 :]
-        else:
-            alive = evenly(searched, rounds[0][0])
-            for place, (_, less) in enumerate(earlier, start=1):
-                scores = {one: best(train_share(one, less, f"candidates/round_{place}")) for one in alive}
-                alive = sorted(alive, key=lambda one: -scores[one])[: rounds[place][0]]
-            for one in alive:
-                train_share(one, share)
-        # A student without a transformer costs little to try.
-        if settings.report.baselines and settings.fit.train and "static" in task.student_kinds:
-            own = settings_of(settings, replace(whole.shape, vocabulary=candidates[0].shape.vocabulary))
-            own.student = replace(own.student, student_model="static")
-            train("candidates/static", own, {whole.shape.scheme: {"name": "static", "kind": "candidate"}})
-    return list(rows.values())
-
-
-def train_on_labels_alone(
-    run: Run, settings: Settings, row: Row, candidates: Sequence[Forecast], transfer: TransferSet | None
-) -> None:
-    """The same student and the same steps as in a candidate's row, without the teacher, in the candidate's folder."""
-    folder = Path(row["path"]).parents[1]
-    for one in candidates:
-        if folder.name == one.shape.model and row["share_of_training"]:
-            own = settings_of(settings, one.shape, row["share_of_training"])
-            own.report = settings.report
-            make_small(run.inside(str(folder)), own, own.prune, transfer)
-
-
-def _seconds(
-    run: Run,
-    settings: Settings,
-    searched: Sequence[Forecast],
-    apart: Sequence[Forecast],
-    schemes: Mapping[str, Sequence[Forecast]],
-    whole: Forecast,
-) -> tuple[list[float], float, float | None]:
-    """The seconds of each whole training of those `searched`, those that each takes besides, and the time that these and those `apart` leave:
-    of records alone, so that a killed search comes to the same rounds."""
-    if settings.fit.seconds is None:
-        return [0.0] * len(searched), 0.0, None
-    spent = {name: run.record(name)["seconds"] for name in run.stages}
-    training, prune = settings.training, settings.prune
-    # What the teacher needs for the examples of an epoch, and a student as much less as it is faster.
-    epoch = labelled = spent["soft_targets"] / max(1, settings.distill.augmented_views)
-    if "transfer_soft_targets" in spent:
-        ratio = settings.transfer.transfer_ratio
-        every = spent["transfer_soft_targets"]
-        epoch += every if ratio is None else min(ratio * labelled, every)
-    learning = training.num_train_epochs * epoch
-    if training.max_steps > 0:
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * run.state.num_processes
-        learning = training.max_steps * batch * labelled / len(run.task.splits["train"])
-    seconds = []
-    for one in [*searched, *apart]:
-        recovery = prune.prune_steps * prune.prune_epochs * epoch if one.shape.heads * one.shape.neurons < 1 else 0.0
-        seconds.append(TRAINING_STEP * (learning + recovery) * (one.ms or 1.0) / (whole.ms or 1.0))
-    # The export of each, and its quantization in every scheme.
-    fixed = (1 + max(map(len, schemes.values()))) * spent["teacher_onnx"]
-    others = seconds[len(searched) :]
-    left = settings.fit.seconds - sum(spent.values()) - sum(others) - fixed * len(others)
-    return seconds[: len(searched)], fixed, max(1.0, left)
-
-
-def planned(one: Forecast) -> Row:
-    """The row of a shape before it is trained."""
-    of_shape = {"name": one.shape.name, "scheme": one.shape.scheme, "vocabulary": one.vocabulary}
-    left = {"layers": one.layers, "heads": one.heads, "neurons": one.neurons}
-    return {**of_shape, "kind": "candidate", **left, "forecast": one.costs, **one.costs}
-
-
-def made(run: Run, settings: Settings, path: str, row: Row, reference: StageResult | None) -> Row:
-    """The row of the finished stage in `path`; its milliseconds are a forecast until judge() knows them. The main process, which has the
-    teacher's predictions as `reference`, adds the `delta` to it: its lower end is a one-sided 95 % bound, where more is better."""
-    record = run.record(path)
-    score = record["metrics"]["validation"][run.task.primary_metric]
-    row = row | {"path": path, "bytes": record["bytes"], "score": score}
-    if reference is not None:
-        processor = run.task.load_processor(str(run.directory / TEACHER))
-        found = run.task.compare([reference, predicted(run, settings, path)], processor, path, "validation")
-        row["delta"] = paired_bootstrap(found.metric, found.samples[path], found.samples[TEACHER], level=0.9)
-    return _weighed(run, settings, row)
-
-
-def predicted(run: Run, settings: Settings, path: str) -> StageResult:
-    return score_stage(run, path, settings.training.per_device_eval_batch_size, "validation")
-
-
-def _weighed(run: Run, settings: Settings, row: Row) -> Row:
-    """The row with what it loses of the teacher's score, and the bounds that it breaks."""
-    teacher = run.record("teacher")["metrics"]["validation"][run.task.primary_metric]
-    drop = drop_of(run.task, teacher, np.nan if row["score"] is None else row["score"])
-    return row | {"drop": drop, "breaks": settings.fit.budget.broken(drop, bytes=row["bytes"], ms=row.get("ms"))}
-
-
-def baseline_rows(run: Run, settings: Settings, reference: StageResult | None) -> list[Row]:
-    """What needs no student, in the same table."""
-    names = [name for name in (TEACHER_QUANTIZED, *run.task.baselines) if name in run.stages]
-    kinds = {name: "teacher" if name == TEACHER_QUANTIZED else "estimator" for name in names}
-    return [made(run, settings, name, {"name": name, "kind": kinds[name]}, reference) for name in names]
-
-
 def time_rows(source: None, directory: Path, task: Task, directories: list[Path], report: ReportConfig) -> Outcome:
     """The median milliseconds of directories, timed together on examples of the validation split."""
     named = {f"{place} {'/'.join(path.parts[-3:])}": path for place, path in enumerate(directories)}
@@ -437,7 +280,7 @@ def judge(run: Run, settings: Settings, rows: list[Row]) -> list[Row]:
     judged = []
     for row, ms in zip(rows, here, strict=True):
         there = row["forecast"]["ms"] if settings.fit.on is not None and "forecast" in row else ms * slower
-        judged.append(_weighed(run, settings, row | {"ms": there, "ms_here": ms}))
+        judged.append(weighed(run, settings, row | {"ms": there, "ms_here": ms}))
     judged.sort(key=lambda row: (-rank(row["score"], run.task.greater_is_better), row["bytes"], row["name"]))
     return [{"number": number, **row} for number, row in enumerate(judged, start=1)]
 
@@ -479,12 +322,3 @@ def write_front(run: Run, settings: Settings, rows: Sequence[Row], chosen: dict[
 def _nearly(row: Row, budget: Budget) -> str:
     shown = cells(row, budget)
     return f"row {shown['row']}, {row['name']} ({shown['MB']} MB, {shown['ms']} ms, {row['drop']:.2g} below the teacher; {shown['budget']})"
-
-
-def _know_the_task(task: Task, models: list[str]) -> bool:
-    try:
-        for model in models:
-            task.load_model(model, head="required")
-    except InputError:
-        return False
-    return True
