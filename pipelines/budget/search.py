@@ -23,6 +23,8 @@ from pipelines.report.results import score_stage
 
 # Seconds that a step of training takes for each of a prediction: forward and backward.
 TRAINING_STEP = 3
+# Of a static student, which has no layers: what it needs is more than a transformer does, and takes seconds.
+STATIC_RATE, STATIC_EPOCHS = 2e-3, 20
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def train_candidates(search: Search, candidates: Sequence[Forecast]) -> list[Row
         if settings.report.baselines and settings.fit.train and "static" in task.student_kinds:
             own = settings_of(settings, replace(search.whole.shape, vocabulary=candidates[0].shape.vocabulary))
             own.student = replace(own.student, student_model="static")
+            own.training.learning_rate, own.training.num_train_epochs = STATIC_RATE, STATIC_EPOCHS
             train("candidates/static", own, {search.whole.shape.scheme: {"name": "static", "kind": "candidate"}})
     return list(rows.values())
 
@@ -177,9 +180,10 @@ def _seconds(
 
 def planned(one: Forecast) -> Row:
     """The row of a shape before it is trained."""
-    of_shape = {"name": one.shape.name, "scheme": one.shape.scheme, "vocabulary": one.vocabulary}
-    left = {"layers": one.layers, "heads": one.heads, "neurons": one.neurons}
-    return {**of_shape, "kind": "candidate", **left, "forecast": one.costs, **one.costs}
+    shape = one.shape
+    model = {"name": shape.name, "kind": "candidate", "model": "student" if shape.student is None else shape.model}
+    left = {"layers": one.layers, "heads": one.heads, "neurons": one.neurons, "vocabulary": one.vocabulary}
+    return {**model, **left, "scheme": shape.scheme, "forecast": one.costs, **one.costs}
 
 
 def made(search: Search, path: str, row: Row) -> Row:

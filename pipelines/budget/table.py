@@ -27,7 +27,8 @@ def cells(row: Row, budget: Budget) -> dict[str, str]:
         state = "out: " + ", ".join(budget.words(name) for name in row["breaks"]) if row["breaks"] else "in"
     return {
         "row": number("number", "d"),
-        "candidate": row["name"],
+        # The other columns say which layers of the teacher a student has.
+        "candidate": row.get("model") or row["name"],
         **{name: number(name, "d") for name in ("layers", "heads", "neurons", "vocabulary")},
         "precision": row.get("scheme") or "",
         "MB": number("bytes", ".3g", 1e-6),

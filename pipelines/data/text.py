@@ -90,10 +90,19 @@ def lines_of(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def title_and_passages(text: str, characters: int) -> tuple[str, list[str]]:
+    """The first line of a text, and its other lines in passages of so many characters, from the last one back; what is left over at their
+    beginning is none, unless it is all there is."""
+    title, *others = lines_of(text) or [""]
+    body = "\n".join(others)
+    ends = range(len(body), min(len(body), characters) - 1, -characters) if body else []
+    return title, [body[max(0, end - characters) : end] for end in ends]
+
+
 def title_pair(text: str, characters: int) -> tuple[str, str]:
     """The first line of a text, and the last `characters` of its other lines."""
-    title, *others = lines_of(text) or [""]
-    return title, "\n".join(others)[-characters:]
+    title, passages = title_and_passages(text, characters)
+    return title, passages[0] if passages else ""
 
 
 def sentences_of(text: str) -> list[str]:

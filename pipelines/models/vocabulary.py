@@ -23,7 +23,7 @@ from pipelines.core.task import TRANSFER, Task, TransferSet
 
 KINDS = ("WordPiece", "BPE", "Unigram")  # of the tokenizers library
 # Of 1,467 headlines' own tokens, 5,230, the others' were 0.82, and the student lost six points; with 0.96 it lost nothing that could be measured.
-COVERED = 0.97
+COVERED = 0.95
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 

@@ -24,6 +24,7 @@ from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TransferConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import UNLABELLED, StageResult
+from pipelines.data.text import title_and_passages
 from pipelines.hub import check_run
 from pipelines.models.embedder import SETTINGS, load_embedder, pool, width_of
 from pipelines.models.removal import load_model
@@ -269,15 +270,47 @@ def test_titles_are_queries_of_the_ends_of_their_articles(tmp_path):
     assert len(task.rows.splits["validation"]) == 2 * sizes["validation"]  # searched among its own
     for row in range(sizes["test"]):
         assert (texts[row], texts[labels[row]]) == (f"Title {texts[row][6:]}", f"The end of {texts[row][6:]}."[-12:])
-    assert sorted(task.rows.splits["train"]["text"]) == sorted(
-        [*task.splits["train"]["text"], *task.splits["train"]["text_pair"]]
-    )
     inputs = task.baseline_inputs(task.splits["test"])
     retriever = Retriever(Bm25).fit(task.baseline_inputs(task.splits["train"]))
     found = task.baseline_predictions(retriever, inputs)
     assert found.shape == (sizes["test"],)
     assert task.scores(found, labels)["recall_at_10"] > 0.9  # the number is in both
     assert len(retriever.predict(inputs[:2])) == 2
+
+
+def test_a_title_learns_to_find_every_passage_of_its_article(tmp_path, embedder):
+    for number in range(20):
+        body = f"{number:03}a then\n\n{number:03}b then {number:03}c end."
+        (tmp_path / f"{number}.txt").write_text(f"Title {number}\n{body}")
+    task = SentenceEmbedding(DataConfig(dataset=str(tmp_path)), EmbeddingConfig(title_pairs=9, learn_from="pairs"))
+    numbers = [int(title.split()[1]) for title in task.splits["train"]["text"]]
+    # A rest of two characters is no passage.
+    bodies = [f"{one:03}a then\n{one:03}b then {one:03}c end." for one in numbers]
+    expected = [
+        (f"Title {one}", body[start : start + 9])
+        for one, body in zip(numbers, bodies, strict=True)
+        for start in (20, 11, 2)
+    ]
+    rows = task.rows.splits["train"]["text"][:]
+    pairs = [*zip(rows[::2], rows[1::2], strict=True)]
+    assert pairs == expected
+    assert len(task.features(task.load_processor(str(embedder)))["train"]) == len(pairs)
+    texts = SentenceEmbedding(DataConfig(dataset=str(tmp_path)), EmbeddingConfig(title_pairs=9))
+    assert {*texts.rows.splits["train"]["text"]} == {*rows}
+    # Another passage is another data set, though titles and ends are the same.
+    before = task.data.fingerprint
+    path = tmp_path / f"{numbers[0]}.txt"
+    path.write_text(path.read_text().replace("a then", "a when"))
+    again = SentenceEmbedding(DataConfig(dataset=str(tmp_path)), EmbeddingConfig(title_pairs=9, learn_from="pairs"))
+    assert again.data.fingerprint != before
+
+
+def test_passages_are_cut_from_the_end():
+    assert title_and_passages("T\nabcdefgh", 3) == ("T", ["fgh", "cde"])
+    assert title_and_passages("T\nabcdef", 3) == ("T", ["def", "abc"])
+    assert title_and_passages("T\nab", 3) == ("T", ["ab"])
+    assert title_and_passages("T\n", 3) == ("T", [])
+    assert title_and_passages("", 3) == ("", [])
 
 
 def test_training_examples_that_are_pairs(pairs, embedder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -26,9 +27,10 @@ from pipelines.data.examples import (
 )
 from pipelines.data.references import read_scores
 from pipelines.data.splits import choose_splits
-from pipelines.data.text import TEXTS, title_pair
+from pipelines.data.text import TEXTS, title_and_passages
 from pipelines.models.embedder import POOLINGS
 
+PASSAGES = "passages"  # the column of a document's, the last one first
 CORPUS = -1  # the label of a row that is searched; a query's is the row of its positive
 
 
@@ -45,8 +47,8 @@ class EmbeddingConfig(Checked):
     )
     title_pairs: Annotated[int | None, "at least 1"] = flag(
         None,
-        "Make a pair of each single text: its first line is the query, the last so many characters of its other lines are the positive. A text "
-        "whose first line another one has is left out.",
+        "Make pairs of each single text: its first line is the query, the other lines are positives of so many characters each. The models are "
+        "scored by the last of them. A text whose first line another one has is left out.",
     )
     reference_model: str | None = flag(
         None,
@@ -126,24 +128,32 @@ def load_pairs(config: DataConfig, embedding: EmbeddingConfig) -> Examples:
 
 def _given(split: datasets.Dataset, name: str, config: DataConfig, embedding: EmbeddingConfig) -> Given:
     inputs = inputs_of(prepared(split, name, config, TEXTS, labelled=False), config, TEXTS)
-    characters = embedding.title_pairs if config.text_pair_column is None else None
-    if characters is not None:
-        pairs = [title_pair(text or "", characters) for text in inputs["text"]]
-        inputs = datasets.Dataset.from_dict(
-            {"text": [title for title, _ in pairs], "text_pair": [end for _, end in pairs]}
-        )
-    hashes = hash_rows(inputs, name, TEXTS)
-    if characters is not None:  # so that no query has two positives
-        hashes[:, 1] = [hash_of(" ".join(title.split()).encode()) for title in inputs["text"]]
-    drops = config if characters is None else replace(config, missing="drop")  # a text may be nothing but its title
-    kept = usable_rows(hashes[:, 0] > 0, "text", name, drops)
+    if config.text_pair_column is None and embedding.title_pairs is not None:
+        inputs, hashes = _documents(inputs["text"], name, embedding.title_pairs)
+        config = replace(config, missing="drop")  # a text may be nothing but its title
+    else:
+        hashes = hash_rows(inputs, name, TEXTS)
+    kept = usable_rows(hashes[:, 0] > 0, "text", name, config)
     return Given(name, inputs.select(kept), hashes[kept], np.zeros(len(kept), np.int64))
+
+
+def _documents(texts: Sequence[str | None], name: str, characters: int) -> tuple[datasets.Dataset, np.ndarray]:
+    """The titles, the last passages (`text_pair`) and all PASSAGES of documents, and their hashes: of the whole, and of the title, so that no
+    query has two documents."""
+    found = [title_and_passages(text or "", characters) for text in texts]
+    pairs = {"text": [title for title, _ in found], "text_pair": [own[0] if own else "" for _, own in found]}
+    hashes = hash_rows(datasets.Dataset.from_dict(pairs), name, TEXTS)
+    whole = np.array([hash_of((text or "").encode()) for text in texts], np.uint64)
+    hashes[:, 0] = np.where(hashes[:, 0] > 0, whole, 0)
+    hashes[:, 1] = [hash_of(" ".join(title.split()).encode()) for title, _ in found]
+    return datasets.Dataset.from_dict({**pairs, PASSAGES: [own for _, own in found]}), hashes
 
 
 def single_texts(examples: Examples, embedding: EmbeddingConfig) -> Examples:
     """The same splits, or a transfer set, as rows of one text each, with the column `label`.
 
-    To train on: all different texts, or with --learn_from pairs both texts of each pair, one after the other. To search: the queries, then
+    To train on: all different texts, or with --learn_from pairs both texts of each pair, one after the other; a document's title is in a
+    pair with each of its passages. To search: the queries, then
     the corpus, see queries_and_corpus. Of scored pairs all first texts, then all second ones, both with the score.
     """
     rows: dict[str, tuple[list[str], Any]] = {}
@@ -153,10 +163,13 @@ def single_texts(examples: Examples, embedding: EmbeddingConfig) -> Examples:
             split["label"][:],
             split["text_pair"][:] if is_paired(examples) else [],
         )
+        positives = split[PASSAGES][:] if PASSAGES in split.column_names else [[other] for other in others]
         if role == "train" and embedding.learn_from == "pairs":
-            rows[role] = [text for pair in zip(texts, others, strict=True) for text in pair], np.repeat(labels, 2)
+            pairs = [(text, other) for text, own in zip(texts, positives, strict=True) for other in own]
+            counts = [2 * len(own) for own in positives]
+            rows[role] = [text for pair in pairs for text in pair], np.repeat(labels, counts)
         elif role in ("train", TRANSFER) or not others:
-            different = [*dict.fromkeys([*texts, *others])]
+            different = [*dict.fromkeys([*texts, *(other for own in positives for other in own)])]
             rows[role] = different, np.full(len(different), UNLABELLED if role == TRANSFER else 0)
         elif embedding.score_column is not None:
             rows[role] = [*texts, *others], np.tile(labels, 2)
