@@ -118,8 +118,16 @@ def test_candidates_inside_another_column_are_read(of_objects, suffix, lists, ra
 
 def test_fewer_candidates_to_train_on(ranking, lists):
     fewer = TextRanking(ranking.config, RankingConfig(train_candidates=2))
-    expected = [row for place, row in enumerate(ranking.splits["train"]) if place % 4 < 2 or row["label"][0] > 0]
-    assert list(fewer.splits["train"]) == expected
+    rows, queries = list(fewer.splits["train"]), ranking.splits["train"].num_rows // 4
+    assert len(rows) == 2 * queries
+    assert [sum(row["label"][0] for row in rows[start : start + 2]) for start in range(0, len(rows), 2)] == [
+        1.0
+    ] * queries
+    whole = [row["text_pair"] for row in ranking.splits["train"]]
+    places = [whole.index(row["text_pair"], start // 2 * 4) % 4 for start, row in enumerate(rows)]
+    assert all(first < second for first, second in zip(places[::2], places[1::2], strict=True))  # in their order
+    wrong = [place for place, row in zip(places, rows, strict=True) if not row["label"][0]]
+    assert {*wrong} >= {0, 1, 2}  # not the first ones alone
     assert list(fewer.splits["test"]) == list(ranking.splits["test"])
     assert fewer.describe() != ranking.describe()
 
@@ -185,10 +193,19 @@ def test_bad_candidates_are_one_message(lists, tmp_path):
 def test_candidates_of_tfidf(tmp_path):
     rows = [("a goal", "goal of the team"), ("the bank", "shares and profit"), ("a goal", "match today")]
     found = list(find_candidates(rows, 1))
-    # The nearest passage, and after it the right ones that it is not.
-    assert found[:2] == [("a goal", "goal of the team", 1.0), ("a goal", "match today", 1.0)]
-    assert [(text, label) for query, text, label in found if query == "the bank"][-1] == ("shares and profit", 1.0)
+    assert found[0] == ("a goal", "goal of the team", 1.0)
     assert title_pair("\n  Headline \n\nfirst line\nlast line", 9) == ("Headline", "last line")
+    # A right passage that is far off is at any place among those of about its rank, none of which is among the nearest.
+    near = [(f"near {number}", f"alpha beta {number}") for number in range(10)]
+    far = [(f"alpha beta query {number}", f"gamma {number + 100}") for number in range(40)]
+    found, places = list(find_candidates(near + far, 4)), []
+    for query, right in far:
+        own = [(text, label) for asked, text, label in found if asked == query]
+        assert len({text for text, _ in own}) == 8
+        assert [text for text, label in own if label] == [right]
+        assert all(text.startswith("alpha") for text, _ in own[:4])
+        places.append([label for _, label in own].index(1.0))
+    assert {*places} == {4, 5, 6, 7}
 
     folder = tmp_path / "documents" / "topic"
     folder.mkdir(parents=True)
@@ -204,7 +221,10 @@ def test_candidates_of_tfidf(tmp_path):
     right = [labels["train"][labels["train"][:, 1] == query, 0].sum() for query in np.unique(labels["train"][:, 1])]
     assert right == [1.0] * len(right)
     assert list(task.baselines) == ["first_stage", "bm25"]
-    assert list(find_candidates([("a headline alone", ""), *rows], 1)) == [("a headline alone", "", 0.0), *found]
+    assert list(find_candidates([("a headline alone", ""), *rows], 1)) == [
+        ("a headline alone", "", 0.0),
+        *find_candidates(rows, 1),
+    ]
     with pytest.raises(InputError, match="expected words"):
         list(find_candidates([("?", "!")], 2))
 

@@ -54,12 +54,12 @@ class RankingConfig(Checked):
     tfidf_candidates: Annotated[int | None, "at least 2"] = flag(
         None,
         "Give each query so many candidates, the best ones by TF-IDF out of all passages of its split, where the data set has only the right "
-        "passages; no label column is read. A training query gets its right passages besides.",
+        "passages; no label column is read. A training query whose right passage is not among them gets those of about its rank instead.",
     )
     train_candidates: Annotated[int | None, "at least 1"] = flag(
         None,
-        "Train on the first so many candidates of each query and its relevant ones, not on all: more queries in the same time. Validation and "
-        "test have all.",
+        "Train on so many candidates of each query, its relevant ones and others drawn at random, not on all: more queries in the same time. "
+        "Validation and test have all.",
     )
     title_pairs: Annotated[int | None, "at least 1"] = flag(
         None,
@@ -85,7 +85,7 @@ class RankingConfig(Checked):
     @property
     def read_as(self) -> str:
         """What of these settings the examples depend on."""
-        return f"{self.tfidf_candidates} {self.title_pairs} {self.train_candidates}"
+        return f"{self.tfidf_candidates}, or around, {self.title_pairs} {self.train_candidates}"
 
 
 # ---- Reading
@@ -170,7 +170,8 @@ def _labels_of(candidates: list[str], labels: Any, name: str, config: DataConfig
 
 def find_candidates(rows: list[tuple[str, str]], count: int) -> Iterator[tuple[str, str, float]]:
     """Pairs and their labels, of rows of a query and a right passage: of each query the `count` passages that are nearest to it by TF-IDF, the
-    nearest first, and after them its right passages that are not among these. Rows without one of the texts come first, as they are."""
+    nearest first. Where no right one is among these, as many more follow to train on, which stand around one in the ranking: beside the
+    nearest ones it could be told by its distance. Rows without one of the texts come first, as they are."""
     yield from ((*row, 0.0) for row in rows if not all(row))
     rows = [row for row in rows if all(row)]
     corpus = list(dict.fromkeys(right for _, right in rows))
@@ -186,14 +187,17 @@ def find_candidates(rows: list[tuple[str, str]], count: int) -> Iterator[tuple[s
             f"expected words to find candidates by with --tfidf_candidates, found none in {len(corpus)} passages. Name the columns with "
             "--text_column and --text_pair_column."
         ) from error
-    asked = list(places)
+    asked, random = list(places), np.random.default_rng(0)
     for start in range(0, len(asked), QUERIES_AT_A_TIME):
         part = asked[start : start + QUERIES_AT_A_TIME]
         nearness = (vectorizer.transform(part) @ weights.T).toarray()
-        best = np.argsort(-nearness, axis=1, kind="stable")[:, :count].tolist()
-        for query, found in zip(part, best, strict=True):
-            for index in dict.fromkeys([*found, *places[query]]):
-                yield query, corpus[index], float(index in places[query])
+        for query, order in zip(part, np.argsort(-nearness, axis=1, kind="stable"), strict=True):
+            is_right, kept = np.isin(order, places[query]), order[:count]
+            if not is_right[:count].any():
+                least = max(count, min(int(is_right.argmax() - random.integers(count)), len(order) - count))
+                kept = np.concatenate([kept, order[least : least + count]])
+            for number in kept.tolist():
+                yield query, corpus[number], float(number in places[query])
 
 
 # ---- Splitting
@@ -215,16 +219,24 @@ def load_rankings(config: DataConfig, ranking: RankingConfig) -> Examples:
     for role, split in examples.splits.items():
         origin = role if role in given else "train"
         is_right = given[origin].labels > 0
-        # What TF-IDF did not find is for training alone.
-        most = ranking.train_candidates if role == "train" else ranking.tfidf_candidates
         chosen = [rows[origin][query] for query in split["query"]]
-        if most is not None:
-            own = is_right if role == "train" else np.zeros_like(is_right)
-            chosen = [one[(np.arange(len(one)) < most) | own[one]] for one in chosen]
+        if (count := ranking.tfidf_candidates) is not None:
+            # What is not among the nearest is for training alone.
+            found = [role != "train" or is_right[one[:count]].any() for one in chosen]
+            chosen = [one[:count] if near else one[count:] for one, near in zip(chosen, found, strict=True)]
+        if role == "train" and ranking.train_candidates is not None:
+            random = np.random.default_rng(config.split_seed)
+            chosen = [drawn(one, is_right[one], ranking.train_candidates, random) for one in chosen]
         examples.splits[role] = pairs[origin].select(np.concatenate(chosen), keep_in_memory=True)
     counts = {role: len(split) for role, split in examples.splits.items()}
     details = {**examples.details, "pairs": counts}
     return replace(examples, details=details, fingerprint=digest([examples.fingerprint, ranking.read_as]))
+
+
+def drawn(rows: np.ndarray, is_right: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """So many rows of a query, in their order: the right ones, and others at random. With the first others a right one would mostly be the last."""
+    others = random.permutation(np.flatnonzero(~is_right))[: max(0, count - is_right.sum())]
+    return rows[np.sort(np.concatenate([np.flatnonzero(is_right), others]))]
 
 
 def rows_of_queries(hashes: np.ndarray) -> list[np.ndarray]:
