@@ -153,8 +153,8 @@ def single_texts(examples: Examples, embedding: EmbeddingConfig) -> Examples:
     """The same splits, or a transfer set, as rows of one text each, with the column `label`.
 
     To train on: all different texts, or with --learn_from pairs both texts of each pair, one after the other; a document's title is in a
-    pair with each of its passages. To search: the queries, then
-    the corpus, see queries_and_corpus. Of scored pairs all first texts, then all second ones, both with the score.
+    pair with each of its passages. To search: the queries, then the corpus, see queries_and_corpus. Of scored pairs all first texts, then all
+    second ones, both with the score.
     """
     rows: dict[str, tuple[list[str], Any]] = {}
     for role, split in examples.splits.items():
