@@ -120,6 +120,7 @@ def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path, capsys)
         ({"max_lenght": 32}, r"found max_lenght\. Did you mean max_length"),
         ({"task": "text-classify"}, r"Did you mean text-classification"),
         ({"max_length": 1}, r"--max_length at least 2"),
+        ({"max_length": 2}, r"--max_length above 2, the special tokens"),
     ],
 )
 def test_bad_keywords_are_bad_input(settings, message, teacher, csv_file, tmp_path):

@@ -92,7 +92,7 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
         _check_plain(split, name, "class name or number", config)
         declared = getattr(split.features[column], "names", None)
         cells[name] = split[column][:]
-        classes[name] = {cell: _class_of(cell, declared) for cell in set(cells[name])}
+        classes[name] = {cell: _class_of(cell, declared, config) for cell in set(cells[name])}
     found = {label for labels in classes.values() for label in labels.values() if label is not None}
     names = getattr(next(iter(splits.values())).features[column], "names", None)
     written = {label: label for label in found}
@@ -117,10 +117,15 @@ def _check_known(found: set[str], names: list[str]) -> None:
         )
 
 
-def _class_of(value: Any, declared: list[str] | None) -> str | None:
+def _class_of(value: Any, declared: list[str] | None, config: DataConfig) -> str | None:
     """The class that a cell names, None for a cell without; `declared` are the names of a ClassLabel column."""
     if _is_empty(value) or (declared is not None and value < 0):
         return None
+    if declared is not None and value >= len(declared):
+        raise InputError(
+            f"expected numbers of the {len(declared)} classes that the column {config.label_column!r} names ({', '.join(declared[:5])}), counted "
+            f"from 0, found {value}; correct the number, or add its name to the column's ClassLabel"
+        )
     return str(value) if declared is None else declared[value]
 
 
@@ -175,6 +180,8 @@ def read_label_sets(
         sets = {name: _label_sets(split, name, config, separator) for name, split in splits.items()}
         found = {label for rows in sets.values() for row in rows if row for label in row}
         names = declared_names(next(iter(splits.values())), config) or _label_names(found, config)
+        if {*names} == {"0", "1"} and all(len(row) == 2 for rows in sets.values() for row in rows if row):
+            raise _vectors_found(config)
         _check_known(found, names)
         place = {name: index for index, name in enumerate(names)}
         values = {}
@@ -211,6 +218,13 @@ def _label_sets(split: datasets.Dataset, name: str, config: DataConfig, separato
     cells, declared = split[config.label_column][:], declared_names(split, config)
     if not _is_plain(split, config):
         return [_names_of(cell, declared, cell, name, config) for cell in cells]
+    if separator is not None and not any(separator in str(cell) for cell in cells):
+        logger.warning(
+            "no cell of the column %r in the split %r has the --label_separator %r, so each is one label",
+            config.label_column,
+            name,
+            separator,
+        )
     parsed = {cell: _parse_labels("" if _is_empty(cell) else str(cell), separator) for cell in set(cells)}
     sets = {cell: _names_of(items, None, cell, name, config) for cell, items in parsed.items()}
     return [sets[cell] for cell in cells]
@@ -243,14 +257,18 @@ def _names_of(items: Any, declared: list[str] | None, cell: Any, split: str, con
             "text-classification where every text has one label"
         )
     if declared is not None:
-        return {declared[one] for one in items if one is not None and one >= 0}
+        return {one for one in (_class_of(item, declared, config) for item in items) if one is not None}
     items = list(items)
     if len({*map(str, items)}) < len(items) and FITS.keys() - {""} >= {str(one).strip().lower() for one in items}:
-        raise InputError(
-            f"expected the names of the labels of each text in the column {config.label_column!r}, found 1 and 0 for every label ({cell!r:.80}) "
-            f"in the split {split!r}; write the names of those that fit, or give a column for each label (--label_column a b c)"
-        )
+        raise _vectors_found(config)
     return {str(one).strip() for one in items if not _is_empty(one)}
+
+
+def _vectors_found(config: DataConfig) -> InputError:
+    return InputError(
+        f"expected the names of the labels of each text in the column {config.label_column!r}, found 1 and 0 for every label; write the names of "
+        "those that fit, or give a column for each label (--label_column a b c)"
+    )
 
 
 # ---- Scores

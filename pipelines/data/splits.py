@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from sklearn.model_selection import train_test_split
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
 from pipelines.data.kinds import SPLITS
+
+logger = logging.getLogger(__name__)
 
 
 def choose_splits(
@@ -75,6 +78,15 @@ def drop_duplicates(
                 "also in the validation or test split; give splits that differ, or let them be cut (leave the flags "
                 "out)"
             )
+    if again := sum(removed.values()):
+        logger.warning("%d of %d %s are there more than once, and stay once", again, len(table), noun)
+    if conflicts.any():
+        logger.warning(
+            "%d of these %s have another label than the first of their kind, whose label counts; correct the labels, or a model learns what is "
+            "not so",
+            conflicts.sum(),
+            noun,
+        )
     return kept, {"duplicates_removed": removed, "conflicting_labels": int(conflicts.sum())}
 
 

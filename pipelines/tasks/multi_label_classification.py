@@ -64,6 +64,7 @@ class LabelSetConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.label_separator = "\t" if self.label_separator in ("\\t", "tab") else self.label_separator
         if self.label_separator == "":
             raise InputError(
                 "expected a text that parts labels as --label_separator, found an empty one. Leave it out, or name it."

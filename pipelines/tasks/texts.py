@@ -140,8 +140,17 @@ class TextTask(BaseTask):
         data = data or self.data
         key = digest([data.fingerprint, *tokenizer_content(processor)])
         if key not in self._features:
+            self.check_room(processor)
             self._features[key] = self.tokenized(data, processor, key)
         return self._features[key]
+
+    def check_room(self, processor: Any) -> None:
+        """Raise InputError where special tokens leave no room for a text; the tokenizer then cuts nothing, and does not say so."""
+        special = processor.num_special_tokens_to_add(pair=self._reads_pairs)
+        if self.config.max_length <= special:
+            raise InputError(
+                f"expected --max_length above {special}, the special tokens of an example, found {self.config.max_length}. Raise it."
+            )
 
     def tokenized(self, data: Examples, processor: Any, key: str) -> Any:
         """The splits as tokens; `key` is all that they depend on besides the task."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -430,7 +431,7 @@ def test_the_split_seed_and_nothing_else_moves_the_splits(tmp_path: Path) -> Non
 # ---- Duplicates
 
 
-def test_a_text_is_in_one_split_only(tmp_path: Path) -> None:
+def test_a_text_is_in_one_split_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = make_rows(50, ("a", "b"))
     for row in range(20):  # every text of the first twenty comes three times, twice with other white space
         for space in ("  ", "\n"):
@@ -442,6 +443,8 @@ def test_a_text_is_in_one_split_only(tmp_path: Path) -> None:
     assert len(folded) == len(set(folded)) == 50
     assert data.details["duplicates_removed"] == {"train": 40}
     assert data.details["conflicting_labels"] == 1
+    assert "40 of 90 texts are there more than once" in caplog.text
+    assert "1 of these texts have another label" in caplog.text
 
 
 def test_between_given_splits_the_training_side_loses(tmp_path: Path) -> None:
@@ -571,6 +574,12 @@ def test_missing_labels_are_refused_by_row(tmp_path: Path) -> None:
     declared = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
     declared.save_to_disk(tmp_path / "declared")
     refused(tmp_path / "declared", "1 of 30 rows", "counted from 0: 4", "--missing drop")
+    # A number without a name, as only a file of somebody else's has it.
+    rows["label"][4] = 2
+    info = json.dumps({"info": {"features": declared.features.to_dict()}})
+    table = pyarrow.table(rows).replace_schema_metadata({"huggingface": info})
+    pyarrow.parquet.write_table(table, tmp_path / "declared.parquet")
+    refused(tmp_path / "declared.parquet", "the 2 classes", "(a, b)", "found 2")
     rows = make_rows(30, (0.0, 1.0))
     rows["label"][4] = float("nan")
     refused(write_parquet(tmp_path / "nan", rows), "1 of 30 rows")

@@ -280,6 +280,21 @@ def test_labels_that_are_none_are_one_message(labels, settings, message, tmp_pat
         task_of(path, **settings).data  # noqa: B018
 
 
+def test_vectors_of_two_labels_are_no_names(tmp_path):
+    rows = [(f"text {index}", [[1, 0], [0, 1]][index % 2]) for index in range(20)]
+    with pytest.raises(InputError, match="found 1 and 0 for every label"):
+        task_of(write_jsonl(tmp_path / "rows.jsonl", rows)).data  # noqa: B018
+
+
+def test_a_separator_is_a_tab_in_words_and_one_that_parts_nothing_is_said(tmp_path, caplog):
+    rows = [(f"text {index}", ["a\tb", "b"][index % 2]) for index in range(20)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert task_of(path, separator="\\t").data.label_names == ["a", "b"]
+    assert not caplog.text
+    task_of(path, separator=";").data  # noqa: B018
+    assert "no cell of the column 'label'" in caplog.text
+
+
 def test_columns_of_labels_that_fit_no_text_are_one_message(tmp_path):
     rows = [{"text": f"text {index}", "a": 0, "b": 0} for index in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
