@@ -9,6 +9,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from typing import Any
 
 import datasets
@@ -131,13 +132,15 @@ def _class_of(value: Any, declared: list[str] | None, config: DataConfig) -> str
 
 def _label_names(found: set[str], config: DataConfig) -> list[str]:
     numbers = all(NUMBER.fullmatch(label) for label in found)
-    fractions = [label for label in found if numbers and not float(label).is_integer()]
+    # Not as floats, of which two that are alike may be two whole numbers.
+    values = {label: Decimal(label) for label in found} if numbers else {}
+    fractions = [label for label, value in values.items() if value != value.to_integral_value()]
     if fractions:
         raise InputError(
             f"expected classes in the column {config.label_column!r}, found fractions such as {fractions[0]}; name a "
             "column of classes with --label_column, or learn them as scores with --task text-regression"
         )
-    names = sorted(found, key=lambda label: (float(label) if numbers else 0, label))
+    names = sorted(found, key=lambda label: (values[label] if numbers else 0, label))
     if len(names) < 2:
         raise InputError(
             f"expected at least two classes in the column {config.label_column!r}, found {len(names)} "
@@ -151,7 +154,7 @@ def _label_names(found: set[str], config: DataConfig) -> list[str]:
         )
     alike: dict[Any, list[str]] = {}
     for name in names:
-        alike.setdefault(float(name) if numbers else "".join(name.casefold().split()), []).append(name)
+        alike.setdefault(values[name] if numbers else "".join(name.casefold().split()), []).append(name)
     for group in alike.values():
         if len(group) > 1:
             logger.warning(

@@ -300,6 +300,13 @@ def test_scores_are_numbers_and_no_classes(tmp_path: Path, cells: list[Any]) -> 
     assert limited.details["examples"] == {"train": 7, "validation": 3, "test": 3}
 
 
+def test_long_numbers_are_classes_of_their_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = ("9007199254740993", "9007199254740992", "1" * 400)
+    data = load(write_csv(tmp_path / "texts.csv", make_rows(30, labels)))
+    assert data.label_names == ["9007199254740992", "9007199254740993", "1" * 400]
+    assert "stay classes of their own" not in caplog.text
+
+
 def test_scores_that_are_missing_hidden_or_no_numbers(tmp_path: Path) -> None:
     def refuse(cells: list[Any], found: str) -> None:
         with pytest.raises(InputError, match=f"(?s)expected.*{found}"):
