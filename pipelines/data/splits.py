@@ -13,6 +13,7 @@ from sklearn.model_selection import train_test_split
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
+from pipelines.data.folders import SPLIT_NAMES
 from pipelines.data.kinds import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -21,11 +22,17 @@ logger = logging.getLogger(__name__)
 def choose_splits(
     splits: dict[str, datasets.Dataset], config: DataConfig, has_references: Callable[[datasets.Dataset], bool]
 ) -> dict[str, str | None]:
-    """Which of the data set's splits plays which role; None where one must be cut (see load_examples).
+    """Which of the data set's splits plays which role; None where one must be cut (see load_examples). A line names those that play none.
 
     `has_references` tells whether a split that no flag names can be scored: hidden test labels cannot.
     """
-    train = config.train_split if config.train_split in splits or len(splits) > 1 else next(iter(splits))
+    # By the role itself first: a data set may have both "validation" and "dev".
+    called = {
+        role: sorted((name for name in splits if SPLIT_NAMES.get(name.lower()) == role), key=lambda name: name != role)
+        for role in SPLITS
+    }
+    choices = [config.train_split, *called.get(config.train_split, []), *(splits if len(splits) == 1 else [])]
+    train = next((name for name in choices if name in splits), config.train_split)
     named = {"train_split": train, "validation_split": config.validation_split, "test_split": config.test_split}
     for flag, name in named.items():
         if name is not None and name not in splits:
@@ -33,8 +40,8 @@ def choose_splits(
                 f"expected the split {name!r} that --{flag} names, found the splits {', '.join(splits)}; pass one of them with --{flag}"
             )
 
-    def usable(name: str, taken: set[str | None]) -> str | None:
-        return name if name in splits and name not in taken and has_references(splits[name]) else None
+    def usable(role: str, taken: set[str | None]) -> str | None:
+        return next((name for name in called[role] if name not in taken and has_references(splits[name])), None)
 
     test = config.test_split or usable("test", {train, config.validation_split})
     validation = config.validation_split or usable("validation", {train, test})
@@ -44,6 +51,11 @@ def choose_splits(
         raise InputError(
             f"expected three different splits, found train {train!r}, validation {validation!r} and test {test!r}; "
             "leave --validation_split or --test_split out to have it cut from the training split"
+        )
+    if unused := [name for name in splits if name not in (train, validation, test)]:
+        logger.warning(
+            "not used are the splits %s; --train_split, --validation_split and --test_split name others",
+            ", ".join(map(repr, unused)),
         )
     return {"train": train, "validation": validation, "test": test}
 

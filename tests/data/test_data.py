@@ -358,6 +358,37 @@ def test_splits_named_by_flags(tmp_path: Path, flags: dict[str, str], validation
     assert (data.details["came_from"]["validation"], data.details["came_from"]["test"]) == (validation, test)
 
 
+@pytest.mark.parametrize(
+    "names", [("train", "valid", "test"), ("training", "val", "Testing"), ("train", "dev", "test")]
+)
+def test_splits_of_a_saved_data_set_may_have_the_names_that_files_have(
+    names: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = {name: datasets.Dataset.from_dict(make_rows(20, ("a", "b"), name)) for name in names}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    came_from = {role: f"split {name!r}" for role, name in zip(SPLITS, names, strict=True)}
+    assert load(tmp_path / "saved").details["came_from"] == came_from
+    assert "not used" not in caplog.text
+    # The flags name splits by the data set's own names, and what is left is said.
+    named = load(tmp_path / "saved", test_split=names[1])
+    assert named.details["came_from"] == {
+        **came_from,
+        "test": came_from["validation"],
+        "validation": f"cut from {came_from['train']}",
+    }
+    assert f"not used are the splits {names[2]!r}; --train_split" in caplog.text
+
+
+def test_of_two_splits_for_one_role_the_one_with_its_name_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("train", "dev", "validation", "test", "unsupervised")
+    saved = {name: datasets.Dataset.from_dict(make_rows(20, ("a", "b"), name)) for name in names}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    assert load(tmp_path / "saved").details["came_from"] == {name: f"split {name!r}" for name in SPLITS}
+    assert "not used are the splits 'dev', 'unsupervised'" in caplog.text
+
+
 def test_sentence_pairs_with_their_own_split_names(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     data = load(
         glue(tmp_path / "mnli", pair=True),
