@@ -238,9 +238,8 @@ def _from_cells(
     text.seek(0)
     rows = 0
     source: TextIO = text
-    if "escapechar" in dialect:  # which would make an N of the \N of MySQL
-        mark = re.escape(dialect["delimiter"])
-        source = io.StringIO(re.sub(rf"(^|(?<={mark}))\\N(?={mark}|\r?$)", "", text.read(), flags=re.MULTILINE))
+    if "escapechar" in dialect:
+        source = io.StringIO(_with_doubled_backslashes(text.read(), re.escape(dialect["delimiter"])))
     with warnings.catch_warnings():
         warnings.simplefilter("error", pandas.errors.ParserWarning)  # a first row that is too long
         for frame in pandas.read_csv(
@@ -265,10 +264,21 @@ def _from_cells(
     text.buffer.seek(0)
     if "quoting" in dialect or rows != sum(not line.isspace() for line in text.buffer) - 1 - skipped:
         csv.field_size_limit(sys.maxsize)
-        text.seek(0)
-        for row in csv.reader(islice(text, skipped, None), strict=True, **dialect):
+        source.seek(0)
+        for row in csv.reader(islice(source, skipped, None), strict=True, **dialect):
             if any(row[len(names) :]) or (whole and any(row) and len(row) < len(names)):
                 raise csv.Error(f"{row!r:.100} has {len(row)} cells for {len(names)} columns")
+
+
+def _with_doubled_backslashes(content: str, mark: str) -> str:
+    """The text of a csv file whose quotation marks have backslashes, with every other backslash doubled, since parsers take away a single one.
+
+    MySQL and Python double them all. Spark does so before a quotation mark only: there is one before another character, such as \\d.
+    """
+    content = re.sub(rf"(^|(?<={mark}))\\N(?={mark}|\r?$)", "", content, flags=re.MULTILINE)  # nothing, by MySQL
+    if re.search(rf"(?<!\\)\\(\\\\)*(?=[^\\\"\r\n{mark}])", content):
+        return re.sub(r"\\+(?![\\\"])", r"\g<0>\g<0>", content)
+    return content
 
 
 def _from_objects(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zipfile
 from decimal import Decimal
 from pathlib import Path
@@ -327,6 +328,19 @@ def test_what_databases_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     numbers = pyarrow.array([Decimal(row % 2) for row in range(40)], pyarrow.decimal128(38, 0))
     pyarrow.parquet.write_table(table.append_column("label", numbers), tmp_path / "numbers.parquet")
     assert load(tmp_path / "numbers.parquet").label_names == ["0", "1"]
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_only_what_escapes_a_quotation_mark_loses_its_backslash(doubled: bool, tmp_path: Path) -> None:
+    texts = ['he said "no", 0', r"match \d+ and C:\new\9", r"\\server\share, or C:\\", "C:\\dir\\", "a \\"]
+    texts += ["one\nline \\", r"\"", r"C:\,b", "plain"]
+    with (tmp_path / "texts.csv").open("w", newline="") as file:
+        file.write("text,label\n")
+        for text in texts:  # as Python and MySQL write it, or as Spark does
+            cell = re.sub(r'["\\]' if doubled else r'"|\\(?=\\*("|$))', r"\\\g<0>", text)
+            file.write(f'"{cell}",a\n')
+        file.write("C:\\\\x,b\n" if doubled else "C:\\x,b\n")
+    assert read_table(tmp_path / "texts.csv", DataConfig())["text"][:] == [*texts, r"C:\x"]
 
 
 def test_half_of_an_emoji_is_no_character(tmp_path: Path) -> None:
