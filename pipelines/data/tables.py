@@ -319,7 +319,9 @@ def _nested(cells: list[Any], name: str, path: Path) -> pa.Array:
 def _objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:
     """One object a line (`may_be_one`: also of a single line), a list of them, one under a name ({"data": [...]}), or a list or an object for
     each column."""
-    by_line = text.readline().rstrip().endswith("}") and (may_be_one or any(line.strip() for line in text))
+    first = list(islice((line.strip() for line in text if not line.isspace()), 2))
+    # A list, or an object, may be written with a comma before each further line.
+    by_line = len(first) > 1 - may_be_one and first[0].endswith("}") and all(line.startswith("{") for line in first)
     text.seek(0)
     rows = json_lines(text) if by_line else json.load(text)
     if isinstance(rows, dict):

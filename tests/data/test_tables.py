@@ -330,6 +330,13 @@ def test_what_databases_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert load(tmp_path / "numbers.parquet").label_names == ["0", "1"]
 
 
+@pytest.mark.parametrize("form", ["[%s\n]", "\n\n%s\n", "[\n%s]", " \n[%s]", '{"data": [%s]}'])
+def test_where_the_lines_of_json_end_says_nothing(form: str, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text, "label": label}) for text, label in ROWS]
+    between = "\n" if form.startswith("\n") else "\n,"
+    assert found(load(tmp_path / "texts.json", form % between.join(lines))) == set(ROWS)
+
+
 @pytest.mark.parametrize("doubled", [False, True])
 def test_only_what_escapes_a_quotation_mark_loses_its_backslash(doubled: bool, tmp_path: Path) -> None:
     texts = ['he said "no", 0', r"match \d+ and C:\new\9", r"\\server\share, or C:\\", "C:\\dir\\", "a \\"]
