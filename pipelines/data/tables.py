@@ -39,6 +39,7 @@ TABLE_SUFFIXES = (*(".csv" + packed for packed in PACKED), *TSV_SUFFIXES, *JSON_
 
 ROWS_AT_A_TIME = 10_000
 READ_AS = b"read as"  # in an Arrow file's metadata
+UNNAMED = "the names of its rows in the first column, which has no name itself"
 # How a file may quote: marks are doubled, or stand after a backslash, or there is no quoting and a mark is a character.
 DOUBLED: dict[str, Any] = {}
 ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
@@ -167,6 +168,8 @@ def _readings(
         ways = [DOUBLED, *([ESCAPED] if '\\"' in start else []), UNQUOTED][:: -1 if unquoted else 1]
         # R leaves the name of its first column out, which counts the rows.
         shifted = ["", *names] if len(row) == len(header) + 1 and row[0].isdecimal() else names
+        unsure = shifted != names and not _counts_rows(start, separator)
+        told = ", ".join(filter(None, (note, UNNAMED if unsure else "")))
         # Rows may be short only where nothing else explains them.
         for columns, way, whole in [
             *((names, way, True) for way in ways),
@@ -174,7 +177,7 @@ def _readings(
             (shifted, ways[0], False),
         ]:
             dialect = {"delimiter": separator, "skipinitialspace": spaced, **way}
-            yield note, _from_cells(text, columns, named, int(hints), whole, dialect)
+            yield (note if columns == names else told), _from_cells(text, columns, named, int(hints), whole, dialect)
 
 
 def open_text(path: Path, config: DataConfig) -> TextIO:
@@ -203,6 +206,16 @@ def _first_rows(start: str, separator: str) -> list[list[str]]:
     """The first two rows that are not empty."""
     rows = (row for row in csv.reader(start.splitlines(keepends=True), delimiter=separator) if row)
     return [next(rows, []), next(rows, [])]
+
+
+def _counts_rows(start: str, separator: str) -> bool:
+    """Whether the first cells are surely R's names of rows: in quotation marks, or 1, 2, 3 and so on."""
+    lines = [line for line in io.StringIO(start, newline="") if not line.isspace()][1:]
+    cells = [row[0] for row in csv.reader(lines, delimiter=separator) if row]
+    cells = cells[:-1] or cells  # the last one may be cut off
+    return any(line.lstrip().startswith('"') for line in lines[:1]) or cells == [
+        str(number) for number in range(1, len(cells) + 1)
+    ]
 
 
 def _is_of_excel(start: str) -> bool:

@@ -337,6 +337,17 @@ def test_where_the_lines_of_json_end_says_nothing(form: str, tmp_path: Path) -> 
     assert found(load(tmp_path / "texts.json", form % between.join(lines))) == set(ROWS)
 
 
+@pytest.mark.parametrize(("first", "said"), [(1, False), (2007, True)])
+def test_a_first_column_without_a_name_is_said_unless_it_counts_the_rows(
+    first: int, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(f"{first + number},{text},{label}\n" for number, (text, label) in enumerate(ROWS))
+    for _ in range(2):  # the second time from its copy
+        caplog.clear()
+        assert found(load(tmp_path / "texts.csv", f"text,label\n{rows}")) == set(ROWS)
+        assert ("the names of its rows in the first column, which has no name" in caplog.text) == said
+
+
 @pytest.mark.parametrize("doubled", [False, True])
 def test_only_what_escapes_a_quotation_mark_loses_its_backslash(doubled: bool, tmp_path: Path) -> None:
     texts = ['he said "no", 0', r"match \d+ and C:\new\9", r"\\server\share, or C:\\", "C:\\dir\\", "a \\"]
