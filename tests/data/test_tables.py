@@ -348,6 +348,13 @@ def test_a_first_column_without_a_name_is_said_unless_it_counts_the_rows(
         assert ("the names of its rows in the first column, which has no name" in caplog.text) == said
 
 
+def test_large_integers_beside_null_are_exact(tmp_path: Path) -> None:
+    numbers = [2**53 + 1, None, 2**53]
+    for name, columns in (("lists", numbers), ("columns", {str(row): one for row, one in enumerate(numbers)})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"text": columns, "label": columns}))
+        assert read_table(tmp_path / f"{name}.json", DataConfig())["label"][:] == [str(2**53 + 1), None, str(2**53)]
+
+
 @pytest.mark.parametrize("doubled", [False, True])
 def test_only_what_escapes_a_quotation_mark_loses_its_backslash(doubled: bool, tmp_path: Path) -> None:
     texts = ['he said "no", 0', r"match \d+ and C:\new\9", r"\\server\share, or C:\\", "C:\\dir\\", "a \\"]
