@@ -67,7 +67,18 @@ WIDE_ENCODINGS = {
     "big5": ("big5", "[一-鿿]"),
     **dict.fromkeys(("utf_16_le", "utf_16_be"), ("gb18030", "[ぁ-ヿ一-鿿]")),
 }
-BINARY = (b"PK\3\4", b"\x1f\x8b", b"\xd0\xcf\x11\xe0", b"PAR1", b"BZh", b"(\xb5/\xfd", b"%PDF", b"\x89PNG")
+BINARY = (
+    b"PK\3\4",
+    b"\x1f\x8b",
+    b"\xd0\xcf\x11\xe0",
+    b"PAR1",
+    b"BZh",
+    b"(\xb5/\xfd",
+    b"%PDF",
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"GIF8",
+)
 PUNCTUATION = "“”‘’„–—…€£«»¡¿°·½®™©§\xa0"
 
 
@@ -97,9 +108,11 @@ def read_table(path: Path, config: DataConfig, lists: bool = False, nested: bool
                     f"expected room on the disk for a copy of {path} in {datasets.config.HF_DATASETS_CACHE}, found none ({full}); make "
                     "room, or set HF_DATASETS_CACHE to a folder on another disk"
                 ) from error
+            remedy = "repair the file or save it again, or say how it is written with --separator and --encoding"
+            if path.name.lower().endswith(".parquet"):
+                remedy = "it is damaged or no parquet file: copy or save it again, or rename it to what it is"
             raise InputError(
-                f"expected a well-formed {path.suffix.lower()[1:]} file, found that {path} cannot be read ({reason(error)}); repair the file "
-                "or save it again, or say how it is written with --separator and --encoding"
+                f"expected a well-formed {path.suffix.lower()[1:]} file, found that {path} cannot be read ({reason(error)}); {remedy}"
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
@@ -436,11 +449,17 @@ def encoding_of(file: BinaryIO, path: Path) -> str:
                 other += line[:4096] if len(other) < 1 << 16 else b""
     if not counts["other"]:
         return "utf-8-sig"
-    if other.startswith(BINARY):
-        raise InputError(
-            f"expected a file of text, found that {path} is a spreadsheet, an archive or another binary file whatever its name says; save "
-            "it as CSV or unpack it"
+    if head.startswith(BINARY):  # the first line of a PDF is ASCII
+        what, remedy = (
+            "a spreadsheet, an archive or another binary file whatever its name says",
+            "save it as CSV or unpack it",
         )
+        if not path.name.lower().endswith(TABLE_SUFFIXES):
+            what, remedy = (
+                "no text but a PDF, an image, an archive or another binary file",
+                "save its text in a .txt file, or remove it",
+            )
+        raise InputError(f"expected a file of text, found that {path} is {what}; {remedy}")
     if counts["UTF-8"] < counts["other"] and (encoding := _guess(other)):
         return encoding
     raise InputError(

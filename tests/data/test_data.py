@@ -224,6 +224,11 @@ def test_text_files_that_are_not_utf8_are_read_as_cp1252(tmp_path: Path, caplog:
     assert [record.name for record in caplog.records].count("pipelines.data.text") == 1
     assert "art/0001.txt is read as cp1252" in caplog.text
 
+    for content in (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\x08\2"):
+        (folder / "art" / "scan").write_bytes(content)
+        with pytest.raises(InputError, match=r"scan is no text but a PDF, an image.*; save its text in a \.txt file"):
+            load(folder)
+        (folder / "art" / "scan").unlink()
     for content in (b"\xff\xfe\x00", b"a\0b\0\0\0", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"):
         (folder / "art" / "0001.txt").write_bytes(content)
         refused = "expected (text files.*found other bytes in|a file of text, found that) .*0001.txt"
@@ -541,7 +546,6 @@ def test_missing_and_malformed_files_are_refused(tmp_path: Path, capfd: pytest.C
         "columns.csv": "text,label\na,b\na,b,c,d\n",
         "broken.jsonl": '{"text": "a", "label": "b"}\n{"text": ',
         "broken.json": "{",
-        "broken.parquet": "PAR1",
         "no_gzip.csv.gz": "text,label\na,b\n",
         "list.json": '["a", "b"]',
         "workbook.csv": b"PK\x03\x04\x14\0\x06\0\x08\0\0\0!\0" * 9,
@@ -550,6 +554,8 @@ def test_missing_and_malformed_files_are_refused(tmp_path: Path, capfd: pytest.C
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         refused(path, "well-formed", str(path), "repair the file", "--separator and --encoding")
+    (tmp_path / "broken.parquet").write_text("PAR1")
+    refused(tmp_path / "broken.parquet", "well-formed parquet", "damaged or no parquet file: copy or save it again")
     assert "Failed" not in capfd.readouterr().err  # one message, and none of the library's own
     (tmp_path / "empty.csv").write_text("")
     refused(tmp_path / "empty.csv", "an empty file")
