@@ -43,6 +43,10 @@ def load_source(config: DataConfig, kind: Kind, in_split: bool = False) -> Sourc
     if not os.path.isabs(resolved):
         return _load_from_hub(resolved, config.dataset_config)
     path = Path(resolved)
+    if not (path.is_file() or path.is_dir()):  # it is read several times
+        raise InputError(
+            f"expected a file or a folder as --dataset, found a pipe or a device: {path}; save what it holds to a file and give that"
+        )
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _load_saved(path)
     parts = (

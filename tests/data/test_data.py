@@ -565,6 +565,14 @@ def test_missing_and_malformed_files_are_refused(tmp_path: Path, capfd: pytest.C
     refused(tmp_path / "notes.txt", "labelled texts", "notes.txt", "convert it")
 
 
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        refused(
+            path, f"a file or a folder as --dataset, found a pipe or a device: {path}", "save what it holds to a file"
+        )
+
+
 def test_folders_without_data_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "an empty folder", "one sub-folder per class")
