@@ -74,10 +74,12 @@ def _parts(
     listed = [entry for entry in entries if METADATA.fullmatch(entry.name)]
     if listed:
         names = read_table(listed[0], replace(config, image_column=FILE_NAME))
-        if FILE_NAME in names.column_names:
+        if FILE_NAME in names.column_names and not _in_class_folders(names, config):
             read = _read_listed(path, names, config, kind)
             yield from ((split, read.select(rows)) for split, rows in _rows_by_split(names[FILE_NAME]).items())
             return
+        logger.warning("the classes in %s are its folders; %s has no labels and is left out", path, listed[0].name)
+        tables = [table for table in tables if table not in listed]
     # A table that no split is named after, beside class folders or tables of splits, is data only where it has the columns.
     has_data = any(map(split_named_by, tables)) or (len(folders) > 1 and all(map(_has_files, folders)))
     other = [table for table in tables if has_data and not split_named_by(table) and not _is_data(table, config, kind)]
@@ -129,6 +131,12 @@ def _rows_by_split(names: Iterable[Any]) -> dict[str, list[int]]:
     for row, name in enumerate(names):
         by_split.setdefault(SPLIT_NAMES.get(re.split(r"[/\\]", str(name).lower())[0], ""), []).append(row)
     return by_split if "train" in by_split and "" not in by_split else {"train": sorted(chain(*by_split.values()))}
+
+
+def _in_class_folders(names: datasets.Dataset, config: DataConfig) -> bool:
+    """Whether a metadata table gives no labels, and the folders of the files that it lists do."""
+    folders = {re.split(r"[/\\]", f"/{name}")[-2].lower() for name in names[FILE_NAME]}
+    return config.label_column not in names.column_names and "" not in folders and len(folders - SPLIT_NAMES.keys()) > 1
 
 
 def _has_files(folder: Path) -> bool:

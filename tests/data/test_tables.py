@@ -582,6 +582,25 @@ def test_a_metadata_table_labels_the_images_beside_it(tmp_path: Path) -> None:
         load(flat, kind=IMAGES, label_column="kind")
 
 
+def test_a_metadata_table_without_labels_leaves_the_class_folders_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = write_image_folder(tmp_path / "images", 30)
+    expected = load(images, kind=IMAGES)
+    files = [str(file.relative_to(images)) for file in sorted(images.rglob("*.png"))]
+    tables = {
+        "metadata.csv": "file_name,width\n" + "".join(f"{file},8\n" for file in files),
+        "metadata.jsonl": "".join(json.dumps({"file_name": file}) + "\n" for file in files),
+    }
+    for name, content in tables.items():
+        caplog.clear()
+        (images / name).write_text(content)
+        data = load(images, kind=IMAGES)
+        assert data.fingerprint == expected.fingerprint
+        assert f"{name} has no labels and is left out" in caplog.text
+        (images / name).unlink()
+
+
 def test_lines_are_documents_where_no_blank_lines_part_any(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "lines.txt").write_bytes("\r\n".join(text for text, _ in ROWS).encode("utf-16"))
     data = load_documents(DataConfig(dataset=str(tmp_path / "lines.txt")), LanguageConfig())
