@@ -75,7 +75,7 @@ def _parts(
     if listed:
         names = read_table(listed[0], replace(config, image_column=FILE_NAME))
         if FILE_NAME in names.column_names and not _in_class_folders(names, config):
-            read = _read_listed(path, names, config, kind)
+            read = _read_listed(path, listed[0], names, config, kind)
             yield from ((split, read.select(rows)) for split, rows in _rows_by_split(names[FILE_NAME]).items())
             return
         logger.warning("the classes in %s are its folders; %s has no labels and is left out", path, listed[0].name)
@@ -105,14 +105,14 @@ def _parts(
     if "train" not in splits.values() or len(splits) == 1 < len(folders):
         splits = {folder: split for folder, split in splits.items() if folder in nests}
     if "train" in splits.values() or (splits and len(splits) == len(folders)):
-        _say_left_out(path, [entry for entry in [*other, *folders] if entry not in splits])
+        _say_left_out(path, [entry for entry in entries if entry not in splits])
         for folder, split in splits.items():
             yield from ((split, part) for _, part in _parts(folder, config, kind, in_split=True))
     elif len(folders) == 1 and nests:  # an archive's own folder
         yield from _parts(folders[0], config, kind)
     elif folders:
         hidden = [entry for entry in path.iterdir() if entry.is_dir() and entry.name.startswith(".")]
-        _say_left_out(path, [*other, *sorted(hidden)])
+        _say_left_out(path, [entry for entry in entries if entry.is_file()] + sorted(hidden))
         yield "train", kind.read_files(path, _labelled_files(path, folders, kind), config)
     elif in_split and (unlabelled := [entry for entry in entries if entry not in other]):
         _say_left_out(path, other)
@@ -152,7 +152,13 @@ def _is_data(table: Path, config: DataConfig, kind: Kind) -> bool:
 
 def _say_left_out(path: Path, entries: list[Path]) -> None:
     if entries:
-        logger.warning("left out of the data set in %s: %s", path, ", ".join(entry.name for entry in entries[:10]))
+        more = f" and {len(entries) - 10} more" if len(entries) > 10 else ""
+        logger.warning(
+            "left out of the data set in %s: %s%s",
+            path,
+            ", ".join(str(entry.relative_to(path)) for entry in entries[:10]),
+            more,
+        )
 
 
 def _labelled_files(path: Path, folders: list[Path], kind: Kind) -> list[tuple[Path, str | None]]:
@@ -180,14 +186,16 @@ def _labelled_files(path: Path, folders: list[Path], kind: Kind) -> list[tuple[P
     return files
 
 
-def _read_listed(path: Path, names: datasets.Dataset, config: DataConfig, kind: Kind) -> datasets.Dataset:
-    """The files that a metadata table lists, with the labels that it gives them, if any."""
+def _read_listed(path: Path, table: Path, names: datasets.Dataset, config: DataConfig, kind: Kind) -> datasets.Dataset:
+    """The files that a metadata table lists, with the labels that it gives them, if any. A line names the others."""
     listed = [path / str(name).replace("\\", "/") for name in names[FILE_NAME]]
     if absent := [file.name for file in listed if not file.is_file()]:
         raise InputError(
             f"expected the {len(listed)} files of the metadata table in {path}, found {len(absent)} of them missing, such as {absent[0]}; "
             f"correct the column {FILE_NAME!r}, or add the files"
         )
+    known = {table, *(Path(os.path.normpath(file)) for file in listed)}
+    _say_left_out(path, [file for file in files_below(path) if file not in known])
     if config.label_column not in names.column_names:
         return kind.read_files(path, [(file, None) for file in listed], config).remove_columns("label")
     read = kind.read_files(path, list(zip(listed, names[config.label_column], strict=True)), config)

@@ -601,6 +601,29 @@ def test_a_metadata_table_without_labels_leaves_the_class_folders_alone(
         (images / name).unlink()
 
 
+def test_images_that_are_left_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = write_image_folder(tmp_path / "images", 30)
+    files = [str(file.relative_to(images)) for file in sorted(images.rglob("*.png"))]
+    (images / "beside.png").write_bytes((images / files[0]).read_bytes())
+    load(images, kind=IMAGES)
+    assert f"left out of the data set in {images}: beside.png\n" in caplog.text
+    caplog.clear()
+    rows = [f"./{file},{'ab'[row % 2]}" for row, file in enumerate(files[:-12])]
+    (images / "metadata.jsonl").write_text("")
+    (images / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    load(images, kind=IMAGES)
+    said = caplog.text
+    assert f"left out of the data set in {images}: beside.png, " in said
+    assert files[-12] in said
+    assert "and 4 more" in said
+    (images / "beside.png").unlink()
+    caplog.clear()
+    rows += [f"{file},a" for file in files[-12:]]
+    (images / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    load(images, kind=IMAGES)
+    assert f"left out of the data set in {images}: metadata.jsonl\n" in caplog.text
+
+
 def test_lines_are_documents_where_no_blank_lines_part_any(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "lines.txt").write_bytes("\r\n".join(text for text, _ in ROWS).encode("utf-16"))
     data = load_documents(DataConfig(dataset=str(tmp_path / "lines.txt")), LanguageConfig())
