@@ -331,6 +331,21 @@ def load_from(folder: Path, found: Any) -> Any:
     return load_questions(DataConfig(dataset=str(folder / "rows.json")), AnswerConfig())
 
 
+@pytest.mark.parametrize(
+    "none",
+    [{}, {"answers": None}, {"answers": []}, {"answers": ""}, {"answers": {"text": [], "answer_start": []}, "id": 3}],
+)
+def test_rows_of_a_json_file_need_not_have_one_form(none, tmp_path):
+    """The first row tells nothing of the others, and columns that nobody named are in nobody's way."""
+    rows: list[dict[str, Any]] = [one_question(index) | {"id": f"q{index}"} for index in range(10)]
+    rows[0] = {"question": "why?", "context": "the goal 0"} | none
+    rows[1] |= {"answers": [{"text": "goal", "answer_start": 4}]}
+    found = load_from(tmp_path, rows)
+    asked = {row["question"]: row["answers"] for split in found.splits.values() for row in split}
+    assert asked == {"why?": [], "what?": ["goal"]}
+    assert sum(found.details["unanswerable"].values()) == 1
+
+
 def test_an_empty_text_is_no_answer(tmp_path):
     rows = [one_question(index) for index in range(10)]
     rows[3]["answers"], rows[4]["answers"] = {"text": [""], "answer_start": [-1]}, {"text": [None], "answer_start": [0]}

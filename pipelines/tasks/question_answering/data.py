@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -86,7 +87,7 @@ def read_file(path: Path, config: DataConfig, settings: AnswerConfig) -> dataset
             except ValueError:  # an object on every line
                 file.seek(0)
                 found = list(json_lines(file))
-        return datasets.Dataset.from_list(_flat(whole_characters(found), settings))
+        return _table(_flat(whole_characters(found), settings), settings)
     except InputError:
         raise
     except Exception as error:  # parsers raise errors of their own kinds
@@ -124,6 +125,28 @@ def _flat(found: Any, settings: AnswerConfig) -> list[Row]:
     return flat
 
 
+def _table(rows: list[Row], settings: AnswerConfig) -> datasets.Dataset:
+    """Rows of a json file, of which each may have its own keys and form of answers.
+
+    Columns that nobody named have nothing but their names, as in read_table().
+    """
+    names = list(dict.fromkeys(chain.from_iterable(rows)))
+    answers = _answer_column(names, settings)
+    text = datasets.Value("string")
+    kinds = {
+        settings.question_column: text,
+        settings.context_column: text,
+        answers: {"text": datasets.List(text), "answer_start": datasets.List(datasets.Value("int64"))},
+    }
+    columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in names}
+    for name in columns.keys() & {settings.question_column, settings.context_column}:
+        columns[name] = [row[name] if isinstance(row.get(name), str) else None for row in rows]
+    if answers in columns:
+        columns[answers] = [_answers(row, answers, settings) for row in rows]
+    features = datasets.Features({name: kinds.get(name, datasets.Value("null")) for name in names})
+    return datasets.Dataset.from_dict(columns, features)
+
+
 def _columns_of(answers: list[Row]) -> Row:
     return {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
 
@@ -131,24 +154,34 @@ def _columns_of(answers: list[Row]) -> Row:
 def rows_of(split: datasets.Dataset, name: str, settings: AnswerConfig) -> Iterator[Row]:
     """The rows of a split of the source in one form, answers and starts None where they cannot be read."""
     wanted = [settings.question_column, settings.context_column]
-    column = settings.answer_column or ("answers" if "answers" in split.column_names else "answer")
+    column = _answer_column(split.column_names, settings)
     if any(one not in split.column_names for one in wanted):
         raise InputError(
             f"expected the columns {', '.join(wanted)} in the split {name!r}, found {', '.join(split.column_names[:20])}. Name them with "
             "--question_column and --context_column."
         )
     for row in split:
-        cell = row.get(column)
-        if isinstance(cell, list) and all(isinstance(one, dict) for one in cell):
-            cell = {name: [one.get(name) for one in cell] for name in ("text", "answer_start")}
-        if not isinstance(cell, dict):
-            cell = {"text": cell, "answer_start": row.get(settings.start_column)}
-        given, starts = (one if isinstance(one, list) else [one] for one in map(cell.get, ("text", "answer_start")))
-        texts = ["" if one is None else str(one) for one in given]
-        if not any(text.strip() for text in texts):  # there is no answer, wherever it begins
-            texts, starts = [], []
         question, context = (row[one] if isinstance(row[one], str) else "" for one in wanted)
-        yield {"question": question, "context": context, "answers": texts, "starts": [_number(one) for one in starts]}
+        answers = _answers(row, column, settings)
+        yield {"question": question, "context": context, "answers": answers["text"], "starts": answers["answer_start"]}
+
+
+def _answer_column(names: Iterable[str], settings: AnswerConfig) -> str:
+    return settings.answer_column or ("answers" if "answers" in names else "answer")
+
+
+def _answers(row: Row, column: str, settings: AnswerConfig) -> Row:
+    """The answers of a row, whatever their form, as two lists of one length where nothing is wrong: text and answer_start."""
+    cell = row.get(column)
+    if isinstance(cell, list) and all(isinstance(one, dict) for one in cell):
+        cell = {name: [one.get(name) for one in cell] for name in ("text", "answer_start")}
+    if not isinstance(cell, dict):
+        cell = {"text": cell, "answer_start": row.get(settings.start_column)}
+    given, starts = (one if isinstance(one, list) else [one] for one in map(cell.get, ("text", "answer_start")))
+    texts = ["" if one is None else str(one) for one in given]
+    if not any(text.strip() for text in texts):  # there is no answer, wherever it begins
+        texts, starts = [], []
+    return {"text": texts, "answer_start": [_number(one) for one in starts]}
 
 
 def _number(cell: Any) -> int:
