@@ -39,6 +39,7 @@ from pipelines.runtime.spans import OUTSIDE, kept_range
 logger = logging.getLogger(__name__)
 
 CONLL_SUFFIXES = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt", ".tsv")
+PREFIXES = "BIESLUM"
 PREFIXED = re.compile(r"(?P<prefix>[BIESLUM])-(?P<kind>.+)", re.DOTALL)
 # B-PER, B_PER and PER-B: how all tags of a data set may be written.
 FORMS = (
@@ -94,6 +95,10 @@ def _sentences(text: str, path: Path, config: DataConfig) -> Iterator[tuple[list
         int(name) if name.isdecimal() else place
         for name, place in zip((config.text_column, config.label_column), usual, strict=True)
     )
+    if words and _is_header(words, text_place, tag_place):
+        header = " ".join(words[0])
+        logger.warning("line %d of %s is left out: it holds the names of columns, %r", told[0] + 1, path, header)
+        lines[told[0]] = ""
     for is_blank, block in groupby(range(len(lines)), lambda number: not lines[number].strip()):
         rows = []
         for number in block if not is_blank else ():
@@ -110,6 +115,23 @@ def _sentences(text: str, path: Path, config: DataConfig) -> Iterator[tuple[list
             rows.append(row)
         if rows:
             yield [row[text_place] for row in rows], [row[tag_place] for row in rows]
+
+
+def _is_header(rows: list[list[str]], text_place: int, tag_place: int) -> bool:
+    """Whether the first row of a CoNLL file names its columns: its tag looks like none of a span, and no other row has it, nor what the first
+    has in any column but that of the words, which may be about words and tokens. Where this is wrong, little is lost: nobody learns a tag
+    from one example."""
+    columns = [*zip(*(row for row in rows if len(row) == len(rows[0])), strict=True)]
+    if len(columns) <= max(1, text_place, tag_place) or 2 * len(columns[0]) <= len(rows) or len(rows) < 2:
+        return False
+    return not _is_of_span(columns[tag_place][0]) and all(
+        column[0] not in column[1:] for place, column in enumerate(columns) if place != text_place
+    )
+
+
+def _is_of_span(tag: str) -> bool:
+    tag = tag.upper()
+    return tag == OUTSIDE or tag in PREFIXES or any(form.fullmatch(tag) for form in FORMS)
 
 
 def _no_files(folder: Path, files: Any, config: DataConfig) -> datasets.Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
-from pipelines.data.tagged import to_iob2, words_of
+from pipelines.data.tagged import read_tagged, to_iob2, words_of
 from pipelines.runtime.spans import find_spans, kept_range, redact
 from pipelines.tasks import task_of_model
 from pipelines.tasks.token_classification.baselines import MARK, PatternsAndNames, UsualTag, marked
@@ -213,6 +214,48 @@ def test_an_empty_tag_of_a_conll_file_is_refused(tmp_path):
     (tmp_path / "rows.conll").write_text("a\tNN\tO\nb\tNN\t\n")
     with pytest.raises(InputError, match="a word and its tag in line 2"):
         load(tmp_path / "rows.conll").data  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("header", "lines"),
+    [
+        ("word\ttag", "Ann{0}\tB-PER\nLee\tI-PER\nsaid\tO"),
+        ("token label", "Ann{0} B-PER\nLee I-PER\nsaid O"),
+        ("Token POS Chunk NER", "Ann{0} NNP B-NP B-PER\nLee NNP I-NP I-PER\nsaid VBD B-VP O"),
+        ("word tag", "Ann{0} PER\nLee PER\nsaid O"),
+        ("word tag", "ann{0} b-per\nlee i-per\nsaid o"),
+        ("word tag", "Ann{0} B\nLee I\nsaid O"),
+        ("FORM UPOS", "Ann{0} PROPN\nLee PROPN\nsaid VERB"),
+    ],
+)
+@pytest.mark.parametrize("between", ["\n", "\n\n"])
+def test_names_of_columns_in_the_first_line_are_no_words(header, lines, between, tmp_path, caplog):
+    sentences = "\n\n".join(lines.format(number) for number in range(10))
+    (tmp_path / "plain.conll").write_text(sentences)
+    expected = words_and_tags(load(tmp_path / "plain.conll"))
+    assert "names of columns" not in caplog.text
+    (tmp_path / "rows.conll").write_text(f"{header}{between}{sentences}")
+    assert words_and_tags(load(tmp_path / "rows.conll")) == expected
+    assert f"line 1 of {tmp_path / 'rows.conll'} is left out" in caplog.text
+    assert repr(re.sub(r"\s", " ", header)) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("first", "rest"),
+    [
+        ("Rome B-LOC", "Ann{0} B-PER\nLee I-PER\nsaid O"),  # a prefix
+        ("rome b-loc", "ann{0} b-per\nlee i-per\nsaid o"),
+        ("Oh O", "Ann{0} B-PER\nLee I-PER"),
+        ("Key B", "word{0} I\nnow O"),
+        ("Yes NNP INTJ", "Ann{0} NNP PROPN\nsays VBZ VERB"),  # another column has words like it
+    ],
+)
+def test_a_first_word_with_a_tag_of_its_own_stays(first, rest, tmp_path, caplog):
+    sentences = "\n\n".join(rest.format(number) for number in range(10))
+    (tmp_path / "rows.conll").write_text(f"{first}\n{sentences}")
+    found = {word for row in read_tagged(tmp_path / "rows.conll", DataConfig())["text"] for word in row}
+    assert first.split()[0] in found
+    assert "is left out" not in caplog.text
 
 
 def test_conll_u_has_words_and_parts_of_speech_in_columns_of_their_own(tmp_path):
