@@ -39,13 +39,14 @@ from pipelines.runtime.spans import OUTSIDE, kept_range
 logger = logging.getLogger(__name__)
 
 CONLL_SUFFIXES = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt", ".tsv")
-PREFIXES = "BIESLUM"
 PREFIXED = re.compile(r"(?P<prefix>[BIESLUM])-(?P<kind>.+)", re.DOTALL)
-# B-PER, B_PER and PER-B: how all tags of a data set may be written.
+UNTYPED = "span"  # the type of spans whose tags are prefixes alone
+# B-PER, B_PER, PER-B and B: how all tags of a data set may be written.
 FORMS = (
     PREFIXED,
     re.compile(r"(?P<prefix>[BIESLUM])[_:./|](?P<kind>.+)", re.DOTALL),
     re.compile(r"(?P<kind>.+)[-_:./|](?P<prefix>[BIESLUM])", re.DOTALL),
+    re.compile(r"(?P<prefix>[BIESLUM])(?P<kind>)"),
 )
 
 
@@ -131,7 +132,7 @@ def _is_header(rows: list[list[str]], text_place: int, tag_place: int) -> bool:
 
 def _is_of_span(tag: str) -> bool:
     tag = tag.upper()
-    return tag == OUTSIDE or tag in PREFIXES or any(form.fullmatch(tag) for form in FORMS)
+    return tag == OUTSIDE or any(form.fullmatch(tag) for form in FORMS)
 
 
 def _no_files(folder: Path, files: Any, config: DataConfig) -> datasets.Dataset:
@@ -349,16 +350,24 @@ def _tags(
 
 
 def _usual_form(tags: set[str]) -> Callable[[str], str]:
-    """From a tag to the same as B-PER, where all `tags` are written in another of FORMS, with B and I among them; else they stay."""
+    """From a tag to the same as B-PER, where all `tags` are written in another of FORMS; else they stay, and so do types that only look like
+    it (vitamin_B, or E among other letters), which have no beginnings and insides: B and I, or one of them where prefixes stand alone, since
+    long spans may be rare."""
     for form in FORMS:
         found = [form.fullmatch(tag) for tag in tags]
-        prefixes = {match["prefix"] for match in found if match}
-        if all(found) and (form == PREFIXED or {"B", "I"} <= prefixes):
-            usual = partial(re.compile(rf"\A(?:{form.pattern})\Z", re.DOTALL).sub, r"\g<prefix>-\g<kind>")
+        begun = {"B", "I"} & {match["prefix"] for match in found if match}
+        least = 0 if form == PREFIXED else 1 if form == FORMS[-1] else 2
+        if all(found) and len(begun) >= least:
+            usual = partial(_as_usual, form)
             if form != PREFIXED:
                 logger.warning("the tags are read as spans: %s is %s", min(tags), usual(min(tags)))
             return usual
     return lambda tag: tag
+
+
+def _as_usual(form: re.Pattern[str], tag: str) -> str:
+    match = form.fullmatch(tag)
+    return f"{match['prefix']}-{match['kind'] or UNTYPED}" if match else tag
 
 
 def _type_of(tag: str) -> str:

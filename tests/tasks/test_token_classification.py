@@ -129,6 +129,32 @@ def test_prefixes_in_another_form_are_read_and_told(form, tmp_path, caplog):
     assert f"{form} is B-PER" in caplog.text
 
 
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize("given", ["B I O B B", "B E O S S", "B L O U U"])
+def test_prefixes_alone_are_of_spans_of_one_type(given, declared, tmp_path, caplog):
+    """As data of key phrases has them."""
+    rows = [{"text": ["big", "dog", f"x{index}", "cat", "cow"], "label": given.split()} for index in range(10)]
+    if declared:
+        names = [*dict.fromkeys(given.split())]
+        tags = [[names.index(tag) for tag in row["label"]] for row in rows]
+        lists = datasets.Dataset.from_dict({"text": [row["text"] for row in rows], "label": tags})
+        lists.cast_column("label", datasets.List(datasets.ClassLabel(names=names))).save_to_disk(tmp_path / "rows")
+    else:
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load(tmp_path / ("rows" if declared else "rows.jsonl"))
+    tags = ["B-span", "I-span", "O", "B-span", "B-span"]
+    assert words_and_tags(task) == {tuple(zip(row["text"], tags, strict=True)) for row in rows}
+    assert (task.kinds, sorted(task.label_names)) == (["span"], ["B-span", "I-span", "O"])
+    assert "B is B-span" in caplog.text
+
+
+@pytest.mark.parametrize("given", ["O B I X", "B I NN VB", "O S E"])
+def test_tags_of_one_letter_among_others_are_types(given, tmp_path):
+    rows = [{"text": [*given.split()[1:], f"x{index}"], "label": given.split()} for index in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert sorted(load(tmp_path / "rows.jsonl").kinds) == sorted({*given.split()} - {"O"})
+
+
 def test_types_that_only_look_like_prefixes_stay(tmp_path):
     rows = [{"text": ["a", "b", f"c{index}"], "label": ["O", "vitamin_B", "vitamin_E"]} for index in range(10)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
