@@ -535,6 +535,27 @@ def test_spans_are_those_of_their_tokens():
     assert redact(text, found) == "x [A], [B] [B]"
 
 
+def test_a_head_without_names_is_refused_in_another_order(tagged, tokenizer):
+    """As a classifier's is. Each word of the training windows is an example; what few have says nothing."""
+
+    def predict(order, share=1.0):
+        def labels(sample, *_):
+            found = np.full((len(sample), 16), np.nan, np.float32)
+            for row, own in enumerate(sample["labels"]):
+                found[row, : len(own)] = [order[one] if one >= 0 else 0 for one in own]
+            return found * (np.random.default_rng(0).random(found.shape) < share)  # O, where it is not
+
+        return labels
+
+    tagged.check_label_order(tokenizer, predict([0, 1, 2, 3, 4]))
+    tagged.check_label_order(tokenizer, predict([0, 0, 0, 0, 0]))
+    tagged.check_label_order(tokenizer, predict([0, 2, 2, 4, 4]))  # spans without beginnings
+    tagged.check_label_order(tokenizer, predict([0, 3, 4, 1, 2], share=0.3))
+    for order, share in (([4, 3, 2, 1, 0], 1.0), ([0, 3, 4, 1, 2], 1.0), ([0, 3, 4, 1, 2], 0.8)):
+        with pytest.raises(InputError, match="'B-sport' is predicted as 'B-tech'.* id2label and label2id"):
+            tagged.check_label_order(tokenizer, predict(order, share))
+
+
 def test_the_comparison_names_lost_spans(tagged, tokenizer):
     found, labels = of_windows(tagged, tokenizer, "test")
     worse = found.copy()
