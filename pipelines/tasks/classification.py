@@ -91,7 +91,7 @@ class Classification(ClassifierLoss, BaseTask):
         sample = train.select(
             range(0, len(train), -(-len(train) // ORDER_EXAMPLES))
         )  # from all of it, however it is sorted
-        shares = self.shares_found(np.asarray(sample["labels"]), predict(sample, self.collate(processor), self))
+        shares = self.shares_found(sample["labels"][:], predict(sample, self.collate(processor), self))
         labels, likely = linear_sum_assignment(shares, maximize=True)
         moved = np.flatnonzero((labels != likely) & (shares.sum(axis=1) > 0))
         before, after = shares[moved, moved], shares[moved, likely[moved]]
@@ -106,7 +106,7 @@ class Classification(ClassifierLoss, BaseTask):
                 "it (--teacher_epochs above 0)."
             )
 
-    def shares_found(self, references: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    def shares_found(self, references: Any, predictions: Any) -> np.ndarray:
         """Which share of the examples of each label are predicted as which label (labels, labels)."""
         counts = confusion_matrix(references, np.argmax(predictions, axis=-1), labels=range(len(self.label_names)))
         return np.asarray(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))

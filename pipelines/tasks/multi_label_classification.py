@@ -196,9 +196,9 @@ class MultiLabelClassification(TextTask, Classification):
         shares = np.mean(self.data.splits["validation"]["label"][:], axis=0)
         return float(shares[shares > 0].mean()) + 1e-9  # for what rounding adds
 
-    def shares_found(self, references: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    def shares_found(self, references: Any, predictions: Any) -> np.ndarray:
         """The F1 of predicting each label where another one is likely."""
-        found = predictions > 0
+        references, found = np.asarray(references), predictions > 0
         return np.asarray(2 * references.T @ found / np.maximum(references.sum(axis=0)[:, None] + found.sum(axis=0), 1))
 
     # ---- Losses: a sum over all labels of all examples

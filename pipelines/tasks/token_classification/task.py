@@ -10,14 +10,13 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from pipelines.core.config import Checked, DataConfig, DistillConfig, flag
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.task import IGNORED, Candidates, Collate, Comparison, Predict, Presentation, StageResult, Tensors
+from pipelines.core.task import IGNORED, Candidates, Collate, Comparison, Presentation, StageResult, Tensors
 from pipelines.data.examples import Examples
 from pipelines.data.kinds import Source
 from pipelines.data.tagged import load_tagged, tag_windows
@@ -27,7 +26,7 @@ from pipelines.edge.settings import head_outputs
 from pipelines.runtime import infer
 from pipelines.runtime.spans import OUTSIDE, OVERLAP
 from pipelines.tasks.base import check_predictions
-from pipelines.tasks.classification import ORDER_EXAMPLES, Classification
+from pipelines.tasks.classification import Classification
 from pipelines.tasks.texts import TextTask
 from pipelines.tasks.token_classification import baselines
 from pipelines.tasks.token_classification.alignment import AlignedSoftTargets
@@ -110,28 +109,12 @@ class TokenClassification(TextTask, Classification):
         """A collator that pads a batch to its longest window, labels with IGNORED; stored soft targets are cut to it."""
         return partial(_collate_tokens, super().collate(processor))
 
-    def check_label_order(self, processor: Any, predict: Predict) -> None:
-        """Raise InputError where a head is right on the training split once its tags are put in another order: those of one without names
-        (LABEL_0, …) are taken to be in the data's. As a classifier's, but each word is an example, and a tag of few words says nothing."""
-        train = self.features(processor)["train"]
-        sample = train.select(range(0, len(train), -(-len(train) // ORDER_EXAMPLES)))
-        found, expected, _ = self.words(predict(sample, self.collate(processor), self), sample["labels"][:])
+    def shares_found(self, references: Any, predictions: Any) -> np.ndarray:
+        """Which share of the words of each tag are predicted as which tag (tags, tags); 0 of a tag of few words, which says nothing."""
+        found, expected, _ = self.words(predictions, references)
         counts = confusion_matrix(expected, np.nan_to_num(found), labels=range(len(self.label_names)))
         words = counts.sum(axis=1, keepdims=True)
-        shares = np.where(words >= ORDER_WORDS, counts / np.maximum(words, 1), 0)
-        tags, likely = linear_sum_assignment(shares, maximize=True)
-        moved = np.flatnonzero((tags != likely) & (shares.sum(axis=1) > 0))
-        before, after = shares[moved, moved], shares[moved, likely[moved]]
-        if len(moved) > 1 and after.mean() > max(0.5, 2 * before.mean()):
-            names = self.label_names
-            pairs = ", ".join(
-                f"{names[i]!r} is predicted as {names[likely[i]]!r} ({shares[i, likely[i]]:.0%})" for i in moved[:5]
-            )
-            raise InputError(
-                f"expected a model whose tags are in the order of the data, {names[:20]}, found another order: of {len(expected)} training "
-                f"words {pairs}. Put the tags' names in their true order into id2label and label2id of its config.json, or fine-tune it "
-                "(--teacher_epochs above 0)."
-            )
+        return np.where(words >= ORDER_WORDS, counts / np.maximum(words, 1), 0)
 
     def check_teacher(self, metrics: dict[str, Any], config: Any) -> None:
         """Raise InputError for a teacher that finds nothing on the validation split, or gives every word one tag."""
