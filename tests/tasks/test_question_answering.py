@@ -346,6 +346,37 @@ def test_rows_of_a_json_file_need_not_have_one_form(none, tmp_path):
     assert sum(found.details["unanswerable"].values()) == 1
 
 
+@pytest.mark.parametrize(("true", "false"), [(True, False), (1, None), ("TRUE", "FALSE"), (1.0, 0.0), ("yes", "no")])
+def test_an_impossible_question_has_no_answer_in_every_form(true, false, tmp_path):
+    rows = [one_question(index) | {"is_impossible": true if index < 3 else false} for index in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    flat = [{**row, "answer": "goal", "start": 4} for row in rows]
+    datasets.Dataset.from_list(flat).remove_columns("answers").to_csv(tmp_path / "rows.csv")
+    paragraphs = [
+        {
+            "context": row["context"],
+            "qas": [
+                {name: row[name] for name in ("question", "is_impossible")}
+                | {"answers": [{"text": "goal", "answer_start": 4}]}
+            ],
+        }
+        for row in rows
+    ]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    for name in ("rows.jsonl", "rows.parquet", "saved", "rows.csv", "squad.json"):
+        found = load_questions(DataConfig(dataset=str(tmp_path / name)), AnswerConfig())
+        none = {row["context"] for split in found.splits.values() for row in split if not row["answers"]}
+        assert none == {"the goal 0", "the goal 1", "the goal 2"}, name
+
+
+def test_a_truth_value_that_is_none_is_refused(tmp_path):
+    rows = [one_question(index) | {"is_impossible": "maybe" if index == 3 else "no"} for index in range(10)]
+    with pytest.raises(InputError, match="'is_impossible' of the split 'train', found 'maybe' in row 3"):
+        load_from(tmp_path, rows)
+
+
 def test_an_empty_text_is_no_answer(tmp_path):
     rows = [one_question(index) for index in range(10)]
     rows[3]["answers"], rows[4]["answers"] = {"text": [""], "answer_start": [-1]}, {"text": [None], "answer_start": [0]}

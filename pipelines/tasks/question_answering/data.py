@@ -65,6 +65,12 @@ class AnswerConfig(Checked):
 
 Row = dict[str, Any]  # question, context, answers (texts), starts (characters)
 
+NO_ANSWER = "is_impossible"  # SQuAD's name for it
+# Its values in lower case: of json, of tables, and the numbers that pandas makes of a column with gaps.
+TRUTH = dict.fromkeys(("true", "yes", "1", "1.0"), True) | dict.fromkeys(
+    ("false", "no", "0", "0.0", "none", "nan", ""), False
+)
+
 
 # ---- Forms
 
@@ -75,7 +81,9 @@ def read_file(path: Path, config: DataConfig, settings: AnswerConfig) -> dataset
     if not name.endswith((".parquet", *JSON_SUFFIXES)):
         columns = [settings.question_column, settings.context_column, settings.answer_column or "answer"]
         named: dict[str, Any] = dict(zip(("text_column", "text_pair_column", "label_column"), columns, strict=True))
-        return read_table(path, replace(config, **named, image_column=settings.start_column))
+        read = replace(config, **named, image_column=settings.start_column)
+        read.more_label_columns = [NO_ANSWER]
+        return read_table(path, read)
     try:
         if name.endswith(".parquet"):
             table = pyarrow.parquet.read_table(path)
@@ -111,12 +119,12 @@ def _flat(found: Any, settings: AnswerConfig) -> list[Row]:
         try:
             for paragraph in row["paragraphs"]:
                 for question in paragraph["qas"]:
-                    answers = [] if question.get("is_impossible") else question.get("answers") or []
                     named = {
                         settings.question_column: question["question"],
                         settings.context_column: paragraph["context"],
+                        NO_ANSWER: question.get(NO_ANSWER),
                     }
-                    flat.append({**named, column: _columns_of(answers)})
+                    flat.append({**named, column: _columns_of(question.get("answers") or [])})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 "its paragraphs need a context and qas, these a question and answers, and these a text and an answer_start: "
@@ -136,11 +144,14 @@ def _table(rows: list[Row], settings: AnswerConfig) -> datasets.Dataset:
     kinds = {
         settings.question_column: text,
         settings.context_column: text,
+        NO_ANSWER: text,
         answers: {"text": datasets.List(text), "answer_start": datasets.List(datasets.Value("int64"))},
     }
     columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in names}
     for name in columns.keys() & {settings.question_column, settings.context_column}:
         columns[name] = [row[name] if isinstance(row.get(name), str) else None for row in rows]
+    if NO_ANSWER in columns:
+        columns[NO_ANSWER] = [str(row.get(NO_ANSWER)) for row in rows]
     if answers in columns:
         columns[answers] = [_answers(row, answers, settings) for row in rows]
     features = datasets.Features({name: kinds.get(name, datasets.Value("null")) for name in names})
@@ -152,7 +163,7 @@ def _columns_of(answers: list[Row]) -> Row:
 
 
 def rows_of(split: datasets.Dataset, name: str, settings: AnswerConfig) -> Iterator[Row]:
-    """The rows of a split of the source in one form, answers and starts None where they cannot be read."""
+    """The rows of a split of the source in one form, without answers where it is said that there is none."""
     wanted = [settings.question_column, settings.context_column]
     column = _answer_column(split.column_names, settings)
     if any(one not in split.column_names for one in wanted):
@@ -160,9 +171,14 @@ def rows_of(split: datasets.Dataset, name: str, settings: AnswerConfig) -> Itera
             f"expected the columns {', '.join(wanted)} in the split {name!r}, found {', '.join(split.column_names[:20])}. Name them with "
             "--question_column and --context_column."
         )
-    for row in split:
+    for number, row in enumerate(split):
+        if (impossible := TRUTH.get(str(row.get(NO_ANSWER)).strip().lower())) is None:
+            raise InputError(
+                f"expected true or false in the column {NO_ANSWER!r} of the split {name!r}, found {row[NO_ANSWER]!r} in row {number}, counted "
+                "from 0. Write one of the two, or leave the column out."
+            )
         question, context = (row[one] if isinstance(row[one], str) else "" for one in wanted)
-        answers = _answers(row, column, settings)
+        answers = _answers({} if impossible else row, column, settings)
         yield {"question": question, "context": context, "answers": answers["text"], "starts": answers["answer_start"]}
 
 
