@@ -39,6 +39,7 @@ from pipelines.runtime.spans import OUTSIDE, kept_range
 logger = logging.getLogger(__name__)
 
 CONLL_SUFFIXES = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt", ".tsv")
+PREFIXES = "BIESLUM"
 PREFIXED = re.compile(r"(?P<prefix>[BIESLUM])-(?P<kind>.+)", re.DOTALL)
 UNTYPED = "span"  # the type of spans whose tags are prefixes alone
 # B-PER, B_PER, PER-B and B: how all tags of a data set may be written.
@@ -323,16 +324,17 @@ def _tags(
     """The names of all tags, those of the training split (the first) or those that it declares, and every row's; tags of spans as IOB2."""
     by_split = {name: [row.tags or [] for row in split] for name, split in rows.items()}
     known = set(declared or chain.from_iterable(next(iter(by_split.values()))))
+    usual = _usual_form(known)
+    declared, known = declared and [*map(usual, declared)], {*map(usual, known)}
+    by_split = {name: [[*map(usual, tags)] for tags in split] for name, split in by_split.items()}
     if OUTSIDE in known:  # else every word has a tag of its own, such as its part of speech
-        usual = _usual_form(known - {OUTSIDE})
-        declared, known = declared and [*map(usual, declared)], {*map(usual, known)}
-        by_split = {name: [[*map(usual, tags)] for tags in split] for name, split in by_split.items()}
         by_split = {name: [to_iob2(tags) for tags in split] for name, split in by_split.items()}
         kinds = sorted({kind for tag in known for kind in [_type_of(tag)] if kind})
         known = {OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")}
         names = [OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
     else:
         names = sorted(known)
+        _tell_of_no_outside(Counter(chain.from_iterable(next(iter(by_split.values())))))
     if declared is not None and {*declared} == known:
         names = declared
     if len(names) < 2:
@@ -350,24 +352,41 @@ def _tags(
 
 
 def _usual_form(tags: set[str]) -> Callable[[str], str]:
-    """From a tag to the same as B-PER, where all `tags` are written in another of FORMS; else they stay, and so do types that only look like
-    it (vitamin_B, or E among other letters), which have no beginnings and insides: B and I, or one of them where prefixes stand alone, since
-    long spans may be rare."""
-    for form in FORMS:
-        found = [form.fullmatch(tag) for tag in tags]
-        begun = {"B", "I"} & {match["prefix"] for match in found if match}
-        least = 0 if form == PREFIXED else 1 if form == FORMS[-1] else 2
-        if all(found) and len(begun) >= least:
-            usual = partial(_as_usual, form)
-            if form != PREFIXED:
-                logger.warning("the tags are read as spans: %s is %s", min(tags), usual(min(tags)))
-            return usual
+    """From a tag to the same as B-PER or O, where O and all other `tags` are written in another of FORMS, or their prefixes and O in lower
+    case. Else they stay, and so do types that only look like it (vitamin_B, e-mail, or E among other letters), which have no beginnings
+    and insides: B and I, or one of them where prefixes stand alone, since long spans may be rare."""
+    for case in (str.upper, str.lower):
+        outside = case(OUTSIDE)
+        for pattern in FORMS if outside in tags else ():
+            form = re.compile(pattern.pattern.replace(PREFIXES, case(PREFIXES)), re.DOTALL)
+            is_usual = form.pattern == PREFIXED.pattern
+            found = [form.fullmatch(tag) for tag in tags - {outside}]
+            begun = {*case("BI")} & {match["prefix"] for match in found if match}
+            if all(found) and len(begun) >= (0 if is_usual else 1 if pattern == FORMS[-1] else 2):
+                usual = partial(_as_usual, form, outside)
+                if not is_usual:
+                    example = min(tags - {outside})
+                    logger.warning("the tags are read as spans: %s is %s", example, usual(example))
+                return usual
     return lambda tag: tag
 
 
-def _as_usual(form: re.Pattern[str], tag: str) -> str:
+def _as_usual(form: re.Pattern[str], outside: str, tag: str) -> str:
     match = form.fullmatch(tag)
-    return f"{match['prefix']}-{match['kind'] or UNTYPED}" if match else tag
+    if match:
+        return f"{match['prefix'].upper()}-{match['kind'] or UNTYPED}"
+    return OUTSIDE if tag == outside else tag
+
+
+def _tell_of_no_outside(counts: Counter[str]) -> None:
+    """Say which tag seems to stand for O, where there are beginnings and insides of spans, but none is O."""
+    plain = [tag for tag, _ in counts.most_common() if not PREFIXED.fullmatch(tag)]
+    if plain and {"B-", "I-"} <= {tag[:2] for tag in counts}:
+        logger.warning(
+            "expected the tag O at words outside of spans, found none: every tag is one of its own, not of spans; write O in place of %r if "
+            "that stands for it",
+            plain[0],
+        )
 
 
 def _type_of(tag: str) -> str:

@@ -148,11 +148,42 @@ def test_prefixes_alone_are_of_spans_of_one_type(given, declared, tmp_path, capl
     assert "B is B-span" in caplog.text
 
 
-@pytest.mark.parametrize("given", ["O B I X", "B I NN VB", "O S E"])
-def test_tags_of_one_letter_among_others_are_types(given, tmp_path):
+@pytest.mark.parametrize(("given", "kind"), [("b-Per i-Per o", "Per"), ("b_per i_per o", "per"), ("b i o", "span")])
+def test_prefixes_in_lower_case_are_read_and_told(given, kind, tmp_path, caplog):
+    rows = [{"text": ["Ann", "Lee", f"x{index}"], "label": given.split()} for index in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tags = [f"B-{kind}", f"I-{kind}", "O"]
+    task = load(tmp_path / "rows.jsonl")
+    assert words_and_tags(task) == {tuple(zip(row["text"], tags, strict=True)) for row in rows}
+    assert task.label_names == ["O", *tags[:2]]
+    assert f"{given.split()[0]} is {tags[0]}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "outside"),
+    [
+        ("B-A I-A _ _", "_"),
+        ("B-A I-A 0 0", "0"),
+        ("B-A I-A o X o", "o"),
+        ("NN VB o o", None),
+        ("B-A I-A B-A B-A", None),
+    ],
+)
+def test_a_tag_that_seems_to_stand_for_o_is_told(given, outside, tmp_path, caplog):
+    words = [f"w{place}" for place in range(len(given.split()) - 1)]
+    rows = [{"text": [*words, f"x{index}"], "label": given.split()} for index in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert sorted(load(tmp_path / "rows.jsonl").label_names) == sorted({*given.split()})
+    assert (f"write O in place of {outside!r}" in caplog.text) == (outside is not None)
+    assert ("write O" in caplog.text) == (outside is not None)
+
+
+@pytest.mark.parametrize("given", ["o e-mail e-mail", "O B I X", "B I NN VB", "O S E"])
+def test_tags_of_one_letter_among_others_are_types(given, tmp_path, caplog):
     rows = [{"text": [*given.split()[1:], f"x{index}"], "label": given.split()} for index in range(10)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert sorted(load(tmp_path / "rows.jsonl").kinds) == sorted({*given.split()} - {"O"})
+    assert "read as spans" not in caplog.text
 
 
 def test_types_that_only_look_like_prefixes_stay(tmp_path):
