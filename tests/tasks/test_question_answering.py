@@ -387,17 +387,45 @@ def test_an_empty_text_is_no_answer(tmp_path):
     "answers",
     [
         {"text": [4], "answer_start": [4]},
-        {"text": ["goal"], "answer_start": [float("inf")]},
-        {"text": ["goal"], "answer_start": [4.5]},
         {"text": ["goal", None], "answer_start": [4, 4]},
-        {"text": ["goal"]},
-        ["goal"],
-        [{"text": "goal"}],
+        {"text": ["goal", "goal"], "answer_start": [4, float("inf")]},
+        {"text": ["goal", "goal"], "answer_start": [4, 4.5]},
+        {"text": ["goal", "goal"], "answer_start": [4, None]},
     ],
 )
 def test_an_answer_without_its_place_is_refused(answers, tmp_path):
     with pytest.raises(InputError, match="10 of 10 rows without"):
         load_from(tmp_path, [one_question(index) | {"answers": answers} for index in range(10)])
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": ["goal"], "answer_start": [float("inf")]},
+        {"text": ["goal"], "answer_start": [4.5]},
+        {"text": ["goal"]},
+        {"text": ["goal"], "answer_start": []},
+        ["goal"],
+        [{"text": "goal"}],
+    ],
+)
+def test_where_no_answer_has_a_place_its_column_is_asked_for(answers, tmp_path):
+    rows = [one_question(index) | {"answers": answers if index else []} for index in range(10)]
+    with pytest.raises(InputError, match="found none for 9 questions .*question, context, answers.* --start_column"):
+        load_from(tmp_path, rows)
+
+
+@pytest.mark.parametrize("missing", ["error", "drop"])
+def test_a_table_with_another_column_of_starts_is_told_its_flag(missing, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "question,context,answer,answer_start\n" + "".join(f"what?,the goal {n},goal,4\n" for n in range(10))
+    )
+    config = DataConfig(dataset=str(path), missing=missing)
+    with pytest.raises(InputError, match="the column 'start' .* answer, answer_start.* --start_column"):
+        load_questions(config, AnswerConfig())
+    found = load_questions(config, AnswerConfig(start_column="answer_start"))
+    assert sum(map(len, found.splits.values())) == 10
 
 
 def test_half_of_an_emoji_is_no_character(tmp_path):

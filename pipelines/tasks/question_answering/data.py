@@ -254,6 +254,7 @@ def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
     dropped = {}
     given = {}
     for role, name in roles.items():
+        _check_starts(tables[name], name, source.splits[name].column_names, settings)
         rows = _usable(tables[name], name, config)
         dropped[name] = len(tables[name]) - len(rows)
         if not any(row["answers"] for row in rows):
@@ -281,6 +282,17 @@ def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
     details["contexts_in_several_splits"] = sum(details.pop("duplicates_removed").values())
     del details["examples"], details["conflicting_labels"]
     return Examples(datasets.DatasetDict(splits), details, content.hexdigest())
+
+
+def _check_starts(rows: list[Row], name: str, columns: list[str], settings: AnswerConfig) -> None:
+    """Where no answer has a start, it is the column that is wrong, not each row."""
+    starts = [row["starts"] for row in rows if row["answers"]]
+    if starts and all(start < 0 for start in chain.from_iterable(starts)):
+        raise InputError(
+            f"expected the character at which an answer begins in the column {settings.start_column!r} of the split {name!r}, or as answer_start "
+            f"beside the answer's text, found none for {len(starts)} questions with answers (the columns: {', '.join(columns[:20])}). Name the "
+            "column with --start_column."
+        )
 
 
 def _usable(rows: list[Row], name: str, config: DataConfig) -> list[Row]:
