@@ -85,7 +85,7 @@ class RankingConfig(Checked):
     @property
     def read_as(self) -> str:
         """What of these settings the examples depend on."""
-        return f"{self.tfidf_candidates}, or around, {self.title_pairs} {self.train_candidates}"
+        return f"{self.tfidf_candidates} {self.title_pairs} {self.train_candidates}"
 
 
 # ---- Reading
