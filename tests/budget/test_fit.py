@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import make_tokenizer, tiny_model
-from pipelines.budget import fit, latency
+from pipelines.budget import fit, latency, search
 from pipelines.budget.shapes import Forecast, Shape, forecast_bytes, grid, schemes_of, shapes_of_students
 from pipelines.cli import main
 from pipelines.core.command import run_main
@@ -133,7 +133,7 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
     command = [*command, "--within", "60", "--under", "1MB", "--under", "2.3ms", "--output_dir", str(run)]
     command += ["--student_layers", "2"]  # as the YAML of a chain has it
     monkeypatch.setattr(fit, "MOST_TRAININGS", 2)
-    make_small = fit.make_small
+    make_small = search.make_small
     made = []
 
     def killed(*arguments):
@@ -142,10 +142,10 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
             raise KeyboardInterrupt
         return make_small(*arguments)
 
-    monkeypatch.setattr(fit, "make_small", killed)
+    monkeypatch.setattr(search, "make_small", killed)
     with pytest.raises(KeyboardInterrupt):
         pocketformers(*command)
-    monkeypatch.setattr(fit, "make_small", make_small)
+    monkeypatch.setattr(search, "make_small", make_small)
     status, output, errors = pocketformers(*command)
     assert status == 0, errors
     assert f"{made[0]}dynamic_int8/quantized: finished already" in output
@@ -360,7 +360,8 @@ def test_the_seconds_of_a_training_count_the_transfer_set_and_the_steps(
     candidate = Forecast(Shape(1, 1.0, pruned, "dynamic_int8"), 1, 4, 64, 1e6, 100, ms=1.0)
     whole = Forecast(Shape(2, 1.0, 1.0, "dynamic_int8"), 2, 8, 128, 2e6, 100, ms=2.0)
     trimmed = replace(whole, shape=replace(whole.shape, vocabulary="corpus"), vocabulary=50)
-    assert fit.knows_all(settings, trimmed, whole)
-    found, fixed, left = fit._seconds(run, settings, [candidate], [candidate], {"of one": [candidate] * 2}, whole)
+    assert search.knows_all(settings, trimmed, whole)
+    of_all = search.Search(run, settings, whole, {"of one": [candidate] * 2}, None, None)
+    found, fixed, left = search._seconds(of_all, [candidate], [candidate])
     assert found == [pytest.approx(seconds)]
     assert (fixed, left) == (9.0, pytest.approx(1000.0 - 163.0 - seconds - 9.0))
