@@ -347,7 +347,11 @@ def _objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:
     each column."""
     first = list(islice((line.strip() for line in text if not line.isspace()), 2))
     # A list, or an object, may be written with a comma before each further line.
-    by_line = len(first) > 1 - may_be_one and first[0].endswith("}") and all(line.startswith("{") for line in first)
+    by_line = (
+        len(first) >= (1 if may_be_one else 2)
+        and first[0].endswith("}")
+        and all(line.startswith("{") for line in first)
+    )
     text.seek(0)
     rows = json_lines(text) if by_line else json.load(text)
     if isinstance(rows, dict):
@@ -450,16 +454,14 @@ def encoding_of(file: BinaryIO, path: Path) -> str:
     if not counts["other"]:
         return "utf-8-sig"
     if head.startswith(BINARY):  # the first line of a PDF is ASCII
-        what, remedy = (
-            "a spreadsheet, an archive or another binary file whatever its name says",
-            "save it as CSV or unpack it",
+        problem = (
+            "no text but a PDF, an image, an archive or another binary file; save its text in a .txt file, or remove it"
         )
-        if not path.name.lower().endswith(TABLE_SUFFIXES):
-            what, remedy = (
-                "no text but a PDF, an image, an archive or another binary file",
-                "save its text in a .txt file, or remove it",
+        if path.name.lower().endswith(TABLE_SUFFIXES):
+            problem = (
+                "a spreadsheet, an archive or another binary file whatever its name says; save it as CSV or unpack it"
             )
-        raise InputError(f"expected a file of text, found that {path} is {what}; {remedy}")
+        raise InputError(f"expected a file of text, found that {path} is {problem}")
     if counts["UTF-8"] < counts["other"] and (encoding := _guess(other)):
         return encoding
     raise InputError(

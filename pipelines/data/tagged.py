@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 
 CONLL_SUFFIXES = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt", ".tsv")
 PREFIXES = "BIESLUM"
-PREFIXED = re.compile(r"(?P<prefix>[BIESLUM])-(?P<kind>.+)", re.DOTALL)
+PREFIXED = re.compile(rf"(?P<prefix>[{PREFIXES}])-(?P<kind>.+)", re.DOTALL)
 UNTYPED = "span"  # the type of spans whose tags are prefixes alone
 # B-PER, B_PER, PER-B and B: how all tags of a data set may be written.
 FORMS = (
     PREFIXED,
-    re.compile(r"(?P<prefix>[BIESLUM])[_:./|](?P<kind>.+)", re.DOTALL),
-    re.compile(r"(?P<kind>.+)[-_:./|](?P<prefix>[BIESLUM])", re.DOTALL),
-    re.compile(r"(?P<prefix>[BIESLUM])(?P<kind>)"),
+    re.compile(rf"(?P<prefix>[{PREFIXES}])[_:./|](?P<kind>.+)", re.DOTALL),
+    re.compile(rf"(?P<kind>.+)[-_:./|](?P<prefix>[{PREFIXES}])", re.DOTALL),
+    re.compile(rf"(?P<prefix>[{PREFIXES}])(?P<kind>)"),
 )
 
 
