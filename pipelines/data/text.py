@@ -99,12 +99,6 @@ def title_and_passages(text: str, characters: int) -> tuple[str, list[str]]:
     return title, [body[max(0, end - characters) : end] for end in ends]
 
 
-def title_pair(text: str, characters: int) -> tuple[str, str]:
-    """The first line of a text, and the last `characters` of its other lines."""
-    title, passages = title_and_passages(text, characters)
-    return title, passages[0] if passages else ""
-
-
 def sentences_of(text: str) -> list[str]:
     """The sentences of a text; none reaches over the end of a line."""
     return [part.strip() for line in lines_of(text) for part in SENTENCE_END.split(line) if part.strip()]

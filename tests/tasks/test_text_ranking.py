@@ -18,7 +18,6 @@ from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
-from pipelines.data.text import title_pair
 from pipelines.onnx.measure import estimator_workload
 from pipelines.tasks import task_of_model
 from pipelines.tasks.ranking import Bm25
@@ -191,21 +190,30 @@ def test_bad_candidates_are_one_message(lists, tmp_path):
 
 
 def test_candidates_of_tfidf(tmp_path):
-    rows = [("a goal", "goal of the team"), ("the bank", "shares and profit"), ("a goal", "match today")]
+    rows = [("a goal", ["goal of the team"]), ("the bank", ["shares and profit"]), ("a goal", ["match today"])]
     found = list(find_candidates(rows, 1))
     assert found[0] == ("a goal", "goal of the team", 1.0)
-    assert title_pair("\n  Headline \n\nfirst line\nlast line", 9) == ("Headline", "last line")
     # A right passage that is far off is at any place among those of about its rank, none of which is among the nearest.
-    near = [(f"near {number}", f"alpha beta {number}") for number in range(10)]
-    far = [(f"alpha beta query {number}", f"gamma {number + 100}") for number in range(40)]
+    near = [(f"near {number}", [f"alpha beta {number}"]) for number in range(10)]
+    far = [(f"alpha beta query {number}", [f"gamma {number + 100}"]) for number in range(40)]
     found, places = list(find_candidates(near + far, 4)), []
-    for query, right in far:
+    for query, (right,) in far:
         own = [(text, label) for asked, text, label in found if asked == query]
         assert len({text for text, _ in own}) == 8
-        assert [text for text, label in own if label] == [right]
-        assert all(text.startswith("alpha") for text, _ in own[:4])
-        places.append([label for _, label in own].index(1.0))
+        assert [(text, label) for text, label in own if label % 2] == [(right, 3.0)]
+        assert all(text.startswith("alpha") and label == 0 for text, label in own[:4])
+        assert all(label >= 2 for _, label in own[4:])
+        places.append([label for _, label in own].index(3.0))
     assert {*places} == {4, 5, 6, 7}
+    # Of a document all passages are learnt, and the first alone is searched.
+    documents = [
+        (f"title {number}", [f"end {number}", f"middle {number}", f"begin title {number}"]) for number in range(9)
+    ]
+    found = list(find_candidates(documents, 2))
+    for query, passages in documents:
+        own = [(text, label) for asked, text, label in found if asked == query]
+        assert {text for text, label in own if label in (1.0, 3.0)} == {*passages}
+        assert all(text.startswith("end") for text, label in own if label < 2)
 
     folder = tmp_path / "documents" / "topic"
     folder.mkdir(parents=True)
@@ -220,13 +228,14 @@ def test_candidates_of_tfidf(tmp_path):
     assert (counts == 5).all()  # what TF-IDF found, right or not
     right = [labels["train"][labels["train"][:, 1] == query, 0].sum() for query in np.unique(labels["train"][:, 1])]
     assert right == [1.0] * len(right)
+    assert {*labels["test"][:, 0]} == {0.0, 1.0}
     assert list(task.baselines) == ["first_stage", "bm25"]
-    assert list(find_candidates([("a headline alone", ""), *rows], 1)) == [
+    assert list(find_candidates([("a headline alone", []), *rows], 1)) == [
         ("a headline alone", "", 0.0),
         *find_candidates(rows, 1),
     ]
     with pytest.raises(InputError, match="expected words"):
-        list(find_candidates([("?", "!")], 2))
+        list(find_candidates([("?", ["!"])], 2))
 
 
 def test_the_orders_before_a_reranker(lists, tmp_path):

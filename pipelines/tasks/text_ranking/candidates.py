@@ -19,11 +19,12 @@ from pipelines.core.errors import InputError
 from pipelines.data.examples import Examples, Given, hash_of, read_given, split_examples
 from pipelines.data.references import read_scores
 from pipelines.data.tables import read_table
-from pipelines.data.text import TEXTS, content, map_kept, title_pair
+from pipelines.data.text import TEXTS, content, map_kept, title_and_passages
 
 LISTS = (datasets.List, datasets.LargeList)
-QUERIES_AT_A_TIME = 1000  # whose similarities to all passages are in memory
+SIMILARITIES_AT_A_TIME = 20_000_000  # of queries and passages, in memory
 PASSAGE = "passage"  # the column of the passages that documents give
+TO_TRAIN_ON = 2.0  # is added to the label of a candidate that is not searched
 
 
 @dataclass
@@ -54,17 +55,18 @@ class RankingConfig(Checked):
     tfidf_candidates: Annotated[int | None, "at least 2"] = flag(
         None,
         "Give each query so many candidates, the best ones by TF-IDF out of all passages of its split, where the data set has only the right "
-        "passages; no label column is read. A training query whose right passage is not among them gets those of about its rank instead.",
+        "passages; no label column is read. A training query whose right passage is not among them gets those of about its rank instead, and one "
+        "of --title_pairs those of about the rank of each passage of its text.",
     )
     train_candidates: Annotated[int | None, "at least 1"] = flag(
         None,
-        "Train on so many candidates of each query, its relevant ones and others drawn at random, not on all: more queries in the same time. "
+        "Train on so many candidates for each relevant one of a query, it and others drawn at random, not on all: more queries in the same time. "
         "Validation and test have all.",
     )
     title_pairs: Annotated[int | None, "at least 1"] = flag(
         None,
         "For single texts, with --tfidf_candidates: the first line of each is the query, the last so many characters of its other lines are the "
-        "right passage.",
+        "right passage. To train on, all passages of so many characters are right.",
     )
 
     OF_DATA: ClassVar = ("relevance", "first_stage", "tfidf_candidates", "title_pairs")  # for parse_config()
@@ -119,10 +121,11 @@ def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: Rank
         if not {*needed} <= {*split.column_names} or len(split) == 0:
             return split
         texts = [[str(text or "") for text in split[column]] for column in needed]
-        rows = list(zip(*texts, strict=True))
         if ranking.title_pairs is not None:
-            rows = [title_pair(text, ranking.title_pairs) for text in texts[0]]
-        found = zip(*find_candidates(rows, ranking.tfidf_candidates), strict=True)
+            documents = [title_and_passages(text, ranking.title_pairs) for text in texts[0]]
+        else:
+            documents = [(text, [right] if right else []) for text, right in zip(*texts, strict=True)]
+        found = zip(*find_candidates(documents, ranking.tfidf_candidates), strict=True)
         return datasets.Dataset.from_dict(dict(zip((query, passage, label), map(list, found), strict=True)))
     if not has_lists or not {query, label} <= {*split.column_names, *of_objects}:
         return split
@@ -168,18 +171,24 @@ def _labels_of(candidates: list[str], labels: Any, name: str, config: DataConfig
     return found
 
 
-def find_candidates(rows: list[tuple[str, str]], count: int) -> Iterator[tuple[str, str, float]]:
-    """Pairs and their labels, of rows of a query and a right passage: of each query the `count` passages that are nearest to it by TF-IDF, the
-    nearest first. Where no right one is among these, as many more follow to train on, which stand around one in the ranking: beside the
-    nearest ones it could be told by its distance. Rows without one of the texts come first, as they are."""
-    yield from ((*row, 0.0) for row in rows if not all(row))
-    rows = [row for row in rows if all(row)]
-    corpus = list(dict.fromkeys(right for _, right in rows))
+def find_candidates(documents: list[tuple[str, list[str]]], count: int) -> Iterator[tuple[str, str, float]]:
+    """Pairs and their labels, of queries and their right passages, of which the first is searched among those of all queries: of each query the
+    `count` passages that are nearest to it by TF-IDF, the nearest first.
+
+    More follow to train on, with TO_TRAIN_ON added to their labels: for each right passage that is not among the nearest as many that stand
+    around it in the ranking of all passages. Beside the nearest ones it could be told by its distance. Rows without one of the texts
+    come first, as they are.
+    """
+    yield from ((query, "".join(own[:1]), 0.0) for query, own in documents if not (query and own))
+    documents = [(query, own) for query, own in documents if query and own]
+    corpus = list(dict.fromkeys(passage for _, own in documents for passage in own))
     place = {text: index for index, text in enumerate(corpus)}
+    is_searched = np.zeros(len(corpus), bool)
     places: dict[str, list[int]] = {}
-    for query, right in rows:
-        places.setdefault(query, []).append(place[right])
-    vectorizer = TfidfVectorizer(sublinear_tf=True)
+    for query, own in documents:
+        is_searched[place[own[0]]] = True
+        places.setdefault(query, []).extend(place[passage] for passage in own)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
     try:
         weights = vectorizer.fit_transform([*corpus, *places])[: len(corpus)]
     except ValueError as error:
@@ -188,16 +197,21 @@ def find_candidates(rows: list[tuple[str, str]], count: int) -> Iterator[tuple[s
             "--text_column and --text_pair_column."
         ) from error
     asked, random = list(places), np.random.default_rng(0)
-    for start in range(0, len(asked), QUERIES_AT_A_TIME):
-        part = asked[start : start + QUERIES_AT_A_TIME]
+    step = max(1, SIMILARITIES_AT_A_TIME // max(1, len(corpus)))
+    for start in range(0, len(asked), step):
+        part = asked[start : start + step]
         nearness = (vectorizer.transform(part) @ weights.T).toarray()
         for query, order in zip(part, np.argsort(-nearness, axis=1, kind="stable"), strict=True):
-            is_right, kept = np.isin(order, places[query]), order[:count]
-            if not is_right[:count].any():
-                least = max(count, min(int(is_right.argmax() - random.integers(count)), len(order) - count))
-                kept = np.concatenate([kept, order[least : least + count]])
-            for number in kept.tolist():
+            nearest = order[is_searched[order]][:count]
+            order = order[~np.isin(order, nearest)]
+            is_right = np.isin(order, places[query])
+            for number in nearest.tolist():
                 yield query, corpus[number], float(number in places[query])
+            for rank in np.flatnonzero(is_right):
+                least = max(0, min(rank - random.integers(count), len(order) - count))
+                around = slice(least, least + count)
+                for number, right in zip(order[around].tolist(), is_right[around].tolist(), strict=True):
+                    yield query, corpus[number], TO_TRAIN_ON + right
 
 
 # ---- Splitting
@@ -212,18 +226,20 @@ def load_rankings(config: DataConfig, ranking: RankingConfig) -> Examples:
     given, details, *_ = read_given(
         config, PAIRS, read_scores, partial(unpack, config=config, ranking=ranking), ranking.read_as
     )
+    to_train_on = {role: np.zeros(len(split.labels), bool) for role, split in given.items()}
+    if ranking.tfidf_candidates is not None:
+        to_train_on = {role: split.labels >= TO_TRAIN_ON for role, split in given.items()}
+        given = {role: replace(split, labels=split.labels % TO_TRAIN_ON) for role, split in given.items()}
     rows = {role: rows_of_queries(split.hashes) for role, split in given.items()}
     queries = {role: _as_queries(split, rows[role]) for role, split in given.items()}
     examples = split_examples(queries, config, "queries", details)
     pairs = {role: _with_labels(split, rows[role]) for role, split in given.items()}
     for role, split in examples.splits.items():
         origin = role if role in given else "train"
-        is_right = given[origin].labels > 0
-        chosen = [rows[origin][query] for query in split["query"]]
-        if (count := ranking.tfidf_candidates) is not None:
-            # What is not among the nearest is for training alone.
-            found = [role != "train" or is_right[one[:count]].any() for one in chosen]
-            chosen = [one[:count] if near else one[count:] for one, near in zip(chosen, found, strict=True)]
+        is_right, chosen = given[origin].labels > 0, []
+        for own in (rows[origin][query] for query in split["query"]):
+            others = own[to_train_on[origin][own]]
+            chosen.append(others if role == "train" and is_right[others].any() else own[~to_train_on[origin][own]])
         if role == "train" and ranking.train_candidates is not None:
             random = np.random.default_rng(config.split_seed)
             chosen = [drawn(one, is_right[one], ranking.train_candidates, random) for one in chosen]
@@ -234,8 +250,9 @@ def load_rankings(config: DataConfig, ranking: RankingConfig) -> Examples:
 
 
 def drawn(rows: np.ndarray, is_right: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """So many rows of a query, in their order: the right ones, and others at random. With the first others a right one would mostly be the last."""
-    others = random.permutation(np.flatnonzero(~is_right))[: max(0, count - is_right.sum())]
+    """The right rows of a query and others at random, so many for each right one, in their order. With the first others a right one would mostly
+    be the last."""
+    others = random.permutation(np.flatnonzero(~is_right))[: count * max(1, is_right.sum()) - is_right.sum()]
     return rows[np.sort(np.concatenate([np.flatnonzero(is_right), others]))]
 
 
