@@ -30,6 +30,8 @@ class Model:
 
     def __call__(self, inputs: Any, **sampling: Any) -> Any:
         given = inputs if isinstance(inputs, list) else [inputs]
+        if self.manifest["inputs"]["kind"] == "text":
+            check_texts(given)
         # One at a time, as on a device: dynamic quantization takes one scale for a whole batch.
         examples = [item if isinstance(item, tuple) else (item,) for item in given]
         if isinstance(self.predictor, Generator):
@@ -49,6 +51,17 @@ class Model:
         return ranked(self([(query, passage) for passage in passages]))
 
 
+def check_texts(given: list[Any]) -> None:
+    """Raise InputError unless all are texts, or tuples of one or two."""
+    for item in given:
+        parts = item if isinstance(item, tuple) else (item,)
+        if not (1 <= len(parts) <= 2 and all(isinstance(part, str) for part in parts)):
+            raise InputError(
+                f"expected a text, a tuple of two, or a list of these, found {item!r:.80} ({type(item).__name__}). Convert it; of a "
+                "column or an array pass list(column)."
+            )
+
+
 def load(source: str | Path, threads: int | None = None) -> Model:
     """Open the model in `source`: a bundle, a run or published model with one, an ONNX directory, or the Hub id of what `push` published.
 
@@ -65,7 +78,15 @@ def load(source: str | Path, threads: int | None = None) -> Model:
     folder, graph = found
     manifest = read_manifest(folder) if graph is None else settings_of(folder, graph)
     kind = MODELS.get(manifest["outputs"]["kind"], Predictor)
-    return Model(kind(folder, manifest, threads=threads))
+    predictor = kind(folder, manifest, threads=threads)
+    names = manifest["outputs"].get("labels") or manifest["outputs"].get("names")
+    rows = predictor.session.get_outputs()[0].shape[-1]
+    if names and isinstance(rows, int) and rows != len(names):
+        raise InputError(
+            f"expected names for the {rows} outputs of {folder / manifest['model']}, found {len(names)} in id2label of config.json: "
+            f"{', '.join(map(str, names)):.200}. Correct it."
+        )
+    return Model(predictor)
 
 
 def find(directory: Path) -> tuple[Path, str | None] | None:

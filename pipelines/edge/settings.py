@@ -33,6 +33,17 @@ IMAGE_PROCESSORS = (
     "ViTImageProcessor",
 )
 
+# Models whose positions are counted from the id of the padding token on.
+FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "longformer",
+    "data2vec-text",
+    "roberta-prelayernorm",
+)
 
 # What of a config.json says how a model answers questions: its windows' "overlap", "max_answer_tokens", "unanswerable".
 ANSWERS = "question_answering"
@@ -86,10 +97,16 @@ def head_outputs(directory: Path) -> dict[str, Any]:
         return {"kind": "answer", **{name: own.get(name, value) for name, value in usual.items()}}
     # transformers leaves out of the file what is its default: two labels.
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if {*labels} != {*map(str, range(len(labels)))}:
+        raise InputError(
+            f"expected id2label in {directory / 'config.json'} to have a row of the head (0, 1, ...) for every label, found "
+            f"{', '.join(labels)}. Correct it."
+        )
     names = [labels[str(index)] for index in range(len(labels))]
     if any(name.endswith("ForTokenClassification") for name in config.get("architectures") or []):
         return {"kind": "spans", "labels": names}
-    if config.get("problem_type") == "regression":
+    # One output without a problem_type is a value for transformers, too.
+    if config.get("problem_type", "regression" if len(names) == 1 else None) == "regression":
         return {"kind": "values", "names": ["score"] if names == ["LABEL_0"] else names}
     if config.get("problem_type") != "multi_label_classification":
         return {"kind": "classes", "activation": "softmax", "labels": names}
@@ -136,7 +153,10 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
         inputs = image_settings(SimpleNamespace(**processor)) | {"value_range": recorded(directory, "value_range")}
     else:
         tokenizer = read_json(directory / "tokenizer_config.json")
-        limits = (tokenizer.get("model_max_length"), config.get("max_position_embeddings"), 512)
+        positions = config.get("max_position_embeddings")
+        if positions and config.get("model_type") in FROM_PADDING:
+            positions -= config.get("pad_token_id", 1) + 1
+        limits = (tokenizer.get("model_max_length"), positions, 512)
         length = recorded(directory, "max_length") or int(min(filter(None, limits)))
         answers = outputs["kind"] == "answer"
         inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), answers, length)

@@ -67,6 +67,7 @@ def new_model(model_class: Any, source: str, config: Any = None, **settings: Any
     if config is None:
         config = load(AutoConfig.from_pretrained, source, "a model's config.json", **settings)
     config.architectures = config.architectures or []  # from_config cannot do without
+    give_logits_alone(config)
     code = {"trust_remote_code": settings.get("trust_remote_code", False)}
     return load(lambda _: model_class.from_config(config, dtype="float32", **code), source, "the shape of a model")
 
@@ -129,7 +130,13 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
             f"expected the weights of a whole {type(model).__name__} in {source}, found none of the right shape for {len(missing)} of its "
             f"tensors, such as {missing[0]}. {_remedy(source, missing[0].removeprefix(prefix), prefix, info['unexpected_keys'])}"
         )
+    give_logits_alone(model.config)
     return model
+
+
+def give_logits_alone(config: Any) -> None:
+    """Undo what a checkpoint's config.json may ask for beside logits: they are read by name, and attention maps need a slower attention."""
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
 
 
 def _remedy(source: str, missing: str, base: str, unexpected: Any) -> str:

@@ -116,6 +116,9 @@ def test_how_a_head_is_read_follows_from_its_config(tmp_path):
     assert outputs()["labels"] == ["LABEL_0", "LABEL_1"]
     assert outputs(id2label={"0": "LABEL_0"}, problem_type="regression") == VALUES
     assert outputs(id2label={"0": "quality"}, problem_type="regression")["names"] == ["quality"]
+    assert outputs(id2label={"0": "LABEL_0"}) == VALUES
+    with pytest.raises(InputError, match="a row of the head .* found 1, 2"):
+        outputs(id2label={"1": "a", "2": "b"})
 
 
 # ---- load
@@ -141,6 +144,28 @@ def test_a_stage_is_read_as_its_bundle(text_onnx, text_bundle, task, tmp_path):
     (quantized / "record.json").write_text(json.dumps({"made_by": {"task": task.describe()}}))
     assert load(quantized)(texts) == expected
     assert set(load(text_onnx / "onnx")(TEXTS[0])["probabilities"]) == {"sport", "tech", "trade"}
+
+
+def test_an_onnx_directory_of_another_exporter_is_read_by_its_config(text_onnx, tmp_path):
+    onnx = Path(shutil.copytree(text_onnx / "onnx", tmp_path / "onnx"))
+    (onnx / "record.json").unlink(missing_ok=True)
+    config = json.loads((onnx / "config.json").read_text())
+
+    def write(**changes: Any) -> None:
+        (onnx / "config.json").write_text(json.dumps(config | changes))
+
+    # As many positions as RoBERTa's table has, of which those up to the padding's are not used.
+    write(model_type="roberta", max_position_embeddings=18, pad_token_id=1)
+    assert load(onnx).manifest["inputs"]["max_length"] == 16
+    write(id2label={"0": "a", "1": "b"})
+    with pytest.raises(InputError, match="names for the 3 outputs .* found 2"):
+        load(onnx)
+
+
+@pytest.mark.parametrize("item", [None, 3, b"bytes", ("a", "b", "c"), np.array(["a", "b"]), ["a"]])
+def test_what_is_no_text_is_refused(item, text_bundle):
+    with pytest.raises(InputError, match="expected a text, a tuple of two"):
+        load(text_bundle)([item])
 
 
 def test_pairs(text_onnx, tokenizer):

@@ -132,6 +132,13 @@ def test_quantized_and_other_directories_are_named(task, tmp_path):
         task.load_model(str(tmp_path / "gguf"))
 
 
+@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states", "tuples"])
+def test_what_a_config_asks_for_beside_logits_is_not_given(asked, task, tmp_path):
+    changes = {"return_dict": False} if asked == "tuples" else {asked: True}
+    model = task.load_model(save(tmp_path, tiny_model(), **changes), "new if other")
+    assert list(model(torch.tensor([[1, 2, 3]])).keys()) == ["logits"]
+
+
 def test_an_encoder_with_a_decoder_is_refused(task, tmp_path):
     sizes = {"d_model": 16, "d_kv": 4, "num_heads": 4, "num_layers": 2, "d_ff": 32}
     source = save(tmp_path, tiny_model("t5", decoder_start_token_id=0, **sizes))
