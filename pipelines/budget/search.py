@@ -50,6 +50,7 @@ def train_candidates(search: Search, candidates: Sequence[Forecast]) -> list[Row
     apart = [one for one in candidates if one.shape.student is not None and asked == "fastest"]
     searched = [one for one in candidates if one not in (*copies, *apart)]
     rounds = rounds_of(*_seconds(search, searched, apart), asked)
+    students = dict[tuple[Shape, float], str]()  # where shapes that differ after pruning alone have theirs
     if settings.fit.train and searched and (asked == "fastest" or rounds != [(len(searched), 1.0)]):
         said = ", then ".join(f"{count} with {share:.0%} of the training" for count, share in rounds)
         within = f", to end within --time {settings.fit.time}" if settings.fit.time else ""
@@ -72,7 +73,11 @@ def train_candidates(search: Search, candidates: Sequence[Forecast]) -> list[Row
                 form.shape.scheme: planned(form) | {"share_of_training": share}
                 for form in search.forms[one.shape.model]
             }
-            return train(f"{parent}/{one.shape.model}", settings_of(settings, one.shape, share), forms)
+            folder, whole = f"{parent}/{one.shape.model}", replace(one.shape, heads=1.0, neurons=1.0, scheme="")
+            if (whole, share) in students:
+                run.inside(folder).adopt(run.directory / students[whole, share], ["student"])
+            students.setdefault((whole, share), folder)
+            return train(folder, settings_of(settings, one.shape, share), forms)
 
         def best(found: list[Row]) -> float:
             return max(rank(row["score"], task.greater_is_better) for row in found)

@@ -207,6 +207,18 @@ def test_with_within_alone_the_interval_is_halved_and_only_the_answer_learns_fro
     assert json.loads((run / "report.json").read_text())["delta_to_labels_only"] is not None
 
 
+def test_shapes_that_differ_after_pruning_alone_share_a_training(pocketformers, command, tmp_path):
+    run = tmp_path / "run"
+    status, output, errors = pocketformers(*command, "--baselines", "false", "--output_dir", str(run))
+    assert status == 0, errors
+    folders = [folder for folder in (run / "candidates").iterdir() if folder.name[0].isdigit()]
+    of_one_layer = [folder for folder in folders if folder.name.startswith("1_layers")]
+    assert len({(folder / "student" / "model.safetensors").read_bytes() for folder in of_one_layer}) == 1
+    assert len({(folder / "onnx" / "model.onnx").read_bytes() for folder in of_one_layer}) == len(of_one_layer) > 1
+    started = [line for line in output.splitlines() if line.endswith("/student: started") and "static" not in line]
+    assert len(started) == len({folder.name[0] for folder in folders}) < len(folders)
+
+
 def test_the_quantized_teacher_may_be_the_answer(pocketformers, command, tmp_path, monkeypatch):
     monkeypatch.setattr(
         fit, "choose", lambda rows, *_: dict.fromkeys(("answer", "best", "smallest", "fastest"), quantized(rows))
