@@ -273,7 +273,8 @@ def _needed(value: Any, what: str, name: str) -> Any:
 
 def _stage(task: Task, output: Any, function: Callable[..., Any], source: str, **arguments: Any) -> Path:
     """Run one stage function into `output.output_dir`, with the record, the resuming and the safety of a stage of the chain."""
-    target = Path(_needed(output.output_dir, "a directory to write", "output_dir")).absolute()
+    # What a link leads to: the stage takes the place of its target, and would take the link's.
+    target = Path(_needed(output.output_dir, "a directory to write", "output_dir")).resolve()
     with Run(target.parent, task, output.seed, only_stage=target.name) as run:
         return run.stage(target.name, function, source, **arguments)
 

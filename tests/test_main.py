@@ -194,6 +194,16 @@ def test_a_stage_does_not_overwrite_what_it_did_not_write(stage, teacher, csv_fi
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
 
 
+def test_a_stage_is_written_to_where_a_link_leads(stage, teacher, csv_file, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    argv = ["--model", str(teacher), "--dataset", str(csv_file), "--max_length", "32"]
+    status, _, errors = stage("export", *argv, "--output_dir", str(tmp_path / "link"))
+    assert status == 0, errors
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model.onnx").is_file()
+
+
 def test_help_lists_every_verb_without_importing_torch():
     code = "import sys; from pipelines.cli import main; sys.argv = ['pocketformers']; main(); assert 'torch' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -7,6 +7,7 @@ import codecs
 import difflib
 import math
 import operator
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -641,6 +642,9 @@ def settings_name(kind: type) -> str:
 
 def make_settings(kinds: Iterable[type], values: dict[str, Any]) -> Settings:
     """One object of each dataclass in `kinds` from the `values` of its fields; the dataclasses check them."""
+    # A shell expands --output_dir ~/run, but neither --output_dir=~/run nor a line of a YAML file.
+    home = (name for name, value in values.items() if isinstance(value, str) and value.startswith("~/"))
+    values = values | {name: os.path.expanduser(values[name]) for name in home}
     settings = Settings(given={})
     for kind in kinds:
         own = {one.name: values[one.name] for one in fields(kind) if one.init and one.name in values}

@@ -130,6 +130,12 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
             f"expected the weights of a whole {type(model).__name__} in {source}, found none of the right shape for {len(missing)} of its "
             f"tensors, such as {missing[0]}. {_remedy(source, missing[0].removeprefix(prefix), prefix, info['unexpected_keys'])}"
         )
+    broken = next((name for name, weights in model.named_parameters() if not weights.isfinite().all()), None)
+    if broken is not None:
+        raise InputError(
+            f"expected weights that are finite numbers in {source}, found NaN or infinity in {broken}: a training that diverged leaves them. "
+            "Use an earlier checkpoint, or another model."
+        )
     give_logits_alone(model.config)
     return model
 
@@ -220,7 +226,15 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
             "(save_pretrained)."
         )
     what = "a tokenizer (tokenizer.json)"
-    return load(AutoTokenizer.from_pretrained, source, what, trust_remote_code=trust_remote_code)
+    tokenizer = load(AutoTokenizer.from_pretrained, source, what, trust_remote_code=trust_remote_code)
+    if len(tokenizer) <= len(
+        {*tokenizer.all_special_tokens}
+    ):  # what transformers makes of a tokenizer_config.json alone
+        raise InputError(
+            f"expected a tokenizer with a vocabulary in {source}, found {len(tokenizer)} special tokens alone. Copy the rest of its files "
+            "there, too: tokenizer.json, or vocab.txt and the like."
+        )
+    return tokenizer
 
 
 def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -> Any:

@@ -51,6 +51,13 @@ def test_a_value_of_the_file_is_read_as_the_flag_would_read_it(tmp_path):
     assert settings.prune.prune_heads == 0.5
 
 
+def test_the_home_directory_is_found_where_no_shell_expands_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("dataset: ~/data.csv\n")
+    assert parse("--config", str(tmp_path / "a.yaml")).data.dataset == str(tmp_path / "data.csv")
+    assert parse("--dataset=~/data.csv").data.dataset == str(tmp_path / "data.csv")
+
+
 @pytest.mark.parametrize(
     ("content", "read"),
     [

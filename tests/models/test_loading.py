@@ -139,6 +139,22 @@ def test_what_a_config_asks_for_beside_logits_is_not_given(asked, task, tmp_path
     assert list(model(torch.tensor([[1, 2, 3]])).keys()) == ["logits"]
 
 
+def test_weights_that_are_no_numbers_are_refused(task, tmp_path):
+    source = save(tmp_path, tiny_model())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][5] = float("nan")  # of a token that few texts have
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="found NaN or infinity in bert.embeddings.word_embeddings.weight"):
+        task.load_model(source, "new if other")
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(task, tmp_path):
+    source = save(tmp_path, tiny_model())
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="found 5 special tokens alone. Copy the rest"):
+        task.load_processor(source)
+
+
 def test_an_encoder_with_a_decoder_is_refused(task, tmp_path):
     sizes = {"d_model": 16, "d_kv": 4, "num_heads": 4, "num_layers": 2, "d_ff": 32}
     source = save(tmp_path, tiny_model("t5", decoder_start_token_id=0, **sizes))
