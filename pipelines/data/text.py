@@ -28,7 +28,7 @@ from pipelines.data.tables import TABLE_SUFFIXES, encoding_of, read_table
 logger = logging.getLogger(__name__)
 
 # Part of the key of cached tokens, lines and sentences: raise it when what is written changes.
-_KEPT_VERSION = 3
+_KEPT_VERSION = 4
 
 
 def read_text(path: Path, encoding: str | None = None) -> tuple[str, str]:

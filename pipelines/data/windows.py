@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -37,23 +37,34 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
     )
 
 
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before every text besides its end token: the <s> of Llama, nothing for GPT-2 and OPT."""
+    return [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
+
+
+def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that is to be continued: those that the tokenizer makes of any text, but for an end token after it."""
+    tokens: list[int] = tokenizer(text)["input_ids"]
+    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
+
+
 def token_stream(texts: Iterable[str], tokenizer: Any) -> np.ndarray:
-    """All documents as one array of token ids, with the end token before the first and after each."""
-    end = tokenizer.eos_token_id
+    """All documents as one array of token ids, with the end token before the first and after each, and what begins a text before each."""
+    begin, end = begin_tokens(tokenizer), tokenizer.eos_token_id
     texts = list(texts)
     pieces = [np.array([end], np.int32)]
     for start in range(0, len(texts), 1000):  # Python's own integers take ten times the memory of the array's
         # A text that spells the end token out is text.
         encoded = tokenizer(texts[start : start + 1000], add_special_tokens=False, split_special_tokens=True)
-        pieces += [np.array([*tokens, end], np.int32) for tokens in encoded["input_ids"]]
+        pieces += [np.array([*begin, *tokens, end], np.int32) for tokens in encoded["input_ids"]]
     return np.concatenate(pieces)
 
 
-def cut_windows(stream: np.ndarray, size: int, stride: int) -> dict[str, Any]:
+def cut_windows(stream: np.ndarray, size: int, stride: int, begin: Sequence[int] = ()) -> dict[str, Any]:
     """Windows of `size` tokens that begin `stride` (less than `size`) apart, as columns input_ids and labels (windows, size).
 
-    Every token but the stream's first is the label of exactly one window: labels of tokens an earlier window had are -100, and so is the
-    first of each, which nothing predicts. All windows are full, the last one by reaching further back; a stream shorter than `size`
+    Every token but the stream's first and those that `begin` a text is the label of exactly one window: labels of tokens an earlier window
+    had are -100, and so is the first of each, which nothing predicts. All windows are full, the last one by reaching further back; a stream shorter than `size`
     makes one short window.
     """
     size = min(size, len(stream))
@@ -64,17 +75,19 @@ def cut_windows(stream: np.ndarray, size: int, stride: int) -> dict[str, Any]:
     for row, start in enumerate(starts):
         labels[row, : max(done - start, 1)] = IGNORED
         done = start + size
+    labels[np.isin(ids, begin)] = IGNORED
     return {"input_ids": ids, "labels": labels}
 
 
 def tokenize_windows(data: Examples, tokenizer: Any, size: int, stride: int) -> datasets.DatasetDict:
     """Windows of every split: for training they overlap by one token, so each is learnt once; for scoring they begin `stride` apart."""
-    splits = {}
+    splits, begin = {}, begin_tokens(tokenizer)
     for role, split in data.splits.items():
         if role == TRANSFER:
             splits[role] = unlabelled_windows(split, tokenizer, size, data.fingerprint)
             continue
-        windows = cut_windows(token_stream(split["text"], tokenizer), size, size - 1 if role == "train" else stride)
+        stream = token_stream(split["text"], tokenizer)
+        windows = cut_windows(stream, size, size - 1 if role == "train" else stride, begin)
         length = [windows["input_ids"].shape[1]] * len(windows["input_ids"])
         splits[role] = datasets.Dataset.from_dict({**windows, "length": length})
     return datasets.DatasetDict(splits)
@@ -84,7 +97,7 @@ def unlabelled_windows(split: datasets.Dataset, tokenizer: Any, size: int, finge
     """Whole windows of a transfer set, each of a thousand documents at a time: they stay on disk, since they may be larger than memory."""
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        windows = cut_windows(token_stream(batch["text"], tokenizer), size, size - 1)
+        windows = cut_windows(token_stream(batch["text"], tokenizer), size, size - 1, begin_tokens(tokenizer))
         ids, labels = windows["input_ids"], windows["labels"]
         whole = len(ids) if ids.shape[1] == size else 0
         labels = np.where(labels == IGNORED, IGNORED, UNLABELLED)

@@ -21,6 +21,7 @@ from pipelines.core.records import Outcome, read_record, shipped_files
 from pipelines.core.sources import WEIGHT_SUFFIXES
 from pipelines.core.task import Arrays, Collate, Task
 from pipelines.data.sources import check_onnx_directory
+from pipelines.data.windows import prompt_tokens
 from pipelines.edge.settings import check_tokenizer, head_outputs, text_settings
 from pipelines.edge.web import RUNTIME_LIBRARY, TOKENIZER_LIBRARY, add_page
 from pipelines.onnx.export import ONNX_FILE
@@ -147,7 +148,7 @@ def text_inputs(directory: Path, tokenizer: Any, pair: bool, max_length: int) ->
 def prompt_inputs(directory: Path, tokenizer: Any) -> dict[str, Any]:
     """The settings of a text that is to be continued, with probes for the page."""
     check_tokenizer(directory)
-    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBE_TEXTS]
+    tokens = [prompt_tokens(tokenizer, text) for text in PROBE_TEXTS]
     return {
         "kind": "text",
         "pair": False,
@@ -203,7 +204,7 @@ def verify_generator(directory: Path, processor: Any, prompts: list[str]) -> dic
     bundled = infer.Generator(directory).model
     probes = list(filter(None, PROBE_TEXTS))
     for text in [*prompts, *probes]:
-        expected = processor(text, add_special_tokens=False)["input_ids"]
+        expected = prompt_tokens(processor, text)
         if bundled.encode(text) != expected:
             raise VerificationError(
                 f"expected the bundle's runtime to make the tokens of {text[:30]!r} exactly as {type(processor).__name__} does, found "
