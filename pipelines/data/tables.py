@@ -183,6 +183,7 @@ def _readings(
         shifted = ["", *names] if len(row) == len(header) + 1 and row[0].isdecimal() else names
         unsure = shifted != names and not _counts_rows(start, separator)
         told = ", ".join(filter(None, (note, UNNAMED if unsure else "")))
+        short = named - {config.text_column, config.text_pair_column}
         # Rows may be short only where nothing else explains them.
         for columns, way, whole in [
             *((names, way, True) for way in ways),
@@ -190,7 +191,8 @@ def _readings(
             (shifted, ways[0], False),
         ]:
             dialect = {"delimiter": separator, "skipinitialspace": spaced, **way}
-            yield (note if columns == names else told), _from_cells(text, columns, named, int(hints), whole, dialect)
+            tables = _from_cells(text, columns, named, short, int(hints), whole, dialect)
+            yield (note if columns == names else told), tables
 
 
 def open_text(path: Path, config: DataConfig) -> TextIO:
@@ -255,11 +257,18 @@ def _separator(start: str, usual: str, named: set[str | None]) -> str:
 
 
 def _from_cells(
-    text: TextIO, names: list[str], named: set[str | None], skipped: int, whole: bool, dialect: dict[str, Any]
+    text: TextIO,
+    names: list[str],
+    named: set[str | None],
+    short: set[str | None],
+    skipped: int,
+    whole: bool,
+    dialect: dict[str, Any],
 ) -> Iterator[pa.Table]:
     """The rows of a csv file, by pandas. Raises an error where they are longer than the header, or (`whole`) shorter.
 
-    pandas takes marks that do not pair for cells over many lines, so those are read again by the strict reader of `csv`.
+    pandas takes marks that do not pair for cells over many lines, so those are read again by the strict reader of `csv`, and looked through
+    for rows, which the columns `short` tell from lines of a text.
     """
     text.seek(0)
     rows = 0
@@ -291,9 +300,48 @@ def _from_cells(
     if "quoting" in dialect or rows != sum(not line.isspace() for line in text.buffer) - 1 - skipped:
         csv.field_size_limit(sys.maxsize)
         source.seek(0)
-        for row in csv.reader(islice(source, skipped, None), strict=True, **dialect):
-            if any(row[len(names) :]) or (whole and any(row) and len(row) < len(names)):
-                raise csv.Error(f"{row!r:.100} has {len(row)} cells for {len(names)} columns")
+        places = [place for place, name in enumerate(names) if name in short]
+        _check_rows(
+            csv.reader(islice(source, skipped, None), strict=True, **dialect), skipped, len(names), whole, places
+        )
+
+
+def _check_rows(reader: Any, skipped: int, width: int, whole: bool, places: list[int]) -> None:
+    """Raise csv.Error for a row of another width, or a quoted cell that holds rows: each of its lines is as wide as the table, and has at the
+    `places` what other rows have there."""
+    separator = reader.dialect.delimiter + " " * reader.dialect.skipinitialspace
+    held, known = [], set[tuple[int, str]]()
+    line = 1 + skipped
+    for row in reader:
+        if any(row[width:]) or (whole and any(row) and len(row) < width):
+            raise csv.Error(f"{row!r:.100} has {len(row)} cells for {width} columns")
+        known.update((place, row[place]) for place in places if place < len(row))
+        for place, cell in enumerate(row[:width]):
+            is_long = "\n" in cell or "\r" in cell
+            if is_long and (rows := _rows_within(cell, place, width, separator)):
+                held.append((rows, f"line {line} opens a quoted cell that holds whole rows ({cell!r:.60} …)"))
+        line = 1 + skipped + reader.line_num
+    known = {(place, _without_fraction(cell)) for place, cell in known} if held else known
+    for rows, what in held:
+        told = [
+            (place, _without_fraction(cell)) for row in rows for place in places if (cell := row[place]) is not None
+        ]
+        if len(told) > len(places) and known.issuperset(told):  # of one line it may be chance
+            raise csv.Error(f"{what}: a quotation mark too many or too few")
+
+
+def _rows_within(cell: str, place: int, width: int, separator: str) -> list[list[str | None]]:
+    """The lines of a cell as rows of a table, with None for what is outside of it; none where they are not as wide as the table."""
+    rows: list[list[str | None]] = [[*line.split(separator)] for line in re.split(r"\r\n?|\n", cell)]
+    rows[0][:0] = [None] * place
+    rows[-1] += [None] * (width - 1 - place)
+    rows = [row for row in rows if any(row)]
+    return rows if len(rows) > 1 and all(len(row) == width for row in rows) else []
+
+
+def _without_fraction(cell: str) -> str:
+    """A cell, where it is a score without what tells it from others."""
+    return re.sub(r"[+-]?\d*\.\d+", "0.5", cell)
 
 
 def _with_doubled_backslashes(content: str, mark: str) -> str:

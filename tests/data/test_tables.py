@@ -162,6 +162,43 @@ def test_no_row_vanishes_for_a_quotation_mark(text: str, line: int, tmp_path: Pa
         assert read_table(tmp_path / name, DataConfig())["text"][:] == rows
 
 
+@pytest.mark.parametrize("columns", [["text", "label"], ["label", "text"], ["text", "note", "label"]])
+@pytest.mark.parametrize("labels", [("sport", "art"), ("1.25", "-0.5")])
+def test_a_quoted_cell_that_swallows_rows_is_none(columns: list[str], labels: tuple[str, str], tmp_path: Path) -> None:
+    """The second mark stands where a cell may end: as far as csv goes, all is well."""
+
+    def write(path: Path, texts: list[str]) -> list[str]:
+        cells = [{"text": text, "label": labels[row % 2], "note": f"x{row}"} for row, text in enumerate(texts)]
+        path.write_text(
+            "\n".join(",".join(row[name] for name in columns) for row in [{name: name for name in columns}, *cells])
+        )
+        return texts
+
+    texts = [f"text {row}" for row in range(40)]
+    texts[10], texts[20] = '"text 10', 'text 20"'
+    write(tmp_path / "texts.csv", texts)
+    assert read_table(tmp_path / "texts.csv", DataConfig())["text"][:] == texts
+    # Where other cells need their marks, the file can be read in no way without a loss.
+    texts[30] = '"text 30, and more"'
+    write(tmp_path / "quoted.csv", texts)
+    with pytest.raises(
+        InputError, match=r"line 12 opens a quoted cell that holds whole rows .*text 11.*; repair the file"
+    ):
+        read_table(tmp_path / "quoted.csv", DataConfig())
+
+
+def test_a_cell_of_several_lines_with_separators_is_one(tmp_path: Path) -> None:
+    letters = [
+        "Dear Ann, hello\nso it goes, and on\nsport\nyours, Bob",
+        "half art,sport\nand more",
+        "a, art\nb, sport\nc, art",
+    ]
+    rows = [{"text": f"{letters[row % 3]} {row}", "label": ("sport", "art")[row % 2]} for row in range(40)]
+    for columns in (["text", "label"], ["label", "text"]):
+        pandas.DataFrame(rows)[columns].to_csv(tmp_path / "letters.csv", index=False)
+        assert read_table(tmp_path / "letters.csv", DataConfig())["text"][:] == [row["text"] for row in rows]
+
+
 def test_the_tab_text_of_excel_is_quoted_where_it_must_be(tmp_path: Path) -> None:
     cells = [f'"he ""said"" {row}"' if row % 7 == 0 else f"text {row}" for row in range(40)]
     data = load(tmp_path / "a.tsv", "text\tlabel\r\n" + "".join(f"{c}\t{'ab'[i % 2]}\r\n" for i, c in enumerate(cells)))
