@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -124,7 +125,7 @@ def _read_files(path: Path, files: list[tuple[Path, str | None]], config: DataCo
     rows = {
         "image": [str(file) for file, _ in files],
         "label": [label for _, label in files],
-        "file": [f"{label}/{file.name}" for file, label in files],
+        "file": [os.path.relpath(file, path) for file, _ in files],
     }
     text = datasets.Value("string")
     features = datasets.Features(image=datasets.Image(decode=False), label=text, file=text)

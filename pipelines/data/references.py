@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from decimal import Decimal
@@ -85,7 +86,8 @@ def _check_plain(split: datasets.Dataset, name: str, what: str, config: DataConf
 def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> References:
     """The classes' ids: in a ClassLabel's own order (where -1 is no class), numbers by size, anything else by alphabet.
 
-    A class is called what stands in its cells: 01 is 01. Only the ".0" goes that pandas gives the whole numbers of a column with gaps.
+    A class is called what stands in its cells: 01 is 01. Only the ".0" goes that pandas gives the whole numbers of a column with gaps. A folder
+    is called what it is called.
     """
     column = config.label_column
     cells, classes = {}, {}
@@ -98,16 +100,24 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
     names = getattr(next(iter(splits.values())).features[column], "names", None)
     written = {label: label for label in found}
     if names is None:
+        in_folders = all(_are_folders(split, column) for split in splits.values())
         numbers = all(map(NUMBER.fullmatch, found))
-        whole = {label: re.sub(r"\.0*$", "", label) for label in found if NUMBER.fullmatch(label)}
+        whole = {label: re.sub(r"\.0*$", "", label) for label in found if NUMBER.fullmatch(label) and not in_folders}
         written |= {label: short for label, short in whole.items() if numbers or short in found}
-        names = _label_names(set(written.values()), config)
+        names = _label_names(set(written.values()), config, in_folders)
     _check_known(set(written.values()), names)
     values = {}
     for name, labels in classes.items():
         ids = {cell: -1 if label is None else names.index(written[label]) for cell, label in labels.items()}
         values[name] = np.array([ids[cell] for cell in cells[name]], np.int64)
     return values, datasets.ClassLabel(names=names), names
+
+
+def _are_folders(split: datasets.Dataset, column: str) -> bool:
+    """Whether each row is a file in the folder that its label names."""
+    return "file" in split.column_names and all(
+        str(file).startswith(f"{label}{os.sep}") for file, label in zip(split["file"][:], split[column][:], strict=True)
+    )
 
 
 def _check_known(found: set[str], names: list[str]) -> None:
@@ -130,15 +140,16 @@ def _class_of(value: Any, declared: list[str] | None, config: DataConfig) -> str
     return str(value) if declared is None else declared[value]
 
 
-def _label_names(found: set[str], config: DataConfig) -> list[str]:
+def _label_names(found: set[str], config: DataConfig, in_folders: bool = False) -> list[str]:
     numbers = all(NUMBER.fullmatch(label) for label in found)
     # Not as floats, of which two that are alike may be two whole numbers.
     values = {label: Decimal(label) for label in found} if numbers else {}
     fractions = [label for label, value in values.items() if value != value.to_integral_value()]
-    if fractions:
+    if fractions and not in_folders:
         raise InputError(
-            f"expected classes in the column {config.label_column!r}, found fractions such as {fractions[0]}; name a "
-            "column of classes with --label_column, or learn them as scores with --task text-regression"
+            f"expected classes in the column {config.label_column!r}, found fractions such as {min(fractions)}; name a column of classes with "
+            "--label_column, learn them as scores with --task text-regression, or, where they are names, such as version numbers, write a letter "
+            f"before each, such as v{min(fractions)}"
         )
     names = sorted(found, key=lambda label: (values[label] if numbers else 0, label))
     if len(names) < 2:

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -62,7 +63,7 @@ def read_text_files(folder: Path, files: list[tuple[Path, str | None]], config: 
     rows = {
         "text": [text for text, _ in texts],
         "label": [label for _, label in files],
-        "file": [path.name for path, _ in files],
+        "file": [os.path.relpath(path, folder) for path, _ in files],
         "encoding": [encoding for _, encoding in texts],
     }
     return datasets.Dataset.from_dict(rows, datasets.Features(dict.fromkeys(rows, datasets.Value("string"))))

@@ -615,7 +615,7 @@ def test_empty_texts_are_refused_by_row(tmp_path: Path) -> None:
     refused(write_csv(tmp_path / "pairs.csv", pairs), "counted from 0: 0)", text_pair_column="other")
     folder = write_class_folders(tmp_path / "classes", make_rows())
     (folder / "art" / "0001.txt").write_text("\n")
-    refused(folder, "1 of 60 rows without one (files 0001.txt)")
+    refused(folder, "1 of 60 rows without one (files art/0001.txt)")
 
 
 def test_missing_labels_are_refused_by_row(tmp_path: Path) -> None:

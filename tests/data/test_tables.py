@@ -442,6 +442,27 @@ def test_files_that_are_something_else(name: str, content: bytes, message: str, 
 # ---- Folders
 
 
+def test_class_folders_may_be_called_by_numbers_with_a_point(tmp_path: Path) -> None:
+    names = ["1.0", "1.1", "1.10", "1.2"]
+    for number in range(80):
+        file = tmp_path / "sections" / names[number % 4] / f"{number}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"text {number}")
+    assert load(tmp_path / "sections").label_names == names
+    images = write_image_folder(tmp_path / "images", 60)
+    for number, folder in enumerate(sorted(images.iterdir())):
+        folder.rename(images / f"1.{number}")
+    assert load(images, kind=IMAGES).label_names == ["1.0", "1.1", "1.2"]
+
+
+def test_classes_of_a_table_that_look_like_fractions_need_a_letter(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"fractions such as 1\.1; .*--task text-regression.*a letter before .*, such as v1\.1"
+    ):
+        load(tmp_path / "versions.csv", with_labels(["1.1", "1.2"]))
+    assert load(tmp_path / "versions.csv", with_labels(["v1.1", "v1.2"])).label_names == ["v1.1", "v1.2"]
+
+
 def test_tables_where_none_belong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_classes(tmp_path / "data")
     (folder / "art" / "list.csv").write_text("a,b\n")
