@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
@@ -165,11 +166,13 @@ def _label_names(found: set[str], config: DataConfig, in_folders: bool = False) 
         )
     alike: dict[Any, list[str]] = {}
     for name in names:
-        alike.setdefault(values[name] if numbers else "".join(name.casefold().split()), []).append(name)
+        folded = "".join(unicodedata.normalize("NFC", name).casefold().split())
+        alike.setdefault(values[name] if numbers else folded, []).append(name)
     for group in alike.values():
         if len(group) > 1:
             logger.warning(
-                "the classes %s differ in case, spaces or zeros only, and stay classes of their own; correct the labels if they are one",
+                "the classes %s differ in case, spaces, zeros or Unicode form (é as one character or as two) only, and stay classes of their own; "
+                "correct the labels if they are one",
                 ", ".join(map(repr, group)),
             )
     return names
