@@ -382,12 +382,19 @@ def _from_objects(
 
 def _nested(cells: list[Any], name: str, path: Path) -> pa.Array:
     try:
-        return pa.array(whole_characters(cells))
+        return pa.array(whole_characters([_with_named_edges(cell) for cell in cells]))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"expected values of one kind in the column {name!r} of {path}, such as lists of texts or lists of objects, found several "
             f"({reason(error)}); write all rows of it in one way"
         ) from error
+
+
+def _with_named_edges(cell: Any) -> Any:
+    """A list of spans [start, end, label], as doccano and spaCy write them, as objects: no column has numbers and texts in one list."""
+    if isinstance(cell, list) and all(isinstance(one, list) and [*map(type, one)] == [int, int, str] for one in cell):
+        return [dict(zip(("start", "end", "label"), one, strict=True)) for one in cell]
+    return cell
 
 
 def _objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:

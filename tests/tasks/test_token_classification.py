@@ -104,6 +104,12 @@ def test_columns_conll_and_spans_become_the_same_words_and_tags(tmp_path):
     task = load(tmp_path / "spans.jsonl", label_column="entities")
     assert words_and_tags(task) == expected
     assert task.label_names == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+    # As doccano writes them; a row may have none.
+    lists = [[span["start"], span["end"], span["label"]] for span in spans]
+    lines = [json.dumps({"id": n, "text": " ".join(words), "label": lists}) for n, (words, _) in enumerate(rows)]
+    lines.append(json.dumps({"id": 10, "text": "nobody", "label": []}))
+    (tmp_path / "doccano.jsonl").write_text("\n".join(lines))
+    assert words_and_tags(load(tmp_path / "doccano.jsonl")) == {*expected, (("nobody", "O"),)}
 
 
 def test_every_scheme_becomes_iob2():
@@ -201,7 +207,8 @@ def test_types_that_only_look_like_prefixes_stay(tmp_path):
         ([{"text": "some text", "label": {"start": [0, 1], "end": [4], "label": ["A"]}}], "expected spans"),
         ([{"text": ["a", 5], "label": ["O", "B-A"]}], "one kind in the column 'text'.*write all rows"),
         ([{"text": ["a"], "label": ["O"]}, {"text": ["a"], "label": [1]}], "one kind in the column 'label'"),
-        ([{"text": "some text", "label": [[0, 4, "A"]]}], "one kind in the column 'label'.*lists of objects"),
+        ([{"text": "some text", "label": [[0, 4, "A"], [5, "A"]]}], "one kind in the column 'label'.*lists of objects"),
+        ([{"text": "some text", "label": [[0, 50, "A"]]}], "within the text"),
         ([{"text": "some text", "label": [{"begin": 0, "end": 5, "label": "A"}]}], "expected spans"),
         ([{"text": ["a"], "label": None}, {"text": ["a", "b"], "label": ["O", "B-A"]}], "1 of 2 rows without"),
         ([{"text": ["a", "b"], "label": ["X", "X"]}], "at least two kinds"),
