@@ -320,7 +320,7 @@ def _score_of(value: Any, split: str, config: DataConfig) -> float:
     if _is_empty(value) or str(value).strip().lower() in NO_SCORE:
         return math.nan
     try:
-        score = float(value)
+        score = math.inf if "_" in str(value) else float(value)  # 1_000 is a number to Python alone
     except ValueError:
         score = math.inf
     if abs(score) > float(np.finfo(np.float32).max):

@@ -320,6 +320,7 @@ def test_scores_that_are_missing_hidden_or_no_numbers(tmp_path: Path) -> None:
     scores = [row / 8 for row in range(40)]
     refuse([None, *scores[1:]], r"found 1 of 40 rows.*counted from 0: 0")
     refuse([str(score) for score in scores[1:]] + ["high"], "found 'high'.*--label_column")
+    refuse([str(score) for score in scores[1:]] + ["1_000"], "found '1_000'.*--label_column")  # 1000 to Python
     refuse([*scores[1:], float("inf")], "found inf")
     refuse([*scores[1:], -1e39], "found -1e[+]39")  # which float32 does not have
     refuse([1.0] * 40, "scores that differ")
