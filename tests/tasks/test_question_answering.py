@@ -256,7 +256,8 @@ def test_the_forms_of_data_give_the_same_questions(tmp_path, questions):
     datasets.Dataset.from_list(hub).to_parquet(tmp_path / "rows.parquet")
     datasets.Dataset.from_list(hub).save_to_disk(tmp_path / "saved")
     write_csv(tmp_path / "rows.csv", rows)
-    for name in ("rows.jsonl", "rows.parquet", "saved", "rows.csv"):
+    (tmp_path / "answers.csv").write_text((tmp_path / "rows.csv").read_text().replace("answer", "answers", 1))
+    for name in ("rows.jsonl", "rows.parquet", "saved", "rows.csv", "answers.csv"):
         found = load_questions(DataConfig(dataset=str(tmp_path / name)), AnswerConfig())
         assert found.fingerprint == nested.fingerprint, name
     assert nested.details["unanswerable"] == {

@@ -82,7 +82,7 @@ def read_file(path: Path, config: DataConfig, settings: AnswerConfig) -> dataset
         columns = [settings.question_column, settings.context_column, settings.answer_column or "answer"]
         named: dict[str, Any] = dict(zip(("text_column", "text_pair_column", "label_column"), columns, strict=True))
         read = replace(config, **named, image_column=settings.start_column)
-        read.more_label_columns = [NO_ANSWER]
+        read.more_label_columns = [NO_ANSWER] if settings.answer_column else [NO_ANSWER, "answers"]
         return read_table(path, read)
     try:
         if name.endswith(".parquet"):
