@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from scipy.special import softmax
@@ -370,6 +371,33 @@ def test_an_impossible_question_has_no_answer_in_every_form(true, false, tmp_pat
         found = load_questions(DataConfig(dataset=str(tmp_path / name)), AnswerConfig())
         none = {row["context"] for split in found.splits.values() for row in split if not row["answers"]}
         assert none == {"the goal 0", "the goal 1", "the goal 2"}, name
+
+
+def test_shards_of_other_columns_and_forms_are_joined(tmp_path):
+    rows = [one_question(index) | {"id": str(index)} for index in range(60)]
+    impossible = [{**row, "is_impossible": index < 3} for index, row in enumerate(rows)]
+    flat = [{**row, "answer": "goal", "start": 4} for row in rows]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "train-0.jsonl").write_text("\n".join(map(json.dumps, impossible[:10])))
+    (folder / "train-1.jsonl").write_text("\n".join(map(json.dumps, rows[10:20])))
+    datasets.Dataset.from_list(rows[20:30]).to_parquet(folder / "train-2.parquet")
+    datasets.Dataset.from_list(impossible[30:40]).to_parquet(folder / "train-3.parquet")
+    datasets.Dataset.from_list(flat[40:50]).remove_columns("answers").to_csv(folder / "train-4.csv")
+    datasets.Dataset.from_list(rows[50:]).to_parquet(folder / "train-5.parquet")
+    small = pyarrow.struct(
+        {"text": pyarrow.large_list(pyarrow.string()), "answer_start": pyarrow.list_(pyarrow.int32())}
+    )
+    table = pyarrow.parquet.read_table(folder / "train-5.parquet")
+    place = table.column_names.index("answers")
+    pyarrow.parquet.write_table(
+        table.set_column(place, "answers", table["answers"].cast(small)), folder / "train-5.parquet"
+    )
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, impossible)))
+    one_file = load_questions(DataConfig(dataset=str(tmp_path / "rows.jsonl")), AnswerConfig())
+    found = load_questions(DataConfig(dataset=str(folder)), AnswerConfig())
+    assert found.fingerprint == one_file.fingerprint
+    assert sum(found.details["unanswerable"].values()) == 3
 
 
 def test_a_truth_value_that_is_none_is_refused(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,19 +83,22 @@ def read_file(path: Path, config: DataConfig, settings: AnswerConfig) -> dataset
         named: dict[str, Any] = dict(zip(("text_column", "text_pair_column", "label_column"), columns, strict=True))
         read = replace(config, **named, image_column=settings.start_column)
         read.more_label_columns = [NO_ANSWER] if settings.answer_column else [NO_ANSWER, "answers"]
-        return read_table(path, read)
+        cells = read_table(path, read)
+        return _table(cells.to_list(), cells.column_names, settings, cells.info.description)
     try:
         if name.endswith(".parquet"):
             table = pyarrow.parquet.read_table(path)
             table.validate(full=True)  # nobody has looked at the bytes of its texts yet
-            return datasets.Dataset(table)
+            wanted = [one for one in table.column_names if one in columns_of(settings)]
+            return _table(table.select(wanted).to_pylist(), table.column_names, settings)
         with closing(open_text(path, config)) as file:
             try:
                 found = json.load(file)
             except ValueError:  # an object on every line
                 file.seek(0)
                 found = list(json_lines(file))
-        return _table(_flat(whole_characters(found), settings), settings)
+        rows = _flat(whole_characters(found), settings)
+        return _table(rows, [*dict.fromkeys(chain.from_iterable(rows))], settings)
     except InputError:
         raise
     except Exception as error:  # parsers raise errors of their own kinds
@@ -133,13 +136,23 @@ def _flat(found: Any, settings: AnswerConfig) -> list[Row]:
     return flat
 
 
-def _table(rows: list[Row], settings: AnswerConfig) -> datasets.Dataset:
-    """Rows of a json file, of which each may have its own keys and form of answers.
+def columns_of(settings: AnswerConfig) -> list[str]:
+    """All columns that are read, where they are there."""
+    return [
+        settings.question_column,
+        settings.context_column,
+        settings.start_column,
+        NO_ANSWER,
+        *_answer_columns(settings),
+    ]
+
+
+def _table(rows: list[Row], names: list[str], settings: AnswerConfig, description: str = "") -> datasets.Dataset:
+    """Rows, of which each may have its own keys and form of answers, in one form, whatever file they are from: shards are joined.
 
     Columns that nobody named have nothing but their names, as in read_table().
     """
-    names = list(dict.fromkeys(chain.from_iterable(rows)))
-    answers = _answer_column(names, settings)
+    answers = next((name for name in _answer_columns(settings) if name in names), "")
     text = datasets.Value("string")
     kinds = {
         settings.question_column: text,
@@ -153,9 +166,10 @@ def _table(rows: list[Row], settings: AnswerConfig) -> datasets.Dataset:
     if NO_ANSWER in columns:
         columns[NO_ANSWER] = [str(row.get(NO_ANSWER)) for row in rows]
     if answers in columns:
-        columns[answers] = [_answers(row, answers, settings) for row in rows]
+        columns[answers] = [_answers(row, settings) for row in rows]
     features = datasets.Features({name: kinds.get(name, datasets.Value("null")) for name in names})
-    return datasets.Dataset.from_dict(columns, features)
+    info = datasets.DatasetInfo(description=description, features=features)
+    return datasets.Dataset.from_dict(columns, features, info)
 
 
 def _columns_of(answers: list[Row]) -> Row:
@@ -165,7 +179,6 @@ def _columns_of(answers: list[Row]) -> Row:
 def rows_of(split: datasets.Dataset, name: str, settings: AnswerConfig) -> Iterator[Row]:
     """The rows of a split of the source in one form, without answers where it is said that there is none."""
     wanted = [settings.question_column, settings.context_column]
-    column = _answer_column(split.column_names, settings)
     if any(one not in split.column_names for one in wanted):
         raise InputError(
             f"expected the columns {', '.join(wanted)} in the split {name!r}, found {', '.join(split.column_names[:20])}. Name them with "
@@ -178,17 +191,18 @@ def rows_of(split: datasets.Dataset, name: str, settings: AnswerConfig) -> Itera
                 "from 0. Write one of the two, or leave the column out."
             )
         question, context = (row[one] if isinstance(row[one], str) else "" for one in wanted)
-        answers = _answers({} if impossible else row, column, settings)
+        answers = _answers({} if impossible else row, settings)
         yield {"question": question, "context": context, "answers": answers["text"], "starts": answers["answer_start"]}
 
 
-def _answer_column(names: Iterable[str], settings: AnswerConfig) -> str:
-    return settings.answer_column or ("answers" if "answers" in names else "answer")
+def _answer_columns(settings: AnswerConfig) -> list[str]:
+    """The columns that may have the answers of a row: the first that is there and not empty has them."""
+    return [settings.answer_column] if settings.answer_column else ["answers", "answer"]
 
 
-def _answers(row: Row, column: str, settings: AnswerConfig) -> Row:
+def _answers(row: Row, settings: AnswerConfig) -> Row:
     """The answers of a row, whatever their form, as two lists of one length where nothing is wrong: text and answer_start."""
-    cell = row.get(column)
+    cell = next((row[name] for name in _answer_columns(settings) if row.get(name) is not None), None)
     if isinstance(cell, list) and all(isinstance(one, dict) for one in cell):
         cell = {name: [one.get(name) for one in cell] for name in ("text", "answer_start")}
     if not isinstance(cell, dict):
@@ -243,7 +257,9 @@ def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
         tables = {name: questions_of_speakers(found) for name, found in texts.items()}
     else:
         kind = replace(TEXTS, noun="questions", columns={}, read_file=partial(read_file, settings=settings))
-        source = load_source(config, kind)
+        named = replace(config)
+        named.more_label_columns = columns_of(settings)
+        source = load_source(named, kind)
         tables = {name: list(rows_of(split, name, settings)) for name, split in source.splits.items()}
 
     def has_answers(split: datasets.Dataset) -> bool:
