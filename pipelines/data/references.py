@@ -164,18 +164,25 @@ def _label_names(found: set[str], config: DataConfig, in_folders: bool = False) 
             "the class %s is called like a missing label, and stays a class; empty these cells if they have none",
             ", ".join(map(repr, unlabelled)),
         )
+    tell_of_alike(names, "classes")
+    return names
+
+
+def tell_of_alike(names: Iterable[str], what: str) -> None:
+    """Say which names differ in nothing that a reader would mean."""
     alike: dict[Any, list[str]] = {}
     for name in names:
         folded = "".join(unicodedata.normalize("NFC", name).casefold().split())
-        alike.setdefault(values[name] if numbers else folded, []).append(name)
+        alike.setdefault(Decimal(name) if NUMBER.fullmatch(name) else folded, []).append(name)
     for group in alike.values():
         if len(group) > 1:
             logger.warning(
-                "the classes %s differ in case, spaces, zeros or Unicode form (é as one character or as two) only, and stay classes of their own; "
-                "correct the labels if they are one",
+                "the %s %s differ in case, spaces, zeros or Unicode form (é as one character or as two) only, and stay %s of their own; correct "
+                "the labels if they are one",
+                what,
                 ", ".join(map(repr, group)),
+                what,
             )
-    return names
 
 
 # ---- Sets of labels

@@ -30,7 +30,7 @@ from pipelines.core.task import IGNORED, UNLABELLED
 from pipelines.data.examples import Examples, Given, hash_of, hash_rows, prepared, split_examples, usable_rows
 from pipelines.data.folders import load_source
 from pipelines.data.kinds import Kind, Source
-from pipelines.data.references import declared_names
+from pipelines.data.references import declared_names, tell_of_alike
 from pipelines.data.splits import choose_splits
 from pipelines.data.tables import JSON_SUFFIXES, read_table
 from pipelines.data.text import content, map_kept, read_text, tokenizer_content
@@ -333,8 +333,9 @@ def _tags(
         known = {OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")}
         names = [OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
     else:
-        names = sorted(known)
+        names = kinds = sorted(known)
         _tell_of_no_outside(Counter(chain.from_iterable(next(iter(by_split.values())))))
+    tell_of_alike(kinds, "tags")
     if declared is not None and {*declared} == known:
         names = declared
     if len(names) < 2:

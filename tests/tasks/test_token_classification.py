@@ -192,6 +192,14 @@ def test_tags_of_one_letter_among_others_are_types(given, tmp_path, caplog):
     assert "read as spans" not in caplog.text
 
 
+@pytest.mark.parametrize(("given", "named"), [("O B-PER I-PER B-Per", "'PER', 'Per'"), ("NN VB nn", "'NN', 'nn'")])
+def test_types_that_look_alike_are_named(given, named, tmp_path, caplog):
+    rows = [{"text": [*given.split()[1:], f"x{index}"], "label": given.split()} for index in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert {"PER", "Per", "NN", "nn"} >= {*load(tmp_path / "rows.jsonl").kinds} - {"VB"}
+    assert f"the tags {named} differ in case" in caplog.text
+
+
 def test_types_that_only_look_like_prefixes_stay(tmp_path):
     rows = [{"text": ["a", "b", f"c{index}"], "label": ["O", "vitamin_B", "vitamin_E"]} for index in range(10)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
