@@ -305,8 +305,9 @@ def _check_classes(counts: dict[str, np.ndarray], label_names: list[str], config
             logger.warning("no example in the %s split of %s", role, ", ".join(none[:10]))
     absent = [name for name, count in zip(label_names, counts["train"], strict=True) if count == 0]
     if absent:
+        where = "it from --label_column" if config.more_label_columns else "the class from the data set"
         raise InputError(
             f"expected training examples of all {len(label_names)} classes, found none of "
             f"{', '.join(absent[:5])}{' …' if len(absent) > 5 else ''} among {counts['train'].sum()}; add examples, "
-            "remove the class from the data set, or raise --max_train_samples"
+            f"remove {where}, or raise --max_train_samples"
         )

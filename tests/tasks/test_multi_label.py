@@ -302,6 +302,17 @@ def test_columns_of_labels_that_fit_no_text_are_one_message(tmp_path):
         task_of(tmp_path / "rows.jsonl", label_column=["a", "b"]).data  # noqa: B018
 
 
+def test_a_label_that_fits_no_training_text_is_named_with_its_remedy(tmp_path):
+    columns = {"a": lambda index: index % 2, "b": lambda index: 1 - index % 2, "never": lambda index: 0}
+    rows = [{"text": f"text {index}"} | {name: fits(index) for name, fits in columns.items()} for index in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        InputError, match="training examples of all 3 classes, found none of never .* from --label_column"
+    ):
+        task_of(tmp_path / "rows.jsonl", label_column=[*columns]).data  # noqa: B018
+    assert task_of(tmp_path / "rows.jsonl", label_column=["a", "b"]).label_names == ["a", "b"]
+
+
 def test_columns_of_labels_hold_1_and_0(tmp_path):
     path = in_columns(tmp_path / "rows.csv", make_topics(40))
     path.write_text(path.read_text().replace(",1\n", ",2\n"))
