@@ -193,6 +193,14 @@ def test_candidates_of_tfidf(tmp_path):
     rows = [("a goal", ["goal of the team"]), ("the bank", ["shares and profit"]), ("a goal", ["match today"])]
     found = list(find_candidates(rows, 1))
     assert found[0] == ("a goal", "goal of the team", 1.0)
+    # What differs in white space only is one text, as it is where duplicates are counted.
+    twice = [("a  goal", ["goal of\nthe team"]), *rows, ("the bank ", ["shares and  profit"])]
+    spaced = list(find_candidates(twice, 3))
+    assert [" ".join(passage.split()) for query, passage, _ in spaced if query == "a  goal"] == [
+        passage for query, passage, _ in find_candidates(rows, 3) if query == "a goal"
+    ]
+    assert {query for query, *_ in spaced} == {"a  goal", "the bank"}
+    assert len(spaced) == 6
     # A right passage that is far off is at any place among those of about its rank, none of which is among the nearest.
     near = [(f"near {number}", [f"alpha beta {number}"]) for number in range(10)]
     far = [(f"alpha beta query {number}", [f"gamma {number + 100}"]) for number in range(40)]

@@ -180,7 +180,12 @@ def find_candidates(documents: list[tuple[str, list[str]]], count: int) -> Itera
     come first, as they are.
     """
     yield from ((query, "".join(own[:1]), 0.0) for query, own in documents if not (query and own))
-    documents = [(query, own) for query, own in documents if query and own]
+    first: dict[str, str] = {}  # of texts that differ in white space only, which are one
+
+    def one(text: str) -> str:
+        return first.setdefault(" ".join(text.split()), text)
+
+    documents = [(one(query), [one(passage) for passage in own]) for query, own in documents if query and own]
     corpus = list(dict.fromkeys(passage for _, own in documents for passage in own))
     place = {text: index for index, text in enumerate(corpus)}
     is_searched = np.zeros(len(corpus), bool)
