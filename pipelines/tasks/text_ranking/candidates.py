@@ -213,7 +213,7 @@ def find_candidates(documents: list[tuple[str, list[str]]], count: int) -> Itera
             for number in nearest.tolist():
                 yield query, corpus[number], float(number in places[query])
             for rank in np.flatnonzero(is_right):
-                least = max(0, min(rank - random.integers(count), len(order) - count))
+                least = max(0, min(int(rank - random.integers(count)), len(order) - count))
                 around = slice(least, least + count)
                 for number, right in zip(order[around].tolist(), is_right[around].tolist(), strict=True):
                     yield query, corpus[number], TO_TRAIN_ON + right
