@@ -89,6 +89,16 @@ def test_the_chain_stage_by_stage(stage, pretrained, csv_file, tmp_path, capsys)
     status, _, errors = stage("quantize", "--model", out["onnx"], *data, *none)
     assert status == 1
     assert "ship the exported directory itself" in errors
+    other = shutil.copytree(out["onnx"], tmp_path / "other")
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    names = [name for name in tokens["model"]["vocab"] if not name.startswith("[")]
+    tokens["model"]["vocab"] |= dict(
+        zip(names, [tokens["model"]["vocab"][name] for name in reversed(names)], strict=True)
+    )
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    status, _, errors = stage("verify", "--model", str(other), "--reference", out["pruned"], *data)
+    assert status == 1
+    assert "expected the tokenizer or image processor in" in errors
     verified = json.loads(ok("verify", "--model", out["quantized"], "--reference", out["onnx"], *drop))
     assert verified["quality_lost"] <= 0.2
     # As the stage itself found.

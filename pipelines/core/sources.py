@@ -124,7 +124,8 @@ def _directory_fingerprint(path: Path) -> str:
 
 def folders_below(path: Path, name: str) -> str:
     """The last folders in `path` that hold a file of this name, such as a Trainer's checkpoints, for a message."""
-    return " or ".join(str(found.parent) for found in sorted(path.glob(f"*/{name}"))[-3:])
+    folders = sorted((str(found.parent) for found in path.glob(f"*/{name}")), key=lambda folder: (len(folder), folder))
+    return " or ".join(folders[-3:])
 
 
 def _hub_commit(model_id: str) -> str:

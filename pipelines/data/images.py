@@ -283,7 +283,16 @@ def collate(
 def _pixel_values(processor: Any, images: list[Image.Image]) -> Tensor:
     """What a processor makes of images: grey ones where it normalizes one channel only."""
     is_grey = len(processor.image_mean or "RGB") == 1
-    found: Tensor = processor([image.convert("L") for image in images] if is_grey else images, return_tensors="pt")[
-        "pixel_values"
+    pixels = [
+        *map(
+            torch.as_tensor, processor([image.convert("L") for image in images] if is_grey else images)["pixel_values"]
+        )
     ]
-    return found
+    sizes = list(dict.fromkeys("x".join(map(str, one.shape[1:])) for one in pixels))
+    if len(sizes) > 1:
+        raise InputError(
+            f"expected an image processor that makes all images one size, found that {type(processor).__name__} makes them {sizes[0]} and "
+            f"{sizes[1]}. In preprocessor_config.json set do_resize to true and size to a height and a width, or add do_center_crop and "
+            "crop_size."
+        )
+    return torch.stack(pixels)

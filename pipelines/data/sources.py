@@ -59,6 +59,14 @@ def check_config(path: Path) -> None:
         )
     if (path / "adapter_config.json").exists():
         _raise_adapter(path)
+    small = (
+        file for file in path.iterdir() if file.suffix in (".json", ".txt", ".model") and file.stat().st_size < 200
+    )
+    if pointers := sorted(file.name for file in small if file.read_bytes().startswith(b"version https://git-lfs")):
+        raise InputError(
+            f"expected the files of a model in {path}, found pointers of Git LFS in place of {', '.join(pointers)}; run 'git lfs pull' there, "
+            "or download them"
+        )
     config = _read_json_object(path / "config.json", "transformers configuration", path)
     if isinstance(quantization := config.get("quantization_config"), dict):
         raise InputError(

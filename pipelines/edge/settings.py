@@ -106,9 +106,10 @@ def head_outputs(directory: Path) -> dict[str, Any]:
     if any(name.endswith("ForTokenClassification") for name in config.get("architectures") or []):
         return {"kind": "spans", "labels": names}
     # One output without a problem_type is a value for transformers, too.
-    if config.get("problem_type", "regression" if len(names) == 1 else None) == "regression":
+    problem = config.get("problem_type") or ("regression" if len(names) == 1 else None)
+    if problem == "regression":
         return {"kind": "values", "names": ["score"] if names == ["LABEL_0"] else names}
-    if config.get("problem_type") != "multi_label_classification":
+    if problem != "multi_label_classification":
         return {"kind": "classes", "activation": "softmax", "labels": names}
     outputs: dict[str, Any] = {"kind": "classes", "activation": "sigmoid", "labels": names}
     thresholds = config.get("thresholds")
@@ -150,7 +151,13 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
                 f"expected one of the image processors {', '.join(IMAGE_PROCESSORS)} in {directory}, found {name}. Build a bundle "
                 "(pocketformers bundle), which verifies that its images become the same numbers, and load that."
             )
-        inputs = image_settings(SimpleNamespace(**processor)) | {"value_range": recorded(directory, "value_range")}
+        try:
+            inputs = image_settings(SimpleNamespace(**processor)) | {"value_range": recorded(directory, "value_range")}
+        except (AttributeError, TypeError, ValueError) as error:  # what is left out means other defaults for each class
+            raise InputError(
+                f"expected every step of {name} in {directory / 'preprocessor_config.json'} as transformers 5 writes it, found: {error}. Load it "
+                "with AutoImageProcessor and save it again (save_pretrained), or build a bundle (pocketformers bundle)."
+            ) from error
     else:
         tokenizer = read_json(directory / "tokenizer_config.json")
         positions = config.get("max_position_embeddings")

@@ -27,8 +27,10 @@ from transformers.utils.hub import cached_file
 from pipelines.core.disk import write_json
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
+from pipelines.data.sources import check_safetensors
 from pipelines.models.loading import load, load_weights, new_model
 from pipelines.models.small import TextConfig
+from pipelines.runtime.infer import one_line
 
 MODULES, WEIGHTS = "modules.json", "model.safetensors"
 SETTINGS = "sentence_embedding"  # what a config says of all that comes after the encoder
@@ -197,10 +199,10 @@ def read_modules(located: str) -> dict[str, Any] | None:
     if listed is None:
         return None
     settings: dict[str, Any] = {"pooling": None, "dense": [], "normalize": False}
-    for module in json.loads(listed.read_text(encoding="utf-8")):
+    for module in _read(listed):
         kind, path = module["type"].rpartition(".")[2], module["path"]
         file = _file(located, f"{path}/config.json") if path else None
-        own = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        own = _read(file) if file else {}
         if kind in ("Transformer", "StaticEmbedding") and path == "":
             settings["pooling"] = "mean"
         elif kind == "Pooling" and _pooling(own) in POOLINGS:
@@ -214,7 +216,18 @@ def read_modules(located: str) -> dict[str, Any] | None:
                 f"expected an encoder at the top of {located}, then pooling ({', '.join(POOLINGS)}), Dense and Normalize, found the module "
                 f"{module['type']} at {path!r} with {own}. Use another model."
             )
+    if settings["pooling"] is None:
+        raise InputError(f"expected a module that pools in {listed}, found none. Copy the whole directory again.")
     return settings
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"expected JSON of sentence-transformers in {file}, found: {error}. Copy or download the file again."
+        ) from error
 
 
 def _pooling(own: dict[str, Any]) -> str:
@@ -253,7 +266,15 @@ def load_embedder(source: str, config: Any = None, from_scratch: bool = False, *
                     f"expected safetensors weights of the Dense module in {source}/{shape['path']}, found none. Save the model again with "
                     "sentence-transformers 3 or newer."
                 )
-            layer.load_state_dict({name.removeprefix("linear."): one for name, one in load_file(file).items()})
+            check_safetensors(file)
+            found = {name.removeprefix("linear."): one for name, one in load_file(file).items()}
+            try:
+                layer.load_state_dict(found)
+            except RuntimeError as error:
+                raise InputError(
+                    f"expected weights of the shape that config.json beside {file} says, found others: {one_line(error)}. Copy the whole "
+                    "directory again."
+                ) from error
     return model
 
 

@@ -221,6 +221,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
     # Without its files transformers makes one of hardly more than special tokens, and says nothing.
     if not has_tokenizer(source):
+        check_config(Path(resolve(source)))
         raise InputError(
             f"expected a tokenizer beside the model in {source}, found none. Save the one that the model was trained with there "
             "(save_pretrained)."

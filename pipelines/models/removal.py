@@ -118,12 +118,25 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
         return remove_zeros(load_embedder(str(directory), trust_remote_code=trust_remote_code).eval())
     try:
         config = transformers.AutoConfig.from_pretrained(located, trust_remote_code=trust_remote_code)
-        name = config.architectures[0]
+        [name, *_] = config.architectures or [None]
+        if name is None:
+            raise InputError(
+                f"expected the class of the model in 'architectures' of config.json in {directory}, found none. Add it, such as "
+                '"architectures": ["BertForSequenceClassification"].'
+            )
         model_class = getattr(transformers, name, getattr(small, name, None))
         if model_class is None:
-            own = next(path for path in config.auto_map.values() if path.endswith(f".{name}"))
+            paths = getattr(config, "auto_map", {}).values()
+            own = next((path for path in paths if path.endswith(f".{name}")), None)
+            if own is None:
+                raise InputError(
+                    f"expected a class of transformers in 'architectures' of config.json in {directory}, found {name!r}. Correct the name, or "
+                    "pip install -U transformers."
+                )
             model_class = get_class_from_dynamic_module(own, located)
-    except (AttributeError, StopIteration, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"expected a model of one of transformers' own classes in {directory}, found another ({' '.join(str(error).split()):.200}). "
             "Where it brings code of its own that you trust, pass --trust_remote_code true."
@@ -131,7 +144,8 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
     model = load_weights(model_class, str(directory)).eval()
     if model.base_model is model and not WITH_HEAD.search(name):
         raise InputError(
-            f"expected a model with a head for its task in {directory}, found {name}, which has none. Fine-tune it first."
+            f"expected a model with a head for its task in {directory}, found {name}, which has none. Fine-tune it first; an embedder needs the "
+            "modules.json of sentence-transformers."
         )
     return remove_zeros(model)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.core.errors import VerificationError
+from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.quality import gate_metric, problem_of, quality_lost
 from pipelines.onnx.predict import feed_of, score_beside
 from pipelines.runtime.infer import open_session
@@ -109,6 +109,21 @@ def verify_quality(
     return {"metric": metric, "fp32": before[metric], "quantized": after[metric], "quality_lost": lost}
 
 
+def check_processor(directory: Path, reference: Path, task: Task) -> None:
+    """Raise VerificationError where the tokenizer or image processor in `directory` makes other inputs than that of the reference, if it has one."""
+    try:
+        theirs = task.verification_feeds(task.load_processor(str(reference)))
+    except InputError:
+        return
+    ours = task.verification_feeds(task.load_processor(str(directory)))
+    for one, other in zip(ours, theirs, strict=True):
+        if one.keys() != other.keys() or not all(np.array_equal(one[name], other[name]) for name in one):
+            raise VerificationError(
+                f"expected the tokenizer or image processor in {directory} to make the inputs that the one in {reference} makes, found others. "
+                "Copy that one's files, or export the model again."
+            )
+
+
 def verify_directory(directory: Path, reference: Path, task: Task, gate: GateConfig) -> dict[str, Any]:
     """Verify the ONNX model in `directory` against the model directory it was exported from, or the ONNX directory it was quantized from."""
     from pipelines.models.removal import load_model
@@ -121,6 +136,7 @@ def verify_directory(directory: Path, reference: Path, task: Task, gate: GateCon
         before, score = score_beside(original, task, processor)
         after = score(path, directory.name)
         return verify_quality(before, after, task, gate, str(path)) | {"metrics": after, "source_metrics": before}
+    check_processor(directory, reference, task)
     model = load_model(reference, task.config.trust_remote_code)
     task.check_config(model.config, str(reference))
     task.align_labels(model, str(reference))

@@ -134,7 +134,8 @@ def open_session(path: Path, threads: int | None = None, minimum: str = "0", pro
         )
     except Exception as error:  # ONNX Runtime's own errors have no common class
         raise BundleError(
-            f"expected onnxruntime {found} to open {path}, found: {one_line(error)}. Try another version of onnxruntime."
+            f"expected onnxruntime {found} to open {path} ({path.stat().st_size if path.is_file() else 0:,} bytes), found: {one_line(error)}. "
+            "Copy the file again, with git after 'git lfs pull', or try another version of onnxruntime."
         ) from error
     if session.get_providers()[0] != wanted:
         raise BundleError(

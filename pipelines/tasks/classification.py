@@ -116,7 +116,8 @@ class Classification(ClassifierLoss, BaseTask):
         order = label_order(model.config, self.label_names)
         if order is None:
             raise InputError(
-                f"expected a model for the labels {self.label_names}, found id2label {model.config.id2label} in {source}. Fine-tune "
+                f"expected a model for the labels {self.label_names}, found id2label {model.config.id2label} and label2id "
+                f"{model.config.label2id} in {source}. Fine-tune "
                 "it on this data set, or use the data set it was fine-tuned on."
             )
         reorder_labels(model, order, self.label_names)

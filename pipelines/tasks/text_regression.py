@@ -165,11 +165,12 @@ class TextRegression(ClassifierLoss, TextTask):
         return model
 
     def align_labels(self, model: Any, source: str) -> None:
-        """Nothing but the number of outputs: there is one."""
+        """Say that the one output is a score, as a published cross-encoder's config does not; raises InputError where there are more."""
         if model.config.num_labels != 1:
             raise InputError(
                 f"expected a model with one output, a score, found {model.config.num_labels} in {source}. Fine-tune it on this data set."
             )
+        model.config.problem_type = "regression"
 
     # ---- Losses: as a classifier with one label has them, but squared errors over the labels' variance, so that learning rates and weights
     # do not depend on their unit

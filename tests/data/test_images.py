@@ -57,6 +57,20 @@ def pixels(cell):
 # ---- Data
 
 
+def png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "png")
+    return file.getvalue()
+
+
+def test_images_that_a_processor_makes_of_several_sizes_are_refused():
+    processor = type(make_image_processor())(size={"shortest_edge": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    rows = [{"image": {"bytes": png(width, 16), "path": None}, "labels": 0} for width in (16, 24)]
+    assert collate(rows[:1] * 2, processor)["pixel_values"].shape == (2, 3, 8, 8)
+    with pytest.raises(InputError, match="makes them 8x8 and 8x12"):
+        collate(rows, processor)
+
+
 def test_the_digits_are_grey_images_with_sixteen_as_white():
     data = load(DIGITS)
     assert data.label_names == [str(digit) for digit in range(10)]

@@ -12,7 +12,9 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED
 from pipelines.data.documents import load_documents
 from pipelines.data.windows import (
+    begin_tokens,
     cut_windows,
+    prompt_tokens,
     token_stream,
     tokenize_windows,
     train_tokenizer,
@@ -166,6 +168,26 @@ def test_the_tokenizer_gives_every_text_back(tokenizer):
         assert stream[0] == stream[-1] == tokenizer.eos_token_id == 0
         assert tokenizer.decode(stream[1:-1], clean_up_tokenization_spaces=False) == text
         assert 0 not in stream[1:-1]
+
+
+def test_documents_and_prompts_begin_as_the_tokenizer_begins_a_text():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = train_tokenizer(DOCUMENTS, 300)
+    plain = tokenizer("team")["input_ids"]
+    assert (begin_tokens(tokenizer), prompt_tokens(tokenizer, "team")) == ([], plain)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    template = TemplateProcessing(
+        single="<s> $A <|endoftext|>", special_tokens=[("<s>", begin), ("<|endoftext|>", end)]
+    )
+    tokenizer.backend_tokenizer.post_processor = template
+    assert prompt_tokens(tokenizer, "team") == [begin, *plain]
+    stream = token_stream(["team", "team"], tokenizer)
+    assert stream.tolist() == [end, begin, *plain, end, begin, *plain, end]
+    # What begins a text is read, and not learnt.
+    windows = cut_windows(stream, len(stream), 1, begin_tokens(tokenizer))
+    assert windows["labels"].tolist() == [[-100, -100, *plain, end, -100, *plain, end]]
 
 
 def test_vocabularies_are_compared_by_content(tokenizer):

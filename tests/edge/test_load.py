@@ -195,6 +195,10 @@ def test_an_image_processor_that_is_not_known_needs_a_bundle(image_onnx, tmp_pat
     (tmp_path / "onnx" / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="found EfficientNetImageProcessor. Build a bundle"):
         load(tmp_path / "onnx")
+    settings |= {"image_processor_type": "ViTImageProcessor", "size": 8}  # as older versions wrote it
+    (tmp_path / "onnx" / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="as transformers 5 writes it"):
+        load(tmp_path / "onnx")
 
 
 def test_a_language_model(language_bundle):

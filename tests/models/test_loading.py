@@ -126,6 +126,23 @@ def test_quantized_and_other_directories_are_named(task, tmp_path):
         task.load_processor(str(tmp_path / "adapter"))
     with pytest.raises(InputError, match=r"give .*checkpoint-500"):
         model_fingerprint(str(tmp_path / "run"))
+    (tmp_path / "adapter" / "tokenizer.json").unlink()
+    (tmp_path / "adapter" / "tokenizer_config.json").unlink()
+    with pytest.raises(InputError, match="merge_and_unload"):
+        task.load_processor(str(tmp_path / "adapter"))
+    save(tmp_path / "pointers", tiny_model())
+    (tmp_path / "pointers" / "tokenizer.json").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n"
+    )
+    with pytest.raises(InputError, match=r"in place of tokenizer\.json; run 'git lfs pull'"):
+        task.load_processor(str(tmp_path / "pointers"))
+    for classes, found in (
+        ([], "found none"),
+        (["BertForSequenceClassificaton"], "found 'BertForSequenceClassificaton'"),
+    ):
+        save(tmp_path / "classes", tiny_model(), architectures=classes)
+        with pytest.raises(InputError, match=found):
+            load_model(tmp_path / "classes")
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match=r"model-Q4_K_M\.gguf.*GGUF or ONNX file alone"):

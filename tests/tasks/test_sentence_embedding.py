@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -94,6 +95,23 @@ def run(pairs: Path, embedder: Path, tmp_path_factory: pytest.TempPathFactory) -
         patch.setattr(sys, "argv", ["pocketformers", *flags])
         run_main(main)
     return run
+
+
+def test_a_damaged_directory_of_sentence_transformers_is_named(tmp_path):
+    whole = write_embedder(tmp_path / "whole", dense=True)
+    for number, (name, content, message) in enumerate(
+        [
+            ("modules.json", b"{bad", "expected JSON of sentence-transformers in .*modules.json"),
+            ("modules.json", b"[]", "expected a module that pools"),
+            ("2_Dense/model.safetensors", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+            ("2_Dense/config.json", None, "weights of the shape that config.json .* size mismatch"),
+        ]
+    ):
+        damaged = Path(shutil.copytree(whole, tmp_path / str(number)))
+        settings = json.loads((whole / "2_Dense" / "config.json").read_text()) | {"out_features": 8}
+        (damaged / name).write_bytes(content or json.dumps(settings).encode())
+        with pytest.raises(InputError, match=message):
+            load_embedder(str(damaged))
 
 
 def test_the_whole_chain(run, embedder):
