@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.core.task import Comparison, Presentation
-from pipelines.report.bootstrap import MINIMUM_UNITS, Sample
+from pipelines.report.bootstrap import MINIMUM_UNITS, Sample, resample
 from pipelines.report.markdown import describe_delta, escape, markdown_table, number
 
 FEW_SEEDS = 5  # of fewer the deviation is hardly known
@@ -36,7 +36,7 @@ def over_seeds(comparisons: Mapping[int, Comparison], metric: str, pairs: Sequen
     }
 
 
-def delta_over_seeds(metric: Any, samples: Sequence[tuple[Sample, Sample]], resamples: int = 2000) -> dict[str, Any]:
+def delta_over_seeds(metric: Any, samples: Sequence[tuple[Sample, Sample]]) -> dict[str, Any]:
     """The mean over seeds of the metric of one model minus that of another, with a 95 % interval for other seeds and other examples.
 
     `samples` are those of both models for every seed (see core.task.Comparison), of the same units throughout. The variance of the mean
@@ -44,7 +44,7 @@ def delta_over_seeds(metric: Any, samples: Sequence[tuple[Sample, Sample]], resa
     only one seed meets at one unit is in both, so the interval is rather too wide. Its quantile is Student's t, the degrees of freedom
     by Satterthwaite (1946).
     """
-    from scipy.stats import bootstrap, t
+    from scipy.stats import t
 
     def mean_delta(*arrays: np.ndarray, axis: int = -1) -> np.ndarray:
         rest, found = list(arrays), []
@@ -57,16 +57,7 @@ def delta_over_seeds(metric: Any, samples: Sequence[tuple[Sample, Sample]], resa
     delta: dict[str, Any] = {"value": float(np.mean(values)), "low": None, "high": None, "values": values}
     units = len(samples[0][0][0])
     if units >= MINIMUM_UNITS:
-        found = bootstrap(
-            [array for pair in samples for sample in pair for array in sample],
-            mean_delta,
-            paired=True,
-            vectorized=True,
-            method="percentile",
-            n_resamples=resamples,
-            batch=max(1, 1_000_000 // (units * len(samples))),
-            rng=np.random.default_rng(0),
-        )
+        found = resample([array for pair in samples for sample in pair for array in sample], mean_delta)
         of_seeds, of_units = np.var(values, ddof=1) / len(values), found.standard_error**2
         variance = of_seeds + of_units
         half = 0.0
