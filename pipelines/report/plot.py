@@ -43,11 +43,8 @@ def draw_report(report: dict[str, Any], presentation: Presentation) -> Any:
     figure, panels = two_panels(("shipped size (MB)", f"median latency of {presentation.latency_of} (ms)"))
     for axes, values in zip(panels, (size, latency), strict=True):
         for index, (stage, value) in enumerate(zip(stages, values, strict=True)):
-            score, delta, color = (
-                stage["metrics"][report["primary_metric"]],
-                stage["delta"],
-                COLORS[index % len(COLORS)],
-            )
+            score, delta = stage["metrics"][report["primary_metric"]], stage["delta"]
+            color = COLORS[index % len(COLORS)]
             axes.semilogx(value, score, color=color, linestyle="none", label=stage["name"], **MARKERS[stage["format"]])
             if delta["low"] is not None and delta["low"] < delta["high"]:
                 spread = [[delta["value"] - delta["low"]], [delta["high"] - delta["value"]]]

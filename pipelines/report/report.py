@@ -7,6 +7,7 @@ import io
 import json
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipelines.core.config import STUDENT_KINDS
 from pipelines.core.disk import write_json, write_whole
 from pipelines.core.errors import InputError
 from pipelines.core.records import CHECKSUM, checksum, damaged_files, versions, with_checksum
+from pipelines.core.sources import resolve
 from pipelines.core.task import Comparison, Presentation, StageResult, Task
 from pipelines.onnx.measure import carries, paired_ratios
 from pipelines.onnx.runtimes import needed_versions
@@ -64,13 +66,57 @@ def build_report(
     `config` are the run's flags, from which the recipe can be run again (absolute paths are cut to their last part, since reports get
     published). The shipped model is the last stage that is no baseline.
     """
-    samples, metric = comparison.samples, comparison.metric
+    samples, shipped = comparison.samples, shipped_stage(stages)
+
+    def delta(name: str, other: str, level: float = 0.95) -> dict[str, float | None]:
+        return paired_bootstrap(comparison.metric, samples[name], samples[other], level)
+
+    named = {stage.name: stage for stage in stages}
+    made_of = named.get("student", named[TEACHER]).record["made_by"].get("student", {}).get("student_model")
+    both = {"student", "student_labels_only"} <= samples.keys()
+    teachers = _describe_teachers(stages, config.get("teacher_model"))
+    dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
+    of_stages = {
+        key: value
+        for stage in stages
+        for key, value in stage.record["details"].items()
+        if key in ("transfer", "vocabulary")
+    }
+    report = {
+        "recipe": recipe,
+        "task": task.name,
+        "primary_metric": task.primary_metric,
+        "greater_is_better": task.greater_is_better,
+        "environment": environment,
+        "stages": _rows(Path(run_dir), task, stages, comparison, delta),
+        # What the teacher did for the student.
+        "delta_to_labels_only": delta("student", "student_labels_only") if both else None,
+        "name": Path(run_dir).resolve().name,
+        "shipped": shipped.name,
+        "student_kind": made_of if made_of in STUDENT_KINDS else None,
+        "quantization": shipped.record["details"].get("scheme"),
+        **comparison.report,
+        "teacher": teachers[0],
+        **({"more_teachers": teachers[1:]} if teachers[1:] else {}),
+        "dataset": _describe_source(dataset) | {"config": configuration},
+        "data": _without_folders(task.details | of_stages),
+        "config": _without_folders(config),
+    }
+    if config.get("within") is not None:  # whose ends are the one-sided 95 % bounds
+        report["delta_90"] = delta(shipped.name, TEACHER, level=0.9)
+    add_timings(report, {stage.name: stage.timing for stage in stages})
+    # NumPy's scalars and arrays become Python's, paths strings, and what is not finite None.
+    text = json.dumps(report, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
+    plain: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return plain
+
+
+def _rows(
+    directory: Path, task: Task, stages: list[StageResult], comparison: Comparison, delta: Callable[[str, str], Any]
+) -> list[dict[str, Any]]:
+    """What the report says of each stage, but for its timing; `delta` compares two of them."""
     teacher, shipped = next(stage for stage in stages if stage.name == TEACHER), shipped_stage(stages)
     best = comparison.stages[TEACHER]["metrics"][task.primary_metric]
-
-    def delta(name: str, other: str) -> dict[str, float | None]:
-        return paired_bootstrap(metric, samples[name], samples[other])
-
     rows = []
     for stage in stages:
         score = comparison.stages[stage.name]["metrics"][task.primary_metric]
@@ -86,56 +132,22 @@ def build_report(
                 "delta_to_shipped": delta(stage.name, shipped.name) if for_less else None,
                 "quality_retained": _divide(score, best) if task.greater_is_better else _divide(best, score),
                 **{key: stage.record[key] for key in ("parameters", "bytes", "seconds")},
-                "needs": needed_versions(Path(run_dir) / stage.name),
+                "needs": needed_versions(directory / stage.name),
                 "ratios": {"smaller_than_teacher": _divide(teacher.record["bytes"], stage.record["bytes"])},
             }
         )
-    student = next((stage for stage in stages if stage.name == "student"), teacher)
-    made_of = student.record["made_by"].get("student", {}).get("student_model")
-    both = {"student", "student_labels_only"} <= samples.keys()
-    # Of several teachers the first is the one that the student is made of and compared with.
-    teachers = [teacher, *(stage for stage in stages if re.fullmatch(r"teacher_\d+", stage.name))]
-    named = config.get("teacher_model")
-    given = dict(enumerate(named if isinstance(named, list) else [named]))
-    described = [
-        _describe_source(given.get(number) or one.record["made_by"].get("source"))
-        | {"license": one.record["details"].get("license")}
-        for number, one in enumerate(teachers)
+    return rows
+
+
+def _describe_teachers(stages: list[StageResult], named: Any) -> list[dict[str, Any]]:
+    """Sources and licences, of several teachers first that of the one that the student is made of; `named` are the flag's."""
+    records = [stage.record for stage in stages if re.fullmatch(r"teacher(_\d+)?", stage.name)]
+    sources = dict(enumerate(named if isinstance(named, list) else [named]))
+    return [
+        _describe_source(sources.get(number) or record["made_by"].get("source"))
+        | {"license": record["details"].get("license")}
+        for number, record in enumerate(records)
     ]
-    of_stages = {
-        key: value
-        for stage in stages
-        for key, value in stage.record["details"].items()
-        if key in ("transfer", "vocabulary")
-    }
-    dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
-    report = {
-        "recipe": recipe,
-        "task": task.name,
-        "primary_metric": task.primary_metric,
-        "greater_is_better": task.greater_is_better,
-        "environment": environment,
-        "stages": rows,
-        # What the teacher did for the student.
-        "delta_to_labels_only": delta("student", "student_labels_only") if both else None,
-        "name": Path(run_dir).resolve().name,
-        "shipped": shipped.name,
-        "student_kind": made_of if made_of in STUDENT_KINDS else None,
-        "quantization": shipped.record["details"].get("scheme"),
-        **comparison.report,
-        "teacher": described[0],
-        **({"more_teachers": described[1:]} if described[1:] else {}),
-        "dataset": _describe_source(dataset) | {"config": configuration},
-        "data": _without_folders(task.details | of_stages),
-        "config": _without_folders(config),
-    }
-    if config.get("within") is not None:  # whose ends are the one-sided 95 % bounds
-        report["delta_90"] = paired_bootstrap(metric, samples[shipped.name], samples[TEACHER], level=0.9)
-    add_timings(report, {stage.name: stage.timing for stage in stages})
-    # NumPy's scalars and arrays become Python's, paths strings, and what is not finite None.
-    text = json.dumps(report, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
-    plain: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
-    return plain
 
 
 def add_timings(report: dict[str, Any], timings: dict[str, dict[str, Any]]) -> None:
@@ -158,8 +170,6 @@ def _divide(numerator: float, denominator: float) -> float | None:
 
 def _describe_source(source: str | None) -> dict[str, str | None]:
     """How a model or data set is named in public, and its Hub id where it has one."""
-    from pipelines.core.sources import resolve
-
     try:
         # A local path, absolute or with a scheme, is its own resolution too.
         local = not source or "://" in source or Path(source).is_absolute() or resolve(source) != source
