@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from pipelines.core.task import Arrays, Task
 from pipelines.onnx.export import quiet_exporters
 from pipelines.onnx.file import data_beside
 from pipelines.onnx.predict import complete_feed, feed_of
 from pipelines.runtime.infer import open_session
-
-if TYPE_CHECKING:
-    from pipelines.core.task import Arrays, Task
 
 # How a range is chosen: all that was seen; the range that keeps the distribution closest; all but the outermost values, since a
 # few activations of a vision transformer are far larger than all others.

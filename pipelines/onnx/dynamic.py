@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from pipelines.core.task import Arrays
 from pipelines.onnx.blocks import quantize_blocks, tied_tables, untie
 from pipelines.onnx.export import ONNX_FILE, quiet_exporters
 from pipelines.onnx.file import save
 from pipelines.onnx.predict import complete_feed
 from pipelines.runtime.infer import open_session
-
-if TYPE_CHECKING:
-    from pipelines.core.task import Arrays
 
 SENSITIVE_SHARE = 0.1  # of the weights of all matmuls, which mixed_int8 leaves in fp32: a quarter more bytes for them
 FEEDS = 4  # batches of training examples that sensitivity is measured on

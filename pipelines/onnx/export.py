@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 from pipelines.core.errors import InputError
 from pipelines.core.memory import give_memory_back
 from pipelines.core.records import Outcome, read_record
+from pipelines.core.task import Graph, Task
 from pipelines.models.families import FAMILIES
 from pipelines.models.loading import has_unnamed_labels
 from pipelines.models.predict import predict_torch
@@ -23,9 +24,6 @@ from pipelines.models.removal import load_model
 from pipelines.onnx.file import save
 from pipelines.onnx.fuse import simplify
 from pipelines.onnx.verify import verify_against_torch
-
-if TYPE_CHECKING:
-    from pipelines.core.task import Graph, Task
 
 ONNX_FILE = "model.onnx"
 OPSET = 18  # old enough for every runtime that reads dynamic shapes; the standard Attention operator (23) is not

@@ -21,20 +21,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipelines.core.errors import InputError
 from pipelines.core.machine import is_busy, load_beside
-from pipelines.core.task import Arrays, Workload
+from pipelines.core.task import Arrays, Collate, Workload
 from pipelines.models.predict import batches_by_length, lengths_of
 from pipelines.onnx.predict import complete_feed, feed_of
 from pipelines.runtime import infer
 from pipelines.runtime.infer import available_cores, open_session
-
-if TYPE_CHECKING:
-    from pipelines.core.task import Collate
 
 # A 95th percentile of fewer calls than this says nothing, so a slow model is called this often, too.
 MINIMUM_REPETITIONS = 20

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipelines.core.errors import InputError
+from pipelines.core.task import Arrays, Collate, Task
 from pipelines.models.predict import predict_batches
 from pipelines.runtime.infer import available_cores, open_session
-
-if TYPE_CHECKING:
-    from pipelines.core.task import Arrays, Collate, Task
 
 PAST, PRESENT = "past_key_values.", "present."  # how the names of a KV cache begin, among inputs and outputs
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -19,6 +19,7 @@ from pipelines.core.disk import write_json
 from pipelines.core.memory import give_memory_back
 from pipelines.core.quality import gate_metric, problem_of, quality_lost
 from pipelines.core.records import Outcome, copy_beside, read_record, stage_written_in
+from pipelines.core.task import Arrays, Task
 from pipelines.onnx.blocks import quantize_blocks
 from pipelines.onnx.calibrate import calibration_feeds, quantize_static_int8
 from pipelines.onnx.dynamic import quantize_dynamic_int8, quantize_mixed_int8
@@ -31,12 +32,9 @@ from pipelines.onnx.runtimes import OLDER_RUNTIME, oldest_runtime
 from pipelines.onnx.verify import verify_quality, verify_same_graph
 from pipelines.runtime.infer import version_key
 
-if TYPE_CHECKING:
-    from pipelines.core.task import Arrays, Task
-
 CANDIDATES = ".candidates"  # one folder for each scheme that was tried, until one is chosen
 SAME_TIME = 1.05  # times this close to the fastest count as equal
-Feeds = Callable[[], "list[Arrays]"]
+Feeds = Callable[[], list[Arrays]]
 
 
 def _fp32(source: Path, target: Path, quantize: QuantizeConfig, feeds: Feeds) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from pipelines.core.config import GateConfig
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.quality import gate_metric, problem_of, quality_lost
+from pipelines.core.task import Arrays, Task
+from pipelines.models.removal import load_model
 from pipelines.onnx.predict import feed_of, score_beside
 from pipelines.runtime.infer import open_session
-
-if TYPE_CHECKING:
-    from pipelines.core.config import GateConfig
-    from pipelines.core.task import Arrays, Task
 
 # Largest difference of an output, as a share of its largest number (or of 1); fp32 graphs stay below 1e-5.
 TOLERANCE = 1e-4
@@ -126,8 +125,6 @@ def check_processor(directory: Path, reference: Path, task: Task) -> None:
 
 def verify_directory(directory: Path, reference: Path, task: Task, gate: GateConfig) -> dict[str, Any]:
     """Verify the ONNX model in `directory` against the model directory it was exported from, or the ONNX directory it was quantized from."""
-    from pipelines.models.removal import load_model
-
     task.check_graph(str(directory))
     processor = task.load_processor(str(directory))
     path, original = directory / "model.onnx", reference / "model.onnx"

@@ -6,18 +6,16 @@ A sum can be divided by the count of the global batch, over all accumulation ste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.core.config import DistillConfig
 from pipelines.core.divergences import DIVERGENCES, kl
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Task, Tensors
-
-if TYPE_CHECKING:
-    from pipelines.core.config import DistillConfig
 
 # What is stored of a teacher's logits where all of them are too many: the likeliest classes and the probability of all others.
 TOP_K_COLUMNS = ("teacher_ids", "teacher_log_probabilities", "teacher_log_tail_mass")
