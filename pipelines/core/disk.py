@@ -24,7 +24,7 @@ NO_ROOM_TEXT = re.compile(
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=False, allow_nan=False, default=str) + "\n"
+    text = json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"
     write_whole(path, text.encode())
 
 

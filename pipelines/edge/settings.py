@@ -103,7 +103,7 @@ def head_outputs(directory: Path) -> dict[str, Any]:
             f"{', '.join(labels)}. Correct it."
         )
     names = [labels[str(index)] for index in range(len(labels))]
-    if any(name.endswith("ForTokenClassification") for name in config.get("architectures") or []):
+    if _has_head(config, "ForTokenClassification"):
         return {"kind": "spans", "labels": names}
     # One output without a problem_type is a value for transformers, too.
     problem = config.get("problem_type") or ("regression" if len(names) == 1 else None)
@@ -184,9 +184,8 @@ def recorded(directory: Path, name: str) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"expected the {path.name} of a model in {path.parent}, found: {error}. Copy the whole directory."
         ) from error
-    return found

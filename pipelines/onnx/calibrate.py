@@ -50,11 +50,9 @@ class _Feeds(CalibrationDataReader):
 
 def calibration_feeds(task: Task, processor: Any, samples: int) -> list[Arrays]:
     """The first `samples` training examples, which are in random order, or all there are, in batches."""
-    features: Any = task.features(processor)["train"]
-    collate = task.collate(processor)
-    count = min(samples, len(features))
-    starts = range(0, count, _BATCH)
-    return [feed_of(features, range(start, min(start + _BATCH, count)), collate) for start in starts]
+    features, collate = task.features(processor)["train"], task.collate(processor)
+    rows = range(min(samples, len(features)))
+    return [feed_of(features, rows[start : start + _BATCH], collate) for start in rows[::_BATCH]]
 
 
 def quantize_static_int8(source: Path, target: Path, feeds: list[Arrays], calibration: str, reduce_range: bool) -> None:

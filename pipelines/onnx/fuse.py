@@ -400,7 +400,6 @@ def _run(graph: Graph, feeds: dict[str, np.ndarray]) -> list[np.ndarray] | None:
     model = ir.serde.serialize_model(ir.Model(graph, ir_version=IR_VERSION))
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-        outputs: list[np.ndarray] = session.run(None, feeds)
-        return outputs
+        return session.run(None, feeds)
     except Exception:  # ONNX Runtime has many: what cannot be run like this is not what was looked for
         return None

@@ -144,9 +144,7 @@ def write_spec(folder: Path, subject: Subject, threads: int, seconds: float) -> 
     return folder / "spec.json"
 
 
-def run_worker(
-    module: str, spec: Path, name: str, *, python: str = sys.executable, fork: bool = False
-) -> dict[str, float]:
+def run_worker(module: str, spec: Path, name: str, *, fork: bool, python: str = sys.executable) -> dict[str, float]:
     """The result.json that `python -m module` writes beside `spec`, on as many threads as the spec says.
 
     With `fork` it is not a new process but, where that is safe, a fork of one that has torch and transformers in it.
@@ -178,8 +176,7 @@ def run_worker(
             f"expected {orders['path']} to run, found that the process timing {name} ended with status {status} (-9 usually means that "
             f"memory ran out):\n{tail}\nVerify the stage, or benchmark it without the others."
         )
-    result: dict[str, float] = json.loads((spec.parent / "result.json").read_text(encoding="utf-8"))
-    return result
+    return json.loads((spec.parent / "result.json").read_text(encoding="utf-8"))
 
 
 def _run_fork(module: str, spec: Path) -> tuple[int, str]:
@@ -247,7 +244,7 @@ def work(spec_file: Path) -> None:
 
 def _read_feed(file: Path) -> Arrays:
     with np.load(file) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+        return dict(arrays)
 
 
 def _load_estimator(path: Path) -> tuple[Callable[[Arrays], Any], Callable[[Any], Any]]:

@@ -63,8 +63,7 @@ def format_markdown(report: dict[str, Any], presentation: Presentation) -> str:
 
 
 def stage_of(report: dict[str, Any], name: str) -> dict[str, Any]:
-    stage: dict[str, Any] = next(stage for stage in report["stages"] if stage["name"] == name)
-    return stage
+    return next(stage for stage in report["stages"] if stage["name"] == name)
 
 
 def metric_name(report: dict[str, Any]) -> str:

@@ -107,8 +107,7 @@ def build_report(
     add_timings(report, {stage.name: stage.timing for stage in stages})
     # NumPy's scalars and arrays become Python's, paths strings, and what is not finite None.
     text = json.dumps(report, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
-    plain: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
-    return plain
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def _rows(

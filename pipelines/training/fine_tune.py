@@ -104,8 +104,7 @@ def source_metrics(source: str, task: Task, batch_size: int) -> dict[str, Any]:
         return {}
     record = read_record(Path(source))
     if record is not None and record["made_by"]["task"] == json.loads(json.dumps(task.describe(), default=str)):
-        metrics: dict[str, Any] = record["metrics"]["validation"]
-        return metrics
+        return record["metrics"]["validation"]
     return validation_metrics(task.load_model(source), task, task.load_processor(source), batch_size)
 
 
