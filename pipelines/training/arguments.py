@@ -182,15 +182,13 @@ def check_training(arguments: transformers.TrainingArguments, task: Task) -> Non
 
 
 def arguments_for(
-    training: transformers.TrainingArguments, learning_rate: float | None = None, epochs: float | None = None
+    training: transformers.TrainingArguments, learning_rate: float | None, epochs: float
 ) -> transformers.TrainingArguments:
-    """The arguments of another training than the distillation: with its own learning rate and length, and so none in steps."""
+    """The arguments of another training than the distillation: with a learning rate of its own, if given, and its length in epochs, not steps."""
     arguments = copy.copy(training)
-    arguments.max_steps = -1
+    arguments.max_steps, arguments.num_train_epochs = -1, epochs
     if arguments.warmup_steps > 1:
         arguments.warmup_steps = TrainingArguments.warmup_steps
     if learning_rate is not None:
         arguments.learning_rate = learning_rate
-    if epochs is not None:
-        arguments.num_train_epochs = epochs
     return arguments

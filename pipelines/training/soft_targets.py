@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from pipelines.core.config import DistillConfig
 from pipelines.core.errors import InputError
@@ -102,8 +104,6 @@ def write_shards(features: Any, directory: Path, shard_examples: int, compute: C
     A shard is renamed to its name once it is whole, and says in its header what its content hashes to. Whole ones of an attempt
     that was interrupted stay; a damaged one is named and rebuilt. Raises InputError for logits that are not finite.
     """
-    from safetensors.numpy import save_file
-
     state = PartialState()
     shards = math.ceil(len(features) / shard_examples)
     for shard in range(state.process_index, shards, state.num_processes):
@@ -148,8 +148,6 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
 
 def shard_is_whole(path: Path, examples: int) -> bool:
     """Whether a shard has so many examples, and the content that its header says."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="numpy") as shard:
             arrays = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118, it is no dictionary
@@ -165,8 +163,6 @@ def shard_is_whole(path: Path, examples: int) -> bool:
 @lru_cache(maxsize=OPEN_SHARDS)
 def _open(path: Path, sha256: str) -> Any:
     """A shard mapped into memory; its content is part of the key, since another run may write another one in its place."""
-    from safetensors import safe_open
-
     return safe_open(path, framework="numpy")
 
 
@@ -176,8 +172,6 @@ class WithSoftTargets(torch.utils.data.Dataset):
     def __init__(self, features: Any, directory: Path, rows: np.ndarray | None = None, suffix: str = "") -> None:
         """`rows`, where given, are the numbers that the examples of `features` have in the whole training split; the names of the columns
         end in `suffix`."""
-        from safetensors import safe_open
-
         self.features, self.directory, self.rows, self.suffix = features, directory, rows, suffix
         self.shards: list[tuple[Path, str]] = []
         examples = []
