@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,72 +73,42 @@ def _run_trials(directory: Path, trials: int, trainer: Any) -> dict[str, Any]:
     from accelerate.utils import broadcast_object_list
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    arguments, distill, untrained = trainer.args, trainer.distill, copy.deepcopy(trainer.model)
-    is_main = arguments.process_index == 0
-    trainer.model_init = lambda: copy.deepcopy(untrained)
-    trainer.pop_callback(EarlyStopping)  # it counts on from one trial to the next
-    keeps_best = arguments.load_best_model_at_end
-    arguments.save_strategy, arguments.load_best_model_at_end = SaveStrategy.NO, False
+    arguments, is_main = trainer.args, trainer.args.process_index == 0
     metric, greater = str(arguments.metric_for_best_model).removeprefix("eval_"), bool(arguments.greater_is_better)
-    given = searched(trainer.task, distill, arguments.learning_rate)
-    scores: list[float] = []
-    failure: InputError | None = None
-
-    def space(trial: Any) -> dict[str, float]:
-        scores.clear()
-        rate = given["learning_rate"]
-        trial.suggest_float("soft_target_weight", min(0.1, distill.soft_target_weight), 1.0)
-        if "temperature" in given:
-            trial.suggest_float("temperature", min(1.0, distill.temperature), max(10.0, distill.temperature), log=True)
-        return {"learning_rate": trial.suggest_float("learning_rate", rate / 5, rate * 5, log=True)}
-
-    def score(metrics: dict[str, float]) -> float:
-        """That of the checkpoint which a training keeps."""
-        scores.append(metrics[f"eval_{metric}"])
-        return scores[-1] if not keeps_best else max(scores) if greater else min(scores)
-
-    study: Any = {
-        "storage": f"sqlite:///{directory / CHECKPOINTS / TRIALS}",
+    given = searched(trainer.task, trainer.distill, arguments.learning_rate)
+    space, score = _settings_and_score(trainer, given, metric, greater)
+    store, complete = directory / CHECKPOINTS / TRIALS, [optuna.trial.TrialState.COMPLETE]
+    study: dict[str, Any] = {
+        "storage": f"sqlite:///{store}",
         "study_name": "distillation",
         "direction": "maximize" if greater else "minimize",
         "load_if_exists": True,
     }
-    states, finished = optuna.trial.TrialState, 0
+    finished, failure = 0, None
     if is_main:
-        (directory / CHECKPOINTS).mkdir(exist_ok=True)
-        known = optuna.create_study(**study)
-        for killed in known.get_trials(states=[states.RUNNING]):
-            known.tell(killed.number, state=states.FAIL)
-        finished = len(known.get_trials(states=[states.COMPLETE]))
-        if not known.get_trials(states=[states.COMPLETE, states.WAITING]):
-            known.enqueue_trial(given)
+        store.parent.mkdir(exist_ok=True)
+        known = _open_study(study, given)
+        finished = len(known.get_trials(states=complete))
     for number in range(broadcast_object_list([finished])[0], trials):
         # A sampler for each trial, so that a search that was killed goes on as if it was not. None is cut short: processes would part.
         sampler = optuna.samplers.TPESampler(seed=arguments.seed + number)
         try:
-            trainer.hyperparameter_search(
-                space,
-                score,
-                n_trials=1,
-                backend="optuna",
-                sampler=sampler,
-                pruner=optuna.pruners.NopPruner(),
-                **study,
-            )
+            how = {"sampler": sampler, "pruner": optuna.pruners.NopPruner(), **study}
+            trainer.hyperparameter_search(space, score, n_trials=1, backend="optuna", **how)
         except InputError as error:
             failure = error  # numbers that are not finite, on all processes alike; the next trial has other settings
             if is_main:
                 print(f"search: trial {number + 1} of {trials} ended early: {error}", flush=True)
             continue
         if is_main:
-            last = known.get_trials(states=[states.COMPLETE])[-1]
+            last = known.get_trials(states=complete)[-1]
             print(
                 f"search: trial {number + 1} of {trials}: {metric} {last.value:.4f} with {_flags(last.params)}",
                 flush=True,
             )
     if not is_main:
         return {}
-    if failure is not None and not known.get_trials(states=[states.COMPLETE]):
+    if failure is not None and not known.get_trials(states=complete):
         raise failure
     best = known.best_trial  # of equal ones the first, which may be the given settings
     found = {name: _rounded(value) for name, value in best.params.items()}
@@ -145,8 +116,49 @@ def _run_trials(directory: Path, trials: int, trainer: Any) -> dict[str, Any]:
     print(
         f"search: {_flags(found)} (or --config {FOUND}): {metric} {best.value:.4f} on the validation split", flush=True
     )
-    tried = [one.params | {metric: one.value} for one in known.get_trials(states=[states.COMPLETE])]
+    tried = [one.params | {metric: one.value} for one in known.get_trials(states=complete)]
     return {"best": found, "metric": metric, "score": best.value, "trials": tried}
+
+
+def _settings_and_score(
+    trainer: Any, given: dict[str, float], metric: str, greater: bool
+) -> tuple[Callable[[Any], dict[str, float]], Callable[[dict[str, float]], float]]:
+    """What draws the settings of a trial from around the `given` ones, and what scores it: as the checkpoint that a training keeps.
+
+    The trainer begins each trial with the untrained model, and writes no checkpoints.
+    """
+    untrained, keeps_best = copy.deepcopy(trainer.model), trainer.args.load_best_model_at_end
+    trainer.model_init = lambda: copy.deepcopy(untrained)
+    trainer.pop_callback(EarlyStopping)  # it counts on from one trial to the next
+    trainer.args.save_strategy, trainer.args.load_best_model_at_end = SaveStrategy.NO, False
+    scores: list[float] = []
+
+    def space(trial: Any) -> dict[str, float]:
+        scores.clear()
+        rate, weight = given["learning_rate"], given["soft_target_weight"]
+        trial.suggest_float("soft_target_weight", min(0.1, weight), 1.0)
+        if temperature := given.get("temperature"):
+            trial.suggest_float("temperature", min(1.0, temperature), max(10.0, temperature), log=True)
+        return {"learning_rate": trial.suggest_float("learning_rate", rate / 5, rate * 5, log=True)}
+
+    def score(metrics: dict[str, float]) -> float:
+        scores.append(metrics[f"eval_{metric}"])
+        return scores[-1] if not keeps_best else max(scores) if greater else min(scores)
+
+    return space, score
+
+
+def _open_study(study: dict[str, Any], given: dict[str, float]) -> Any:
+    """The study, also one that was killed: its trial of then has failed, and the first one that ends has the `given` settings."""
+    import optuna
+
+    states = optuna.trial.TrialState
+    known = optuna.create_study(**study)
+    for killed in known.get_trials(states=[states.RUNNING]):
+        known.tell(killed.number, state=states.FAIL)
+    if not known.get_trials(states=[states.COMPLETE, states.WAITING]):
+        known.enqueue_trial(given)
+    return known
 
 
 def _rounded(value: float) -> float:
