@@ -178,15 +178,8 @@ def prune_and_recover(
     model = remove_zeros(task.load_model(source))
     before = shape_of(model)
     cuts = [directory / CHECKPOINTS / f"step-{step}-cut" for step in range(1, prune.prune_steps + 1)]
-    if PartialState().is_main_process:
-        for damaged, damage in [(path, checkpoint_damage(path)) for path in cuts if path.is_dir()]:
-            if damage is not None:
-                print(f"{damaged.name}: not used, because {damage}", flush=True)
-                shutil.rmtree(damaged)
-    wait_for_all()
-    last = max((step for step, path in enumerate(cuts) if path.is_dir()), default=0)
     steps: list[dict[str, Any]] = []
-    for step in range(last, prune.prune_steps):
+    for step in range(_last_whole(cuts), prune.prune_steps):
         if PartialState().is_main_process and not cuts[step].is_dir():
             importance = _importance(
                 model.to(training.device), processor, task, str(teacher), prune, distill, training, soft_targets
@@ -204,19 +197,9 @@ def prune_and_recover(
         recovery: dict[str, Any] = {}
         if prune.prune_epochs > 0:
             arguments = arguments_for(training, prune.prune_learning_rate, prune.prune_epochs)
-            checkpoints = directory / CHECKPOINTS / f"step-{step + 1}"
+            learning = (distill, arguments, soft_targets, directory / CHECKPOINTS / f"step-{step + 1}", transfer)
             try:
-                recovery = train_student(
-                    model,
-                    processor,
-                    task,
-                    str(teacher),
-                    distill,
-                    arguments,
-                    soft_targets,
-                    checkpoints,
-                    transfer=transfer,
-                )
+                recovery = train_student(model, processor, task, str(teacher), *learning)
             except InputError as error:
                 raise InputError(f"{error} What the cut of step {step + 1} left is kept in {cuts[step]}.") from error
         elif PartialState().is_main_process:
@@ -233,6 +216,18 @@ def prune_and_recover(
     save(with_stock_shapes(model), processor, directory)
     details = {"before": before, "after": after, **removed, "steps": steps, "source_metrics": from_source}
     return Outcome("transformers", {"validation": metrics}, model.num_parameters(), details)
+
+
+def _last_whole(cuts: list[Path]) -> int:
+    """The place of the last cut that is there, 0 where none is; damaged ones are removed first."""
+    if PartialState().is_main_process:
+        for path in filter(Path.is_dir, cuts):
+            damage = checkpoint_damage(path)
+            if damage is not None:
+                print(f"{path.name}: not used, because {damage}", flush=True)
+                shutil.rmtree(path)
+    wait_for_all()
+    return max((step for step, path in enumerate(cuts) if path.is_dir()), default=0)
 
 
 def _importance(
