@@ -116,7 +116,7 @@ class Run:
         """Take the finished stages of a run inside this one as its own, in place of what it has by these names."""
         self.stages += names
         for name in names if self.state.is_main_process else ():
-            source, target, partial = folder / name, self.directory / name, self.directory / f".{name}.partial"
+            source, target, partial = folder / name, self.directory / name, self.directory / f".{name}{PARTIAL}"
             record = read_record(source)
             assert record is not None
             check_files(source, record)
@@ -215,7 +215,6 @@ class Run:
     def _made_by(
         self, name: str, function: Callable[..., Outcome], source: str | None, arguments: dict[str, Any]
     ) -> dict[str, Any]:
-
         def identify(value: Any) -> Any:
             if isinstance(value, list):
                 return [identify(one) for one in value]
@@ -297,7 +296,8 @@ class Run:
     def _put_in_place(self, partial: Path, target: Path) -> None:
         shutil.rmtree(partial / "checkpoints", ignore_errors=True)
         (partial / ATTEMPT).unlink(missing_ok=True)
+        old = target.with_name(f".{target.name}.old")
         if target.exists():
-            target.rename(target.with_name(f".{target.name}.old"))
+            target.rename(old)
         partial.rename(target)
-        shutil.rmtree(target.with_name(f".{target.name}.old"), ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

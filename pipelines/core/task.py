@@ -58,9 +58,8 @@ class TransferSet:
     identity: Callable[[], str]  # a hash of the examples
     load: Callable[[], Any]  # the examples (pipelines.data.examples.Examples) with the one split TRANSFER
     ratio: float | None = None  # how many of them in an epoch for each labelled example; None: all
-    soft_targets: Path | list[Path] | None = (
-        None  # where the teacher's, or each teacher's, are stored; None: it runs along
-    )
+    # Where the teacher's, or each teacher's, are stored; None: it runs along.
+    soft_targets: Path | list[Path] | None = None
 
     def describe(self) -> dict[str, Any]:
         return {"examples": self.identity()} | ({} if self.ratio is None else {"transfer_ratio": self.ratio})
@@ -100,9 +99,8 @@ class Comparison:
     such as an example or a whole document. `metric(*sample)` works over the last axis, so that many resamples are scored at once.
     """
 
-    stages: dict[
-        str, dict[str, Any]
-    ]  # by name: `metrics`, `agreement` with the teacher, and whatever else the task compares
+    # By name: `metrics`, `agreement` with the teacher, and whatever else the task compares.
+    stages: dict[str, dict[str, Any]]
     report: dict[str, Any]  # of all stages together, `test_examples` among it
     samples: Mapping[str, tuple[np.ndarray, ...]]
     metric: Callable[..., np.ndarray]

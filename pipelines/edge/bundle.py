@@ -148,12 +148,8 @@ def text_inputs(directory: Path, tokenizer: Any, pair: bool, max_length: int) ->
 def prompt_inputs(directory: Path, tokenizer: Any) -> dict[str, Any]:
     """The settings of a text that is to be continued, with probes for the page."""
     check_tokenizer(directory)
-    tokens = [prompt_tokens(tokenizer, text) for text in PROBE_TEXTS]
-    return {
-        "kind": "text",
-        "pair": False,
-        "probes": [page_probe((text,), ids) for text, ids in zip(PROBE_TEXTS, tokens, strict=True)],
-    }
+    tokens = {text: prompt_tokens(tokenizer, text) for text in PROBE_TEXTS}
+    return {"kind": "text", "pair": False, "probes": [page_probe((text,), ids) for text, ids in tokens.items()]}
 
 
 def page_probe(example: infer.Example, tokens: Iterable[int]) -> dict[str, Any]:

@@ -36,12 +36,11 @@ class Model:
         examples = [item if isinstance(item, tuple) else (item,) for item in given]
         if isinstance(self.predictor, Generator):
             how = Sampling(**sampling)
-            found = [self.predictor.predict(example, how) for example in examples]
+            found: Any = [self.predictor.predict(example, how) for example in examples]
         elif sampling:
             raise TypeError(f"expected inputs alone, found {', '.join(sampling)}: the model continues no texts.")
         elif self.manifest["outputs"]["kind"] == "vector":
-            vectors = np.array([self.predictor.logits(example) for example in examples])
-            return vectors if isinstance(inputs, list) else vectors[0]
+            found = np.array([self.predictor.logits(example) for example in examples])
         else:
             found = [self.predictor.predict(example) for example in examples]
         return found if isinstance(inputs, list) else found[0]

@@ -79,13 +79,10 @@ def seeds_section(report: dict[str, Any], presentation: Presentation) -> list[st
         + [", ".join(number(value, f".{digits}f") for value in found["values"])]
         for stage, found in seeds["stages"].items()
     ]
-    few = (
-        f" With {len(seeds['seeds'])} seeds only, deviations and intervals are rough."
-        if len(seeds["seeds"]) < FEW_SEEDS
-        else ""
-    )
+    count = len(seeds["seeds"])
+    few = f" With {count} seeds only, deviations and intervals are rough." if count < FEW_SEEDS else ""
     return [
-        f"## Over {len(seeds['seeds'])} seeds",
+        f"## Over {count} seeds",
         markdown_table(["stage", f"mean {name}", "standard deviation", "each seed"], rows),
         f"Seeds {', '.join(map(str, seeds['seeds']))}, on the same splits. The table of results and the shipped files are those of the first.",
         "\n".join(f"- {escape(sentence, None)}" for sentence in _deltas(report, presentation)),

@@ -74,7 +74,8 @@ def compute_soft_targets(
     example = sum(array.nbytes for array in of_examples(features.select([0])).values())
     if shard_examples is None:
         shard_examples = max(1, min(MOST_SHARD_EXAMPLES, SHARD_BYTES // example))
-    if not write_shards(features, directory, shard_examples, of_examples):
+    write_shards(features, directory, shard_examples, of_examples)
+    if not PartialState().is_main_process:
         return Outcome("soft targets")
     shards = len(WithSoftTargets(features, directory).shards)
     details = {"examples": len(features), "bytes_per_example": example, "shards": shards}
@@ -98,8 +99,8 @@ def check_teacher(teacher: Any, task: Task, processor: Any, batch_size: int) -> 
     return metrics
 
 
-def write_shards(features: Any, directory: Path, shard_examples: int, compute: Callable[[Any], Arrays]) -> bool:
-    """Write `compute` of every `shard_examples` rows of `features` as a shard, every process its share; true on the main process.
+def write_shards(features: Any, directory: Path, shard_examples: int, compute: Callable[[Any], Arrays]) -> None:
+    """Write `compute` of every `shard_examples` rows of `features` as a shard, every process its share.
 
     A shard is renamed to its name once it is whole, and says in its header what its content hashes to. Whole ones of an attempt
     that was interrupted stay; a damaged one is named and rebuilt. Raises InputError for logits that are not finite.
@@ -121,7 +122,6 @@ def write_shards(features: Any, directory: Path, shard_examples: int, compute: C
         save_file(arrays, partial, metadata={"sha256": _digest(arrays)})
         partial.replace(path)
     wait_for_all()
-    return state.is_main_process
 
 
 def check_finite(arrays: Arrays, first: int) -> None:

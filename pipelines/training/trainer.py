@@ -115,10 +115,9 @@ class Trainer(transformers.Trainer):
         self.has_task = task is not None
         self.task: Task | ClassifierLoss = losses_of(self.model) if task is None else task
         self.train_collate = train_collate
-        self.model_accepts_loss_kwargs = True  # the labels of the global batch are counted,
-        self._loss_shifts_labels = isinstance(
-            self.task, NextTokenLoss
-        )  # the first of a text left out where none predicts it
+        # The labels of the global batch are counted, the first of a text left out where none predicts it.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = isinstance(self.task, NextTokenLoss)
         self.overflows = 0  # steps in a row whose gradient was not finite
         self.add_callback(BestCheckpoint())
         if self.args.n_gpu > 1:
