@@ -119,11 +119,10 @@ def _timed_examples(lengths: Sequence[int], batch_size: int = THROUGHPUT_BATCH) 
 def encoder_workload(single: Arrays, batches: list[Arrays], larger: dict[int, list[Arrays]] | None = None) -> Workload:
     """Calls of a model as a function of one feed: `single` for the latency, `batches` for the throughput, and `larger` ones by their size for
     `samples_per_second_128` and the like."""
-    feeds = {"single": single} | {f"batch_{index}": batch for index, batch in enumerate(batches)}
-    several = larger or {}
-    feeds |= {f"batch_{size}_{index}": batch for size, each in several.items() for index, batch in enumerate(each)}
-    settings = {"batches": len(batches), "larger": {size: len(each) for size, each in several.items()}}
-    return Workload(__name__, settings, feeds, list(next(iter(single.values())).shape))
+    groups = {"": batches} | {f"_{size}": each for size, each in (larger or {}).items()}
+    feeds = {f"batch{name}_{index}": feed for name, each in groups.items() for index, feed in enumerate(each)}
+    settings = {"batches": len(batches), "larger": {size: len(each) for size, each in (larger or {}).items()}}
+    return Workload(__name__, settings, {"single": single, **feeds}, list(next(iter(single.values())).shape))
 
 
 def write_spec(folder: Path, subject: Subject, threads: int, seconds: float) -> Path:
@@ -217,12 +216,6 @@ def work(spec_file: Path) -> None:
     """The worker of encoders and estimators: load one model, time it, write result.json beside the spec."""
     spec = json.loads(spec_file.read_text(encoding="utf-8"))
     folder = spec_file.parent
-    single = _read_feed(folder / "single.npz")
-    batches = [_read_feed(folder / f"batch_{index}.npz") for index in range(spec["batches"])]
-    larger = {
-        size: [_read_feed(folder / f"batch_{size}_{index}.npz") for index in range(count)]
-        for size, count in spec["larger"].items()
-    }
     # The conversion of the feeds is not part of the model's time, so `prepare` is called before the clock starts.
     prepare: Callable[[Arrays], Any]
     run: Callable[[Any], Any]
@@ -233,8 +226,9 @@ def work(spec_file: Path) -> None:
         prepare, run = _load_estimator(Path(spec["path"]))
     else:
         prepare, run = _load_torch(Path(spec["path"]), spec["threads"], spec["trust_remote_code"])
-    result = time_calls(run, prepare(single), spec["seconds"])
-    for name, feeds in {"": batches, **{f"_{size}": each for size, each in larger.items()}}.items():
+    result = time_calls(run, prepare(_read_feed(folder / "single.npz")), spec["seconds"])
+    for name, count in {"": spec["batches"], **{f"_{size}": count for size, count in spec["larger"].items()}}.items():
+        feeds = [_read_feed(folder / f"batch{name}_{index}.npz") for index in range(count)]
         sizes = [len(next(iter(feed.values()))) for feed in feeds]
         prepared = [prepare(feed) for feed in feeds]
         result[f"samples_per_second{name}"] = time_batches(run, prepared, sizes, spec["seconds"])
