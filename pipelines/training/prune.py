@@ -184,11 +184,6 @@ def prune_and_recover(
             importance = _importance(
                 model.to(training.device), processor, task, str(teacher), prune, distill, training, soft_targets
             )
-            if not any(values.any() for layers in importance.values() for values in layers):
-                raise InputError(
-                    "expected a loss that depends on heads and neurons, found none: without a teacher this task has no labels to learn. Raise "
-                    "--soft_target_weight, or let fit train (--train true)."
-                )
             cut(model, **choose_units(importance, before, prune, (step + 1) / prune.prune_steps))
             _write_cut(model, processor, steps, cuts[step])
         wait_for_all()
@@ -248,7 +243,13 @@ def _importance(
         features = with_soft_targets(task, read, read(processor), soft_targets)
     loss = training_loss(model, processor, task, distill, teacher if soft_targets is None else None)
     batch_size = training.per_device_train_batch_size
-    return measure_importance(model, sample_of(features, prune.prune_samples), loss, batch_size)
+    importance = measure_importance(model, sample_of(features, prune.prune_samples), loss, batch_size)
+    if not any(values.any() for layers in importance.values() for values in layers):
+        raise InputError(
+            "expected a loss that depends on heads and neurons, found none: without a teacher this task has no labels to learn. Raise "
+            "--soft_target_weight, or let fit train (--train true)."
+        )
+    return importance
 
 
 def inputs_of(features: Any, collate: Any, batch_size: int, device: Any = "cpu") -> list[dict[str, Tensor]]:
