@@ -198,7 +198,9 @@ def _work_in_fork(module: str, spec: str) -> None:
 
 
 def _summarize(workload: Workload, rounds: list[dict[str, float]], threads: int, before: float) -> dict[str, Any]:
-    medians = {key: float(np.median([one[key] for one in rounds])) for key in rounds[0] if key != "repetitions"}
+    # A short round has too few calls for a p95.
+    known = [key for key in rounds[0] if key != "repetitions" and all(key in one for one in rounds)]
+    medians = {key: float(np.median([one[key] for one in rounds])) for key in known}
     latency = {"p50": medians.pop("p50"), "p95": medians.pop("p95", None)}
     load = medians.pop("load")
     return {

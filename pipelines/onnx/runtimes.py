@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 import onnx
+import onnxruntime
 
 from pipelines.runtime.infer import version_key
 
@@ -22,7 +22,7 @@ def oldest_runtime(model: onnx.ModelProto) -> str:
     needed = [
         next(
             (version for limit, version in RUNTIMES.items() if opset <= limit),
-            importlib.metadata.version("onnxruntime"),
+            onnxruntime.__version__,
         ),
         "1.23.0" if model.ir_version > 10 else "1.18.0",
     ]
