@@ -38,19 +38,25 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts before every text besides its end token: the <s> of Llama, nothing for GPT-2 and OPT."""
-    return [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
+    """What a tokenizer puts before every text: the <s> of Llama, nothing for GPT-2."""
+    whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    found: list[int] = whole[: next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)]
+    return found
+
+
+def unlearnt_tokens(tokenizer: Any) -> list[int]:
+    """What begins a document and is not its end token, as OPT's is, which the document before has already."""
+    return [token for token in begin_tokens(tokenizer) if token != tokenizer.eos_token_id]
 
 
 def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that is to be continued: those that the tokenizer makes of any text, but for an end token after it."""
-    tokens: list[int] = tokenizer(text)["input_ids"]
-    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
+    """The tokens of a text that is to be continued."""
+    return [*begin_tokens(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def token_stream(texts: Iterable[str], tokenizer: Any) -> np.ndarray:
-    """All documents as one array of token ids, with the end token before the first and after each, and what begins a text before each."""
-    begin, end = begin_tokens(tokenizer), tokenizer.eos_token_id
+    """All documents as one array of token ids, with the end token before the first and after each, and what else begins a text before each."""
+    begin, end = unlearnt_tokens(tokenizer), tokenizer.eos_token_id
     texts = list(texts)
     pieces = [np.array([end], np.int32)]
     for start in range(0, len(texts), 1000):  # Python's own integers take ten times the memory of the array's
@@ -81,7 +87,7 @@ def cut_windows(stream: np.ndarray, size: int, stride: int, begin: Sequence[int]
 
 def tokenize_windows(data: Examples, tokenizer: Any, size: int, stride: int) -> datasets.DatasetDict:
     """Windows of every split: for training they overlap by one token, so each is learnt once; for scoring they begin `stride` apart."""
-    splits, begin = {}, begin_tokens(tokenizer)
+    splits, begin = {}, unlearnt_tokens(tokenizer)
     for role, split in data.splits.items():
         if role == TRANSFER:
             splits[role] = unlabelled_windows(split, tokenizer, size, data.fingerprint)
@@ -97,7 +103,7 @@ def unlabelled_windows(split: datasets.Dataset, tokenizer: Any, size: int, finge
     """Whole windows of a transfer set, each of a thousand documents at a time: they stay on disk, since they may be larger than memory."""
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        windows = cut_windows(token_stream(batch["text"], tokenizer), size, size - 1, begin_tokens(tokenizer))
+        windows = cut_windows(token_stream(batch["text"], tokenizer), size, size - 1, unlearnt_tokens(tokenizer))
         ids, labels = windows["input_ids"], windows["labels"]
         whole = len(ids) if ids.shape[1] == size else 0
         labels = np.where(labels == IGNORED, IGNORED, UNLABELLED)

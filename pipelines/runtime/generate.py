@@ -88,9 +88,10 @@ class LanguageModel:
         yield self.continuation(given, tokens)[len(shown) :]
 
     def encode(self, prompt: str) -> list[int]:
-        """The prompt's tokens, with what the tokenizer puts before every text; an empty one begins a new document."""
-        tokens: list[int] = self.tokenizer.encode(prompt).ids
-        return (tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens) or self.end_tokens[:1]
+        """The prompt's tokens after what the tokenizer puts before every text; an empty one begins a new document."""
+        whole, plain = (self.tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+        begin = whole[: next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)]
+        return [*begin, *self.tokenizer.encode(prompt, add_special_tokens=False).ids] or self.end_tokens[:1]
 
     def generate_tokens(self, sequences: list[list[int]], sampling: Sampling | None = None) -> list[list[int]]:
         """The new tokens of each sequence, without the end token."""

@@ -18,6 +18,7 @@ from pipelines.data.windows import (
     token_stream,
     tokenize_windows,
     train_tokenizer,
+    unlearnt_tokens,
     vocabulary_fingerprint,
 )
 
@@ -183,10 +184,12 @@ def test_documents_and_prompts_begin_as_the_tokenizer_begins_a_text():
     )
     tokenizer.backend_tokenizer.post_processor = template
     assert prompt_tokens(tokenizer, "team") == [begin, *plain]
+    assert prompt_tokens(tokenizer, "") == [begin]
+    assert prompt_tokens(tokenizer, "team<|endoftext|>") == [begin, *plain, end]
     stream = token_stream(["team", "team"], tokenizer)
     assert stream.tolist() == [end, begin, *plain, end, begin, *plain, end]
     # What begins a text is read, and not learnt.
-    windows = cut_windows(stream, len(stream), 1, begin_tokens(tokenizer))
+    windows = cut_windows(stream, len(stream), 1, unlearnt_tokens(tokenizer))
     assert windows["labels"].tolist() == [[-100, -100, *plain, end, -100, *plain, end]]
 
 
