@@ -137,6 +137,10 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
             "Use an earlier checkpoint, or another model."
         )
     give_logits_alone(model.config)
+    # A runtime without transformers reads config.json alone, and generation_config.json may have more ends.
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ends is not None:
+        model.config.eos_token_id = ends
     return model
 
 

@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from conftest import WORDS, make_texts, make_tokenizer, tiny_model, write_csv
+from conftest import WORDS, make_texts, make_tokenizer, tiny_config, tiny_model, write_csv
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.sources import model_fingerprint
@@ -154,6 +154,12 @@ def test_what_a_config_asks_for_beside_logits_is_not_given(asked, task, tmp_path
     changes = {"return_dict": False} if asked == "tuples" else {asked: True}
     model = task.load_model(save(tmp_path, tiny_model(), **changes), "new if other")
     assert list(model(torch.tensor([[1, 2, 3]])).keys()) == ["logits"]
+
+
+def test_the_ends_of_a_generation_config_are_those_of_the_model(tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_config("gpt2"))
+    model.generation_config.eos_token_id = [1, 2]
+    assert load_model(save(tmp_path, model)).config.eos_token_id == [1, 2]
 
 
 def test_weights_that_are_no_numbers_are_refused(task, tmp_path):

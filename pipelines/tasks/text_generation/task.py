@@ -127,11 +127,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         if not from_scratch:
             if has_tokenizer(source):
                 self.check_tokens(self.load_processor(source), "input_ids", config.vocab_size, source)
-            model = load_weights(self.auto_class, source, **code)
-            # The ends of generation_config.json, where there are several, are those that a runtime without transformers reads.
-            if model.generation_config.eos_token_id is not None:
-                model.config.eos_token_id = model.generation_config.eos_token_id
-            return model
+            return load_weights(self.auto_class, source, **code)
         tokenizer = self.load_processor(source)
         end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
         return new_model(
