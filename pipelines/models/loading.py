@@ -44,8 +44,9 @@ def load_classifier(
     order = label_order(config, label_names) if has_head else None
     may_be_new = from_scratch or head == "new if other" or (head == "new if none" and not has_head)
     if order is None and not may_be_new:
-        labels = f"id2label {config.id2label} and label2id {config.label2id}"
-        found = f"{labels:.500}" if has_head else "no classification head"
+        found = f"no classifier in 'architectures' of config.json ({config.architectures})"
+        if has_head:
+            found = f"id2label {config.id2label} and label2id {config.label2id}"[:500]
         raise InputError(
             f"expected a model for the labels {label_names}, found {found} in {source}; teacher and student need the same "
             "labels. Fine-tune it on this data set (a teacher: --teacher_epochs above 0), or use the data set it was fine-tuned on."
@@ -126,9 +127,14 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
     encoder = [name for name in fresh if inside(name) and ".pooler." not in name]
     if encoder or (fresh and not head_may_be_new):
         missing = encoder or fresh
+        shapes = {
+            str(name): f" ({[*stored]} in the file, {[*wanted]} by config.json)"
+            for name, stored, wanted in info["mismatched_keys"]
+        }
         raise InputError(
             f"expected the weights of a whole {type(model).__name__} in {source}, found none of the right shape for {len(missing)} of its "
-            f"tensors, such as {missing[0]}. {_remedy(source, missing[0].removeprefix(prefix), prefix, info['unexpected_keys'])}"
+            f"tensors, such as {missing[0]}{shapes.get(missing[0], '')}. "
+            f"{_remedy(source, missing[0].removeprefix(prefix), prefix, info['unexpected_keys'])}"
         )
     broken = next((name for name, weights in model.named_parameters() if not weights.isfinite().all()), None)
     if broken is not None:
