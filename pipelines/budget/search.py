@@ -73,10 +73,10 @@ def train_candidates(search: Search, candidates: Sequence[Forecast]) -> list[Row
                 form.shape.scheme: planned(form) | {"share_of_training": share}
                 for form in search.forms[one.shape.model]
             }
-            folder, whole = f"{parent}/{one.shape.model}", replace(one.shape, heads=1.0, neurons=1.0, scheme="")
-            if (whole, share) in students:
-                run.inside(folder).adopt(run.directory / students[whole, share], ["student"])
-            students.setdefault((whole, share), folder)
+            folder, key = f"{parent}/{one.shape.model}", (one.shape.unpruned, share)
+            if key in students:
+                run.inside(folder).adopt(run.directory / students[key], ["student"])
+            students.setdefault(key, folder)
             return train(folder, settings_of(settings, one.shape, share), forms)
 
         def best(found: list[Row]) -> float:

@@ -79,6 +79,11 @@ class Shape:
     def name(self) -> str:
         return f"{self.model}_{self.scheme}"
 
+    @property
+    def unpruned(self) -> Shape:
+        """What a student is trained as, before anything of it goes."""
+        return replace(self, heads=1.0, neurons=1.0, scheme="")
+
 
 @dataclass(frozen=True)
 class Forecast:

@@ -121,9 +121,10 @@ class Run:
             assert record is not None
             check_files(source, record)
             if read_record(target) != record or damaged_files(target, record):
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(source, partial)
-                self._put_in_place(partial, target)
+                with needing_room(name, self.directory):
+                    shutil.rmtree(partial, ignore_errors=True)
+                    shutil.copytree(source, partial)
+                    self._put_in_place(partial, target)
         self.state.wait_for_everyone()
 
     def place(self, name: str) -> Path:
@@ -298,6 +299,7 @@ class Run:
         (partial / ATTEMPT).unlink(missing_ok=True)
         old = target.with_name(f".{target.name}.old")
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)

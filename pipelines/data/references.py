@@ -101,7 +101,8 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
     names = getattr(next(iter(splits.values())).features[column], "names", None)
     written = {label: label for label in found}
     if names is None:
-        in_folders = all(_are_folders(split, column) for split in splits.values())
+        has_fractions = any(NUMBER.fullmatch(label) and "." in label for label in found)
+        in_folders = has_fractions and all(_are_folders(split, column) for split in splits.values())
         numbers = all(map(NUMBER.fullmatch, found))
         whole = {label: re.sub(r"\.0*$", "", label) for label in found if NUMBER.fullmatch(label) and not in_folders}
         written |= {label: short for label, short in whole.items() if numbers or short in found}
@@ -164,7 +165,8 @@ def _label_names(found: set[str], config: DataConfig, in_folders: bool = False) 
             "the class %s is called like a missing label, and stays a class; empty these cells if they have none",
             ", ".join(map(repr, unlabelled)),
         )
-    tell_of_alike(names, "classes")
+    if not in_folders:
+        tell_of_alike(names, "classes")
     return names
 
 

@@ -9,6 +9,16 @@ from pathlib import Path
 from pipelines.core.errors import InputError
 from pipelines.core.sources import PICKLE_SUFFIXES, folders_below, resolve
 
+READ_AS_TEXT = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
 
 def check_model(located: str) -> None:
     """Raise InputError unless `located`, what resolve() made of a source, is whole safetensors weights or a Hub id that has a model.
@@ -59,10 +69,8 @@ def check_config(path: Path) -> None:
         )
     if (path / "adapter_config.json").exists():
         _raise_adapter(path)
-    small = (
-        file for file in path.iterdir() if file.suffix in (".json", ".txt", ".model") and file.stat().st_size < 200
-    )
-    if pointers := sorted(file.name for file in small if file.read_bytes().startswith(b"version https://git-lfs")):
+    small = (path / name for name in READ_AS_TEXT if (path / name).is_file() and (path / name).stat().st_size < 200)
+    if pointers := [file.name for file in small if file.read_bytes().startswith(b"version https://git-lfs")]:
         raise InputError(
             f"expected the files of a model in {path}, found pointers of Git LFS in place of {', '.join(pointers)}; run 'git lfs pull' there, "
             "or download them"

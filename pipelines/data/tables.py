@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -31,6 +32,8 @@ from pipelines.core.config import DataConfig
 from pipelines.core.disk import digest, no_room
 from pipelines.core.errors import InputError
 from pipelines.data.remembered import VERSION, folder, state_of
+
+logger = logging.getLogger(__name__)
 
 PACKED = ("", ".gz", ".bz2", ".xz", ".zip")
 JSON_SUFFIXES = tuple(suffix + packed for packed in PACKED for suffix in (".json", ".jsonl", ".ndjson"))
@@ -307,8 +310,8 @@ def _from_cells(
 
 
 def _check_rows(reader: Any, skipped: int, width: int, whole: bool, places: list[int]) -> None:
-    """Raise csv.Error for a row of another width, or a quoted cell that holds rows: each of its lines is as wide as the table, and has at the
-    `places` what other rows have there."""
+    """Raise csv.Error for a row of another width. Say which quoted cell seems to hold rows: each of its lines is as wide as the table, and has at
+    the `places` what other rows have there."""
     separator = reader.dialect.delimiter + " " * reader.dialect.skipinitialspace
     held, known = [], set[tuple[int, str]]()
     line = 1 + skipped
@@ -318,16 +321,18 @@ def _check_rows(reader: Any, skipped: int, width: int, whole: bool, places: list
         known.update((place, row[place]) for place in places if place < len(row))
         for place, cell in enumerate(row[:width]):
             is_long = "\n" in cell or "\r" in cell
-            if is_long and (rows := _rows_within(cell, place, width, separator)):
-                held.append((rows, f"line {line} opens a quoted cell that holds whole rows ({cell!r:.60} …)"))
+            if places and is_long and (rows := _rows_within(cell, place, width, separator)):
+                held.append((rows, line, cell[:60]))
         line = 1 + skipped + reader.line_num
     known = {(place, _without_fraction(cell)) for place, cell in known} if held else known
-    for rows, what in held:
-        told = [
-            (place, _without_fraction(cell)) for row in rows for place in places if (cell := row[place]) is not None
-        ]
+    for rows, line, cell in held:
+        told = [(place, _without_fraction(found)) for row in rows for place in places if (found := row[place])]
         if len(told) > len(places) and known.issuperset(told):  # of one line it may be chance
-            raise csv.Error(f"{what}: a quotation mark too many or too few")
+            logger.warning(
+                "a quoted cell that begins in line %d seems to hold whole rows (%r …); where its quotation mark is a stray one, repair the file",
+                line,
+                cell,
+            )
 
 
 def _rows_within(cell: str, place: int, width: int, separator: str) -> list[list[str | None]]:

@@ -13,6 +13,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, TRANSFER, UNLABELLED
 from pipelines.data.examples import Examples
 from pipelines.data.text import map_kept
+from pipelines.runtime.generate import beginning
 
 END_TOKEN = "<|endoftext|>"  # GPT-2's own name for what parts documents
 
@@ -40,8 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
 def begin_tokens(tokenizer: Any) -> list[int]:
     """What a tokenizer puts before every text: the <s> of Llama, nothing for GPT-2."""
     whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    found: list[int] = whole[: next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)]
-    return found
+    return beginning(whole, plain, [tokenizer.eos_token_id])
 
 
 def unlearnt_tokens(tokenizer: Any) -> list[int]:
@@ -81,7 +81,7 @@ def cut_windows(stream: np.ndarray, size: int, stride: int, begin: Sequence[int]
     for row, start in enumerate(starts):
         labels[row, : max(done - start, 1)] = IGNORED
         done = start + size
-    labels[np.isin(ids, begin)] = IGNORED
+    labels[np.isin(ids, begin)] = IGNORED  # special tokens, which are in no text: one that spells them out is split
     return {"input_ids": ids, "labels": labels}
 
 
@@ -121,5 +121,5 @@ def unlabelled_windows(split: datasets.Dataset, tokenizer: Any, size: int, finge
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
-    """Identity of a vocabulary: every token with its id."""
-    return digest(sorted(tokenizer.get_vocab().items()))
+    """Identity of a vocabulary, every token with its id, and of what begins a text."""
+    return digest([sorted(tokenizer.get_vocab().items()), begin_tokens(tokenizer)])

@@ -153,7 +153,12 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
             )
         try:
             inputs = image_settings(SimpleNamespace(**processor)) | {"value_range": recorded(directory, "value_range")}
-        except (AttributeError, TypeError, ValueError) as error:  # what is left out means other defaults for each class
+        except (
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:  # what is left out means other defaults for each class
             raise InputError(
                 f"expected every step of {name} in {directory / 'preprocessor_config.json'} as transformers 5 writes it, found: {error}. Load it "
                 "with AutoImageProcessor and save it again (save_pretrained), or build a bundle (pocketformers bundle)."
@@ -162,7 +167,8 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
         tokenizer = read_json(directory / "tokenizer_config.json")
         positions = config.get("max_position_embeddings")
         if positions and config.get("model_type") in FROM_PADDING:
-            positions -= config.get("pad_token_id", 1) + 1
+            padding = config.get("pad_token_id")
+            positions -= 1 + (1 if padding is None else padding)
         limits = (tokenizer.get("model_max_length"), positions, 512)
         length = recorded(directory, "max_length") or int(min(filter(None, limits)))
         answers = outputs["kind"] == "answer"

@@ -28,7 +28,7 @@ from pipelines.core.disk import write_json
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.data.sources import check_safetensors
-from pipelines.models.loading import load, load_weights, new_model
+from pipelines.models.loading import check_finite, load, load_weights, new_model
 from pipelines.models.small import TextConfig
 from pipelines.runtime.infer import one_line
 
@@ -275,6 +275,7 @@ def load_embedder(source: str, config: Any = None, from_scratch: bool = False, *
                     f"expected weights of the shape that config.json beside {file} says, found others: {one_line(error)}. Copy the whole "
                     "directory again."
                 ) from error
+        check_finite(model.dense, source)
     return model
 
 

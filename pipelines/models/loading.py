@@ -136,18 +136,24 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
             f"tensors, such as {missing[0]}{shapes.get(missing[0], '')}. "
             f"{_remedy(source, missing[0].removeprefix(prefix), prefix, info['unexpected_keys'])}"
         )
-    broken = next((name for name, weights in model.named_parameters() if not weights.isfinite().all()), None)
+    check_finite(model, source)
+    give_logits_alone(model.config)
+    # A runtime without transformers reads config.json alone, and a generation_config.json that somebody wrote may have more ends.
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.eos_token_id is not None and not generation._from_model_config:
+        model.config.eos_token_id = generation.eos_token_id
+    return model
+
+
+def check_finite(model: Any, source: str) -> None:
+    """Raise InputError for NaN or infinity in what a model keeps; statistics of batches, too."""
+    numbers = ((name, one) for name, one in model.state_dict().items() if one.is_floating_point())
+    broken = next((name for name, one in numbers if not one.isfinite().all()), None)
     if broken is not None:
         raise InputError(
             f"expected weights that are finite numbers in {source}, found NaN or infinity in {broken}: a training that diverged leaves them. "
             "Use an earlier checkpoint, or another model."
         )
-    give_logits_alone(model.config)
-    # A runtime without transformers reads config.json alone, and generation_config.json may have more ends.
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ends is not None:
-        model.config.eos_token_id = ends
-    return model
 
 
 def give_logits_alone(config: Any) -> None:
@@ -238,9 +244,8 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         )
     what = "a tokenizer (tokenizer.json)"
     tokenizer = load(AutoTokenizer.from_pretrained, source, what, trust_remote_code=trust_remote_code)
-    if len(tokenizer) <= len(
-        {*tokenizer.all_special_tokens}
-    ):  # what transformers makes of a tokenizer_config.json alone
+    # What transformers makes of a tokenizer_config.json alone.
+    if len(tokenizer) <= len({*tokenizer.all_special_tokens}):
         raise InputError(
             f"expected a tokenizer with a vocabulary in {source}, found {len(tokenizer)} special tokens alone. Copy the rest of its files "
             "there, too: tokenizer.json, or vocab.txt and the like."

@@ -44,6 +44,13 @@ class Sampling:
                 raise ValueError(f"{name} cannot be {getattr(self, name)}")
 
 
+def beginning(whole: list[int], plain: list[int], ends: list[int]) -> list[int]:
+    """What stands before a text: `whole` are its tokens with special ones, `plain` those without. Where the text has no tokens, what is no end."""
+    if not plain:
+        return [token for token in whole if token not in ends]
+    return whole[: next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)]
+
+
 class LanguageModel:
     """The `session` of a graph with a KV cache, and the tokenizer.json and config.json in its `directory`: ready to continue text."""
 
@@ -90,8 +97,10 @@ class LanguageModel:
     def encode(self, prompt: str) -> list[int]:
         """The prompt's tokens after what the tokenizer puts before every text; an empty one begins a new document."""
         whole, plain = (self.tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
-        begin = whole[: next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)]
-        return [*begin, *self.tokenizer.encode(prompt, add_special_tokens=False).ids] or self.end_tokens[:1]
+        return [
+            *beginning(whole, plain, self.end_tokens),
+            *self.tokenizer.encode(prompt, add_special_tokens=False).ids,
+        ] or self.end_tokens[:1]
 
     def generate_tokens(self, sequences: list[list[int]], sampling: Sampling | None = None) -> list[list[int]]:
         """The new tokens of each sequence, without the end token."""

@@ -49,7 +49,7 @@ async function checkFile(name, bytes, expected) {
 function checkTokens({manifest, tokenizer}) {
     for (const {texts, ids, offsets} of manifest.inputs.probes) {
         const continued = manifest.outputs.kind === "continuation";
-        const found = continued ? promptTokens(tokenizer, texts[0]) : textColumns(tokenizer, texts, manifest.inputs).input_ids;
+        const found = continued ? promptTokens(tokenizer, texts[0], manifest.outputs.end_tokens) : textColumns(tokenizer, texts, manifest.inputs).input_ids;
         const count = offsets?.split(" ").length;
         if (found.join(" ") !== ids || (offsets ?? "") !== codePointOffsets(tokenizer, texts[0], count)) {
             throw new Error(
@@ -143,7 +143,7 @@ export function softmax(logits) {
 export async function* continueText({manifest, ort, session, tokenizer}, prompt, {choose, limit = 100}) {
     const {end_tokens: ends, context, cache: shapes} = manifest.outputs;
     const start = performance.now();
-    let encoded = promptTokens(tokenizer, prompt);
+    let encoded = promptTokens(tokenizer, prompt, ends);
     if (!encoded.length) encoded = ends.slice(0, 1); // begins a new document
     if (!encoded.length) throw new Error("expected a text of at least one token, found none. Give it a text.");
     if (encoded.length >= (context ?? Infinity)) {
@@ -172,10 +172,11 @@ export function continuation(tokenizer, prompt, tokens) {
 }
 
 // The tokens of a prompt after what the tokenizer puts before every text.
-function promptTokens(tokenizer, prompt) {
+function promptTokens(tokenizer, prompt, ends) {
     const [whole, plain] = [true, false].map((special) => tokenizer.encode("a", {add_special_tokens: special}).ids);
     const at = whole.findIndex((_, index) => plain.every((token, place) => whole[index + place] === token));
-    return [...whole.slice(0, Math.max(0, at)), ...tokenizer.encode(prompt, {add_special_tokens: false}).ids];
+    const begin = plain.length ? whole.slice(0, Math.max(0, at)) : whole.filter((token) => !ends.includes(token));
+    return [...begin, ...tokenizer.encode(prompt, {add_special_tokens: false}).ids];
 }
 
 // At a temperature of 0 the likeliest token; above, one of the 50 likeliest is drawn.

@@ -21,6 +21,7 @@ from pipelines.data.windows import (
     unlearnt_tokens,
     vocabulary_fingerprint,
 )
+from pipelines.runtime.generate import beginning
 
 DOCUMENTS = [
     f"Document {number} tells of {word}.\nIt has two lines." for number in range(20) for word in ("goals", "banks")
@@ -188,6 +189,7 @@ def test_documents_and_prompts_begin_as_the_tokenizer_begins_a_text():
     assert prompt_tokens(tokenizer, "team<|endoftext|>") == [begin, *plain, end]
     stream = token_stream(["team", "team"], tokenizer)
     assert stream.tolist() == [end, begin, *plain, end, begin, *plain, end]
+    assert beginning([begin], [], [end]) == [begin]  # a letter that the vocabulary lacks
     # What begins a text is read, and not learnt.
     windows = cut_windows(stream, len(stream), 1, unlearnt_tokens(tokenizer))
     assert windows["labels"].tolist() == [[-100, -100, *plain, end, -100, *plain, end]]

@@ -157,6 +157,8 @@ def test_an_onnx_directory_of_another_exporter_is_read_by_its_config(text_onnx, 
     # As many positions as RoBERTa's table has, of which those up to the padding's are not used.
     write(model_type="roberta", max_position_embeddings=18, pad_token_id=1)
     assert load(onnx).manifest["inputs"]["max_length"] == 16
+    write(model_type="roberta", max_position_embeddings=18, pad_token_id=None)
+    assert load(onnx).manifest["inputs"]["max_length"] == 16
     write(id2label={"0": "a", "1": "b"})
     with pytest.raises(InputError, match="names for the 3 outputs .* found 2"):
         load(onnx)
@@ -196,6 +198,10 @@ def test_an_image_processor_that_is_not_known_needs_a_bundle(image_onnx, tmp_pat
     with pytest.raises(InputError, match="found EfficientNetImageProcessor. Build a bundle"):
         load(tmp_path / "onnx")
     settings |= {"image_processor_type": "ViTImageProcessor", "size": 8}  # as older versions wrote it
+    (tmp_path / "onnx" / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="as transformers 5 writes it"):
+        load(tmp_path / "onnx")
+    settings |= {"size": {"height": 8, "width": 8}, "do_center_crop": True, "crop_size": {"shortest_edge": 8}}
     (tmp_path / "onnx" / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="as transformers 5 writes it"):
         load(tmp_path / "onnx")

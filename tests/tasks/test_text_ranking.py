@@ -18,6 +18,7 @@ from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
+from pipelines.data.text import title_and_passages
 from pipelines.onnx.measure import estimator_workload
 from pipelines.tasks import task_of_model
 from pipelines.tasks.ranking import Bm25
@@ -237,6 +238,19 @@ def test_candidates_of_tfidf(tmp_path):
     right = [labels["train"][labels["train"][:, 1] == query, 0].sum() for query in np.unique(labels["train"][:, 1])]
     assert right == [1.0] * len(right)
     assert {*labels["test"][:, 0]} == {0.0, 1.0}
+    # Every passage is learnt, the last one too, where it is among the nearest and where it is not.
+    for number in range(60):
+        first = (folder / f"{number}.txt").read_text().split("\n")[0]
+        rest = " ".join(f"part {number} {place} of {first}." for place in range(6))
+        (folder / f"{number}.txt").write_text(f"{first}\n{rest}\n")
+    task = TextRanking(config, RankingConfig(tfidf_candidates=5, title_pairs=40))
+    learnt: dict[str, set[str]] = {}
+    for row in task.splits["train"]:
+        if row["label"][0]:
+            learnt.setdefault(row["text"], set()).add(row["text_pair"])
+    for file in folder.iterdir():
+        title, passages = title_and_passages(file.read_text(), 40)
+        assert learnt.get(title, {*passages}) == {*passages}
     assert list(task.baselines) == ["first_stage", "bm25"]
     assert list(find_candidates([("a headline alone", []), *rows], 1)) == [
         ("a headline alone", "", 0.0),

@@ -24,7 +24,7 @@ from pipelines.data.text import TEXTS, content, map_kept, title_and_passages
 LISTS = (datasets.List, datasets.LargeList)
 SIMILARITIES_AT_A_TIME = 20_000_000  # of queries and passages, in memory
 PASSAGE = "passage"  # the column of the passages that documents give
-TO_TRAIN_ON = 2.0  # is added to the label of a candidate that is not searched
+TO_TRAIN_ON = 2.0  # is added to the label of a candidate that is there for training alone
 
 
 @dataclass
@@ -212,11 +212,12 @@ def find_candidates(documents: list[tuple[str, list[str]]], count: int) -> Itera
             is_right = np.isin(order, places[query])
             for number in nearest.tolist():
                 yield query, corpus[number], float(number in places[query])
-            for rank in np.flatnonzero(is_right):
-                least = max(0, min(int(rank - random.integers(count)), len(order) - count))
-                around = slice(least, least + count)
-                for number, right in zip(order[around].tolist(), is_right[around].tolist(), strict=True):
-                    yield query, corpus[number], TO_TRAIN_ON + right
+            around = set[int]()
+            for rank in np.flatnonzero(is_right).tolist():
+                least = max(0, min(rank - int(random.integers(count)), len(order) - count))
+                around.update(range(least, min(least + count, len(order))))
+            for rank in sorted(around):
+                yield query, corpus[order[rank]], TO_TRAIN_ON + float(is_right[rank])
 
 
 # ---- Splitting
@@ -243,8 +244,12 @@ def load_rankings(config: DataConfig, ranking: RankingConfig) -> Examples:
         origin = role if role in given else "train"
         is_right, chosen = given[origin].labels > 0, []
         for own in (rows[origin][query] for query in split["query"]):
-            others = own[to_train_on[origin][own]]
-            chosen.append(others if role == "train" and is_right[others].any() else own[~to_train_on[origin][own]])
+            others, nearest = own[to_train_on[origin][own]], own[~to_train_on[origin][own]]
+            if role == "train" and is_right[others].any():
+                # The nearest ones are learnt beside a right one that is among them, and would tell others by their distance.
+                chosen.append(own if is_right[nearest].any() else others)
+            else:
+                chosen.append(nearest)
         if role == "train" and ranking.train_candidates is not None:
             random = np.random.default_rng(config.split_seed)
             chosen = [drawn(one, is_right[one], ranking.train_candidates, random) for one in chosen]
