@@ -138,10 +138,11 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
         )
     check_finite(model, source)
     give_logits_alone(model.config)
-    # A runtime without transformers reads config.json alone, and a generation_config.json that somebody wrote may have more ends.
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and generation.eos_token_id is not None and not generation._from_model_config:
-        model.config.eos_token_id = generation.eos_token_id
+    # A runtime without transformers reads config.json alone, and generation_config.json may have more ends.
+    known = (getattr(one, "eos_token_id", None) for one in (model.config, getattr(model, "generation_config", None)))
+    ends = [end for one in known if one is not None for end in (one if isinstance(one, list) else [one])]
+    if len({*ends}) > 1:
+        model.config.eos_token_id = list(dict.fromkeys(ends))
     return model
 
 

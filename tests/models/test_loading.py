@@ -157,12 +157,12 @@ def test_what_a_config_asks_for_beside_logits_is_not_given(asked, task, tmp_path
 
 
 def test_the_ends_of_a_generation_config_are_those_of_the_model(tmp_path):
-    model = AutoModelForCausalLM.from_config(tiny_config("gpt2"))
+    model = AutoModelForCausalLM.from_config(tiny_config("gpt2", eos_token_id=1))
+    assert load_model(save(tmp_path / "one", model)).config.eos_token_id == 1
     model.generation_config.eos_token_id = [1, 2]
-    assert load_model(save(tmp_path, model)).config.eos_token_id == [1, 2]
-    # Where nobody wrote one, config.json may have been corrected.
-    model = AutoModelForCausalLM.from_config(tiny_config("gpt2"))
-    assert load_model(save(tmp_path / "corrected", model, eos_token_id=7)).config.eos_token_id == 7
+    assert load_model(save(tmp_path / "two", model)).config.eos_token_id == [1, 2]
+    # A config.json that was corrected, beside an older generation_config.json.
+    assert load_model(save(tmp_path / "corrected", model, eos_token_id=7)).config.eos_token_id == [7, 1, 2]
 
 
 def test_weights_that_are_no_numbers_are_refused(task, tmp_path):
