@@ -283,11 +283,8 @@ def collate(
 def _pixel_values(processor: Any, images: list[Image.Image]) -> Tensor:
     """What a processor makes of images: grey ones where it normalizes one channel only."""
     is_grey = len(processor.image_mean or "RGB") == 1
-    pixels = [
-        *map(
-            torch.as_tensor, processor([image.convert("L") for image in images] if is_grey else images)["pixel_values"]
-        )
-    ]
+    found = processor([image.convert("L") for image in images] if is_grey else images)["pixel_values"]
+    pixels = [torch.as_tensor(one) for one in found]
     sizes = list(dict.fromkeys("x".join(map(str, one.shape[1:])) for one in pixels))
     if len(sizes) > 1:
         raise InputError(

@@ -70,8 +70,8 @@ def cut_windows(stream: np.ndarray, size: int, stride: int, begin: Sequence[int]
     """Windows of `size` tokens that begin `stride` (less than `size`) apart, as columns input_ids and labels (windows, size).
 
     Every token but the stream's first and those that `begin` a text is the label of exactly one window: labels of tokens an earlier window
-    had are -100, and so is the first of each, which nothing predicts. All windows are full, the last one by reaching further back; a stream shorter than `size`
-    makes one short window.
+    had are -100, and so is the first of each, which nothing predicts. All windows are full, the last one by reaching further back; a stream
+    shorter than `size` makes one short window.
     """
     size = min(size, len(stream))
     starts = [*range(0, len(stream) - size, stride), len(stream) - size]

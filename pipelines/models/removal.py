@@ -118,29 +118,21 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
         return remove_zeros(load_embedder(str(directory), trust_remote_code=trust_remote_code).eval())
     try:
         config = transformers.AutoConfig.from_pretrained(located, trust_remote_code=trust_remote_code)
-        [name, *_] = config.architectures or [None]
-        if name is None:
-            raise InputError(
-                f"expected the class of the model in 'architectures' of config.json in {directory}, found none. Add it, such as "
-                '"architectures": ["BertForSequenceClassification"].'
-            )
+        [name, *_] = config.architectures or [""]
         model_class = getattr(transformers, name, getattr(small, name, None))
-        if model_class is None:
-            paths = getattr(config, "auto_map", {}).values()
-            own = next((path for path in paths if path.endswith(f".{name}")), None)
-            if own is None:
-                raise InputError(
-                    f"expected a class of transformers in 'architectures' of config.json in {directory}, found {name!r}. Correct the name, or "
-                    "pip install -U transformers."
-                )
-            model_class = get_class_from_dynamic_module(own, located)
-    except InputError:
-        raise
+        own = [path for path in getattr(config, "auto_map", {}).values() if path.endswith(f".{name}")]
+        if model_class is None and own:
+            model_class = get_class_from_dynamic_module(own[0], located)
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"expected a model of one of transformers' own classes in {directory}, found another ({' '.join(str(error).split()):.200}). "
             "Where it brings code of its own that you trust, pass --trust_remote_code true."
         ) from error
+    if model_class is None:
+        raise InputError(
+            f"expected a class of transformers in 'architectures' of config.json in {directory}, found {repr(name) if name else 'none'}. Write its "
+            'name there, such as ["BertForSequenceClassification"], or pip install -U transformers.'
+        )
     model = load_weights(model_class, str(directory)).eval()
     if model.base_model is model and not WITH_HEAD.search(name):
         raise InputError(

@@ -109,12 +109,12 @@ def verify_quality(
     return {"metric": metric, "fp32": before[metric], "quantized": after[metric], "quality_lost": lost}
 
 
-def check_processor(directory: Path, reference: Path, task: Task) -> None:
-    """Raise VerificationError where the tokenizer or image processor in `directory` makes other inputs than that of the reference, if it has one."""
+def check_processor(processor: Any, directory: Path, reference: Path, task: Task) -> None:
+    """Raise VerificationError where the `processor` of `directory` makes other inputs than that of the reference, if it has one."""
     if not has_tokenizer(str(reference)) and not (reference / "preprocessor_config.json").is_file():
         return
     theirs = task.verification_feeds(task.load_processor(str(reference)))
-    ours = task.verification_feeds(task.load_processor(str(directory)))
+    ours = task.verification_feeds(processor)
     for one, other in zip(ours, theirs, strict=True):
         if one.keys() != other.keys() or not all(np.array_equal(one[name], other[name]) for name in one):
             raise VerificationError(
@@ -133,7 +133,7 @@ def verify_directory(directory: Path, reference: Path, task: Task, gate: GateCon
         before, score = score_beside(original, task, processor)
         after = score(path, directory.name)
         return verify_quality(before, after, task, gate, str(path)) | {"metrics": after, "source_metrics": before}
-    check_processor(directory, reference, task)
+    check_processor(processor, directory, reference, task)
     model = load_model(reference, task.config.trust_remote_code)
     task.check_config(model.config, str(reference))
     task.align_labels(model, str(reference))

@@ -232,10 +232,11 @@ def load_rankings(config: DataConfig, ranking: RankingConfig) -> Examples:
     given, details, *_ = read_given(
         config, PAIRS, read_scores, partial(unpack, config=config, ranking=ranking), ranking.read_as
     )
-    to_train_on = {role: np.zeros(len(split.labels), bool) for role, split in given.items()}
-    if ranking.tfidf_candidates is not None:
-        to_train_on = {role: split.labels >= TO_TRAIN_ON for role, split in given.items()}
-        given = {role: replace(split, labels=split.labels % TO_TRAIN_ON) for role, split in given.items()}
+    marks = ranking.tfidf_candidates is not None
+    to_train_on = {role: (split.labels >= TO_TRAIN_ON) & marks for role, split in given.items()}
+    given = {
+        role: replace(split, labels=split.labels - TO_TRAIN_ON * to_train_on[role]) for role, split in given.items()
+    }
     rows = {role: rows_of_queries(split.hashes) for role, split in given.items()}
     queries = {role: _as_queries(split, rows[role]) for role, split in given.items()}
     examples = split_examples(queries, config, "queries", details)
