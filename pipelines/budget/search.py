@@ -172,10 +172,14 @@ def _seconds(
     if training.max_steps > 0:
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * run.state.num_processes
         learning = training.max_steps * batch * labelled / len(run.task.splits["train"])
-    seconds = []
+    seconds, learnt = [], set[Shape]()
     for one in [*searched, *apart]:
-        recovery = prune.prune_steps * prune.prune_epochs * epoch if one.shape.heads * one.shape.neurons < 1 else 0.0
-        seconds.append(TRAINING_STEP * (learning + recovery) * (one.ms or 1.0) / (whole.ms or 1.0))
+        needed = prune.prune_steps * prune.prune_epochs * epoch if one.shape.heads * one.shape.neurons < 1 else 0.0
+        # Which ones a search for the fastest will train is not known, so nothing is counted as learnt already.
+        if sought(settings.fit.budget) == "fastest" or one.shape.unpruned not in learnt:
+            needed += learning
+        learnt.add(one.shape.unpruned)
+        seconds.append(TRAINING_STEP * needed * (one.ms or 1.0) / (whole.ms or 1.0))
     # The export of each, and its quantization in every scheme.
     fixed = (1 + max(map(len, search.forms.values()))) * spent["teacher_onnx"]
     others = seconds[len(searched) :]

@@ -14,6 +14,7 @@ import pytest
 from conftest import make_tokenizer, tiny_model
 from pipelines.budget import fit, latency, search
 from pipelines.budget.shapes import Forecast, Shape, forecast_bytes, grid, schemes_of, shapes_of_students
+from pipelines.budget.words import Budget
 from pipelines.cli import main
 from pipelines.core.command import run_main
 from pipelines.core.config import QuantizeConfig
@@ -362,7 +363,7 @@ def test_the_seconds_of_a_training_count_the_transfer_set_and_the_steps(
     )
     batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     settings = SimpleNamespace(
-        fit=SimpleNamespace(seconds=1000.0),
+        fit=SimpleNamespace(seconds=1000.0, budget=Budget(within=1.0, bytes=1e6)),
         training=SimpleNamespace(num_train_epochs=2.0, max_steps=max_steps, **batch),
         prune=SimpleNamespace(prune_steps=2, prune_epochs=1.0),
         transfer=SimpleNamespace(transfer_ratio=transfer_ratio),
@@ -374,6 +375,16 @@ def test_the_seconds_of_a_training_count_the_transfer_set_and_the_steps(
     trimmed = replace(whole, shape=replace(whole.shape, vocabulary="corpus"), vocabulary=50)
     assert search.knows_all(settings, trimmed, whole)
     of_all = search.Search(run, settings, whole, {"of one": [candidate] * 2}, None, None)
-    found, fixed, left = search._seconds(of_all, [candidate], [candidate])
+    other = replace(candidate, shape=replace(candidate.shape, student="other/model"))
+    found, fixed, left = search._seconds(of_all, [candidate], [other])
     assert found == [pytest.approx(seconds)]
     assert (fixed, left) == (9.0, pytest.approx(1000.0 - 163.0 - seconds - 9.0))
+
+    # One that differs after pruning alone adopts the student of the first, and pays for its recovery; which ones a search for the fastest
+    # will train is not known, so there each pays for all.
+    unpruned, more = (replace(candidate, shape=replace(candidate.shape, neurons=share)) for share in (1.0, 0.25))
+    shared, _, _ = search._seconds(of_all, [unpruned, more], [])
+    settings.fit.budget = Budget(within=1.0)
+    alone, _, _ = search._seconds(of_all, [unpruned, more], [])
+    assert shared == [alone[0], pytest.approx(alone[1] - alone[0])]
+    assert shared[1] > 0
