@@ -31,7 +31,7 @@ class Model:
     def __call__(self, inputs: Any, **sampling: Any) -> Any:
         given = inputs if isinstance(inputs, list) else [inputs]
         if self.manifest["inputs"]["kind"] == "text":
-            check_texts(given)
+            check_texts(given, self.manifest["inputs"]["pair"])
         # One at a time, as on a device: dynamic quantization takes one scale for a whole batch.
         examples = [item if isinstance(item, tuple) else (item,) for item in given]
         if isinstance(self.predictor, Generator):
@@ -50,14 +50,15 @@ class Model:
         return ranked(self([(query, passage) for passage in passages]))
 
 
-def check_texts(given: list[Any]) -> None:
-    """Raise InputError unless all are texts, or tuples of one or two."""
+def check_texts(given: list[Any], pair: bool | None) -> None:
+    """Raise InputError unless all are texts, or tuples of two where the model reads a `pair`; either where that is not known (None)."""
+    expected = {True: "tuples of two texts", False: "texts", None: "texts, or tuples of two"}[pair]
     for item in given:
         parts = item if isinstance(item, tuple) else (item,)
-        if not (1 <= len(parts) <= 2 and all(isinstance(part, str) for part in parts)):
+        counts = (1, 2) if pair is None else (1 + pair,)
+        if len(parts) not in counts or not all(isinstance(part, str) for part in parts):
             raise InputError(
-                f"expected a text, a tuple of two, or a list of these, found {item!r:.80} ({type(item).__name__}). Convert it; of a "
-                "column or an array pass list(column)."
+                f"expected {expected}, found {item!r:.80} ({type(item).__name__}). Convert it; several inputs are a list, such as list(column)."
             )
 
 

@@ -49,8 +49,8 @@ FROM_PADDING = (
 ANSWERS = "question_answering"
 
 
-def text_settings(directory: Path, truncation_side: str, pair: bool, max_length: int) -> dict[str, Any]:
-    """What of tokenization is not in tokenizer.json, which must be there."""
+def text_settings(directory: Path, truncation_side: str, pair: bool | None, max_length: int) -> dict[str, Any]:
+    """What of tokenization is not in tokenizer.json, which must be there; whether inputs are pairs is None where it is not known."""
     check_tokenizer(directory)
     return {"kind": "text", "pair": pair, "max_length": max_length, "truncation_side": truncation_side}
 
@@ -172,7 +172,7 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
         limits = (tokenizer.get("model_max_length"), positions, 512)
         length = recorded(directory, "max_length") or int(min(filter(None, limits)))
         answers = outputs["kind"] == "answer"
-        inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), answers, length)
+        inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), answers or None, length)
         inputs |= {"overlap": config.get(ANSWERS, {}).get("overlap", length // 4)} if answers else {}
     return {"model": graph, "inputs": inputs, "outputs": outputs, "minimum_onnxruntime": "0"}
 

@@ -166,8 +166,20 @@ def test_an_onnx_directory_of_another_exporter_is_read_by_its_config(text_onnx, 
 
 @pytest.mark.parametrize("item", [None, 3, b"bytes", ("a", "b", "c"), np.array(["a", "b"]), ["a"]])
 def test_what_is_no_text_is_refused(item, text_bundle):
-    with pytest.raises(InputError, match="expected a text, a tuple of two"):
+    with pytest.raises(InputError, match="expected texts, found"):
         load(text_bundle)([item])
+
+
+def test_a_bundle_knows_whether_its_model_reads_pairs(text_bundle, tmp_path):
+    with pytest.raises(InputError, match=r"expected texts, found \(.*\) \(tuple\).* several inputs are a list"):
+        load(text_bundle)((TEXTS[0], TEXTS[1]))
+    of_pairs = Path(shutil.copytree(text_bundle, tmp_path / "bundle"))
+    manifest = json.loads((of_pairs / "manifest.json").read_text())
+    manifest["inputs"]["pair"] = True
+    (of_pairs / "manifest.json").write_text(json.dumps(manifest))
+    assert load(of_pairs)((TEXTS[0], TEXTS[1]))["input"] == TEXTS[:2]
+    with pytest.raises(InputError, match="expected tuples of two texts, found"):
+        load(of_pairs)(TEXTS[0])
 
 
 def test_pairs(text_onnx, tokenizer):

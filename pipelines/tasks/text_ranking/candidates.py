@@ -55,8 +55,7 @@ class RankingConfig(Checked):
     tfidf_candidates: Annotated[int | None, "at least 2"] = flag(
         None,
         "Give each query so many candidates, the best ones by TF-IDF out of all passages of its split, where the data set has only the right "
-        "passages; no label column is read. A training query whose right passage is not among them gets those of about its rank instead, and one "
-        "of --title_pairs those of about the rank of each passage of its text.",
+        "passages; no label column is read. To train on, a query has its right passages in any case, and as many passages at random.",
     )
     train_candidates: Annotated[int | None, "at least 1"] = flag(
         None,
@@ -175,9 +174,9 @@ def find_candidates(documents: list[tuple[str, list[str]]], count: int) -> Itera
     """Pairs and their labels, of queries and their right passages, of which the first is searched among those of all queries: of each query the
     `count` passages that are nearest to it by TF-IDF, the nearest first.
 
-    More follow to train on, with TO_TRAIN_ON added to their labels: for each right passage that is not among the nearest as many that stand
-    around it in the ranking of all passages. Beside the nearest ones it could be told by its distance. Rows without one of the texts
-    come first, as they are.
+    More follow to train on, with TO_TRAIN_ON added to their labels: the right ones that are not among these, the `count` nearest of all
+    passages, and as many at random. Among near ones alone, what is far from the query would be right, and little could be learnt from far ones
+    alone. Rows without one of the texts come first, as they are.
     """
     yield from ((query, "".join(own[:1]), 0.0) for query, own in documents if not (query and own))
     first: dict[str, str] = {}  # of texts that differ in white space only, which are one
@@ -207,16 +206,15 @@ def find_candidates(documents: list[tuple[str, list[str]]], count: int) -> Itera
         part = asked[start : start + step]
         nearness = (vectorizer.transform(part) @ weights.T).toarray()
         for query, order in zip(part, np.argsort(-nearness, axis=1, kind="stable"), strict=True):
-            nearest = order[is_searched[order]][:count]
-            order = order[~np.isin(order, nearest)]
             is_right = np.isin(order, places[query])
-            for number in nearest.tolist():
-                yield query, corpus[number], float(number in places[query])
-            around = set[int]()
-            for rank in np.flatnonzero(is_right).tolist():
-                least = max(0, min(rank - int(random.integers(count)), len(order) - count))
-                around.update(range(least, min(least + count, len(order))))
-            for rank in sorted(around):
+            nearest = np.flatnonzero(is_searched[order])[:count]
+            to_train_on = is_right.copy()
+            to_train_on[:count] = True
+            to_train_on[random.choice(len(order), min(count, len(order)), replace=False)] = True
+            to_train_on[nearest] = False
+            for rank in nearest.tolist():
+                yield query, corpus[order[rank]], float(is_right[rank])
+            for rank in np.flatnonzero(to_train_on).tolist():
                 yield query, corpus[order[rank]], TO_TRAIN_ON + float(is_right[rank])
 
 
@@ -243,17 +241,12 @@ def load_rankings(config: DataConfig, ranking: RankingConfig) -> Examples:
     pairs = {role: _with_labels(split, rows[role]) for role, split in given.items()}
     for role, split in examples.splits.items():
         origin = role if role in given else "train"
-        is_right, chosen = given[origin].labels > 0, []
-        for own in (rows[origin][query] for query in split["query"]):
-            others, nearest = own[to_train_on[origin][own]], own[~to_train_on[origin][own]]
-            if role == "train" and is_right[others].any():
-                # The nearest ones are learnt beside a right one that is among them, and would tell others by their distance.
-                chosen.append(own if is_right[nearest].any() else others)
-            else:
-                chosen.append(nearest)
+        chosen = [rows[origin][query] for query in split["query"]]
+        if role != "train":
+            chosen = [own[~to_train_on[origin][own]] for own in chosen]
         if role == "train" and ranking.train_candidates is not None:
-            random = np.random.default_rng(config.split_seed)
-            chosen = [drawn(one, is_right[one], ranking.train_candidates, random) for one in chosen]
+            random, is_right = np.random.default_rng(config.split_seed), given[origin].labels > 0
+            chosen = [drawn(own, is_right[own], ranking.train_candidates, random) for own in chosen]
         examples.splits[role] = pairs[origin].select(np.concatenate(chosen), keep_in_memory=True)
     counts = {role: len(split) for role, split in examples.splits.items()}
     details = {**examples.details, "pairs": counts}
