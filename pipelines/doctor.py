@@ -22,7 +22,7 @@ from pipelines.models.families import (
     removable,
     unit_count,
 )
-from pipelines.models.loading import check_encoder, load, load_tokenizer
+from pipelines.models.loading import check_encoder, load, load_config, load_tokenizer
 from pipelines.models.students import config_of_student, parse_layers
 from pipelines.onnx.export import ONNX_FILE, export_graph
 from pipelines.onnx.fuse import NOT_FUSED, fuse_for_onnxruntime
@@ -34,7 +34,7 @@ LARGEST = 300_000_000  # parameters of a part of the model that is exported with
 
 def diagnose(source: str) -> str:
     """A line each: family, layers, heads, neurons, students, pruning, export, fused attention, quantization and bundle."""
-    config = load(transformers.AutoConfig.from_pretrained, source, "a model's config.json")
+    config = load_config(source)
     check_encoder(config, source)
     name = _task_of(config)
     with torch.device("meta"):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from pipelines.core.task import Presentation
 from pipelines.onnx.file import OLDER
 from pipelines.report.card import format_model_card, of_another_kind, python_code, versions_section
 from pipelines.report.markdown import fence
-from pipelines.report.report import REPORT_FILES, read_report
+from pipelines.report.report import REPORT_FILES, public_report, read_report
 from pipelines.tasks import task_class
 
 MODEL_CARD = "README.md"
@@ -33,6 +35,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 BUNDLE = "bundle"
 # What transformers.js and optimum look for after the name of a graph, before its ending; "_data" follows on that of its weights.
 GRAPHS = {"onnx": "", "quantized": "_quantized"}
+# What from_pretrained would read in place of our weights, or beside them.
+OTHER_MODEL = re.compile(r"adapter_config\.json|modules\.json|[^/]*\.index\.json")
 FUSED = "_fused"  # of a quantized graph where one for older runtimes has its place
 
 
@@ -52,7 +56,8 @@ def push(directory: Path, repo_id: str | None = None, private: bool = True, toke
     repo_id = repo_id or directory.resolve().name
     token = find_token(repo_id, token)
     api = HfApi(token=token, library_name="pocketformers", library_version=pipelines.__version__)
-    with explained(repo_id, token, f"pocketformers push --output_dir {directory} --hub_model_id {repo_id}"):
+    command = shlex.join(["pocketformers", "push", "--output_dir", str(directory), "--hub_model_id", repo_id])
+    with explained(repo_id, token, command + ("" if private else " --hub_private_repo false")):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         before = api.model_info(repo_id)
         # An existing repository keeps its visibility whatever was asked for.
@@ -65,10 +70,12 @@ def push(directory: Path, repo_id: str | None = None, private: bool = True, toke
         usage = usage_section(report, presentation, repo_id, files)
         card = format_model_card(report | {"name": repo_id.split("/")[-1]}, presentation, usage)
         changed = published_tokenizer(files, presentation.tokenizer_settings(report)) | published_graphs(files)
+        changed["report.json"] = public_report(report)
         content: dict[str, Path | bytes] = {**files, MODEL_CARD: card.encode(), **changed}
         operations: list[Any] = [CommitOperationAdd(name, data) for name, data in content.items()]
-        # These two folders are ours: a graph or a page of an earlier push was never verified with this run.
-        held = [one.rfilename for one in before.siblings or [] if one.rfilename.startswith(("onnx/", f"{BUNDLE}/"))]
+        # These two folders are ours: a graph or a page of an earlier push was never verified with this run. The files would open another model.
+        names = [one.rfilename for one in before.siblings or []]
+        held = [name for name in names if name.startswith(("onnx/", f"{BUNDLE}/")) or OTHER_MODEL.fullmatch(name)]
         operations += [CommitOperationDelete(name) for name in held if name not in files]
         message = f"{report['recipe']} by Pocketformers {pipelines.__version__}"
         # What came in between was not looked at: the Hub refuses a commit on another parent.

@@ -275,6 +275,13 @@ def _stage(task: Task, output: Any, function: Callable[..., Any], source: str, *
     """Run one stage function into `output.output_dir`, with the record, the resuming and the safety of a stage of the chain."""
     # What a link leads to: the stage takes the place of its target, and would take the link's.
     target = Path(_needed(output.output_dir, "a directory to write", "output_dir")).resolve()
+    made = read_record(target) if target.is_dir() else None
+    of_another = made is not None and not made["made_by"]["function"].endswith(f".{function.__name__}")
+    if of_another or resolve(source) == str(target):
+        raise InputError(
+            f"expected {target} to be empty, missing, or of an earlier run of this command; found "
+            f"{'what another made' if of_another else 'its own source'} there. Nothing was touched: pass another --output_dir."
+        )
     with Run(target.parent, task, output.seed, only_stage=target.name) as run:
         return run.stage(target.name, function, source, **arguments)
 

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, constants
 from conftest import quick_arguments
 from hub_server import HubServer
 from pipelines.core.errors import InputError
-from pipelines.core.records import RECORD, fingerprint, with_checksum
+from pipelines.core.records import CHECKSUM, RECORD, checksum, fingerprint, with_checksum
 from pipelines.data.images import read_image
 from pipelines.hub import check_access, check_run, push
 from pipelines.onnx.predict import predict_onnx, run_session
@@ -30,6 +30,7 @@ from pipelines.runtime.infer import file_checksum
 from pipelines.tasks import task_class
 
 REPOSITORY = Path(__file__).parents[1]
+FLAGS = {"max_length": 32, "teacher_model": "/tmp/me/bert"}
 TOKEN, READ_TOKEN = "hf_ThisIsTheSecret", "hf_ThisIsAnotherSecret_read"
 REPORT = {"README.md", "report.json", "report.md", "report.png"}
 MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -108,7 +109,7 @@ def report_untimed(run: Any, recipe: str) -> None:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.report.results.measure", lambda subjects, **_: {one.name: timing for one in subjects})
-        report_run(run, recipe, ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), {"max_length": 32})
+        report_run(run, recipe, ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), FLAGS)
     run._lock.release()
 
 
@@ -209,7 +210,6 @@ def test_one_private_commit_with_the_files_that_others_look_for(a_run: Path, hub
         "onnx/model.onnx": "onnx/model.onnx",
         "onnx/model_fused.onnx": "quantized/model.onnx",
         "onnx/model_quantized.onnx": "quantized/onnx/model_quantized.onnx",
-        "report.json": "report.json",
         "bundle/infer.py": "bundle/infer.py",
         "bundle/web/library.mjs": "bundle/web/library.mjs",
     }
@@ -233,6 +233,9 @@ def test_what_is_published_holds_no_secret_and_no_folder_of_this_machine(a_run: 
         assert b"/tmp/" not in hub.content(file), name
         checked += 1
     assert checked >= 10
+    pushed = json.loads(hub.content(hub.files("ann/small")["report.json"]))
+    assert pushed["made_by"]["flags"] == FLAGS | {"teacher_model": "<local>/bert"}
+    assert pushed[CHECKSUM] == checksum(pushed)
     for path in a_run.rglob("*"):
         assert not path.is_file() or b"Secret" not in path.read_bytes(), path
 
@@ -270,9 +273,12 @@ def test_a_changed_run_replaces_what_an_earlier_one_left(a_run: Path, hub: HubSe
     push(a_run, "ann/small", token=TOKEN)
     assert set(hub.files("ann/small")) > BUNDLE
     shutil.rmtree(a_run / "bundle")
+    # What others would open in place of our weights goes, too; what is read by nobody stays.
+    file = hub.files("ann/small")["config.json"]
+    hub.commit("ann/small", "by hand", {"adapter_config.json": file, "model.safetensors.index.json": file})
     push(a_run, "ann/small", token=TOKEN)
     assert set(hub.files("ann/small")) == REPORT | MODEL | GRAPHS | {".gitattributes"}
-    assert len(hub.repository("ann/small")["commits"]) == 3
+    assert len(hub.repository("ann/small")["commits"]) == 4
 
 
 def test_a_name_without_a_namespace_is_the_users_own(a_run: Path, hub: HubServer) -> None:
@@ -576,6 +582,8 @@ def test_a_network_that_stays_away_is_one_message(a_run: Path, hub: HubServer, m
     hub.drop_uploads = 1000
     message = refusal(a_run)
     assert f"pocketformers push --output_dir {a_run} --hub_model_id ann/small" in message
+    assert "--hub_private_repo" not in message
+    assert "--hub_model_id ann/open --hub_private_repo false" in refusal(a_run, "ann/open", private=False)
     hub.drop_uploads = 0
     push(a_run, "ann/small", token=TOKEN)
     assert len(hub.repository("ann/small")["commits"]) == 2
@@ -648,7 +656,7 @@ def test_a_finished_report_reads_no_data_and_no_model(
     run.stages = finished_stages(run)
     for name in ("predict_onnx", "predict_torch", "load_model", "measure", "write_report"):
         monkeypatch.setattr(f"pipelines.report.results.{name}", refuse)
-    report_run(run, "distill_bert", ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), {"max_length": 32})
+    report_run(run, "distill_bert", ReportConfig(benchmark_rounds=1, benchmark_seconds=0.1), FLAGS)
     out = capsys.readouterr().out
     assert "report: finished already" in out
     assert "no measurable difference" in out or "too few test examples to tell" in out

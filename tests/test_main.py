@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -204,6 +205,21 @@ def test_a_stage_does_not_overwrite_what_it_did_not_write(stage, teacher, csv_fi
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
 
 
+def test_a_stage_does_not_take_the_place_of_another_or_of_its_source(stage, teacher, csv_file, tmp_path):
+    data, onnx = ["--dataset", str(csv_file), "--max_length", "32"], str(tmp_path / "onnx")
+    status, _, errors = stage("export", "--model", str(teacher), *data, "--output_dir", onnx)
+    assert status == 0, errors
+    before = (tmp_path / "onnx" / "model.onnx").read_bytes()
+    for verb, source in (("quantize", onnx), ("bundle", onnx), ("fine-tune", str(teacher))):
+        status, _, errors = stage(verb, "--model", source, *data, "--output_dir", onnx)
+        assert status == 1
+        assert "found what another made there" in errors
+    (tmp_path / "same").symlink_to(teacher)
+    status, _, errors = stage("export", "--model", str(teacher), *data, "--output_dir", str(tmp_path / "same"))
+    assert status == 1
+    assert (tmp_path / "onnx" / "model.onnx").read_bytes() == before
+
+
 def test_a_stage_is_written_to_where_a_link_leads(stage, teacher, csv_file, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
@@ -212,6 +228,30 @@ def test_a_stage_is_written_to_where_a_link_leads(stage, teacher, csv_file, tmp_
     assert status == 0, errors
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; the same command goes on"),
+        (BrokenPipeError(), 1, "found that the reader of the output had closed it"),
+    ],
+)
+def test_a_command_that_is_stopped_says_so_in_a_line(raised, status, said, capsys):
+    def main() -> None:
+        raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    assert ended.value.code == status
+    assert said in capsys.readouterr().err
+
+
+def test_a_sign_that_the_output_cannot_show_is_shown_by_its_number():
+    code = "from pipelines.core.command import run_main; run_main(lambda: print('m\\xfcll'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert shown.stdout == "m\\xfcll\n"
 
 
 def test_help_lists_every_verb_without_importing_torch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -188,13 +189,20 @@ def run_main(main: Callable[[], None]) -> None:
 
     Any other error shows its traceback. Of several processes only the first that fails prints its message.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one that cannot show a sign of a name shows its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+    except KeyboardInterrupt:
+        exit_with("stopped; the same command goes on from here", 130)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
         if isinstance(error, (InputError, VerificationError)):
             text: str | None = str(error)
+        elif isinstance(error, BrokenPipeError):
+            text = "expected to be able to write what it says, found that the reader of the output had closed it. The same command goes on."
         elif isinstance(error, OSError):
             text = f"expected to be able to read and write every file of the run, found: {error}. Check its permissions and the disk."
         else:

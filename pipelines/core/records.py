@@ -82,7 +82,7 @@ def check_files(directory: Path, record: dict[str, Any]) -> None:
     if damaged:
         raise InputError(
             f"expected the files of {directory} to be those that its {RECORD} names, found {', '.join(damaged)} changed or missing. Make that "
-            f"stage again; or delete its {RECORD}, and it is taken as it is."
+            f"stage again with the command that made it. As the source of a verb (--model) it is taken as it is once its {RECORD} is deleted."
         )
 
 

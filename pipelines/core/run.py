@@ -292,14 +292,22 @@ class Run:
         record = read_record(partial)
         if record is not None and record["made_by"] == made_by and not damaged_files(partial, record):
             self._put_in_place(partial, target)
-        shutil.rmtree(target.with_name(f".{target.name}.old"), ignore_errors=True)
+        _remove(target.with_name(f".{target.name}.old"))
 
     def _put_in_place(self, partial: Path, target: Path) -> None:
         shutil.rmtree(partial / "checkpoints", ignore_errors=True)
         (partial / ATTEMPT).unlink(missing_ok=True)
         old = target.with_name(f".{target.name}.old")
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
             target.rename(old)
         partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or a link to one, which stays as it is."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -92,8 +92,8 @@ def _locate_in_package(source: str) -> Path:
 def model_fingerprint(source: str) -> str:
     """What identifies the model's content: a sha256 over its files, or the resolved commit of a Hub model.
 
-    For a directory the names and contents of configs, weights, tokenizer and processor files count; records, model
-    cards and training state do not. Offline, the commit is that of the snapshot in the Hub cache. Raises InputError
+    For a directory the names and contents of configs, weights, tokenizer and processor files count, and those of an embedder's modules;
+    records, model cards and training state do not. Offline, the commit is that of the snapshot in the Hub cache. Raises InputError
     where there is neither.
     """
     resolved = resolve(source)
@@ -103,9 +103,10 @@ def model_fingerprint(source: str) -> str:
 
 
 def _directory_fingerprint(path: Path) -> str:
+    modules = sorted(path.glob("[0-9]*/*")) if (path / "modules.json").is_file() else []
     files = [
         file
-        for file in sorted(path.glob("*"))
+        for file in [*sorted(path.glob("*")), *modules]
         if file.is_file()
         and file.suffix not in NOT_MODEL_SUFFIXES
         and file.name not in NOT_MODEL_FILES
@@ -118,7 +119,7 @@ def _directory_fingerprint(path: Path) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{file_checksum(file)}\n".encode())
+        digest.update(f"{file.relative_to(path)}\0{file_checksum(file)}\n".encode())
     return digest.hexdigest()
 
 

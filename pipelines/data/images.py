@@ -284,7 +284,7 @@ def _pixel_values(processor: Any, images: list[Image.Image]) -> Tensor:
     """What a processor makes of images: grey ones where it normalizes one channel only."""
     is_grey = len(processor.image_mean or "RGB") == 1
     found = processor([image.convert("L") for image in images] if is_grey else images)["pixel_values"]
-    pixels = [torch.as_tensor(one) for one in found]
+    pixels = [torch.as_tensor(np.ascontiguousarray(one)) for one in found]  # some flip channels in place
     sizes = list(dict.fromkeys("x".join(map(str, one.shape[1:])) for one in pixels))
     if len(sizes) > 1:
         raise InputError(

@@ -197,4 +197,4 @@ def model_license(source: str) -> str | None:
         found = ModelCard.load(card, ignore_metadata_errors=True).data.license
     except Exception:  # a card is a courtesy: whatever is wrong with it, the model can be used
         return None
-    return found if isinstance(found, str) else None
+    return ", ".join(map(str, found)) or None if isinstance(found, list) else found

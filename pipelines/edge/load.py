@@ -31,7 +31,7 @@ class Model:
     def __call__(self, inputs: Any, **sampling: Any) -> Any:
         given = inputs if isinstance(inputs, list) else [inputs]
         if self.manifest["inputs"]["kind"] == "text":
-            check_texts(given, self.manifest["inputs"]["pair"])
+            check_texts(given, self.manifest["inputs"].get("pair"))
         # One at a time, as on a device: dynamic quantization takes one scale for a whole batch.
         examples = [item if isinstance(item, tuple) else (item,) for item in given]
         if isinstance(self.predictor, Generator):
@@ -100,14 +100,13 @@ def find(directory: Path) -> tuple[Path, str | None] | None:
 def download(repo_id: str) -> tuple[Path, str | None] | None:
     """What find() finds in a published model, of which no more is fetched than is needed."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     graphs = [["*.json", f"{graph}*"] for graph in GRAPHS[1:]]
     for patterns in (["bundle/*"], *graphs):
         try:
             # The page is for browsers only.
             folder = snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns="bundle/web/*")
-        except (HFValidationError, OSError) as error:  # the Hub's errors and the network's are of this class
+        except Exception as error:  # the Hub's, the network's, and those of whatever library it is read with
             reason = " ".join(str(error).split())
             raise InputError(
                 f"expected a directory or a published model, found no directory {repo_id!r}, and on the Hub: {reason}. Check the name; "

@@ -28,7 +28,7 @@ from pipelines.core.disk import write_json
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.data.sources import check_safetensors
-from pipelines.models.loading import check_finite, load, load_weights, new_model
+from pipelines.models.loading import check_finite, load_config, load_weights, new_model
 from pipelines.models.small import TextConfig
 from pipelines.runtime.infer import one_line
 
@@ -178,7 +178,7 @@ def _file(located: str, name: str) -> Path | None:
 def embedder_config(source: str, pooling: str | None = None, **code: bool) -> Any:
     """The config of the encoder in `source` with the settings of what follows it: those of its modules.json, or of a config.json that we
     wrote; of an encoder alone `pooling` and normalization. Raises InputError where there is none of them."""
-    config = load(AutoConfig.from_pretrained, source, "a model's config.json", **code)
+    config = load_config(source, **code)
     settings = read_modules(resolve(source)) or getattr(config, SETTINGS, None)
     if isinstance(config, StaticVectorsConfig):
         pooling = "mean"
@@ -254,7 +254,7 @@ def load_embedder(source: str, config: Any = None, from_scratch: bool = False, *
         model = new_model(AutoModel, source, config, **code)
     else:
         encoder = AutoModel._model_mapping.get(type(config), object)
-        model = load_weights(AutoModel, source, config=config, **without_pooler(encoder), **code)
+        model = load_weights(AutoModel, source, config, **without_pooler(encoder), **code)
     encoder_class: Any = type(model)
     model.__class__ = embedder_class(encoder_class)
     model.add_dense()

@@ -56,19 +56,29 @@ def load_classifier(
         order = list(range(len(label_names)))
     if from_scratch:
         return new_model(model_class, source, config, **code)
-    model = load_weights(model_class, source, head_may_be_new=head != "required", config=config, **code)
+    model = load_weights(model_class, source, config, head_may_be_new=head != "required", **code)
     reorder_labels(model, order, label_names)
     return model
 
 
-def new_model(model_class: Any, source: str, config: Any = None, **settings: Any) -> Any:
-    """A model by an Auto class with random weights, in the shape of `config`, or of the one in `source` with other `settings`."""
+def load_config(source: str, **settings: Any) -> Any:
+    """The config of the model in `source` with other `settings`, but for what a checkpoint may ask for that changes no number of it: outputs
+    beside the logits, which are read by name; kernels that this machine may not have; and the parts that a layer is computed in."""
     from transformers import AutoConfig
 
+    config = load(AutoConfig.from_pretrained, source, "a model's config.json", **settings)
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+    config._attn_implementation = None
+    if getattr(config, "chunk_size_feed_forward", 0):
+        config.chunk_size_feed_forward = 0
+    return config
+
+
+def new_model(model_class: Any, source: str, config: Any = None, **settings: Any) -> Any:
+    """A model by an Auto class with random weights, in the shape of `config`, or of the one in `source` with other `settings`."""
     if config is None:
-        config = load(AutoConfig.from_pretrained, source, "a model's config.json", **settings)
+        config = load_config(source, **settings)
     config.architectures = config.architectures or []  # from_config cannot do without
-    give_logits_alone(config)
     code = {"trust_remote_code": settings.get("trust_remote_code", False)}
     return load(lambda _: model_class.from_config(config, dtype="float32", **code), source, "the shape of a model")
 
@@ -106,12 +116,13 @@ def inputs_of(model_class: Any, source: str, config: Any, **code: bool) -> Input
     )
 
 
-def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, **settings: Any) -> Any:
-    """The model in `source` by an Auto class; refuses weights that leave part of it at random, which transformers only logs."""
+def load_weights(model_class: Any, source: str, config: Any, head_may_be_new: bool = False, **settings: Any) -> Any:
+    """The model in `source` with this `config`, by an Auto class; refuses weights that leave part of it at random, which transformers only logs."""
     model, info = load(
         model_class.from_pretrained,
         source,
         "a model's weights",
+        config=config,
         output_loading_info=True,
         use_safetensors=True,  # a pickle runs whatever code is in it
         dtype="float32",  # whatever it was stored in: mixed precision is the Trainer's
@@ -137,7 +148,6 @@ def load_weights(model_class: Any, source: str, head_may_be_new: bool = False, *
             f"{_remedy(source, missing[0].removeprefix(prefix), prefix, info['unexpected_keys'])}"
         )
     check_finite(model, source)
-    give_logits_alone(model.config)
     # A runtime without transformers reads config.json alone, and generation_config.json may have more ends.
     known = (getattr(one, "eos_token_id", None) for one in (model.config, getattr(model, "generation_config", None)))
     ends = [end for one in known if one is not None for end in (one if isinstance(one, list) else [one])]
@@ -155,11 +165,6 @@ def check_finite(model: Any, source: str) -> None:
             f"expected weights that are finite numbers in {source}, found NaN or infinity in {broken}: a training that diverged leaves them. "
             "Use an earlier checkpoint, or another model."
         )
-
-
-def give_logits_alone(config: Any) -> None:
-    """Undo what a checkpoint's config.json may ask for beside logits: they are read by name, and attention maps need a slower attention."""
-    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
 
 
 def _remedy(source: str, missing: str, base: str, unexpected: Any) -> str:

@@ -26,7 +26,7 @@ from pipelines.data.sources import check_model
 from pipelines.models import small
 from pipelines.models.embedder import is_embedder, load_embedder
 from pipelines.models.families import Group, groups_of, input_axis, layers_of, slices, unit_count, unit_width
-from pipelines.models.loading import load_weights
+from pipelines.models.loading import load_config, load_weights
 
 WITH_HEAD = re.compile(r"For[A-Z]|LMHead")  # in the name of a class
 Kept = Sequence[np.ndarray] | None  # of each layer the units to keep, in rising order; None keeps all
@@ -116,8 +116,8 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
     check_model(located)
     if is_embedder(located):
         return remove_zeros(load_embedder(str(directory), trust_remote_code=trust_remote_code).eval())
+    config = load_config(str(directory), trust_remote_code=trust_remote_code)
     try:
-        config = transformers.AutoConfig.from_pretrained(located, trust_remote_code=trust_remote_code)
         [name, *_] = config.architectures or [""]
         model_class = getattr(transformers, name, getattr(small, name, None))
         own = [path for path in getattr(config, "auto_map", {}).values() if path.endswith(f".{name}")]
@@ -133,7 +133,7 @@ def load_model(directory: str | Path, trust_remote_code: bool = False) -> Any:
             f"expected a class of transformers in 'architectures' of config.json in {directory}, found {repr(name) if name else 'none'}. Write its "
             'name there, such as ["BertForSequenceClassification"], or pip install -U transformers.'
         )
-    model = load_weights(model_class, str(directory)).eval()
+    model = load_weights(model_class, str(directory), config).eval()
     if model.base_model is model and not WITH_HEAD.search(name):
         raise InputError(
             f"expected a model with a head for its task in {directory}, found {name}, which has none. Fine-tune it first; an embedder needs the "

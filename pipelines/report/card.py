@@ -188,4 +188,4 @@ def _license_section(report: dict[str, Any]) -> str:
                 f"The licence of the teacher ({source}) applies to this model. It was not stated where the teacher was loaded from. Look it up "
                 "before you use or publish this model."
             )
-    return " ".join([*sentences, "So does the licence of the data: check it."])
+    return " ".join([*sentences, "The licence of the data applies, too: check it."])

@@ -204,11 +204,12 @@ def results_section(report: dict[str, Any], presentation: Presentation) -> str:
     rows = table_of(report, presentation)
     memory = ", ".join(f"{stage['name']} {stage['peak_memory_bytes'] / 1e6:.0f} MB" for stage in report["stages"])
     threads = report["stages"][0]["threads"]
+    on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
     explanation = (
         "The test split was read for this report only. The ONNX rows are the predictions of ONNX Runtime. *delta*: the score minus the "
         f"teacher's, with a paired bootstrap interval over the test {presentation.unit}. {presentation.how_scored(report)} *MB*: the files that "
         f"must be shipped, in millions of bytes. {presentation.how_timed(report)} *x faster*: the ratio of the two p50 in one round, as the "
-        f"median of the rounds, with the smallest and the largest; *busy* where these are more than a factor of two apart. All times are on {threads} threads, each stage in a fresh process, the "
+        f"median of the rounds, with the smallest and the largest; *busy* where these are more than a factor of two apart. All times are on {on_threads}, each stage in a fresh process, the "
         f"stages in turn.{_about_estimators(report)} Peak memory of the whole process while it was timed: {memory}."
     )
     table = markdown_table(list(rows[0]), [list(row.values()) for row in rows])

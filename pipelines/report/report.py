@@ -143,8 +143,10 @@ def _describe_teachers(stages: list[StageResult], named: Any) -> list[dict[str, 
     records = [stage.record for stage in stages if re.fullmatch(r"teacher(_\d+)?", stage.name)]
     sources = dict(enumerate(named if isinstance(named, list) else [named]))
     return [
-        _describe_source(sources.get(number) or record["made_by"].get("source"))
-        | {"license": record["details"].get("license")}
+        {
+            "source": _without_folders(sources.get(number) or record["made_by"].get("source")),
+            **{name: record["details"].get(name) for name in ("hub_id", "license")},
+        }
         for number, record in enumerate(records)
     ]
 
@@ -206,6 +208,12 @@ def write_report(run_dir: str | Path, report: dict[str, Any], presentation: Pres
     for name, content in pages.items():
         write_whole(Path(run_dir) / name, content)
     write_json(Path(run_dir) / "report.json", with_checksum(report | {"files": hashes}))
+
+
+def public_report(report: dict[str, Any]) -> bytes:
+    """The content of a report.json for others: its flags, which `report --again` takes as they were given, without the folders of this machine."""
+    made_by = report["made_by"] | {"flags": _without_folders(report["made_by"]["flags"])}
+    return json.dumps(with_checksum(report | {"made_by": made_by}), indent=2).encode()
 
 
 def read_report(run_dir: str | Path) -> tuple[dict[str, Any], list[str]]:

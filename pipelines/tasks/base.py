@@ -24,7 +24,7 @@ from pipelines.data.remembered import remembered, remembered_fingerprint, state_
 from pipelines.data.sources import check_model, check_onnx_directory
 from pipelines.data.text import TEXTS
 from pipelines.data.transfer import load_transfer
-from pipelines.models.loading import has_tokenizer, load, load_classifier
+from pipelines.models.loading import has_tokenizer, load_classifier, load_config
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.onnx.predict import run_session
 from pipelines.onnx.verify import verification_batches
@@ -228,11 +228,7 @@ class BaseTask(Task):
 
     def load_config(self, source: str) -> Any:
         """The config of a model."""
-        from transformers import AutoConfig
-
-        return load(
-            AutoConfig.from_pretrained, source, "a model's config.json", trust_remote_code=self.trust_remote_code
-        )
+        return load_config(source, trust_remote_code=self.trust_remote_code)
 
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
         """The model with a head for this task's labels; see load_classifier."""

@@ -27,6 +27,7 @@ from pipelines.edge.bundle import image_probes, verify_predictor
 from pipelines.edge.settings import head_outputs, image_settings
 from pipelines.models.loading import load
 from pipelines.models.small import ImageCnnConfig
+from pipelines.runtime.images import image_pixels
 from pipelines.runtime.infer import available_cores
 from pipelines.tasks import baselines
 from pipelines.tasks.classification import Classification, ClassifierPresentation
@@ -231,7 +232,13 @@ class ImageClassification(Classification):
     # ---- Bundle
 
     def bundle_obstacle(self, source: str) -> str | None:
-        """None that is known before the bundle is there."""
+        """An image processor with steps that the bundle's runtime does not have."""
+        processor = self.load_processor(source)
+        for name, (file,), expected in image_probes(self.collate(processor)):
+            with Image.open(file) as image:
+                pixels = image_pixels(image, image_settings(processor))
+            if not np.array_equal(pixels, expected["pixel_values"][0]):
+                return f"its runtime does not prepare {name} as {type(processor).__name__} does"
         return None
 
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:

@@ -109,9 +109,18 @@ class TextTask(BaseTask):
             return
         tokenizer = self.load_processor(source)
         text_config = config.get_text_config()
+        is_decoder, padding = tokenizer.cls_token is None, tokenizer.pad_token_id
+        has_head = str((config.architectures or [""])[0]).endswith(self.architectures)
+        # A decoder's head reads the last token that is no padding.
+        if is_decoder and has_head and text_config.pad_token_id != padding == tokenizer("a")["input_ids"][-1]:
+            raise InputError(
+                f"expected a padding token that ends no text in {source}, found that its tokenizer ends every text with its padding "
+                f"{tokenizer.pad_token!r}, which was none when the model was trained (pad_token_id {text_config.pad_token_id} in config.json). "
+                "Set another pad_token in tokenizer_config.json: the one of the training, or any that ends no text."
+            )
         if not inputs.from_padding:  # which would move the positions
-            text_config.pad_token_id = tokenizer.pad_token_id
-        if tokenizer.cls_token is None:
+            text_config.pad_token_id = padding
+        if is_decoder:
             text_config.use_cache = (
                 False  # of keys and values, which only a continuation needs; ONNX has no such outputs
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from pipelines.core.config import TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome, read_record
+from pipelines.core.sources import resolve
 from pipelines.core.task import Task
 from pipelines.data.sources import model_license
 from pipelines.models.predict import predict_torch
@@ -30,7 +32,8 @@ def fine_tune(
     does no better than guessing is refused, its checkpoints left in place.
     """
     processor = task.load_processor(source)
-    details: dict[str, Any] = {"license": model_license(source)}
+    is_local = os.path.isabs(resolve(source))
+    details: dict[str, Any] = {"license": model_license(source), "hub_id": None if is_local else source}
     if teacher.teacher_epochs == 0:
         model = task.load_model(source, head="required").to(PartialState().device)
         task.check_label_order(processor, partial(predict_torch, model, name="labels"))

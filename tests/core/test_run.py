@@ -125,6 +125,17 @@ def test_a_damaged_file_is_noticed_and_made_again(tmp_path, source, damage, caps
     assert (tmp_path / "run" / "first" / "model.txt").read_text() == "a 1"
 
 
+def test_a_stage_on_another_disk_is_made_again_each_time(tmp_path, source):
+    run_both(tmp_path / "run", source)
+    (tmp_path / "run" / "second").rename(tmp_path / "disk")
+    (tmp_path / "run" / "second").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        (tmp_path / "run" / "second" / "copy.txt").write_text("other")
+        assert run_both(tmp_path / "run", source) == ["second"]
+    assert not (tmp_path / "run" / ".second.old").is_symlink()
+    assert (tmp_path / "disk" / "copy.txt").read_text() == "other"
+
+
 def test_a_models_path_is_not_taken_for_a_stage_of_the_same_name(tmp_path, source, monkeypatch):
     """`--teacher_model teacher`, the directory of a single stage, and a run whose first stage is called `teacher`, too."""
     source.rename(tmp_path / "first")
@@ -142,7 +153,7 @@ def test_a_stage_is_not_made_of_files_that_its_sources_record_does_not_know(tmp_
     run_both(tmp_path / "run", source)
     (tmp_path / "run" / "first" / "model.txt").write_text("other")
     run = Run(tmp_path, Task(), seed=0, only_stage="alone")
-    with pytest.raises(InputError, match=r"found model.txt changed or missing.*delete its record.json"):
+    with pytest.raises(InputError, match=r"found model.txt changed or missing.*once its record.json is deleted"):
         run.stage("alone", write_second, str(tmp_path / "run" / "first"))
     (tmp_path / "run" / "first" / RECORD).unlink()
     run.stage("alone", write_second, str(tmp_path / "run" / "first"))

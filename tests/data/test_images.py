@@ -17,6 +17,7 @@ import pandas
 import pytest
 import torch
 from PIL import Image
+from transformers import MobileViTImageProcessor
 
 from conftest import make_image, make_image_processor, tiny_config, tiny_model, write_image_folder
 from pipelines.core.config import AugmentConfig, DataConfig, DistillConfig, StudentConfig, TeacherConfig
@@ -61,6 +62,17 @@ def png(width: int, height: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (width, height)).save(file, "png")
     return file.getvalue()
+
+
+def test_a_processor_with_steps_of_its_own_is_used_and_has_no_bundle(image_task, tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path)
+    MobileViTImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    rows = [image_task.splits["train"][index] for index in range(2)]
+    of_colours = image_task.collate(image_task.load_processor(str(tmp_path)))(rows)["pixel_values"]
+    assert of_colours.shape == (2, 3, 8, 8)
+    assert "does not prepare an image of" in image_task.bundle_obstacle(str(tmp_path))
+    make_image_processor().save_pretrained(tmp_path)
+    assert image_task.bundle_obstacle(str(tmp_path)) is None
 
 
 def test_images_that_a_processor_makes_of_several_sizes_are_refused():

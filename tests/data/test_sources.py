@@ -180,12 +180,15 @@ def test_fingerprint_follows_the_model_files_only(model: Path) -> None:
     assert model_fingerprint(str(moved)) == first
 
     prints = {first}
-    for name, content in [("tokenizer.json", "{ }"), ("vocab.txt", "a"), ("config.json", "{}")]:
+    (moved / "1_Pooling").mkdir()
+    # An embedder is what its modules.json names, too.
+    of_modules = [("modules.json", "[]"), ("1_Pooling/config.json", "{}"), ("1_Pooling/config.json", "{ }")]
+    for name, content in [("tokenizer.json", "{ }"), ("vocab.txt", "a"), ("config.json", "{}"), *of_modules]:
         (moved / name).write_text(content)
         prints.add(model_fingerprint(str(moved)))
     save_file({"weight": np.zeros((64, 64), np.float32)}, moved / "model.safetensors")
     prints.add(model_fingerprint(str(moved)))
-    assert len(prints) == 5
+    assert len(prints) == 8
 
 
 def test_fingerprint_needs_model_files(tmp_path: Path) -> None:

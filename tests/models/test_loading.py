@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import WORDS, make_texts, make_tokenizer, tiny_config, tiny_model, write_csv
@@ -154,6 +155,18 @@ def test_what_a_config_asks_for_beside_logits_is_not_given(asked, task, tmp_path
     changes = {"return_dict": False} if asked == "tuples" else {asked: True}
     model = task.load_model(save(tmp_path, tiny_model(), **changes), "new if other")
     assert list(model(torch.tensor([[1, 2, 3]])).keys()) == ["logits"]
+
+
+@pytest.mark.parametrize("asked", [{"chunk_size_feed_forward": 8}, {"_attn_implementation": "flash_attention_2"}])
+def test_how_a_config_would_compute_changes_nothing(asked, task, tmp_path):
+    inputs = torch.tensor([[1, 2, 3]])
+    plain = load_model(save(tmp_path / "plain", tiny_model()))
+    source = shutil.copytree(tmp_path / "plain", tmp_path / "asked")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | asked))
+    for model in (load_model(source), task.load_model(str(source), "new if none").eval()):
+        torch.testing.assert_close(model(inputs).logits, plain(inputs).logits)
+    export_onnx(str(source), tmp_path, task)
 
 
 def test_the_ends_of_a_generation_config_are_those_of_the_model(tmp_path):
@@ -374,6 +387,23 @@ def test_a_decoder_reads_the_last_token_before_the_padding_everywhere(padded_by,
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     feed = {node.name: inputs[node.name].numpy() for node in session.get_inputs()}
     np.testing.assert_allclose(session.run(["logits"], feed)[0], alone.numpy(), atol=1e-4)
+
+
+def test_a_decoder_whose_texts_end_with_its_padding_is_refused(task, tmp_path):
+    tokenizer = train_tokenizer(task.splits["train"]["text"], 300)
+    end = tokenizer.convert_ids_to_tokens(0)
+    template = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 0)])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.eos_token = tokenizer.pad_token = end
+    ids = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
+    source = save(tmp_path / "other", tiny_model("llama", pad_token_id=7, **ids), tokenizer)
+    with pytest.raises(InputError, match=f"its padding '{end}', which was none .pad_token_id 7 in"):
+        task.load_model(source)
+    # A model that was trained so, or will be, reads what it was trained with.
+    source = save(tmp_path / "same", tiny_model("llama", pad_token_id=0, **ids), tokenizer)
+    assert task.load_model(source, "new if other").config.pad_token_id == 0
+    source = save(tmp_path / "base", AutoModelForCausalLM.from_config(tiny_config("llama", **ids)), tokenizer)
+    assert task.load_model(source, "new if other").config.pad_token_id == 0
 
 
 def test_a_slow_tokenizer_says_at_once_that_there_will_be_no_bundle(task, tmp_path):
