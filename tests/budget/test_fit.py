@@ -144,8 +144,9 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
         return make_small(*arguments)
 
     monkeypatch.setattr(search, "make_small", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pocketformers(*command)
+    status, _, errors = pocketformers(*command)
+    assert status == 130
+    assert "the same command goes on" in errors
     monkeypatch.setattr(search, "make_small", make_small)
     status, output, errors = pocketformers(*command)
     assert status == 0, errors
