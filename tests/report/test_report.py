@@ -414,7 +414,7 @@ def test_the_card_says_that_a_dynamic_scheme_depends_on_the_batch(tmp_path: Path
 
 def test_card_is_valid_metadata(tmp_path: Path) -> None:
     stages = make_stages()
-    stages[0].record["details"]["license"] = "apache-2.0"
+    stages[0].record["details"] |= {"license": "apache-2.0", "hub_id": "google-bert/bert-base-uncased"}
     stages[-1].record["details"]["scheme"] = "dynamic_int8"
     write_report(tmp_path, make_report(stages), WORDS)
     card = ModelCard.load(tmp_path / "README.md")
@@ -430,6 +430,9 @@ def test_card_is_valid_metadata(tmp_path: Path) -> None:
     assert results["accuracy"].dataset_name == "<local>/reviews.csv"
     assert results.keys() == {"accuracy", "f1", "matthews_correlation"}
 
+    # A folder is no model of the Hub, whatever it is called.
+    write_report(tmp_path, make_report(config={"teacher_model": "mine/bert"}), WORDS)
+    assert "base_model" not in ModelCard.load(tmp_path / "README.md").data.to_dict()
     given = {"teacher_model": "package://somewhere/model", "dataset": "nyu-mll/glue", "dataset_config": "sst2"}
     for scheme, tag in (("fp32", None), ("int4_blocks_int8_embeddings", "int4"), (None, None)):
         write_report(tmp_path, make_report(config=given) | {"quantization": scheme}, WORDS)
@@ -450,8 +453,8 @@ def test_the_card_names_every_teacher_and_its_licence(tmp_path: Path) -> None:
         (("mit", "mit"), "mit"),
         (("mit", None), None),
     ):
-        for stage, license in zip(stages, licenses, strict=False):
-            stage.record["details"]["license"] = license
+        for stage, license, model in zip(stages, licenses, models, strict=False):
+            stage.record["details"] |= {"license": license, "hub_id": model}
         write_report(tmp_path, make_report(stages, config={"teacher_model": models}), WORDS)
         card = ModelCard.load(tmp_path / "README.md")
         data = card.data.to_dict()

@@ -129,7 +129,7 @@ def test_a_run_with_two_seeds_that_is_killed_in_the_second(argv, monkeypatch, ca
 
     monkeypatch.setattr(chain, "prune_and_recover", killed)
     killed.__module__, killed.__qualname__ = real.__module__, real.__qualname__
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         run_recipe(argv, monkeypatch, capsys)
     monkeypatch.setattr(chain, "prune_and_recover", real)
     said = run_recipe(argv, monkeypatch, capsys)
