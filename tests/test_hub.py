@@ -236,6 +236,10 @@ def test_what_is_published_holds_no_secret_and_no_folder_of_this_machine(a_run: 
     pushed = json.loads(hub.content(hub.files("ann/small")["report.json"]))
     assert pushed["made_by"]["flags"] == FLAGS | {"teacher_model": "<local>/bert"}
     assert pushed[CHECKSUM] == checksum(pushed)
+    pushed["made_by"]["flags"] = FLAGS
+    assert pushed | {CHECKSUM: checksum(pushed)} == json.loads(
+        (a_run / "report.json").read_text()
+    )  # all else is the same
     for path in a_run.rglob("*"):
         assert not path.is_file() or b"Secret" not in path.read_bytes(), path
 

@@ -187,7 +187,7 @@ def _text(node: Any, example: str) -> str:
 def run_main(main: Callable[[], None]) -> None:
     """Run a command: errors in the input become one message and exit status 1, with a traceback only under --debug.
 
-    Any other error shows its traceback. Of several processes only the first that fails prints its message.
+    Ctrl-C is one line and status 130, any other error shows its traceback. Of several processes only the first that fails prints its message.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # one that cannot show a sign of a name shows its number

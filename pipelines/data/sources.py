@@ -187,8 +187,8 @@ def _check_shards(index: Path) -> None:
         )
 
 
-def model_license(source: str) -> str | None:
-    """The licence that the model card beside the weights, or on the Hub, names; None where none is to be had."""
+def model_license(source: str) -> str | list[str] | None:
+    """The licence, or several, that the model card beside the weights, or on the Hub, names; None where none is to be had."""
     from huggingface_hub import ModelCard
 
     resolved = resolve(source)
@@ -197,4 +197,6 @@ def model_license(source: str) -> str | None:
         found = ModelCard.load(card, ignore_metadata_errors=True).data.license
     except Exception:  # a card is a courtesy: whatever is wrong with it, the model can be used
         return None
-    return ", ".join(map(str, found)) or None if isinstance(found, list) else found
+    if isinstance(found, list):
+        return [str(one) for one in found] or None
+    return found if isinstance(found, str) else None

@@ -33,7 +33,7 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
 
     shipped = stage_of(report, report["shipped"])
     dataset, teachers = report["dataset"], teachers_of(report)
-    licenses = list(dict.fromkeys(teacher["license"] for teacher in teachers))
+    licenses = list(dict.fromkeys(one for teacher in teachers for one in _licenses(teacher)))
     on_hub = [teacher["hub_id"] for teacher in teachers if teacher["hub_id"]]
     compressed = " and ".join(escape(str(teacher["source"])) for teacher in teachers)
     names, task = {stage["name"] for stage in report["stages"]}, presentation.hub_task or report["task"]
@@ -169,6 +169,12 @@ def teachers_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [report["teacher"], *report.get("more_teachers", [])]
 
 
+def _licenses(teacher: dict[str, Any]) -> list[Any]:
+    """The licences of a teacher, of which a card may name several; None stands for one that was not stated."""
+    found = teacher["license"]
+    return found if isinstance(found, list) else [found]
+
+
 def _one_or_list(values: list[str]) -> Any:
     """As the front matter of a card has it."""
     return values if len(values) > 1 else next(iter(values), None)
@@ -180,9 +186,8 @@ def _license_section(report: dict[str, Any]) -> str:
     for teacher in teachers_of(report):
         source = escape(str(teacher["source"]))
         if teacher["license"]:
-            sentences.append(
-                f"The licence of the teacher {source}, {escape(teacher['license'])}, applies to this model too."
-            )
+            named = escape(", ".join(_licenses(teacher)))
+            sentences.append(f"The licence of the teacher {source}, {named}, applies to this model too.")
         else:
             sentences.append(
                 f"The licence of the teacher ({source}) applies to this model. It was not stated where the teacher was loaded from. Look it up "

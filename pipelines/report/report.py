@@ -170,7 +170,7 @@ def _divide(numerator: float, denominator: float) -> float | None:
 
 
 def _describe_source(source: str | None) -> dict[str, str | None]:
-    """How a model or data set is named in public, and its Hub id where it has one."""
+    """How a data set is named in public, and its Hub id where it has one."""
     try:
         # A local path, absolute or with a scheme, is its own resolution too.
         local = not source or "://" in source or Path(source).is_absolute() or resolve(source) != source

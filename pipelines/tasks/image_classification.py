@@ -234,9 +234,10 @@ class ImageClassification(Classification):
     def bundle_obstacle(self, source: str) -> str | None:
         """An image processor with steps that the bundle's runtime does not have."""
         processor = self.load_processor(source)
+        settings = image_settings(processor)
         for name, (file,), expected in image_probes(self.collate(processor)):
             with Image.open(file) as image:
-                pixels = image_pixels(image, image_settings(processor))
+                pixels = image_pixels(image, settings)
             if not np.array_equal(pixels, expected["pixel_values"][0]):
                 return f"its runtime does not prepare {name} as {type(processor).__name__} does"
         return None

@@ -112,7 +112,8 @@ class TextTask(BaseTask):
         is_decoder, padding = tokenizer.cls_token is None, tokenizer.pad_token_id
         has_head = str((config.architectures or [""])[0]).endswith(self.architectures)
         # A decoder's head reads the last token that is no padding.
-        if is_decoder and has_head and text_config.pad_token_id != padding == tokenizer("a")["input_ids"][-1]:
+        pads_otherwise = text_config.pad_token_id != padding
+        if is_decoder and has_head and pads_otherwise and tokenizer("a")["input_ids"][-1:] == [padding]:
             raise InputError(
                 f"expected a padding token that ends no text in {source}, found that its tokenizer ends every text with its padding "
                 f"{tokenizer.pad_token!r}, which was none when the model was trained (pad_token_id {text_config.pad_token_id} in config.json). "

@@ -405,8 +405,9 @@ def test_a_token_reaches_no_file_and_no_output(pretrained, csv_file, tmp_path, m
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(Trainer, "_save_checkpoint", save_and_die)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(recipe), run_name="__main__")
+    assert ended.value.code == 130
     assert TOKEN not in "".join(capfd.readouterr())
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert any(path.name == "training_args.bin" for path in written)

@@ -223,5 +223,7 @@ def test_the_licence_is_that_of_the_model_card(tmp_path):
     assert model_license(str(tmp_path)) is None
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     assert model_license(str(tmp_path)) == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\nlicense: [mit, apache-2.0]\n---\n")
+    assert model_license(str(tmp_path)) == ["mit", "apache-2.0"]
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     assert model_license(str(tmp_path)) is None

@@ -451,6 +451,7 @@ def test_the_card_names_every_teacher_and_its_licence(tmp_path: Path) -> None:
     for licenses, expected in (
         (("apache-2.0", "mit"), ["apache-2.0", "mit"]),
         (("mit", "mit"), "mit"),
+        ((["mit", "apache-2.0"], "mit"), ["mit", "apache-2.0"]),
         (("mit", None), None),
     ):
         for stage, license, model in zip(stages, licenses, models, strict=False):
@@ -460,7 +461,8 @@ def test_the_card_names_every_teacher_and_its_licence(tmp_path: Path) -> None:
         data = card.data.to_dict()
         assert (data["base_model"], data.get("license")) == (models, expected)
         assert "compressed from the teachers google-bert/bert-base-uncased and FacebookAI/roberta-base" in card.text
-        assert f"The licence of the teacher {models[0]}, {licenses[0]}, applies" in card.text
+        named = ", ".join(licenses[0]) if isinstance(licenses[0], list) else licenses[0]
+        assert f"The licence of the teacher {models[0]}, {named}, applies" in card.text
     assert f"The licence of the teacher ({models[1]}) applies to this model. It was not stated" in card.text
 
 

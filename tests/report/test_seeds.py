@@ -129,8 +129,9 @@ def test_a_run_with_two_seeds_that_is_killed_in_the_second(argv, monkeypatch, ca
 
     monkeypatch.setattr(chain, "prune_and_recover", killed)
     killed.__module__, killed.__qualname__ = real.__module__, real.__qualname__
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         run_recipe(argv, monkeypatch, capsys)
+    assert ended.value.code == 130
     monkeypatch.setattr(chain, "prune_and_recover", real)
     said = run_recipe(argv, monkeypatch, capsys)
     assert "seeds/43/student: finished already" in said

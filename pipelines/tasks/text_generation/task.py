@@ -127,7 +127,7 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         if not from_scratch:
             if has_tokenizer(source):
                 self.check_tokens(self.load_processor(source), "input_ids", config.vocab_size, source)
-            return load_weights(self.auto_class, source, self.load_config(source), **code)
+            return load_weights(self.auto_class, source, config, **code)
         tokenizer = self.load_processor(source)
         end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
         return new_model(

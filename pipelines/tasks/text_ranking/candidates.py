@@ -175,8 +175,7 @@ def find_candidates(documents: list[tuple[str, list[str]]], count: int) -> Itera
     `count` passages that are nearest to it by TF-IDF, the nearest first.
 
     More follow to train on, with TO_TRAIN_ON added to their labels: the right ones that are not among these, the `count` nearest of all
-    passages, and as many at random. Among near ones alone, what is far from the query would be right, and little could be learnt from far ones
-    alone. Rows without one of the texts come first, as they are.
+    passages, and as many at random. Among near ones alone, what is far from the query would be right; far ones alone say nothing of near ones. Rows without one of the texts come first, as they are.
     """
     yield from ((query, "".join(own[:1]), 0.0) for query, own in documents if not (query and own))
     first: dict[str, str] = {}  # of texts that differ in white space only, which are one
@@ -244,7 +243,7 @@ def load_rankings(config: DataConfig, ranking: RankingConfig) -> Examples:
         chosen = [rows[origin][query] for query in split["query"]]
         if role != "train":
             chosen = [own[~to_train_on[origin][own]] for own in chosen]
-        if role == "train" and ranking.train_candidates is not None:
+        elif ranking.train_candidates is not None:
             random, is_right = np.random.default_rng(config.split_seed), given[origin].labels > 0
             chosen = [drawn(own, is_right[own], ranking.train_candidates, random) for own in chosen]
         examples.splits[role] = pairs[origin].select(np.concatenate(chosen), keep_in_memory=True)
