@@ -49,7 +49,7 @@ class TextTask(BaseTask):
     # The adapter's task type trains a new head along with it.
     lora_settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     student_head: Head = "new if none"
-    quantization_schemes = ("dynamic_int8", "int8_int4_embeddings", *BaseTask.quantization_schemes[1:])
+    quantization_schemes = ("dynamic_int8", "int8_int4_embeddings", "int4_blocks", *BaseTask.quantization_schemes[1:])
     graph_outputs = ["logits"]
     reads_windows = False  # whether a text longer than --max_length is read in parts, whose tokens have places in it
     student_kinds: Mapping[str, Any] = {"lstm": LstmConfig, "cnn": TextCnnConfig, "static": StaticConfig}

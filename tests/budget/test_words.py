@@ -136,7 +136,7 @@ GRID = [
 
 
 def test_schemes_are_the_one_asked_for_or_all_that_need_no_examples(task, image_task, language_task):
-    assert schemes_of(task, QuantizeConfig()) == ["dynamic_int8", "int8_int4_embeddings"]
+    assert schemes_of(task, QuantizeConfig()) == ["dynamic_int8", "int8_int4_embeddings", "int4_blocks"]
     assert schemes_of(image_task, QuantizeConfig()) == ["dynamic_int8"]
     assert schemes_of(language_task, QuantizeConfig())[0] == "dynamic_int8"
     assert schemes_of(task, QuantizeConfig(quantization="mixed_int8")) == ["mixed_int8"]

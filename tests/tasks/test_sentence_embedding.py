@@ -31,6 +31,7 @@ from pipelines.models.embedder import SETTINGS, load_embedder, pool, width_of
 from pipelines.models.removal import load_model
 from pipelines.models.students import build_student
 from pipelines.onnx.export import export_onnx
+from pipelines.onnx.measure import estimator_workload
 from pipelines.runtime.vectors import convert, search, unit
 from pipelines.tasks.ranking import Bm25, Retriever
 from pipelines.tasks.sentence_embedding import losses
@@ -442,6 +443,27 @@ def test_what_cannot_work_is_refused(pairs, pretrained, embedder):
         EmbeddingConfig(matryoshka_sizes="small")
     with pytest.raises(InputError, match="--matryoshka_sizes"):
         EmbeddingConfig(matryoshka_sizes="16,0")
+
+
+def test_a_query_is_timed_alone_and_the_corpus_in_batches(pairs, embedder):
+    task = SentenceEmbedding(DataConfig(dataset=str(pairs), text_pair_column="other", max_length=32))
+    rows = task.rows.splits["test"]
+    queries = rows["text"][: sum(label != CORPUS for label in rows["label"])]
+    tokenizer = task.load_processor(str(embedder))
+    lengths = [len(tokenizer(query)["input_ids"]) for query in queries]
+    longest = tokenizer(queries[int(np.argmax(lengths))])["input_ids"]
+    assert max(lengths) < max(task.features(tokenizer)["test"]["length"])  # the corpus has longer ones
+    workload = task.workload(embedder, "test")
+    assert workload.feeds["single"]["input_ids"].tolist() == [longest]
+    assert workload.settings["batches"] * 16 > len(queries)
+    inputs = task.baseline_inputs(task.splits["test"])
+    single = estimator_workload(inputs, task.asked_alone("test")).feeds["single"]["inputs"].tolist()
+    assert single == [max(inputs[: len(queries)], key=len)]
+    # Without queries every text may be asked for.
+    scored = SentenceEmbedding(
+        DataConfig(dataset=str(pairs), text_pair_column="other"), EmbeddingConfig(score_column="score")
+    )
+    assert scored.asked_alone("test") is None
 
 
 def test_a_baseline_is_compared_as_if_it_was_shipped(pairs):

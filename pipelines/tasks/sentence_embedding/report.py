@@ -48,7 +48,8 @@ class EmbedderPresentation(TextPresentation):
             searched = (
                 f"Each query is searched by its cosine in a corpus of {report['corpus_examples']:,} texts, of which one is its positive; texts of the "
                 "same cosine count against it. *mrr at 10*: 1 / the place of the positive, 0 beyond the tenth. *recall@k*: the share of "
-                "positives among the first k. *NDCG@10*: 1 / log2(1 + place). "
+                "positives among the first k. *NDCG@10*: 1 / log2(1 + place). Latency is that of the longest query; throughput that of queries and "
+                "corpus. "
             )
         return (
             f"{searched}*agreement*: the share of the ten nearest texts that are among the teacher's ten, too. *similarity*: Spearman's "

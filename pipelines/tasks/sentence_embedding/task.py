@@ -331,6 +331,10 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
 
     # ---- ONNX
 
+    def asked_alone(self, split: str) -> int | None:
+        """A search asks one query at a time, of a corpus that was read before."""
+        return int((np.asarray(self.rows.splits[split]["label"][:]) != CORPUS).sum()) if self.searches else None
+
     def run_model(self, model: Any, feed: Arrays) -> Arrays:
         with torch.inference_mode():
             found = model(**{name: torch.from_numpy(array) for name, array in feed.items()})
