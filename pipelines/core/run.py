@@ -236,6 +236,7 @@ class Run:
     def _finished(self, target: Path, made_by: dict[str, Any]) -> bool:
         record = read_record(target)
         if record is None:
+            self._check_ours(target)
             return False
         reasons = differences(record["made_by"], made_by)
         damaged = damaged_files(target, record)
@@ -250,6 +251,15 @@ class Run:
             return False
         print(f"{self.prefix}{target.name}: finished already", flush=True)
         return True
+
+    def _check_ours(self, target: Path) -> None:
+        """Raise InputError where something that never was a stage is in its place: whoever put it there may want it."""
+        made_here = (target / RECORD).exists() or (target.is_dir() and not any(target.iterdir()))
+        if os.path.lexists(target) and not made_here:
+            raise InputError(
+                f"expected nothing at {target}, or the stage of that name, found something without a {RECORD}. Nothing was touched: move it, or "
+                "pass another --output_dir."
+            )
 
     def _start(self, partial: Path, made_by: dict[str, Any], resumes: bool) -> None:
         """Keep what an interrupted attempt at the very same stage left, if it is one that resumes, and nothing else."""

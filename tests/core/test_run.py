@@ -77,10 +77,9 @@ def test_what_is_there_for_comparison_only_is_left_out_where_it_cannot_be_made(t
 
 def run_both(directory: Path, source: Path, setting: Setting | None = None, task: Task | None = None) -> list[str]:
     calls.clear()
-    run = Run(directory, task or Task(), seed=0)
-    run.stage("first", write_first, str(source), setting=setting or Setting())
-    run.stage("second", write_second, "first")
-    run._lock.release()
+    with Run(directory, task or Task(), seed=0) as run:
+        run.stage("first", write_first, str(source), setting=setting or Setting())
+        run.stage("second", write_second, "first")
     return list(calls)
 
 
@@ -112,7 +111,7 @@ def test_changed_data_and_a_changed_source_redo(tmp_path, source):
 def test_a_stage_whose_source_came_out_the_same_is_not_redone(tmp_path, source):
     """The source's identity is the content of its files, not when or by which flags they were made."""
     run_both(tmp_path / "run", source)
-    (tmp_path / "run" / "first" / RECORD).unlink()
+    shutil.rmtree(tmp_path / "run" / "first")
     assert run_both(tmp_path / "run", source) == ["first"]
 
 
@@ -277,6 +276,24 @@ def test_a_directory_with_other_things_in_it_is_refused_untouched(tmp_path):
     (stage / "weights").write_text("mine")
     with pytest.raises(InputError, match="something else"):
         Run(tmp_path, Task(), seed=0, only_stage="model")
+
+
+def test_what_is_named_like_a_stage_and_is_none_stays_where_it_is(tmp_path, source):
+    mine = tmp_path / "run" / "first"
+    run_both(tmp_path / "run", source)
+    shutil.rmtree(mine)
+    mine.write_text("mine")
+    with pytest.raises(InputError, match="found something without a record.json. Nothing was touched"):
+        run_both(tmp_path / "run", source)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="found something without a record.json"):
+        run_both(tmp_path / "run", source)
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+    (mine / "notes.txt").unlink()
+    assert run_both(tmp_path / "run", source) == ["first"]  # an empty directory is nobody's
 
 
 def test_a_file_and_a_place_that_cannot_be_written_are_refused(tmp_path):
