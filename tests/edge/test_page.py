@@ -573,13 +573,19 @@ def test_pairs_in_a_browser(browser, text_onnx, tmp_path, libraries):
 
 
 @pytest.mark.slow
-def test_lines_are_searched_in_a_browser(browser, pretrained, csv_file, tokenizer, tmp_path, libraries):
+@pytest.mark.parametrize("quantization", ["none", "int4_blocks"])
+def test_lines_are_searched_in_a_browser(quantization, browser, pretrained, csv_file, tokenizer, tmp_path, libraries):
     data = DataConfig(dataset=str(csv_file), text_pair_column="label", max_length=16)
     task = SentenceEmbedding(data, EmbeddingConfig(pooling="mean"))
     save(task.load_model(str(pretrained)), tokenizer, tmp_path / "model")
     (tmp_path / "onnx").mkdir()
-    export_onnx(str(tmp_path / "model"), tmp_path / "onnx", task)
-    with opened(browser, tmp_path / "onnx", tmp_path / "bundle", task, libraries) as page:
+    export_onnx(str(tmp_path / "model"), shipped := tmp_path / "onnx", task)
+    if quantization != "none":
+        (shipped := tmp_path / "quantized").mkdir()
+        config = QuantizeConfig(quantization=quantization, block_size=16, max_quality_drop=1.0)
+        quantize_onnx(str(tmp_path / "onnx"), shipped, task, config)
+        assert b"MatMulNBits" in (shipped / "model.onnx").read_bytes()
+    with opened(browser, shipped, tmp_path / "bundle", task, libraries) as page:
         assert page.inner_text("#title") == "Which line is nearest to the text?"
         predictor = infer.Predictor(tmp_path / "bundle")
         page.fill("#pair", "\n".join([*TEXTS, "", TEXTS[0]]))
