@@ -258,8 +258,11 @@ def _label_sets(split: datasets.Dataset, name: str, config: DataConfig, separato
 
 def _parse_labels(text: str, separator: str | None) -> Any:
     """The items of a cell of text, None for an empty one; the text itself where it is no list."""
-    if separator is not None:
-        return text.split(separator)
+    return parse_cell(text) if separator is None else text.split(separator)
+
+
+def parse_cell(text: str) -> Any:
+    """What a cell of text is in JSON or Python, None for an empty one; the text itself where it is neither."""
     for parse in (json.loads, ast.literal_eval):
         with contextlib.suppress(
             ValueError, TypeError, SyntaxError, RecursionError, MemoryError

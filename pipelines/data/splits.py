@@ -90,16 +90,21 @@ def drop_duplicates(
                 "also in the validation or test split; give splits that differ, or let them be cut (leave the flags "
                 "out)"
             )
-    if again := sum(removed.values()):
-        logger.warning("%d of %d %s are there more than once, and stay once", again, len(table), noun)
-    if conflicts.any():
+    tell_of_equal(sum(removed.values()), len(table), int(conflicts.sum()), noun)
+    return kept, {"duplicates_removed": removed, "conflicting_labels": int(conflicts.sum())}
+
+
+def tell_of_equal(again: int, total: int, conflicts: int, noun: str) -> None:
+    """Say how many of all examples are left out since an equal one is there, and how many of these had another label."""
+    if again:
+        logger.warning("%d of %d %s are there more than once, and stay once", again, total, noun)
+    if conflicts:
         logger.warning(
             "%d of these %s have another label than the first of their kind, whose label counts; correct the labels, or a model learns what is "
             "not so",
-            conflicts.sum(),
+            conflicts,
             noun,
         )
-    return kept, {"duplicates_removed": removed, "conflicting_labels": int(conflicts.sum())}
 
 
 def strata_of(labels: np.ndarray) -> np.ndarray:

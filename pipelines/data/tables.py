@@ -419,14 +419,14 @@ def _objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:
         is_row = not any(isinstance(value, (list, dict)) for value in rows.values())
         if len(lists) > 1:
             raise ValueError(f"several tables ({', '.join(rows)}), each of which needs a file of its own")
-        rows = [rows] if is_row else lists[0] if lists else _rows_of_columns(rows)
+        rows = [rows] if is_row else lists[0] if lists else rows_of_columns(rows)
     for row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"an object for every row has its columns by their names, {row!r:.100} does not")
         yield row
 
 
-def _rows_of_columns(columns: dict[str, Any]) -> list[dict[Any, Any]]:
+def rows_of_columns(columns: dict[str, Any]) -> list[dict[Any, Any]]:
     """The rows of lists, or of objects with the same keys. As objects of Python, since no float has every large integer."""
     cells = {name: pandas.Series(one, dtype=object) if isinstance(one, dict) else one for name, one in columns.items()}
     return pandas.DataFrame(cells, dtype=object).to_dict("records")

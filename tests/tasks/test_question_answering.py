@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pyarrow.parquet
 import pytest
 import torch
@@ -321,11 +322,28 @@ def one_question(index: int) -> dict[str, Any]:
         {"answers": [{"text": "goal", "answer_start": 4}]},
         {"answers": "goal", "start": "4.0"},
         {"answers": ["goal"], "start": [4]},
+        {"answers": str({"text": ["goal"], "answer_start": [4]})},
+        {"answers": json.dumps([{"text": "goal", "answer_start": 4}])},
     ],
 )
 def test_an_answer_may_be_of_other_forms(change, tmp_path):
     expected = load_from(tmp_path, [one_question(index) for index in range(10)]).fingerprint
     assert load_from(tmp_path, [one_question(index) | change for index in range(10)]).fingerprint == expected
+
+
+@pytest.mark.parametrize("orient", ["list", "dict"])
+def test_questions_may_stand_in_columns(orient, tmp_path):
+    rows = [one_question(index) for index in range(10)]
+    columns = pandas.DataFrame(rows).to_dict(orient)
+    assert load_from(tmp_path, columns).fingerprint == load_from(tmp_path, rows).fingerprint
+
+
+def test_equal_questions_with_other_answers_are_told(tmp_path, caplog):
+    """What annotators wrote, a row for each of them: only the first would be right in the test split."""
+    rows = [one_question(index) for index in range(10)]
+    load_from(tmp_path, [*rows, rows[0], rows[1] | {"answers": {"text": ["the"], "answer_start": [0]}}])
+    assert "2 of 12 questions of the split 'train' are there more than once, and stay once" in caplog.text
+    assert "1 of these have other answers than the first" in caplog.text
 
 
 def load_from(folder: Path, found: Any) -> Any:

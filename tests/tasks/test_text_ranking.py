@@ -165,6 +165,17 @@ def test_rows_without_candidates_or_a_label_are_left_out_as_others_are(nothing, 
     assert sum(map(len, task.splits.values())) == 4 * 78
 
 
+def test_equal_pairs_with_another_label_are_told(lists, tmp_path, caplog):
+    rows = [json.loads(line) for line in lists.read_text().splitlines()]
+    rows += [rows[0], rows[1] | {"label": [1 - label for label in rows[1]["label"]]}]
+    path = tmp_path / "twice.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = TextRanking(DataConfig(dataset=str(path), max_length=32, **COLUMNS))
+    assert sum(map(len, task.splits.values())) == 320
+    assert "8 of 328 pairs of the split 'train' are there more than once, and stay once" in caplog.text
+    assert "4 of these pairs of the split 'train' have another label than the first" in caplog.text
+
+
 def test_bad_candidates_are_one_message(lists, tmp_path):
     rows = [json.loads(line) for line in lists.read_text().splitlines()]
 

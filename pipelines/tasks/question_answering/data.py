@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -21,10 +22,21 @@ from pipelines.core.errors import InputError
 from pipelines.data.documents import documents_of, load_texts
 from pipelines.data.examples import Examples, Given, check_no_classes, hash_of, split_examples, usable_rows
 from pipelines.data.folders import load_source
-from pipelines.data.splits import choose_splits
-from pipelines.data.tables import JSON_SUFFIXES, json_lines, open_text, read_table, reason, whole_characters
+from pipelines.data.references import parse_cell
+from pipelines.data.splits import choose_splits, tell_of_equal
+from pipelines.data.tables import (
+    JSON_SUFFIXES,
+    json_lines,
+    open_text,
+    read_table,
+    reason,
+    rows_of_columns,
+    whole_characters,
+)
 from pipelines.data.text import TEXTS
 from pipelines.tasks.question_answering.speakers import questions_of_speakers
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = datasets.Features(
     {
@@ -110,7 +122,9 @@ def read_file(path: Path, config: DataConfig, settings: AnswerConfig) -> dataset
 
 def _flat(found: Any, settings: AnswerConfig) -> list[Row]:
     """The questions of what a json file holds as rows."""
-    rows = found.get("data", [found]) if isinstance(found, dict) else found
+    rows = found.get("data", found) if isinstance(found, dict) else found
+    if isinstance(rows, dict) and isinstance(rows.get(settings.question_column), list | dict):
+        rows = rows_of_columns(rows)
     column = settings.answer_column or "answers"
     flat: list[Row] = []
     for row in rows if isinstance(rows, list) else [rows]:
@@ -203,6 +217,8 @@ def _answer_columns(settings: AnswerConfig) -> list[str]:
 def _answers(row: Row, settings: AnswerConfig) -> Row:
     """The answers of a row, whatever their form, as two lists of one length where nothing is wrong: text and answer_start."""
     cell = next((row[name] for name in _answer_columns(settings) if row.get(name) is not None), None)
+    if isinstance(cell, str) and "answer_start" in cell:  # SQuAD's form in a table
+        cell = parse_cell(cell)
     if isinstance(cell, list) and all(isinstance(one, dict) for one in cell):
         cell = {name: [one.get(name) for one in cell] for name in ("text", "answer_start")}
     if not isinstance(cell, dict):
@@ -323,9 +339,18 @@ def _usable(rows: list[Row], name: str, config: DataConfig) -> list[Row]:
 def _contexts(rows: list[Row], name: str) -> Given:
     """The contexts of a split as its examples, each with the rows of its questions as json; of equal questions the first."""
     found: dict[int, dict[str, Row]] = {}
+    others = 0
     for row in rows:
         key = hash_of(" ".join(row["context"].split()).encode())
-        found.setdefault(key, {}).setdefault(" ".join(row["question"].split()), row)
+        first = found.setdefault(key, {}).setdefault(" ".join(row["question"].split()), row)
+        others += first["answers"] != row["answers"]
+    tell_of_equal(len(rows) - sum(map(len, found.values())), len(rows), 0, f"questions of the split {name!r}")
+    if others:
+        logger.warning(
+            "%d of these have other answers than the first of their kind, which are left out; write all answers to a question into one row, as "
+            "SQuAD does",
+            others,
+        )
     questions = {"questions": [json.dumps([*one.values()]) for one in found.values()]}
     hashes = np.fromiter(found, np.uint64, len(found)).repeat(2).reshape(-1, 2)
     return Given(name, datasets.Dataset.from_dict(questions), hashes, np.zeros(len(found), np.int64))

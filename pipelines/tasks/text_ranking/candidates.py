@@ -18,6 +18,7 @@ from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.data.examples import Examples, Given, hash_of, read_given, split_examples
 from pipelines.data.references import read_scores
+from pipelines.data.splits import tell_of_equal
 from pipelines.data.tables import read_table
 from pipelines.data.text import TEXTS, content, map_kept, title_and_passages
 
@@ -235,6 +236,11 @@ def load_rankings(config: DataConfig, ranking: RankingConfig) -> Examples:
         role: replace(split, labels=split.labels - TO_TRAIN_ON * to_train_on[role]) for role, split in given.items()
     }
     rows = {role: rows_of_queries(split.hashes) for role, split in given.items()}
+    for role, split in given.items():
+        labels = pandas.Series(split.labels)
+        others = labels != labels.groupby(split.hashes[:, 0]).transform("first")
+        again = len(labels) - sum(map(len, rows[role]))
+        tell_of_equal(again, len(labels), int(others.sum()), f"pairs of the split {split.name!r}")
     queries = {role: _as_queries(split, rows[role]) for role, split in given.items()}
     examples = split_examples(queries, config, "queries", details)
     pairs = {role: _with_labels(split, rows[role]) for role, split in given.items()}
