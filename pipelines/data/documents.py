@@ -17,7 +17,7 @@ from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.data.examples import Examples, Given, hash_rows, prepared, split_examples
-from pipelines.data.folders import SPLIT_NAMES, files_by_split, how_read, load_source, split_named_by
+from pipelines.data.folders import SPLIT_NAMES, files_by_split, how_read, load_source, say_left_out, split_named_by
 from pipelines.data.kinds import Source
 from pipelines.data.remembered import visible
 from pipelines.data.splits import choose_splits
@@ -87,6 +87,7 @@ def load_texts(config: DataConfig, document_start: str | None = None) -> Source:
     in_splits = not named and any(SPLIT_NAMES.get(name) == "train" for name in folders)  # beside a README
     if not path.is_absolute() or not texts or tables or in_splits:
         return load_source(config, TEXTS)
+    say_left_out(path, [entry for entry in visible(path) if entry not in texts] if is_folder else [])
     by_split = files_by_split(path, texts) if is_folder and named else {"train": texts}
     read = {
         split: read_text_files(path if is_folder else path.parent, [(file, "") for file in files], config)

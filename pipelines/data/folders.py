@@ -88,7 +88,7 @@ def _parts(
         for split, files in by_split.items():  # test_labels.csv beside test.csv has no texts
             by_split[split] = [file for file in files if _is_data(file, config, kind)] or files
             other += [file for file in files if file not in by_split[split]]
-        _say_left_out(path, [*other, *folders])
+        say_left_out(path, [*other, *folders])
         yield from ((split, _load_file(file, config, kind)) for split, files in by_split.items() for file in files)
         return
     nests = [
@@ -105,17 +105,17 @@ def _parts(
     if "train" not in splits.values() or len(splits) == 1 < len(folders):
         splits = {folder: split for folder, split in splits.items() if folder in nests}
     if "train" in splits.values() or (splits and len(splits) == len(folders)):
-        _say_left_out(path, [entry for entry in entries if entry not in splits])
+        say_left_out(path, [entry for entry in entries if entry not in splits])
         for folder, split in splits.items():
             yield from ((split, part) for _, part in _parts(folder, config, kind, in_split=True))
     elif len(folders) == 1 and nests:  # an archive's own folder
         yield from _parts(folders[0], config, kind)
     elif folders:
         hidden = [entry for entry in path.iterdir() if entry.is_dir() and entry.name.startswith(".")]
-        _say_left_out(path, [entry for entry in entries if entry.is_file()] + sorted(hidden))
+        say_left_out(path, [entry for entry in entries if entry.is_file()] + sorted(hidden))
         yield "train", kind.read_files(path, _labelled_files(path, folders, kind), config)
     elif in_split and (unlabelled := [entry for entry in entries if entry not in other]):
-        _say_left_out(path, other)
+        say_left_out(path, other)
         yield "train", kind.read_files(path, [(file, None) for file in unlabelled], config).remove_columns("label")
     else:
         raise InputError(
@@ -150,7 +150,7 @@ def _is_data(table: Path, config: DataConfig, kind: Kind) -> bool:
         return False
 
 
-def _say_left_out(path: Path, entries: list[Path]) -> None:
+def say_left_out(path: Path, entries: list[Path]) -> None:
     if entries:
         more = f" and {len(entries) - 10} more" if len(entries) > 10 else ""
         logger.warning(
@@ -182,7 +182,7 @@ def _labelled_files(path: Path, folders: list[Path], kind: Kind) -> list[tuple[P
             )
         files += [(file, folder.name) for file in examples]
         tables += [file for file in below if file not in examples]
-    _say_left_out(path, tables)
+    say_left_out(path, tables)
     return files
 
 
@@ -195,7 +195,7 @@ def _read_listed(path: Path, table: Path, names: datasets.Dataset, config: DataC
             f"correct the column {FILE_NAME!r}, or add the files"
         )
     known = {table, *(Path(os.path.normpath(file)) for file in listed)}
-    _say_left_out(path, [file for file in files_below(path) if file not in known])
+    say_left_out(path, [file for file in files_below(path) if file not in known])
     if config.label_column not in names.column_names:
         return kind.read_files(path, [(file, None) for file in listed], config).remove_columns("label")
     read = kind.read_files(path, list(zip(listed, names[config.label_column], strict=True)), config)

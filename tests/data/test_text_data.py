@@ -57,6 +57,16 @@ def test_the_same_documents_from_every_kind_of_source(tmp_path):
         assert data.text_bytes == {role: sum(map(len, split["text"])) for role, split in data.splits.items()}
 
 
+def test_what_is_left_out_of_a_folder_of_texts_is_named(tmp_path, caplog):
+    for number, text in enumerate(DOCUMENTS):
+        (tmp_path / f"{number}.txt").write_text(text)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.txt").write_text("A text in a folder.")
+    (tmp_path / "scan.pdf").write_bytes(b"%PDF-1.4")
+    assert sum(load(tmp_path).details["documents"].values()) == len(DOCUMENTS)
+    assert f"left out of the data set in {tmp_path}: more, scan.pdf" in caplog.text
+
+
 def test_no_document_is_in_two_splits_and_the_split_is_seeded(tmp_path):
     (tmp_path / "all.jsonl").write_text(
         "".join(
