@@ -43,6 +43,7 @@ TABLE_SUFFIXES = (*(".csv" + packed for packed in PACKED), *TSV_SUFFIXES, *JSON_
 ROWS_AT_A_TIME = 10_000
 READ_AS = b"read as"  # in an Arrow file's metadata
 UNNAMED = "the names of its rows in the first column, which has no name itself"
+CHARACTERS = "quotation marks as characters, for they are not in pairs"
 # How a file may quote: marks are doubled, or stand after a backslash, or there is no quoting and a mark is a character.
 DOUBLED: dict[str, Any] = {}
 ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
@@ -195,7 +196,8 @@ def _readings(
         ]:
             dialect = {"delimiter": separator, "skipinitialspace": spaced, **way}
             tables = _from_cells(text, columns, named, short, int(hints), whole, dialect)
-            yield (note if columns == names else told), tables
+            how = [note if columns == names else told, CHARACTERS if way is UNQUOTED and not unquoted else ""]
+            yield ", ".join(filter(None, how)), tables
 
 
 def open_text(path: Path, config: DataConfig) -> TextIO:

@@ -162,6 +162,17 @@ def test_no_row_vanishes_for_a_quotation_mark(text: str, line: int, tmp_path: Pa
         assert read_table(tmp_path / name, DataConfig())["text"][:] == rows
 
 
+def test_a_table_whose_quotation_marks_do_not_pair_says_how_it_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a table of one column, the lines of a quoted text would else become rows without a word."""
+    content = "text\n" + "".join(f'"one {row}\nand more"\n' for row in range(40)).replace("one 7", 'the "one" 7')
+    (tmp_path / "texts.csv").write_text(content)
+    data = load_documents(DataConfig(dataset=str(tmp_path / "texts.csv")), LanguageConfig())
+    assert "texts.csv is read with quotation marks as characters" in caplog.text
+    assert [*data.details["read_as"].values()] == [1]
+
+
 @pytest.mark.parametrize("columns", [["text", "label"], ["label", "text"], ["text", "note", "label"]])
 @pytest.mark.parametrize("labels", [("sport", "art"), ("1.25", "-0.5")])
 def test_a_quoted_cell_that_swallows_rows_is_named(
