@@ -96,6 +96,7 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
         _check_plain(split, name, "class name or number", config)
         declared = getattr(split.features[column], "names", None)
         cells[name] = split[column][:]
+        _check_one_header(split, cells[name], name, config)
         classes[name] = {cell: _class_of(cell, declared, config) for cell in set(cells[name])}
     found = {label for labels in classes.values() for label in labels.values() if label is not None}
     names = getattr(next(iter(splits.values())).features[column], "names", None)
@@ -113,6 +114,17 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
         ids = {cell: -1 if label is None else names.index(written[label]) for cell, label in labels.items()}
         values[name] = np.array([ids[cell] for cell in cells[name]], np.int64)
     return values, datasets.ClassLabel(names=names), names
+
+
+def _check_one_header(split: datasets.Dataset, cells: list[Any], name: str, config: DataConfig) -> None:
+    again = [row for row, cell in enumerate(cells) if cell == config.label_column]
+    if config.text_column not in split.column_names:
+        return
+    if again := [row for row in again if split[row][config.text_column] == config.text_column]:
+        raise InputError(
+            f"expected one row with the names of the columns, found them again in {len(again)} rows of the split {name!r} (counted from 0: "
+            f"{', '.join(map(str, again[:5]))}), as where tables were joined with their first lines; remove these rows"
+        )
 
 
 def _are_folders(split: datasets.Dataset, column: str) -> bool:

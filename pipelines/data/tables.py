@@ -102,7 +102,7 @@ def read_table(path: Path, config: DataConfig, lists: bool = False, nested: bool
     if not kept.is_file():
         temporary = kept.with_suffix(f".{os.getpid()}")
         try:
-            _write(temporary, _readings(path, named, config, labels if lists else set(), nested))
+            _write(temporary, path, _readings(path, named, config, labels if lists else set(), nested))
             temporary.replace(kept)
         except InputError:
             raise
@@ -132,9 +132,11 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def _write(target: Path, readings: Iterator[tuple[str, Iterator[pa.Table]]]) -> None:
+def _write(target: Path, path: Path, readings: Iterator[tuple[str, Iterator[pa.Table]]]) -> None:
     """Write the first of several readings of a table that ends well; raises the error of the last where none does."""
-    last_error: Exception = ValueError("it holds no table")
+    last_error: Exception = InputError(
+        f"expected rows in {path}, found none; write the data set again, or remove the file"
+    )
     for note, tables in readings:
         try:
             if (first := next(tables, None)) is None:

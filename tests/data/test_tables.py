@@ -438,6 +438,12 @@ def test_zip_archives_hold_one_table(tmp_path: Path) -> None:
         ("texts.parquet", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
         ("texts.xlsx", b"PK\3\4", "convert it, rename it"),
         ("splits.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}', r"several tables \(train, test\)"),
+        (
+            "texts.csv",
+            (PLAIN + PLAIN).encode(),
+            r"found them again in 1 rows .*counted from 0: 40\).*remove these rows",
+        ),
+        ("texts.json", b"[]", "expected rows in .*texts.json, found none"),
         ("texts.tsv", b"text\tlabel\nrow1\tone\ta\nrow2\ttwo\tb\n", "more cells than the header"),
     ],
 )
