@@ -78,7 +78,11 @@ def _parts(
             read = _read_listed(path, listed[0], names, config, kind)
             yield from ((split, read.select(rows)) for split, rows in _rows_by_split(names[FILE_NAME]).items())
             return
-        logger.warning("the classes in %s are its folders; %s has no labels and is left out", path, listed[0].name)
+        why = f"the classes in {path} are its folders; {listed[0].name} has no labels and is left out"
+        if FILE_NAME not in names.column_names:
+            found = ", ".join(names.column_names[:10])
+            why = f"{listed[0]} has no column {FILE_NAME!r} and is left out (its columns: {found})"
+        logger.warning("%s", why)
         tables = [table for table in tables if table not in listed]
     # A table that no split is named after, beside class folders or tables of splits, is data only where it has the columns.
     has_data = any(map(split_named_by, tables)) or (len(folders) > 1 and all(map(_has_files, folders)))

@@ -671,6 +671,9 @@ def test_a_metadata_table_without_labels_leaves_the_class_folders_alone(
         assert data.fingerprint == expected.fingerprint
         assert f"{name} has no labels and is left out" in caplog.text
         (images / name).unlink()
+    (images / "metadata.csv").write_text("File_Name,label\n" + "".join(f"{file},x\n" for file in files))
+    assert load(images, kind=IMAGES).fingerprint == expected.fingerprint
+    assert "metadata.csv has no column 'file_name' and is left out (its columns: File_Name, label)" in caplog.text
 
 
 def test_images_that_are_left_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
