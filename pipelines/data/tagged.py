@@ -70,6 +70,18 @@ def read_tagged(path: Path, config: DataConfig) -> datasets.Dataset:
         return read_table(path, config, nested=True)
     text, encoding = read_text(path, config.encoding)
     sentences = list(_sentences(text, path, config))
+    if len(sentences) == 1:
+        logger.warning(
+            "%s has no blank lines, so its %d words are one text; part sentences by blank lines",
+            path,
+            len(sentences[0][0]),
+        )
+    counted = [words == [str(number) for number in range(1, len(words) + 1)] for words, _ in sentences]
+    if all(counted) and any(len(words) > 1 for words, _ in sentences):
+        raise InputError(
+            f"expected words in the column {config.text_column!r} of {path}, found their numbers in each sentence; name the column of words with "
+            "--text_column and its number from 0, such as 1"
+        )
     columns = {config.text_column: [words for words, _ in sentences]}
     columns[config.label_column] = [tags for _, tags in sentences]
     note = "" if encoding == "utf-8" else f"encoding {encoding}"

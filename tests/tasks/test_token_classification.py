@@ -282,6 +282,29 @@ def test_a_word_of_a_conll_file_may_have_spaces_between_tabs(tmp_path):
     assert words_and_tags(load(tmp_path / "rows.conll")) == expected
 
 
+def test_numbers_of_words_are_no_words(tmp_path):
+    """As GermEval writes them: all sentences of one length would else be equal texts."""
+    rows = [(f"a{index}", "O", *["b", "B-A"] * (1 + index % 3)) for index in range(10)]
+    lines = [
+        "\n".join(
+            f"{place + 1}\t{word}\t{tag}" for place, (word, tag) in enumerate(zip(row[::2], row[1::2], strict=True))
+        )
+        for row in rows
+    ]
+    (tmp_path / "rows.tsv").write_text("\n\n".join(lines))
+    with pytest.raises(InputError, match="words in the column 'text' of .*, found their numbers .*--text_column"):
+        load(tmp_path / "rows.tsv").data  # noqa: B018
+    found = words_and_tags(load(tmp_path / "rows.tsv", text_column="1"))
+    assert found == {tuple(zip(row[::2], row[1::2], strict=True)) for row in rows}
+
+
+def test_a_conll_file_without_blank_lines_says_so(tmp_path, caplog):
+    (tmp_path / "rows.conll").write_text("".join(f"a{index} O\nb B-A\n. O\n" for index in range(10)))
+    with pytest.raises(InputError, match="enough different texts"):
+        load(tmp_path / "rows.conll").data  # noqa: B018
+    assert "has no blank lines, so its 30 words are one text" in caplog.text
+
+
 def test_an_empty_tag_of_a_conll_file_is_refused(tmp_path):
     (tmp_path / "rows.conll").write_text("a\tNN\tO\nb\tNN\t\n")
     with pytest.raises(InputError, match="a word and its tag in line 2"):
