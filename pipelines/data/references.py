@@ -177,6 +177,11 @@ def _label_names(found: set[str], config: DataConfig, in_folders: bool = False) 
             "the class %s is called like a missing label, and stays a class; empty these cells if they have none",
             ", ".join(map(repr, unlabelled)),
         )
+    if all(name.startswith("[") and name.endswith("]") for name in names):
+        logger.warning(
+            "the classes are called like lists, such as %s; where a text has several labels, take --task multi-label-classification",
+            names[0],
+        )
     if not in_folders:
         tell_of_alike(names, "classes")
     return names

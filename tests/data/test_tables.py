@@ -297,6 +297,12 @@ def test_classes_that_look_alike_are_named(labels: list[str], tmp_path: Path, ca
     assert "Unicode" in caplog.text
 
 
+def test_classes_called_like_lists_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = "text,label\n" + "".join(f"text {row},\"['a', '{'bc'[row % 2]}']\"\n" for row in range(40))
+    assert load(tmp_path / "texts.csv", content).label_names == ["['a', 'b']", "['a', 'c']"]
+    assert "--task multi-label-classification" in caplog.text
+
+
 def test_no_label_is_what_a_class_label_says(tmp_path: Path) -> None:
     rows = {"text": [f"text {row}" for row in range(40)], "label": [(0, 1, -1)[row % 3] for row in range(40)]}
     assert load(tmp_path / "texts.csv", with_labels(rows["label"])).label_names == ["-1", "0", "1"]
