@@ -24,7 +24,7 @@ from pipelines.core.errors import InputError
 from pipelines.core.identity import describe
 from pipelines.models import vocabulary
 from pipelines.models.students import build_student
-from pipelines.models.vocabulary import checked_content, tokens_to_keep, trim_tokenizer
+from pipelines.models.vocabulary import checked_content, tokens_to_keep, trim_model, trim_tokenizer
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training.distill import check_distillation
 
@@ -227,6 +227,21 @@ def test_a_student_predicts_as_before_with_fewer_token_vectors(model_type, kind,
     assert torch.equal(both["teacher_input_ids"], batches[1]["input_ids"])
     assert torch.equal(both["input_ids"], batches[0]["input_ids"])
     texts_task.check_teacher_fits(teacher, model, processor, online=True)
+
+
+def test_positions_that_are_counted_from_padding_move_with_it(tmp_path):
+    """Of a RoBERTa whose tokens before the padding are not kept, in memory and from disk."""
+    model = tiny_model("roberta", vocab_size=40, pad_token_id=3, max_position_embeddings=20)
+    kept = [1, *range(3, 40)]
+    ids = torch.tensor([[5, 8, 4, 6, 3, 3], [5, 7, 8, 9, 7, 6]])
+    mask = (ids != 3).long()
+    expected = model.eval()(input_ids=ids, attention_mask=mask).logits
+    trim_model(model, kept)
+    model.save_pretrained(tmp_path)
+    inputs = {"input_ids": torch.as_tensor(np.searchsorted(kept, ids)), "attention_mask": mask}
+    for trimmed in (model, type(model).from_pretrained(tmp_path)):
+        torch.testing.assert_close(trimmed.eval()(**inputs).logits, expected)
+    assert model.config.max_position_embeddings == 20 - 2
 
 
 def test_a_student_of_another_kind_starts_from_the_vectors_that_are_kept(teacher_of, texts_task):
