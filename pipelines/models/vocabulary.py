@@ -143,7 +143,7 @@ def trim_model(model: Any, kept: Sequence[int]) -> None:
     trim_config(model.config, kept)
     # RoBERTa and its like count positions from the id of padding on, so that their rows move as far as that does.
     for name, positions in list(model.named_modules()):
-        if padding is not None and POSITIONS.search(name) and getattr(positions, "padding_idx", None) == padding:
+        if padding in numbers and POSITIONS.search(name) and getattr(positions, "padding_idx", None) == padding:
             positions.weight = nn.Parameter(positions.weight.detach()[padding - numbers[padding] :])
             positions.num_embeddings, positions.padding_idx = len(positions.weight), numbers[padding]
             model.get_submodule(name.rpartition(".")[0]).padding_idx = numbers[padding]
