@@ -131,13 +131,17 @@ class ImageClassification(Classification):
 
     def load_processor(self, source: str) -> Any:
         """The image processor of a model; the one over Pillow, so that an image becomes the same numbers on every machine."""
-        return load(
+        processor = load(
             AutoImageProcessor.from_pretrained,
             source,
             "an image processor",
             backend="pil",
             trust_remote_code=self.trust_remote_code,
         )
+        for name in ("image_mean", "image_std"):
+            if isinstance(value := getattr(processor, name, None), int | float):  # of a list of one the images are grey
+                setattr(processor, name, [value] * 3)
+        return processor
 
     def features(self, processor: Any, data: Examples | None = None) -> Any:
         """The splits with encoded images, whatever the processor: the collator decodes them, since pixels fill any disk."""

@@ -17,7 +17,7 @@ import pandas
 import pytest
 import torch
 from PIL import Image
-from transformers import MobileViTImageProcessor
+from transformers import MobileViTImageProcessor, ViTImageProcessorPil
 
 from conftest import make_image, make_image_processor, tiny_config, tiny_model, write_image_folder
 from pipelines.core.config import AugmentConfig, DataConfig, DistillConfig, StudentConfig, TeacherConfig
@@ -581,6 +581,18 @@ def test_a_model_whose_processor_makes_images_of_another_size_is_refused(image_t
     make_image_processor(16).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"\[3, 8, 8\].*found \[3, 16, 16\].*preprocessor_config"):
         image_task.load_model(str(tmp_path))
+
+
+def test_one_mean_and_deviation_are_those_of_every_channel(image_task, tmp_path):
+    tiny_config("vit").save_pretrained(tmp_path)
+    rows = [image_task.features(None)["train"][0]]
+    pixels = []
+    for mean, deviation in ((0.5, 1), ([0.5] * 3, [1.0] * 3)):
+        ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=mean, image_std=deviation).save_pretrained(
+            tmp_path
+        )
+        pixels.append(image_task.collate(image_task.load_processor(str(tmp_path)))(rows)["pixel_values"])
+    assert torch.equal(*pixels)
 
 
 # ---- Stages
