@@ -99,10 +99,13 @@ def try_model(model: Any, features: Any, collate: Collate) -> None:
 def predict_torch(
     model: Any, features: Any, collate: Collate, task: Task, batch_size: int = 32, name: str = "predict"
 ) -> np.ndarray:
-    """The predictions of a torch model, on its own device, for `features`, in their order; it is left in eval mode."""
+    """The predictions of a torch model, on its own device, for `features`, in their order; it is left in eval mode.
+
+    Raises InputError for a model that does not take them.
+    """
     import torch
 
-    model.eval()
+    try_model(model, features, collate)
     device = next(model.parameters()).device
 
     def run(batch: dict[str, Any]) -> Mapping[str, Any]:

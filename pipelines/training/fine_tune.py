@@ -43,7 +43,13 @@ def fine_tune(
             from peft import LoraConfig, get_peft_model
 
             lora = LoraConfig(r=teacher.lora_rank, lora_alpha=2 * teacher.lora_rank, **task.lora_settings)
-            trained = get_peft_model(model, lora)
+            try:
+                trained = get_peft_model(model, lora)
+            except ValueError as error:
+                raise InputError(
+                    f"expected linear maps beside the head, which --lora_rank adapts, found none in {type(model).__name__}. Leave --lora_rank "
+                    "out."
+                ) from error
             details["trainable_parameters"] = trained.get_nb_trainable_parameters()[0]
         details |= train(
             trained,

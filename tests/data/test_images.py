@@ -17,7 +17,7 @@ import pandas
 import pytest
 import torch
 from PIL import Image
-from transformers import MobileViTImageProcessor, ViTImageProcessorPil
+from transformers import MobileViTImageProcessor, SwinConfig, SwinForImageClassification, ViTImageProcessorPil
 
 from conftest import make_image, make_image_processor, tiny_config, tiny_model, write_image_folder
 from pipelines.core.config import AugmentConfig, DataConfig, DistillConfig, StudentConfig, TeacherConfig
@@ -756,6 +756,24 @@ def test_lora_trains_an_adapter_and_a_new_head(image_task, image_teacher, tmp_pa
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "lora")
     assert outcome.metrics["validation"]["accuracy"] > 0.8
     assert outcome.details["trainable_parameters"] < sum(p.numel() for p in merged.parameters()) / 2
+
+
+def test_lora_needs_a_linear_map_beside_the_head(image_task, image_processor, tmp_path):
+    tiny_model("resnet").save_pretrained(tmp_path)
+    image_processor.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="found none in ResNetForImageClassification. Leave --lora_rank out"):
+        fine_tune(str(tmp_path), tmp_path / "lora", image_task, TeacherConfig(lora_rank=4), arguments(tmp_path))
+
+
+def test_a_teacher_that_does_not_take_its_own_images_is_named_before_it_predicts(image_task, tmp_path):
+    shape = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2}
+    labels = {"id2label": tiny_config("vit").id2label, "label2id": tiny_config("vit").label2id}
+    SwinForImageClassification(SwinConfig(use_absolute_embeddings=True, **shape, **labels)).save_pretrained(tmp_path)
+    make_image_processor(12).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="SwinForImageClassification does not"):
+        compute_soft_targets(str(tmp_path), tmp_path / "soft_targets", image_task, DistillConfig())
+    with pytest.raises(InputError, match="SwinForImageClassification does not"):
+        fine_tune(str(tmp_path), tmp_path / "t", image_task, TeacherConfig(teacher_epochs=0), arguments(tmp_path))
 
 
 @pytest.fixture(scope="module")
