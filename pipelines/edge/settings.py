@@ -153,6 +153,9 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
             )
         try:
             inputs = image_settings(SimpleNamespace(**processor)) | {"value_range": recorded(directory, "value_range")}
+            size = {*(inputs["resize"] or {})}
+            if processor.get("do_pad") or size not in (set(), {"shortest_edge"}, {"height", "width"}):
+                raise ValueError(f"padding, or a size of {' and '.join(sorted(size))}, which the runtime does not have")
         except (
             AttributeError,
             LookupError,

@@ -217,6 +217,11 @@ def test_an_image_processor_that_is_not_known_needs_a_bundle(image_onnx, tmp_pat
     (tmp_path / "onnx" / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="as transformers 5 writes it"):
         load(tmp_path / "onnx")
+    settings |= {"do_center_crop": False}
+    for other in ({"size": {"shortest_edge": 8, "longest_edge": 9}}, {"do_pad": True}):
+        (tmp_path / "onnx" / "preprocessor_config.json").write_text(json.dumps(settings | other))
+        with pytest.raises(InputError, match="which the runtime does not have"):
+            load(tmp_path / "onnx")
 
 
 def test_a_language_model(language_bundle):
