@@ -305,6 +305,10 @@ def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> dict
         if match is None:
             selected[name] = values
         elif place in moved:
+            if getattr(config, "scale_attn_by_inverse_layer_idx", False) and ".c_attn." in name:
+                # GPT-2 divides the scores of a layer by its number, which changes: the queries make up for it.
+                values = values.clone()
+                values[..., : config.hidden_size] *= (moved[place] + 1) / (place[1] + 1)
             selected[f"{name[: match.start(2)]}{moved[place]}{name[match.end(2) :]}"] = values
     return selected
 

@@ -267,6 +267,15 @@ def test_layers_without_rotary_positions_stay_without():
     assert [layer.self_attn.use_rope for layer in layers_of(student)] == [0, 1]
 
 
+@pytest.mark.parametrize("kept", [[0, 3], [1, 2]])
+def test_layers_whose_scores_are_divided_by_their_number_keep_their_attention(kept):
+    """transformers counts the layers of the student anew."""
+    teacher, inputs = make("gpt2", scale_attn_by_inverse_layer_idx=True)
+    student = student_from_layers(teacher, kept).eval()
+    expected = logits_of(remove_layers(copy.deepcopy(teacher), kept), inputs)
+    torch.testing.assert_close(logits_of(student, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
 # Queries and keys in these are compared as the maps give them, once rotary positions are all 0.
 PLAIN = {"bert", "distilbert", "albert", "modernbert", "gpt2", "gptj", "gpt_neox", "opt", "llama", "phi3", "vit"}
 
