@@ -153,7 +153,29 @@ def load_weights(model_class: Any, source: str, config: Any, head_may_be_new: bo
     ends = [end for one in known if one is not None for end in (one if isinstance(one, list) else [one])]
     if len({*ends}) > 1:
         model.config.eos_token_id = list(dict.fromkeys(ends))
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config = _what_is_saved(model.generation_config)
     return model
+
+
+def _what_is_saved(settings: Any) -> Any:
+    """How a checkpoint generates, without what generate() ignores, such as the temperature where nothing is drawn: the Trainer gives these
+    settings the tokenizer's special tokens, and transformers saves none that were changed with such a setting among them."""
+    from transformers import GenerationConfig
+
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        kept, given = GenerationConfig(), settings.to_diff_dict()
+        for name in sorted(given, key=lambda name: name not in ("do_sample", "num_beams")):  # on which others depend
+            before = getattr(kept, name, None)
+            setattr(kept, name, given[name])
+            try:
+                kept.validate(strict=True)
+            except ValueError:
+                setattr(kept, name, before)
+        return kept
+    return settings
 
 
 def check_finite(model: Any, source: str) -> None:

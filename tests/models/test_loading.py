@@ -178,6 +178,30 @@ def test_the_ends_of_a_generation_config_are_those_of_the_model(tmp_path):
     assert load_model(save(tmp_path / "corrected", model, eos_token_id=7)).config.eos_token_id == [7, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {}),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ({"early_stopping": True, "repetition_penalty": 1.2, "eos_token_id": [0, 2]}, {"repetition_penalty": 1.2}),
+    ],
+)
+def test_settings_of_generation_that_are_ignored_do_not_end_a_training(
+    settings, kept, language_task, language_teacher, training, tmp_path
+):
+    """Here the padding that the Trainer adds; transformers saves settings that were changed only if all of them are of use."""
+    source = shutil.copytree(language_teacher, tmp_path / "source")
+    ends = {"eos_token_id": 0, "pad_token_id": None}
+    (source / "generation_config.json").write_text(json.dumps(ends | settings))
+    (tmp_path / "tuned").mkdir()
+    brief = TeacherConfig(teacher_epochs=0.05)
+    fine_tune(str(source), tmp_path / "tuned", language_task, brief, quick(training))
+    saved = json.loads((tmp_path / "tuned" / "generation_config.json").read_text())
+    assert saved["pad_token_id"] == 0
+    assert saved["eos_token_id"] == settings.get("eos_token_id", 0)
+    assert {name: saved[name] for name in settings if saved.get(name) is not None and "eos" not in name} == kept
+
+
 def test_weights_that_are_no_numbers_are_refused(task, tmp_path):
     source = save(tmp_path, tiny_model())
     weights = load_file(tmp_path / "model.safetensors")
