@@ -67,11 +67,24 @@ def load_config(source: str, **settings: Any) -> Any:
     from transformers import AutoConfig
 
     config = load(AutoConfig.from_pretrained, source, "a model's config.json", **settings)
+    _check_rotary(config, source)
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     config._attn_implementation = None
     if getattr(config, "chunk_size_feed_forward", 0):
         config.chunk_size_feed_forward = 0
     return config
+
+
+def _check_rotary(config: Any, source: str) -> None:
+    """Raise InputError for rotary positions whose frequencies follow the length of the text, which no graph holds."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Families with two kinds of attention have settings for each.
+    if "dynamic" in [one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)]:
+        raise InputError(
+            f"expected rotary positions that are the same for texts of any length, found rope_type 'dynamic' in config.json of {source}, which no "
+            f"ONNX graph can hold. Up to max_position_embeddings ({config.max_position_embeddings}) tokens it equals 'default': write that there, "
+            "and use no longer texts."
+        )
 
 
 def new_model(model_class: Any, source: str, config: Any = None, **settings: Any) -> Any:

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from conftest import WORDS, make_texts, make_tokenizer, tiny_config, tiny_model, write_csv
+from conftest import WORDS, make_texts, make_tokenizer, tiny_config, tiny_language_model, tiny_model, write_csv
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.sources import model_fingerprint
 from pipelines.data.windows import train_tokenizer
-from pipelines.models.loading import has_tokenizer
+from pipelines.models.loading import has_tokenizer, load_config
 from pipelines.models.removal import load_model
 from pipelines.onnx.export import export_onnx
 from pipelines.tasks.text_classification import TextClassification
@@ -200,6 +200,27 @@ def test_settings_of_generation_that_are_ignored_do_not_end_a_training(
     assert saved["pad_token_id"] == 0
     assert saved["eos_token_id"] == settings.get("eos_token_id", 0)
     assert {name: saved[name] for name in settings if saved.get(name) is not None and "eos" not in name} == kept
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope"),
+    [
+        ("llama", {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}),
+        ("gemma3_text", {"full_attention": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
+    ],
+)
+def test_rotary_positions_that_follow_the_length_of_the_text_are_named(model_type, rope, tmp_path):
+    model = tiny_language_model(model_type, rope_parameters=rope)
+    source = save(tmp_path, model)
+    with pytest.raises(InputError, match=r"rope_type 'dynamic'.*\(64\) tokens it equals 'default'"):
+        load_config(source)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for one in (config["rope_parameters"], *config["rope_parameters"].values()):
+        if isinstance(one, dict) and one.get("rope_type") == "dynamic":
+            one["rope_type"] = "default"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = torch.arange(64)[None]
+    torch.testing.assert_close(load_model(tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_weights_that_are_no_numbers_are_refused(task, tmp_path):
