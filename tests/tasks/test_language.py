@@ -273,6 +273,19 @@ def test_a_block_above_the_models_limit_is_refused(language_text, language_model
         task.load_model(str(language_model_dir))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("roberta", {}), ("gemma3_text", {"use_bidirectional_attention": True})]
+)
+def test_a_model_that_sees_the_tokens_to_predict_is_refused(
+    model_type, changes, language_task, language_model_dir, tmp_path
+):
+    """transformers makes a causal model of an encoder, and warns; it would be trained to a perplexity of 1."""
+    tiny_language_model(model_type, **changes).save_pretrained(tmp_path)
+    language_task.load_processor(str(language_model_dir)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="in both directions. Use a decoder"):
+        language_task.load_model(str(tmp_path))
+
+
 def test_a_teacher_that_guesses_is_refused(language_task, language_model_dir):
     tokenizer = language_task.load_processor(str(language_model_dir))
     guessing = tiny_language_model()

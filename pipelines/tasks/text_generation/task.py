@@ -52,6 +52,18 @@ def collate_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def check_direction(model: Any, source: str) -> None:
+    """Raise InputError for an encoder, of which transformers makes a language model that sees the tokens it is to predict."""
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    with torch.no_grad():
+        first, second = model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :2]
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"expected a language model, whose logits depend on the tokens so far alone, found that those of {source} change with the next "
+            f"token: {model.config.model_type!r} reads texts in both directions. Use a decoder, such as a GPT-2."
+        )
+
+
 PROMPT_TOKENS, NEW_TOKENS = 16, 64  # what a language model is timed on, at most
 
 
@@ -127,7 +139,9 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         if not from_scratch:
             if has_tokenizer(source):
                 self.check_tokens(self.load_processor(source), "input_ids", config.vocab_size, source)
-            return load_weights(self.auto_class, source, config, **code)
+            model = load_weights(self.auto_class, source, config, **code)
+            check_direction(model, source)
+            return model
         tokenizer = self.load_processor(source)
         end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
         return new_model(
