@@ -303,6 +303,12 @@ def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -
         return loader(located, **arguments)
     except Exception as error:  # the libraries raise whatever their parsers do
         summary = " ".join(str(error).split())[:400]
+        without_head = re.search(r"(\w+)'> for this kind of AutoModel: (\w+)", summary)
+        if without_head:
+            raise InputError(
+                f"expected a family that transformers has the class {without_head[2]} for, which the task needs, found {without_head[1]} at "
+                f"{source}. Use a model of another family, or another --task."
+            ) from error
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"expected {what} of transformers' own classes at {source}, found one that brings code of its own, which was not run. "

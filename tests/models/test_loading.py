@@ -223,6 +223,17 @@ def test_rotary_positions_that_follow_the_length_of_the_text_are_named(model_typ
     torch.testing.assert_close(load_model(tmp_path)(ids).logits, model(ids).logits)
 
 
+def test_a_family_without_a_head_for_the_task_is_named(task, language_task, tmp_path):
+    save(tmp_path / "granite", tiny_language_model("granite"))
+    save(tmp_path / "distilbert", tiny_model("distilbert", vocab_size=300), train_tokenizer(["a text"], 300))
+    for one, name, found in (
+        (task, "granite", "AutoModelForSequenceClassification for, .* found GraniteConfig"),
+        (language_task, "distilbert", "AutoModelForCausalLM for, .* found DistilBertConfig"),
+    ):
+        with pytest.raises(InputError, match=f"{found} .*another --task"):
+            one.load_model(str(tmp_path / name))
+
+
 def test_weights_that_are_no_numbers_are_refused(task, tmp_path):
     source = save(tmp_path, tiny_model())
     weights = load_file(tmp_path / "model.safetensors")
