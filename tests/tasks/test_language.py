@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from conftest import tiny_language_model
 from pipelines.core.config import DataConfig, DistillConfig, LanguageConfig, StudentConfig, TeacherConfig
@@ -283,6 +284,19 @@ def test_a_model_that_sees_the_tokens_to_predict_is_refused(
     tiny_language_model(model_type, **changes).save_pretrained(tmp_path)
     language_task.load_processor(str(language_model_dir)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="in both directions. Use a decoder"):
+        language_task.load_model(str(tmp_path))
+
+
+def test_a_model_of_images_and_texts_is_refused(language_task, language_model_dir, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = Gemma3Config(
+        text_config={**sizes, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 300},
+        vision_config={**sizes, "image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    language_task.load_processor(str(language_model_dir)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="found 'gemma3' in .* of the type 'gemma3_text'"):
         language_task.load_model(str(tmp_path))
 
 

@@ -129,6 +129,15 @@ class LanguageModeling(NextTokenLoss, BaseTask):
         self._tokenizer.model_max_length = int(positions or self.config.max_length)
         return self._tokenizer
 
+    def check_config(self, config: Any, source: str) -> None:
+        """Raise InputError for a model of more than text, and unless it has a position for every token of a window."""
+        if not hasattr(config, "vocab_size"):
+            raise InputError(
+                f"expected a language model of texts alone, found {config.model_type!r} in {source}, which reads images or sounds, too. Use a model "
+                f"of the type {config.get_text_config().model_type!r}, or of another family."
+            )
+        super().check_config(config, source)
+
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
         """The causal model in `source`; a language model has one kind of head, so `head` asks for nothing.
 
