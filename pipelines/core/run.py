@@ -238,7 +238,8 @@ class Run:
         if record is None:
             self._check_ours(target)
             return False
-        reasons = differences(record["made_by"], made_by)
+        # A model is known by its content, wherever it lies and however its path is spelt.
+        reasons = differences(record["made_by"] | {"source": made_by["source"]}, made_by)
         damaged = damaged_files(target, record)
         if damaged:
             reasons.append(f"{', '.join(damaged)} changed since it was written")

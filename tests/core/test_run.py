@@ -108,6 +108,13 @@ def test_changed_data_and_a_changed_source_redo(tmp_path, source):
     assert run_both(tmp_path / "run", source, task=Task("b"))[0] == "first"
 
 
+def test_a_model_that_was_moved_or_is_spelt_otherwise_is_the_same(tmp_path, source):
+    run_both(tmp_path / "run", source)
+    assert run_both(tmp_path / "run", Path(f"{source.parent}/../{source.parent.name}/{source.name}")) == []
+    source.rename(tmp_path / "moved")
+    assert run_both(tmp_path / "run", tmp_path / "moved") == []
+
+
 def test_a_stage_whose_source_came_out_the_same_is_not_redone(tmp_path, source):
     """The source's identity is the content of its files, not when or by which flags they were made."""
     run_both(tmp_path / "run", source)
