@@ -315,8 +315,9 @@ class Task(Protocol):
     def check_graph(self, source: str) -> None:
         """Raise InputError unless the ONNX model in `source` takes this task's inputs and predicts in the data's order."""
 
-    def asked_alone(self, split: str) -> int | None:
-        """How many of the first rows of a split are asked one at a time, so that one of them is timed as such; None for all."""
+    def lengths_alone(self, split: str) -> list[int] | None:
+        """How long the examples are that are asked one at a time, the first ones of a split, whatever a tokenizer makes of them: all models are
+        timed on the longest. None: each on what is longest for itself."""
 
     def workload(self, directory: Path, split: str) -> Workload:
         """What is timed of the model in `directory`, on examples of a split."""

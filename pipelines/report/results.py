@@ -230,7 +230,7 @@ def time_stages(
     subjects = []
     for name, path in directories.items():
         if (path / BASELINE_FILE).is_file():
-            workload = estimator_workload(_baseline_inputs(task, split), task.asked_alone(split))  # type: ignore[arg-type]
+            workload = estimator_workload(_baseline_inputs(task, split), task.lengths_alone(split))  # type: ignore[arg-type]
             subjects.append(Subject(name, path / BASELINE_FILE, "sklearn", workload))
         else:
             form = "onnx" if (path / ONNX_FILE).is_file() else "transformers"

@@ -367,11 +367,11 @@ class BaseTask(Task):
         check_onnx_directory(Path(source))
         self.check_config(self.load_config(source), source)
 
-    def asked_alone(self, split: str) -> int | None:
+    def lengths_alone(self, split: str) -> list[int] | None:
         return None
 
     def workload(self, directory: Path, split: str) -> Workload:
         """The longest example of a split alone, and a sample of it in batches."""
         processor = self.load_processor(str(directory))
         features, collate = self.features(processor)[split], self.collate(processor)
-        return encoder_workload(*timing_feeds(features, collate, alone=self.asked_alone(split)))
+        return encoder_workload(*timing_feeds(features, collate, alone=self.lengths_alone(split)))

@@ -191,6 +191,13 @@ class TextTask(BaseTask):
             return [f"{text} ‖ {pair}" for text, pair in zip(examples["text"], examples["text_pair"], strict=True)]
         return list(examples["text"])
 
+    def lengths_alone(self, split: str) -> list[int] | None:
+        """In characters: a student with fewer tokens needs more of them for the same text."""
+        if self.reads_windows:
+            return None
+        texts = [self.splits[split][name] for name in ("text", "text_pair") if name in self.splits[split].column_names]
+        return [sum(map(len, parts)) for parts in zip(*texts, strict=True)]
+
     def graph(self, model: Any, processor: Any) -> Graph:
         """Two real examples of different length as the sample, so that the export sees padding and no axis of size 1."""
         features = self.features(processor)["train"]

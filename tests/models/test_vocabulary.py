@@ -25,6 +25,7 @@ from pipelines.core.identity import describe
 from pipelines.models import vocabulary
 from pipelines.models.students import build_student
 from pipelines.models.vocabulary import checked_content, tokens_to_keep, trim_model, trim_tokenizer
+from pipelines.onnx.measure import timing_feeds
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training.distill import check_distillation
 
@@ -176,6 +177,20 @@ def test_the_corpus_keeps_a_share_of_the_tokens_of_the_validation_split(tokenize
         sizes.append(len(kept))
     assert sizes[0] <= sizes[1] <= sizes[2]
     assert {*counts} <= {*kept}
+
+
+def test_models_of_other_tokens_are_timed_on_the_same_text(tokenizers, texts_task, tmp_path):
+    """The longest for the smaller vocabulary may be another one, of rare words: then two texts would be compared, not two models."""
+    texts = texts_task.splits["test"]["text"][:]
+    longest = max(texts, key=len)
+    whole = tokenizers["WordPiece"]
+    single = [token for token, number in whole.get_vocab().items() if len(token.removeprefix("##")) == 1 or number < 5]
+    small = trim_tokenizer(whole, sorted(whole.get_vocab()[token] for token in single))
+    assert len(small(longest)["input_ids"]) > len(whole(longest)["input_ids"])
+    for tokenizer in (whole, small):
+        features, alone = texts_task.features(tokenizer)["test"], texts_task.lengths_alone("test")
+        feed, _ = timing_feeds(features, texts_task.collate(tokenizer), alone=alone)
+        assert feed["input_ids"].tolist() == [tokenizer(longest, truncation=True, max_length=64)["input_ids"]]
 
 
 def test_a_number_adds_the_first_tokens_of_the_vocabulary(tokenizers, texts_task):

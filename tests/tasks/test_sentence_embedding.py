@@ -450,20 +450,19 @@ def test_a_query_is_timed_alone_and_the_corpus_in_batches(pairs, embedder):
     rows = task.rows.splits["test"]
     queries = rows["text"][: sum(label != CORPUS for label in rows["label"])]
     tokenizer = task.load_processor(str(embedder))
-    lengths = [len(tokenizer(query)["input_ids"]) for query in queries]
-    longest = tokenizer(queries[int(np.argmax(lengths))])["input_ids"]
-    assert max(lengths) < max(task.features(tokenizer)["test"]["length"])  # the corpus has longer ones
+    longest = tokenizer(max(queries, key=len))["input_ids"]
+    assert len(longest) < max(task.features(tokenizer)["test"]["length"])  # the corpus has longer ones
     workload = task.workload(embedder, "test")
     assert workload.feeds["single"]["input_ids"].tolist() == [longest]
     assert workload.settings["batches"] * 16 > len(queries)
     inputs = task.baseline_inputs(task.splits["test"])
-    single = estimator_workload(inputs, task.asked_alone("test")).feeds["single"]["inputs"].tolist()
+    single = estimator_workload(inputs, task.lengths_alone("test")).feeds["single"]["inputs"].tolist()
     assert single == [max(inputs[: len(queries)], key=len)]
     # Without queries every text may be asked for.
     scored = SentenceEmbedding(
         DataConfig(dataset=str(pairs), text_pair_column="other"), EmbeddingConfig(score_column="score")
     )
-    assert scored.asked_alone("test") is None
+    assert len(scored.lengths_alone("test")) == len(scored.rows.splits["test"])
 
 
 def test_a_baseline_is_compared_as_if_it_was_shipped(pairs):

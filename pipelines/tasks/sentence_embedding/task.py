@@ -331,9 +331,11 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
 
     # ---- ONNX
 
-    def asked_alone(self, split: str) -> int | None:
+    def lengths_alone(self, split: str) -> list[int]:
         """A search asks one query at a time, of a corpus that was read before."""
-        return int((np.asarray(self.rows.splits[split]["label"][:]) != CORPUS).sum()) if self.searches else None
+        rows = self.rows.splits[split]
+        alone = (np.asarray(rows["label"][:]) != CORPUS).sum() if self.searches else len(rows)
+        return [len(text) for text in rows["text"][:alone]]
 
     def run_model(self, model: Any, feed: Arrays) -> Arrays:
         with torch.inference_mode():

@@ -196,7 +196,7 @@ class TextRanking(TextRegression):
         processor = self.load_processor(str(directory))
         features, collate = self.features(processor)[split], self.collate(processor)
         larger = {LARGE_BATCH: timing_feeds(features, collate, LARGE_BATCH)[1]}
-        return encoder_workload(*timing_feeds(features, collate, BATCH), larger)
+        return encoder_workload(*timing_feeds(features, collate, BATCH, self.lengths_alone(split)), larger)
 
     def bundle_settings(self, directory: Path, processor: Any) -> dict[str, Any]:
         settings = super().bundle_settings(directory, processor)
