@@ -6,7 +6,8 @@
                  the probability of each label, in their order, from which on it is predicted; 0.5 where they are left out}
                {"kind": "values", "names", and perhaps "ranks": the value of a pair says how well the second text answers the first}
                {"kind": "spans", "labels"}, of tokens: O, and B- and I- of every type; inputs have "offsets" in their probes
-               {"kind": "continuation", "end_tokens", "context", "cache"}
+               {"kind": "continuation", "end_tokens", "context", "cache", "cache_until"}, the tokens up to which
+                 the cache is that of any longer text
                {"kind": "vector", "output"}, the name of the graph's output that is the vector of a text
                {"kind": "answer", "max_answer_tokens", "unanswerable"}: a part of the second text, which is read in windows whose shared tokens
                  "overlap" of the inputs counts; or none, where "unanswerable" is true
@@ -129,6 +130,7 @@ def generation_outputs(model: LanguageModel) -> dict[str, Any]:
         "end_tokens": model.end_tokens,
         "context": model.context,
         "cache": model.cache_shapes,
+        "cache_until": model.cache_until,
     }
 
 

@@ -65,6 +65,10 @@ class LanguageModel:
         self.end_tokens = [] if end is None else end if isinstance(end, list) else [end]
         # GPT-2's own name for it is n_positions.
         self.context: int | None = config.get("max_position_embeddings") or config.get("n_positions")
+        # Phi-3 turns all tokens otherwise once there are more than this many, so that a cache from before is not that of the text.
+        rotary = config.get("rope_parameters") or {}
+        is_phi3 = config.get("model_type") in ("phi3", "phimoe")
+        self.cache_until: int | None = rotary.get("original_max_position_embeddings") if is_phi3 else None
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.cache_shapes = {
             value.name: (value.shape[1], value.shape[3])
@@ -132,10 +136,11 @@ class LanguageModel:
         ends = {*self.end_tokens, *sampling.stop_tokens}
         ended = [False] * batch
         generator = np.random.default_rng(sampling.seed)
-        cache: dict[str, Any] = {
+        empty: dict[str, Any] = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, size), np.float32))
             for name, (heads, size) in self.cache_shapes.items()
         }
+        cache, whole = empty, ids
         for _ in range(sampling.max_new_tokens):
             feed = {
                 "input_ids": onnxruntime.OrtValue.ortvalue_from_numpy(ids),
@@ -159,6 +164,9 @@ class LanguageModel:
             if self.context is not None and mask.shape[1] + 1 > self.context:
                 return
             ids = np.array([[0 if token is None else token] for token in step], np.int64)
+            whole = np.concatenate([whole, ids], axis=1)
+            if whole.shape[1] - 1 == self.cache_until:  # as transformers does
+                ids, cache = whole, empty
             mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
 
 

@@ -141,7 +141,7 @@ export function softmax(logits) {
 // Yields the continuation of a text as it grows, {text, tokens, milliseconds}, until the model ends it, `limit` tokens are there, or
 // no position is left. `choose` takes the logits (vocabulary) of the next token and gives its number.
 export async function* continueText({manifest, ort, session, tokenizer}, prompt, {choose, limit = 100}) {
-    const {end_tokens: ends, context, cache: shapes} = manifest.outputs;
+    const {end_tokens: ends, context, cache: shapes, cache_until: until} = manifest.outputs;
     const start = performance.now();
     let encoded = promptTokens(tokenizer, prompt, ends);
     if (!encoded.length) encoded = ends.slice(0, 1); // begins a new document
@@ -149,8 +149,9 @@ export async function* continueText({manifest, ort, session, tokenizer}, prompt,
     if (encoded.length >= (context ?? Infinity)) {
         throw new Error(`expected a text of fewer than ${context} tokens, found ${encoded.length}`);
     }
-    let cache = Object.fromEntries(Object.entries(shapes).map(([name, [heads, size]]) =>
+    const empty = Object.fromEntries(Object.entries(shapes).map(([name, [heads, size]]) =>
         [name, new ort.Tensor("float32", new Float32Array(0), [1, heads, 0, size])]));
+    let cache = empty;
     const tokens = [];
     for (let ids = encoded, total = encoded.length; tokens.length < limit && total <= (context ?? Infinity); total++) {
         const feeds = {input_ids: wholeNumbers(ort, ids), attention_mask: wholeNumbers(ort, Array(total).fill(1)), ...cache};
@@ -161,6 +162,8 @@ export async function* continueText({manifest, ort, session, tokenizer}, prompt,
         cache = Object.fromEntries(Object.keys(shapes).map((name) => [name, outputs[name.replace("past_key_values", "present")]]));
         tokens.push(token);
         ids = [token];
+        // As generate.py says: beyond this length the cache is not that of the text.
+        if (total === until) [ids, cache] = [[...encoded, ...tokens], empty];
         yield {text: continuation(tokenizer, encoded, tokens), tokens: tokens.length, milliseconds: performance.now() - start};
     }
 }

@@ -131,3 +131,26 @@ def test_the_page_continues_alike(tmp_path):
         whole = [(text, other) for text, other in zip(found, here, strict=True) if "\ufffd" not in other]
         assert len(whole) >= 4, kind
         assert all(text == other for text, other in whole), (kind, whole)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js on the PATH")
+def test_the_page_begins_its_cache_anew_where_it_does_not_hold_any_longer():
+    script = f"""
+        import {{continueText}} from {json.dumps((HERE / "model.mjs").as_uri())};
+        const ort = {{Tensor: class {{ constructor(type, data, dims) {{ Object.assign(this, {{data, dims}}); }} }}}};
+        const fed = [], name = "past_key_values.0.key";
+        const run = (feeds) => {{
+            const [, read] = feeds.input_ids.dims, past = feeds[name].dims[2], total = feeds.attention_mask.dims[1];
+            fed.push([read, past, total]);
+            const present = new ort.Tensor("float32", [], [1, 1, past + read, 1]);
+            return {{logits: new ort.Tensor("float32", new Float32Array(2 * read), [1, read, 2]), "present.0.key": present}};
+        }};
+        const tokenizer = {{encode: () => ({{ids: [1, 1, 1]}}), decode: (ids) => "a".repeat(ids.length)}};
+        const outputs = {{end_tokens: [], context: null, cache: {{[name]: [1, 1]}}, cache_until: 4}};
+        const model = {{manifest: {{outputs}}, ort, session: {{run}}, tokenizer}};
+        for await (const step of continueText(model, "aaa", {{choose: () => 1, limit: 4}}));
+        console.log(JSON.stringify(fed));
+    """
+    done = subprocess.run(["node", "--input-type=module", "--eval", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[3, 0, 3], [1, 3, 4], [5, 0, 5], [1, 5, 6]]

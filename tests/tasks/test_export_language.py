@@ -133,6 +133,22 @@ def test_rotary_positions_and_sliding_windows_are_fused_and_hold_beyond_the_trac
             np.testing.assert_allclose(outputs["logits"][seen], expected[:, start:stop][seen], rtol=1e-3, atol=1e-3)
 
 
+def test_a_continuation_passes_the_length_from_which_phi3_turns_all_tokens_otherwise(
+    language_task, language_model_dir, tmp_path
+):
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 10000.0}
+    model = tiny_language_model("phi3", original_max_position_embeddings=16, rope_parameters=longrope)
+    export_graph(graph_with_cache(model), tmp_path / "model.onnx")
+    model.config.save_pretrained(tmp_path)
+    edge = LanguageModel(tmp_path, open_session(tmp_path / "model.onnx", 1))
+    edge.end_tokens = []
+    tokenizer = language_task.load_processor(str(language_model_dir))
+    prompts = [list(range(5, 5 + length)) for length in (1, 7, 15, 16, 17, 20)]
+    for group in [*([prompt] for prompt in prompts), prompts[:3]]:
+        found = edge.generate_tokens(group, Sampling(max_new_tokens=24))
+        assert found == torch_greedy(model, tokenizer, group, 24), list(map(len, group))
+
+
 def test_onnx_and_torch_score_text_alike(exported, language_task):
     source, directory, _ = exported
     processor = language_task.load_processor(str(source))
