@@ -186,6 +186,12 @@ def _beit(config: Any) -> Family:
     return replace(_VIT, heads=replace(heads, tables=("relative_position_bias.relative_position_bias_table",)))
 
 
+def _deberta(config: Any) -> Family:
+    if getattr(config, "talking_head", False):
+        return replace(_DEBERTA, heads="each layer mixes the scores of all heads with one another (talking_head)")
+    return _DEBERTA
+
+
 def _dinov2(config: Any) -> Family:
     return replace(_VIT, layers="encoder.layer", neurons=_LLAMA.neurons if config.use_swiglu_ffn else _VIT.neurons)
 
@@ -195,7 +201,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     "distilbert": _DISTILBERT,
     "mpnet": _MPNET,
-    "deberta": _DEBERTA,
+    "deberta": _deberta,
     "deberta-v2": _DEBERTA_V2,
     "albert": _ALBERT,
     "modernbert": _MODERNBERT,

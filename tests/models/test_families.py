@@ -187,7 +187,9 @@ def test_what_a_family_does_not_allow():
     with pytest.raises(InputError, match="found 'squeezebert'"):
         family_of(model.config)
     shared = make("beit", use_relative_position_bias=False, use_shared_relative_position_bias=True)[0]
-    assert {kind for kind, found in removable(shared.config).items() if isinstance(found, str)} == {"heads"}
+    mixed = make("deberta", talking_head=True)[0]
+    for model in (shared, mixed):
+        assert {kind for kind, found in removable(model.config).items() if isinstance(found, str)} == {"heads"}
     with pytest.raises(InputError, match="--hidden_state_weight 0"):
         layer_count(make("swin")[0].config)
 
@@ -196,6 +198,7 @@ def test_what_a_family_does_not_allow():
     ("model_type", "changes"),
     [
         ("modernbert", {"classifier_pooling": "cls", "layer_types": ["full_attention", *["sliding_attention"] * 3]}),
+        ("deberta", {"talking_head": True}),
         ("deberta-v2", {"share_att_key": False, "conv_kernel_size": 3}),
         ("albert", {"num_hidden_groups": 2, "inner_group_num": 2}),
         ("dinov2", {"use_swiglu_ffn": True, "mlp_ratio": 3}),
