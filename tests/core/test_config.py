@@ -215,7 +215,7 @@ CONFIGS = {
     ],
     "text-regression": ["bert_stsb"],
     "multi-label-classification": ["bert_bbc_topics"],
-    "text-ranking": ["minilm_bbc_reranking", "ms_marco_reranking"],
+    "text-ranking": ["ettin_reranking", "minilm_bbc_reranking", "ms_marco_reranking"],
     "sentence-embedding": ["minilm_bbc_retrieval", "minilm_bbc_static", "mpnet_all_nli", "mpnet_stsb"],
     "token-classification": ["bert_pii"],
     "question-answering": ["bert_bbc_speakers", "bert_squad"],
