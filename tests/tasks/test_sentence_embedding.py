@@ -297,6 +297,27 @@ def test_titles_are_queries_of_the_ends_of_their_articles(tmp_path):
     assert len(retriever.predict(inputs[:2])) == 2
 
 
+def test_a_query_with_several_positives_is_asked_once(pairs, tmp_path, caplog):
+    """Its other positives are no wrong answers, and it is in no other split."""
+    lines = pairs.read_text().splitlines()
+    more = [f"{line.split(',')[0]},another answer {row},0" for row, line in enumerate(lines[1:61])]
+    (tmp_path / "more.csv").write_text("\n".join([*lines, *more]))
+    data = DataConfig(dataset=str(tmp_path / "more.csv"), text_pair_column="other")
+    task = SentenceEmbedding(data, EmbeddingConfig(learn_from="pairs"))
+    queries = {role: split["text"][:] for role, split in task.splits.items()}
+    asked = [*queries["validation"], *queries["test"]]
+    assert len({*asked}) == len(asked)
+    assert not {*asked} & {*queries["train"]}
+    assert len({*queries["train"]}) < len(queries["train"])  # to train on there may be several
+    left_out = len(lines) - 1 + len(more) - sum(map(len, queries.values()))
+    assert left_out > 0
+    assert f"{left_out} pairs are left out: validation or test asks their query already" in caplog.text
+    assert task.data.details["examples"] == {role: len(texts) for role, texts in queries.items()}
+    # Pairs with scores are no queries.
+    scored = SentenceEmbedding(data, EmbeddingConfig(score_column="score"))
+    assert sum(map(len, scored.splits.values())) == len(lines) - 1 + len(more)
+
+
 def test_a_title_learns_to_find_every_passage_of_its_article(tmp_path, embedder):
     for number in range(20):
         body = f"{number:03}a then\n\n{number:03}b then {number:03}c end."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Annotated, Any, ClassVar
 
 import datasets
@@ -29,6 +31,8 @@ from pipelines.data.references import read_scores
 from pipelines.data.splits import choose_splits
 from pipelines.data.text import TEXTS, title_and_passages
 from pipelines.models.embedder import POOLINGS
+
+logger = logging.getLogger(__name__)
 
 PASSAGES = "passages"  # the column of a document's, the last one first
 CORPUS = -1  # the label of a row that is searched; a query's is the row of its positive
@@ -123,7 +127,43 @@ def load_pairs(config: DataConfig, embedding: EmbeddingConfig) -> Examples:
     }
     examples = split_examples(given, config, "texts", source.details, datasets.Value("int64"))
     del examples.details["conflicting_labels"]
-    return examples
+    return examples if config.text_pair_column is None else _asked_once(examples)
+
+
+def _asked_once(examples: Examples) -> Examples:
+    """A query of validation or test has its first positive there, and no other pair in any split.
+
+    Another positive would count as a wrong answer, and one to train on would give the query away.
+    """
+    asked: set[str] = set()
+    kept: dict[str, list[int]] = {}
+    for role in ("test", "validation", "train"):
+        rows: dict[str, list[int]] = {}
+        for row, text in enumerate(examples.splits[role]["text"]):
+            rows.setdefault(" ".join(text.split()), []).append(row)
+        new = [own if role == "train" else own[:1] for query, own in rows.items() if query not in asked]
+        kept[role] = sorted(chain.from_iterable(new))
+        asked |= {*rows}
+        if not kept[role]:
+            raise InputError(
+                f"expected queries in the {role} split that no other split asks, found none. Give splits that differ, or let them be cut."
+            )
+    left_out = sum(map(len, examples.splits.values())) - sum(map(len, kept.values()))
+    if left_out == 0:
+        return examples
+    logger.warning(
+        "%d pairs are left out: validation or test asks their query already, with one positive, and a second one would count as wrong",
+        left_out,
+    )
+    splits = {role: split.select(kept[role], keep_in_memory=True) for role, split in examples.splits.items()}
+    counts = {role: len(split) for role, split in splits.items()}
+    return replace(
+        examples,
+        splits=datasets.DatasetDict(splits),
+        details=examples.details | {"examples": counts, "second_positives_removed": left_out},
+        fingerprint=digest(["asked once", examples.fingerprint]),
+        hashes={role: hashes[kept[role]] for role, hashes in examples.hashes.items()},
+    )
 
 
 def _given(split: datasets.Dataset, name: str, config: DataConfig, embedding: EmbeddingConfig) -> Given:
