@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,9 @@ from pipelines.models.loading import check_finite, load_config, load_weights, ne
 from pipelines.models.small import TextConfig
 from pipelines.runtime.infer import one_line
 
-MODULES, WEIGHTS = "modules.json", "model.safetensors"
+logger = logging.getLogger(__name__)
+
+MODULES, WEIGHTS, LIBRARY = "modules.json", "model.safetensors", "config_sentence_transformers.json"
 SETTINGS = "sentence_embedding"  # what a config says of all that comes after the encoder
 # How the vectors of the tokens become one, by our names and by those of the switches in 1_Pooling/config.json.
 POOLINGS = {
@@ -198,6 +201,7 @@ def read_modules(located: str) -> dict[str, Any] | None:
     listed = _file(located, MODULES)
     if listed is None:
         return None
+    _tell_of_prompt(located)
     settings: dict[str, Any] = {"pooling": None, "dense": [], "normalize": False}
     for module in _read(listed):
         kind, path = module["type"].rpartition(".")[2], module["path"]
@@ -219,6 +223,19 @@ def read_modules(located: str) -> dict[str, Any] | None:
     if settings["pooling"] is None:
         raise InputError(f"expected a module that pools in {listed}, found none. Copy the whole directory again.")
     return settings
+
+
+@cache  # once for each model
+def _tell_of_prompt(located: str) -> None:
+    """Say where sentence-transformers would put a prompt before every text, which nothing here does."""
+    file = _file(located, LIBRARY)
+    said = _read(file) if file else {}
+    if prompt := (said.get("prompts") or {}).get(said.get("default_prompt_name")):
+        logger.warning(
+            "texts are read without the prompt %r, which sentence-transformers puts before each for %s; write it into the texts",
+            prompt,
+            located,
+        )
 
 
 def _read(file: Path) -> Any:
@@ -309,7 +326,7 @@ def write_modules(model: Any, directory: Path) -> None:
         for index, (kind, path) in enumerate(modules)
     ]
     (directory / MODULES).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-    write_json(directory / "config_sentence_transformers.json", {"prompts": {}, "similarity_fn_name": "cosine"})
+    write_json(directory / LIBRARY, {"prompts": {}, "similarity_fn_name": "cosine"})
     config.save_pretrained(directory)  # with the folders of the dense layers
 
 

@@ -98,6 +98,15 @@ def run(pairs: Path, embedder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return run
 
 
+def test_a_prompt_that_is_not_put_before_texts_is_told(tmp_path, caplog):
+    directory = write_embedder(tmp_path / "model")
+    said = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
+    (directory / "config_sentence_transformers.json").write_text(json.dumps(said))
+    for _ in range(2):
+        load_embedder(str(directory))
+    assert caplog.text.count("texts are read without the prompt 'query: '") == 1
+
+
 def test_a_damaged_directory_of_sentence_transformers_is_named(tmp_path):
     whole = write_embedder(tmp_path / "whole", dense=True)
     for number, (name, content, message) in enumerate(
