@@ -315,7 +315,7 @@ class Task(Protocol):
     def check_graph(self, source: str) -> None:
         """Raise InputError unless the ONNX model in `source` takes this task's inputs and predicts in the data's order."""
 
-    def lengths_alone(self, split: str) -> list[int] | None:
+    def lengths_alone(self, split: str) -> list[float] | None:
         """How long the examples are that are asked one at a time, the first ones of a split, whatever a tokenizer makes of them: all models are
         timed on the longest. None: each on what is longest for itself."""
 

@@ -98,7 +98,7 @@ def carries(ratio: dict[str, float]) -> bool:
 
 
 def timing_feeds(
-    features: Any, collate: Collate, batch_size: int = THROUGHPUT_BATCH, alone: Sequence[int] | None = None
+    features: Any, collate: Collate, batch_size: int = THROUGHPUT_BATCH, alone: Sequence[float] | None = None
 ) -> tuple[Arrays, list[Arrays]]:
     """The longest example by itself, for the latency, by the lengths `alone` where they are given (see Task.lengths_alone), and a fixed sample
     in batches of like length, for the throughput."""
@@ -106,7 +106,7 @@ def timing_feeds(
     return feed_of(features, longest, collate), [feed_of(features, batch, collate) for batch in batches]
 
 
-def estimator_workload(inputs: Any, alone: Sequence[int] | None = None) -> Workload:
+def estimator_workload(inputs: Any, alone: Sequence[float] | None = None) -> Workload:
     """The same for an estimator of scikit-learn, whose time on texts includes their features: it reads them as they are."""
     longest, batches = _timed_examples([len(one) for one in inputs], alone=alone)
     single, *several = ({"inputs": np.asarray([inputs[index] for index in batch])} for batch in (longest, *batches))
@@ -114,7 +114,7 @@ def estimator_workload(inputs: Any, alone: Sequence[int] | None = None) -> Workl
 
 
 def _timed_examples(
-    lengths: Sequence[int], batch_size: int = THROUGHPUT_BATCH, alone: Sequence[int] | None = None
+    lengths: Sequence[int], batch_size: int = THROUGHPUT_BATCH, alone: Sequence[float] | None = None
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     sample = np.sort(np.random.default_rng(0).permutation(len(lengths))[:THROUGHPUT_EXAMPLES])
     batches = batches_by_length(np.asarray(lengths)[sample], batch_size)

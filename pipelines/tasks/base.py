@@ -367,7 +367,7 @@ class BaseTask(Task):
         check_onnx_directory(Path(source))
         self.check_config(self.load_config(source), source)
 
-    def lengths_alone(self, split: str) -> list[int] | None:
+    def lengths_alone(self, split: str) -> list[float] | None:
         return None
 
     def workload(self, directory: Path, split: str) -> Workload:

@@ -21,7 +21,7 @@ from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.core.task import Collate, Graph, Head
 from pipelines.data.examples import Examples
-from pipelines.data.text import collate, tokenize, tokenizer_content
+from pipelines.data.text import collate, length_of, tokenize, tokenizer_content
 from pipelines.edge.bundle import text_inputs, text_probes, verify_predictor
 from pipelines.edge.settings import head_outputs
 from pipelines.models.loading import Inputs, check_encoder, has_tokenizer, inputs_of, load_tokenizer
@@ -191,12 +191,12 @@ class TextTask(BaseTask):
             return [f"{text} ‖ {pair}" for text, pair in zip(examples["text"], examples["text_pair"], strict=True)]
         return list(examples["text"])
 
-    def lengths_alone(self, split: str) -> list[int] | None:
-        """In characters: a student with fewer tokens needs more of them for the same text."""
+    def lengths_alone(self, split: str) -> list[float] | None:
+        """In words and marks: a student with fewer tokens needs more of them for the same text."""
         if self.reads_windows:
             return None
         texts = [self.splits[split][name] for name in ("text", "text_pair") if name in self.splits[split].column_names]
-        return [sum(map(len, parts)) for parts in zip(*texts, strict=True)]
+        return [sum(map(length_of, parts)) for parts in zip(*texts, strict=True)]
 
     def graph(self, model: Any, processor: Any) -> Graph:
         """Two real examples of different length as the sample, so that the export sees padding and no axis of size 1."""

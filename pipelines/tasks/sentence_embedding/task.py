@@ -31,7 +31,7 @@ from pipelines.core.task import (
     Tensors,
 )
 from pipelines.data.examples import Examples
-from pipelines.data.text import map_kept
+from pipelines.data.text import length_of, map_kept
 from pipelines.edge.bundle import text_probes, verify_predictor
 from pipelines.models.embedder import SETTINGS, StaticVectorsConfig, embedder_config, load_embedder, width_of
 from pipelines.models.predict import predict_torch
@@ -331,11 +331,11 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
 
     # ---- ONNX
 
-    def lengths_alone(self, split: str) -> list[int]:
+    def lengths_alone(self, split: str) -> list[float]:
         """A search asks one query at a time, of a corpus that was read before."""
         rows = self.rows.splits[split]
         alone = (np.asarray(rows["label"][:]) != CORPUS).sum() if self.searches else len(rows)
-        return [len(text) for text in rows["text"][:alone]]
+        return [length_of(text) for text in rows["text"][:alone]]
 
     def run_model(self, model: Any, feed: Arrays) -> Arrays:
         with torch.inference_mode():
