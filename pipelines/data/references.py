@@ -117,10 +117,9 @@ def read_classes(splits: dict[str, datasets.Dataset], config: DataConfig) -> Ref
 
 
 def _check_one_header(split: datasets.Dataset, cells: list[Any], name: str, config: DataConfig) -> None:
-    again = [row for row, cell in enumerate(cells) if cell == config.label_column]
-    if config.text_column not in split.column_names:
-        return
-    if again := [row for row in again if split[row][config.text_column] == config.text_column]:
+    """Raise InputError where a row repeats the header; only rows whose label is the column's name are looked at."""
+    named = [row for row, cell in enumerate(cells) if cell == config.label_column]
+    if again := [row for row in named if split[row].get(config.text_column) == config.text_column]:
         raise InputError(
             f"expected one row with the names of the columns, found them again in {len(again)} rows of the split {name!r} (counted from 0: "
             f"{', '.join(map(str, again[:5]))}), as where tables were joined with their first lines; remove these rows"

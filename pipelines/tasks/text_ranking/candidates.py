@@ -176,7 +176,8 @@ def find_candidates(documents: list[tuple[str, list[str]]], count: int) -> Itera
     `count` passages that are nearest to it by TF-IDF, the nearest first.
 
     More follow to train on, with TO_TRAIN_ON added to their labels: the right ones that are not among these, the `count` nearest of all
-    passages, and as many at random. Among near ones alone, what is far from the query would be right; far ones alone say nothing of near ones. Rows without one of the texts come first, as they are.
+    passages, and as many at random. Among near ones alone, what is far from the query would be right; far ones alone say nothing of near ones.
+    Rows without one of the texts come first, as they are.
     """
     yield from ((query, "".join(own[:1]), 0.0) for query, own in documents if not (query and own))
     first: dict[str, str] = {}  # of texts that differ in white space only, which are one
