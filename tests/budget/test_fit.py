@@ -323,6 +323,34 @@ def test_with_train_false_the_teacher_is_cut_scaled_and_quantized(
     assert "--train" in errors
 
 
+def test_a_machine_that_is_slower_after_the_search_is_no_error_of_the_forecast(
+    pocketformers, command, tmp_path, monkeypatch, timed_here
+):
+    def by_size(slower):
+        def time_stages(directories, *_):
+            sizes = {name: sum(file.stat().st_size for file in path.iterdir()) for name, path in directories.items()}
+            return {name: {"latency_ms": {"p50": slower * 1e-5 * size}} for name, size in sizes.items()}
+
+        return time_stages
+
+    monkeypatch.setattr(latency, "time_stages", by_size(1))
+    monkeypatch.setattr(latency, "remembered", lambda machine, key, make: make())
+    monkeypatch.setattr(fit, "time_stages", by_size(3))
+    monkeypatch.setattr(fit, "MOST_TRAININGS", 1)
+    place = command.index("--on")
+    here, run = [*command[:place], *command[place + 2 :]], tmp_path / "run"
+    flags = ["--train", "false", "--under", "1MB", "--output_dir", str(run)]
+    status, output, errors = pocketformers(*here, *flags)
+    assert status == 0, errors
+    assert "timed again, take 3.00 times" in output
+    front = json.loads((run / "front.json").read_text())
+    assert front["machine_slower_than_for_the_forecast"] == pytest.approx(3)
+    known = [row for row in front["rows"] if "forecast" in row]
+    off = [abs(3 * row["forecast"]["ms"] / row["ms"] - 1) for row in known]
+    assert front["forecast_off_by"]["ms"] == pytest.approx(sorted(off)[len(off) // 2], abs=0.05)
+    assert max(off) < 0.5
+
+
 def model_of(run: Path, row: dict) -> bytes:
     return (run / row["path"] / "model.onnx").read_bytes()
 
