@@ -53,12 +53,16 @@ class Family:
 
     `layers` is the path of the layers below the base model, with a * where a model has several stages of them. `kind` says what
     transformers makes of a layer by its position in its stage, where no config says it: a layer can only move to a position of its kind.
+    `moved` makes the weight `name` of a layer what it has to be at another position, where the layer computes with that.
+    `mixed` is the part of a layer behind which no token reads another, of those families that cpu.py was tried with.
     """
 
     layers: str
     heads: Group | str
     neurons: Group | str
     kind: Callable[[int], int] = lambda position: 0
+    moved: Callable[[str, Tensor, int, int], Tensor] = lambda name, values, before, after: values
+    mixed: str = ""
 
 
 def _heads(attention: str, maps: str, output: str, width: str, counts: str = "", tables: str = "") -> Group:
@@ -85,6 +89,7 @@ _DISTILBERT = Family(
     layers="transformer.layer",
     heads=_heads("attention", "q_lin k_lin v_lin", "attention.out_lin", width="attention_head_size", counts="n_heads"),
     neurons=_neurons("ffn.lin1", "ffn.lin2"),
+    mixed="sa_layer_norm",
 )
 _MPNET = replace(_BERT, heads="all layers share a bias of relative positions, with a column for each head")
 # Query, key and value are side by side within each head.
@@ -196,16 +201,32 @@ def _dinov2(config: Any) -> Family:
     return replace(_VIT, layers="encoder.layer", neurons=_LLAMA.neurons if config.use_swiglu_ffn else _VIT.neurons)
 
 
+def _gpt2(config: Any) -> Family:
+    if not config.scale_attn_by_inverse_layer_idx:
+        return _GPT2
+
+    def moved(name: str, values: Tensor, before: int, after: int) -> Tensor:
+        """The scores of a layer are divided by its number, which changes: the queries make up for it."""
+        if ".c_attn." in name:
+            values = values.clone()
+            values[..., : config.hidden_size] *= (after + 1) / (before + 1)
+        return values
+
+    return replace(_GPT2, moved=moved)
+
+
 # Each family, or a function of a config where it depends on that.
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "camembert", "electra"), replace(_BERT, mixed="attention.output")
+    ),
     "distilbert": _DISTILBERT,
     "mpnet": _MPNET,
     "deberta": _deberta,
     "deberta-v2": _DEBERTA_V2,
     "albert": _ALBERT,
     "modernbert": _MODERNBERT,
-    "gpt2": _GPT2,
+    "gpt2": _gpt2,
     "gptj": _GPTJ,
     "gpt_neox": _GPT_NEOX,
     "opt": _OPT,
@@ -214,7 +235,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     ),
     "phi": _PHI,
     "phi3": _PHI3,
-    **dict.fromkeys(("vit", "deit"), _VIT),
+    **dict.fromkeys(("vit", "deit"), replace(_VIT, mixed="layernorm_after")),
     "beit": _beit,
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), _dinov2),
     "swin": _SWIN,
@@ -296,26 +317,24 @@ def layer_lists(config: Any) -> dict[str, list[Any]]:
 
 def select_layers(config: Any, state: dict[str, Any], layers: list[int]) -> dict[str, Any]:
     """The renumbered weights of the model that keeps only `layers` of another, in that order."""
-    stages, _, path = family_of(config).layers.rpartition(".*.")
+    family = family_of(config)
+    stages, _, path = family.layers.rpartition(".*.")
     if stages and not hasattr(config, "depths"):
         return state  # ALBERT uses its layers several times
     places = _places(config)
     kept = [places[layer] for layer in layers]
-    moved = {place: index - [stage for stage, _ in kept].index(place[0]) for index, place in enumerate(kept)}
+    positions = {place: index - [stage for stage, _ in kept].index(place[0]) for index, place in enumerate(kept)}
     stage_pattern = rf"{re.escape(stages)}\.(\d+)\." if stages else "()"
     pattern = re.compile(rf"^(?:.*?\.)?{stage_pattern}{re.escape(path)}\.(\d+)\.")
     selected = {}
     for name, values in state.items():
         match = pattern.match(name)
-        place = (int(match[1] or 0), int(match[2])) if match else None
         if match is None:
             selected[name] = values
-        elif place in moved:
-            if getattr(config, "scale_attn_by_inverse_layer_idx", False) and ".c_attn." in name:
-                # GPT-2 divides the scores of a layer by its number, which changes: the queries make up for it.
-                values = values.clone()
-                values[..., : config.hidden_size] *= (moved[place] + 1) / (place[1] + 1)
-            selected[f"{name[: match.start(2)]}{moved[place]}{name[match.end(2) :]}"] = values
+        elif (place := (int(match[1] or 0), int(match[2]))) in positions:
+            after = positions[place]
+            renamed = f"{name[: match.start(2)]}{after}{name[match.end(2) :]}"
+            selected[renamed] = family.moved(name, values, place[1], after)
     return selected
 
 

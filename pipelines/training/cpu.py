@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from pipelines.core.memory import from_glibc, give_memory_back
-from pipelines.models.families import layers_of
+from pipelines.models.families import FAMILIES, family_of, layers_of
 
 # Of glibc's malloc.h, and its own values for them.
 TRIM_THRESHOLD, LARGEST_INT, USUAL_TRIM_THRESHOLD = -1, 2**31 - 1, 128 * 1024
@@ -46,14 +46,6 @@ def keep_freed_memory() -> Iterator[None]:
         give_memory_back()
 
 
-# Of each family the part of a layer behind which no token reads another: what comes after it may be computed for one token.
-_LAST_MIXED = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), "attention.output"),
-    "distilbert": "sa_layer_norm",
-    **dict.fromkeys(("vit", "deit"), "layernorm_after"),
-}
-
-
 @contextmanager
 def cls_token_only(model: Any) -> Iterator[None]:
     """While it lasts, the feed-forward part of an encoder's last layer computes the [CLS] token only, where that is all that the
@@ -63,9 +55,9 @@ def cls_token_only(model: Any) -> Iterator[None]:
     The logits and gradients are the same; the last hidden states of other tokens are not. Any other model is left as it is.
     """
     stock = model.get_base_model() if hasattr(model, "get_base_model") else model  # below a LoRA adapter
-    path = _LAST_MIXED.get(stock.config.model_type)
+    path = family_of(stock.config).mixed if stock.config.model_type in FAMILIES else ""
     if (
-        path is None
+        not path
         or not type(stock).__module__.startswith("transformers.")  # a head of other code may read other tokens
         or not type(stock).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
         or getattr(stock.config, "chunk_size_feed_forward", 0) > 1  # which one token cannot be cut into
