@@ -52,13 +52,12 @@ def prepare(directory: Path, only_stage: str | None) -> Any:
     Raises InputError where something else is in the way or nothing can be written.
     """
     target = directory if only_stage is None else directory / only_stage
-    if target.exists() and not target.is_dir():
-        raise InputError(f"expected a directory for the results, found the file {target}. Pass another --output_dir.")
     is_run = (directory / MARKER).exists()
     is_ours = is_run if only_stage is None else read_record(target) is not None
-    if target.exists() and any(target.iterdir()) and not is_ours:
+    if not is_ours and _holds_something(target):
+        found = "something else" if target.is_dir() else "the file of that name"
         raise InputError(
-            f"expected {target} to be empty, missing, or of an earlier run; found something else there. Nothing was touched: pass another "
+            f"expected {target} to be empty, missing, or of an earlier run; found {found} there. Nothing was touched: pass another "
             "--output_dir."
         )
     try:
@@ -152,22 +151,20 @@ class Run:
         from accelerate.utils import broadcast_object_list
 
         self.stages.append(name)
-        target = self.directory / name
-        partial = self.directory / f".{name}{PARTIAL}"
-        made_by = self._made_by(name, function, source, arguments) if self.state.is_main_process else None
-        if made_by is not None:
-            self._end_commit(partial, target, made_by)
-        finished = self._finished(target, made_by) if made_by is not None else False
+        target, partial = self.directory / name, self.directory / f".{name}{PARTIAL}"
+        is_main = self.state.is_main_process
+        made_by = self._made_by(function, source, arguments) if is_main else {}
+        finished = is_main and self._finished(partial, target, made_by)
         if broadcast_object_list([finished])[0]:
             return target
 
         with needing_room(name, self.directory):
-            if made_by is not None:
+            if is_main:
                 print(f"{self.prefix}{name}: started", flush=True)
                 self._start(partial, made_by, resumes=distributed)
             self.state.wait_for_everyone()
-            started, failed = time.perf_counter(), False
-            if distributed or self.state.is_main_process:
+            started, outcome = time.perf_counter(), None
+            if distributed or is_main:
                 from transformers import set_seed
 
                 set_seed(self.seed)
@@ -177,13 +174,12 @@ class Run:
                     if not optional:
                         raise
                     print(f"{self.prefix}{name}: left out, since it cannot be made: {error}", flush=True)
-                    failed = True
             wait_for_all()  # the main process may have worked alone
-            if failed:
+            if is_main and outcome is not None:
+                self._commit(name, partial, target, made_by, outcome, time.perf_counter() - started)
+            elif is_main:
                 shutil.rmtree(partial)
                 self.stages.remove(name)
-            elif made_by is not None:
-                self._commit(name, partial, target, made_by, outcome, time.perf_counter() - started)
             self.state.wait_for_everyone()
         return target
 
@@ -195,10 +191,15 @@ class Run:
             )
         return record
 
+    def _earlier(self) -> dict[str, Path]:
+        """The directories of the stages before the present one, those of the run that this one repeats among them."""
+        shared = {} if self.first is None else {name: self.first.directory / name for name in self.first.stages}
+        shared.pop(self.stages[-1], None)
+        return shared | {name: self.directory / name for name in self.stages[:-1]}
+
     def _locate(self, source: str | None) -> str | None:
         """An earlier stage of this run by its name; whatever else a source is stays as it was given, a relative path, too."""
-        shared = self.first is not None and source in self.first.stages and source != self.stages[-1]
-        return str(self.place(source)) if source is not None and (source in self.stages[:-1] or shared) else source
+        return source if source is None else str(self._earlier().get(source, source))
 
     def _identify(self, source: str | None) -> str | None:
         if source is None:
@@ -207,14 +208,12 @@ class Run:
         record = read_record(located) if located.is_dir() else None
         if record is None:
             return model_fingerprint(source)
-        stages = [self.directory / name for name in self.stages[:-1]]
-        stages += [] if self.first is None else [self.first.directory / name for name in self.first.stages]
-        if located not in stages:  # which were looked at in their turn
+        if located not in self._earlier().values():  # which were looked at in their turn
             check_files(located, record)
         return fingerprint(record)
 
     def _made_by(
-        self, name: str, function: Callable[..., Outcome], source: str | None, arguments: dict[str, Any]
+        self, function: Callable[..., Outcome], source: str | None, arguments: dict[str, Any]
     ) -> dict[str, Any]:
         def identify(value: Any) -> Any:
             if isinstance(value, list):
@@ -233,10 +232,16 @@ class Run:
         }
         return json.loads(json.dumps(made_by, default=str))
 
-    def _finished(self, target: Path, made_by: dict[str, Any]) -> bool:
+    def _finished(self, partial: Path, target: Path, made_by: dict[str, Any]) -> bool:
+        """Whether a stage is there and what it would be; raises InputError where something else is in its place."""
+        self._end_commit(partial, target, made_by)
         record = read_record(target)
+        if record is None and _holds_something(target):
+            raise InputError(
+                f"expected nothing at {target}, or the stage of that name, found something without a {RECORD}. Nothing was touched: move it, or "
+                "pass another --output_dir."
+            )
         if record is None:
-            self._check_ours(target)
             return False
         # A model is known by its content, wherever it lies and however its path is spelt.
         reasons = differences(record["made_by"] | {"source": made_by["source"]}, made_by)
@@ -252,15 +257,6 @@ class Run:
             return False
         print(f"{self.prefix}{target.name}: finished already", flush=True)
         return True
-
-    def _check_ours(self, target: Path) -> None:
-        """Raise InputError where something that never was a stage is in its place: whoever put it there may want it."""
-        made_here = (target / RECORD).exists() or (target.is_dir() and not any(target.iterdir()))
-        if os.path.lexists(target) and not made_here:
-            raise InputError(
-                f"expected nothing at {target}, or the stage of that name, found something without a {RECORD}. Nothing was touched: move it, or "
-                "pass another --output_dir."
-            )
 
     def _start(self, partial: Path, made_by: dict[str, Any], resumes: bool) -> None:
         """Keep what an interrupted attempt at the very same stage left, if it is one that resumes, and nothing else."""
@@ -314,6 +310,11 @@ class Run:
             target.rename(old)
         partial.rename(target)
         _remove(old)
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether there is something that somebody may want: an empty directory is nobody's."""
+    return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
 
 
 def _remove(path: Path) -> None:
