@@ -6,7 +6,6 @@ Python functions (api.py) are two doors to what is here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from pipelines.core.config import (
     flag,
     make_settings,
 )
-from pipelines.core.disk import lock
+from pipelines.core.disk import as_json, lock
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.identity import describe, differences
 from pipelines.core.machine import use_available_cores
@@ -362,7 +361,7 @@ def _soft_targets_of(task: Task, settings: Settings, teacher: str, suffix: str) 
         "distill": describe(settings.distill.only(task.soft_target_settings)),
         "source_fingerprint": model_fingerprint(teacher) if made is None else fingerprint(made),
     }
-    changed = differences({key: record["made_by"][key] for key in now}, json.loads(json.dumps(now, default=str)))
+    changed = differences({key: record["made_by"][key] for key in now}, as_json(now))
     if changed:
         raise InputError(
             f"expected the teacher, the data and the settings that the soft targets in {given} were computed with, found others: "

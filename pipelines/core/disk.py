@@ -23,6 +23,11 @@ NO_ROOM_TEXT = re.compile(
 )
 
 
+def as_json(value: Any) -> Any:
+    """The value as plain JSON, in which a path is its text, and a number that is not finite null."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+
+
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"
     write_whole(path, text.encode())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pipelines
-from pipelines.core.disk import digest
+from pipelines.core.disk import as_json, digest
 from pipelines.core.errors import InputError
 from pipelines.core.sources import WEIGHT_SUFFIXES
 from pipelines.runtime.infer import file_checksum
@@ -57,8 +57,8 @@ def checksum(record: dict[str, Any]) -> str:
 
 
 def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as plain JSON, where a number that is not finite is null, and with its checksum."""
-    plain: dict[str, Any] = json.loads(json.dumps(record, default=str), parse_constant=lambda _: None)
+    """The record as plain JSON, with its checksum."""
+    plain: dict[str, Any] = as_json(record)
     return plain | {CHECKSUM: checksum(plain)}
 
 

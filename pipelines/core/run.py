@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pipelines
-from pipelines.core.disk import lock, needing_room, write_json
+from pipelines.core.disk import as_json, lock, needing_room, write_json
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.identity import describe, differences
 from pipelines.core.machine import check_launch, quieten_libraries, use_available_cores
@@ -221,7 +221,7 @@ class Run:
             return self._identify(str(value)) if isinstance(value, Path) else describe(value)
 
         settings = {key: identify(value) for key, value in arguments.items()}
-        made_by = {
+        made_by: dict[str, Any] = {
             "function": f"{function.__module__}.{function.__qualname__}",
             "version": pipelines.__version__,
             "source": source,
@@ -230,7 +230,7 @@ class Run:
             "seed": self.seed,
             **settings,
         }
-        return json.loads(json.dumps(made_by, default=str))
+        return as_json(made_by)
 
     def _finished(self, partial: Path, target: Path, made_by: dict[str, Any]) -> bool:
         """Whether a stage is there and what it would be; raises InputError where something else is in its place."""

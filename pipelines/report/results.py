@@ -12,7 +12,7 @@ import numpy as np
 
 import pipelines
 from pipelines.core.config import ReportConfig
-from pipelines.core.disk import needing_room
+from pipelines.core.disk import as_json, needing_room
 from pipelines.core.errors import InputError
 from pipelines.core.identity import differences
 from pipelines.core.records import check_files, fingerprint, read_record
@@ -79,7 +79,7 @@ def report_run(
             other.seed: {name: fingerprint(other.record(name)) for name in STAGES if name in other.stages}
             for other in others
         }
-    made_by = json.loads(json.dumps(made_by, default=str))
+    made_by = as_json(made_by)
     report, changed = read_report(run.directory)
     if changed or report["made_by"] != made_by:
         report = _score_and_time(run, records, recipe, config, given, batch_size, others)
@@ -131,14 +131,14 @@ def finished_stages(run: Run) -> list[str]:
     """
     found: list[str] = []
     left_out: list[str] = []
+    task = as_json(run.task.describe())
     for name in (*STAGES, *run.task.baselines):
         record = read_record(run.directory / name)
         if record is None:
             continue
         made_by = record["made_by"]
-        task = json.loads(json.dumps(run.task.describe(), default=str))
         # Augmented or not, the training data is that of the same test split.
-        changed = differences(made_by["task"] | {"augmentation": None}, task | {"augmentation": None})
+        changed = differences(*(one | {"augmentation": None} for one in (made_by["task"], task)))
         if changed:
             raise InputError(
                 f"expected the data and the settings that {run.directory / name} was made with, found others: {'; '.join(changed)}. Pass the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import transformers
 from accelerate import PartialState
 
 from pipelines.core.config import TeacherConfig
+from pipelines.core.disk import as_json
 from pipelines.core.errors import InputError
 from pipelines.core.records import Outcome, read_record
 from pipelines.core.sources import resolve
@@ -112,7 +112,7 @@ def source_metrics(source: str, task: Task, batch_size: int) -> dict[str, Any]:
     if not PartialState().is_main_process:
         return {}
     record = read_record(Path(source))
-    if record is not None and record["made_by"]["task"] == json.loads(json.dumps(task.describe(), default=str)):
+    if record is not None and record["made_by"]["task"] == as_json(task.describe()):
         return record["metrics"]["validation"]
     return validation_metrics(task.load_model(source), task, task.load_processor(source), batch_size)
 
