@@ -285,23 +285,12 @@ def train(
 ) -> dict[str, Any]:
     """Train `model` in place on `train_features`; keep checkpoints under `directory` and resume from the last one there.
 
-    Returns what is worth recording: steps, losses, the validation score of every epoch, seconds and examples a second. In a training
-    that was resumed `train_loss` and the next of `losses` are means of the steps since, as transformers counts them.
-    With `search` the trainer is made, nothing is trained, and what `search(trainer)` returns is returned.
+    Returns what is worth recording, see _details. With `search` the trainer is made, nothing is trained, and what `search(trainer)` returns
+    is returned.
     """
-    arguments, metric = _arguments_of(training, task, directory), task.primary_metric
-    batch = arguments.train_batch_size * arguments.world_size
-    rows = getattr(train_features, "in_epoch", len(train_features))  # of a transfer set or of views not all
-    if arguments.dataloader_drop_last and rows < batch:
-        raise InputError(
-            f"expected a whole batch of {batch} training examples with --dataloader_drop_last, found {rows}. Lower "
-            "--per_device_train_batch_size, or leave --dataloader_drop_last out."
-        )
-    callbacks: list[Any] = []
-    if (patience := getattr(arguments, "early_stopping_patience", None)) is not None:
-        callbacks = [EarlyStopping(patience)]
-        arguments.restore_callback_states_from_checkpoint = True  # how many evaluations brought nothing better
-
+    arguments = _arguments_of(training, task, directory)
+    _check_batch(arguments, train_features)
+    patience = getattr(arguments, "early_stopping_patience", None)
     validation = task.features(processor)["validation"]
     place = np.argsort(evaluation_order(validation))  # of each example among the evaluated ones
 
@@ -320,7 +309,7 @@ def train(
         eval_dataset=validation,
         processing_class=processor,
         compute_metrics=numbers,
-        callbacks=callbacks,
+        callbacks=[] if patience is None else [EarlyStopping(patience)],
         **trainer_arguments,
     )
     if search is not None:
@@ -334,7 +323,15 @@ def train(
     vars(model.config).pop("use_cache", None)
     if use_cache is not None:
         model.config.use_cache = use_cache
-    history = trainer.state.log_history
+    return _details(result, trainer.state.log_history, task, resumed)
+
+
+def _details(result: Any, history: list[dict[str, Any]], task: Task, resumed: str | None) -> dict[str, Any]:
+    """What of a training is worth recording: steps, losses, the validation score of every epoch, and examples a second.
+
+    In one that was resumed `train_loss` and the next of `losses` are means of the steps since, as transformers counts them.
+    """
+    metric = task.primary_metric
     return {
         "steps": result.global_step,
         "train_loss": result.training_loss,
@@ -348,6 +345,17 @@ def train(
     }
 
 
+def _check_batch(arguments: transformers.TrainingArguments, train_features: Any) -> None:
+    """Raise InputError where all that there is would be left out with --dataloader_drop_last."""
+    batch = arguments.train_batch_size * arguments.world_size
+    rows = getattr(train_features, "in_epoch", len(train_features))  # of a transfer set or of views not all
+    if arguments.dataloader_drop_last and rows < batch:
+        raise InputError(
+            f"expected a whole batch of {batch} training examples with --dataloader_drop_last, found {rows}. Lower "
+            "--per_device_train_batch_size, or leave --dataloader_drop_last out."
+        )
+
+
 def _arguments_of(training: transformers.TrainingArguments, task: Task, directory: Path) -> Any:
     """The arguments of one training of a task, with its checkpoints in `directory`."""
     arguments = copy.copy(training)
@@ -357,6 +365,8 @@ def _arguments_of(training: transformers.TrainingArguments, task: Task, director
     arguments.remove_unused_columns = False  # the collator keeps what the loss needs
     arguments.label_names = ["labels"]  # which the Trainer looks for in the model's own forward; the loss is ours
     arguments.metric_for_best_model, arguments.greater_is_better = best_metric(arguments, task)
+    if getattr(arguments, "early_stopping_patience", None) is not None:
+        arguments.restore_callback_states_from_checkpoint = True  # how many evaluations brought nothing better
     if arguments.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
         # These look at that metric, and take it for a loss unless they are told.
         given: Any = arguments.lr_scheduler_kwargs or {}
