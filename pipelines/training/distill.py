@@ -350,26 +350,15 @@ def train_student(
     task.check_teacher_fits(teacher_source, student, processor, online)
     teacher: Any = None
     teacher_processor: Any = None
-    # Stored soft targets are of the examples as they are, or of stored views; the baseline on labels alone is trained as the student is.
-    augment = online or (weight == 0 and distill.soft_targets == "online")
-    read = partial(task.soft_target_features, distill=distill)
-    features = task.features(processor)["train"] if augment else read(processor)
     if online:
         teacher_processor = task.load_processor(teacher_source)
         teacher = task.load_model(teacher_source)
         check_teacher(teacher, task, teacher_processor, training.per_device_eval_batch_size)
-    elif soft_targets is not None and weight > 0:
-        features = with_soft_targets(task, read, features, soft_targets)
-    if views := distill.only(task.soft_target_settings).augmented_views:
-        features = OneViewAnEpoch(features, views)
+    # Stored soft targets are of the examples as they are, or of stored views; the baseline on labels alone is trained as the student is.
+    augment = online or (weight == 0 and distill.soft_targets == "online")
+    stored = None if online or weight == 0 else soft_targets
+    features, of_examples = _examples(task, processor, distill, augment, stored, transfer, examples_per_epoch)
     pairs = pairs_of(distill, student.config, teacher.config) if distill.needs_teacher else []
-    of_transfer: dict[str, Any] = {}
-    if transfer is not None:
-        features = with_transfer(features, transfer, task, processor)
-        of_transfer = {"examples_per_epoch": features.in_epoch, "transfer": transfer.load().details}
-    elif examples_per_epoch is not None:
-        features = features.select(np.resize(np.arange(len(features)), examples_per_epoch))
-        of_transfer = {"examples_per_epoch": examples_per_epoch}
     details = train(
         student,
         task,
@@ -385,11 +374,36 @@ def train_student(
         hidden_state_map=pairs,
     )
     remove_projections(student)
-    details |= of_transfer
+    details |= of_examples
     details["soft_targets"] = "none" if weight == 0 else "online" if online else "stored"
     if pairs:
         details["hidden_state_map"] = [list(pair) for pair in pairs]
     return details
+
+
+def _examples(
+    task: Task,
+    processor: Any,
+    distill: DistillConfig,
+    augment: bool,
+    soft_targets: Path | list[Path] | None,
+    transfer: TransferSet | None,
+    examples_per_epoch: int | None,
+) -> tuple[Any, dict[str, Any]]:
+    """The examples that a student is trained on, and what of them is worth recording; see train_student."""
+    read = partial(task.soft_target_features, distill=distill)
+    features = task.features(processor)["train"] if augment else read(processor)
+    if soft_targets is not None:
+        features = with_soft_targets(task, read, features, soft_targets)
+    if views := distill.only(task.soft_target_settings).augmented_views:
+        features = OneViewAnEpoch(features, views)
+    if transfer is not None:
+        with_others = with_transfer(features, transfer, task, processor)
+        return with_others, {"examples_per_epoch": with_others.in_epoch, "transfer": transfer.load().details}
+    if examples_per_epoch is None:
+        return features, {}
+    repeated = features.select(np.resize(np.arange(len(features)), examples_per_epoch))
+    return repeated, {"examples_per_epoch": examples_per_epoch}
 
 
 def distill_student(
