@@ -93,32 +93,19 @@ def quantize_onnx(
     original, candidates = Path(source) / ONNX_FILE, directory / CANDIDATES
     processor = task.load_processor(source)
     candidates.mkdir()
-    says = stage_written_in(directory)
-    fused = candidates / "fused.onnx"
-    fused_nodes = fuse_for_onnxruntime(original, fused)
-    if fused_nodes["attention"] < fused_nodes["attention_blocks"]:
-        found = f"{fused_nodes['attention']} of {fused_nodes['attention_blocks']} attention blocks"
-        print(f"{says}: {found} fused; the rest is right but slower", flush=True)
-    fusion = verify_same_graph(fused, original, task, processor)
-    give_memory_back()
+    fused, says = candidates / "fused.onnx", stage_written_in(directory)
+    fusion = _fuse(original, fused, task, processor, says)
     before, score = score_beside(original, task, processor)
     feeds = cache(partial(calibration_feeds, task, processor, quantize.calibration_samples))
-    metric, tried = gate_metric(task, quantize), dict[str, dict[str, Any]]()
+    tried = {}
     for name in [scheme] if scheme else schemes_to_try(task, quantize):
         folder = candidates / name
         folder.mkdir()
         copy_beside(Path(source), folder)
         SCHEMES[name](fused, folder / ONNX_FILE, quantize, feeds)
         give_memory_back()
-        nodes = onnx.load(folder / ONNX_FILE, load_external_data=False).graph.node
         after = score(folder / ONNX_FILE, name)
-        tried[name] = {
-            "operators": dict(sorted(Counter(node.op_type for node in nodes).items())),
-            "bytes": size_of(folder / ONNX_FILE),
-            "metrics": after,
-            "quality_lost": quality_lost(before[metric], after[metric], task.metrics[metric]),
-            "within_limit": problem_of(before, after, task, quantize) is None,
-        }
+        tried[name] = _describe(folder / ONNX_FILE, before, after, task, quantize)
     chosen = choose(tried, candidates, task)
     metrics = tried[chosen]["metrics"]
     name = chosen if len(tried) == 1 else f"{chosen}, the one to ship of {', '.join(tried)}"
@@ -141,8 +128,7 @@ def quantize_onnx(
             shutil.rmtree((directory / OLDER).parent)
     shutil.rmtree(candidates)
     details = {
-        "fused_nodes": fused_nodes,
-        "fused_equals_source": fusion,
+        **fusion,
         "scheme": chosen,
         "source_metrics": before,
         "candidates": tried,
@@ -150,6 +136,31 @@ def quantize_onnx(
         "verification": verification | {"examples": len(task.features(processor)["validation"])},
     }
     return Outcome("onnx", {"validation": metrics}, (read_record(Path(source)) or {}).get("parameters"), details)
+
+
+def _fuse(source: Path, target: Path, task: Task, processor: Any, says: str) -> dict[str, Any]:
+    """Fuse a graph for ONNX Runtime, and verify that it is the same; what is worth recording of it."""
+    nodes = fuse_for_onnxruntime(source, target)
+    if nodes["attention"] < nodes["attention_blocks"]:
+        found = f"{nodes['attention']} of {nodes['attention_blocks']} attention blocks"
+        print(f"{says}: {found} fused; the rest is right but slower", flush=True)
+    verification = verify_same_graph(target, source, task, processor)
+    give_memory_back()
+    return {"fused_nodes": nodes, "fused_equals_source": verification}
+
+
+def _describe(
+    path: Path, before: dict[str, Any], after: dict[str, Any], task: Task, quantize: QuantizeConfig
+) -> dict[str, Any]:
+    """What is worth recording of a quantized file with the scores `after`."""
+    metric, nodes = gate_metric(task, quantize), onnx.load(path, load_external_data=False).graph.node
+    return {
+        "operators": dict(sorted(Counter(node.op_type for node in nodes).items())),
+        "bytes": size_of(path),
+        "metrics": after,
+        "quality_lost": quality_lost(before[metric], after[metric], task.metrics[metric]),
+        "within_limit": problem_of(before, after, task, quantize) is None,
+    }
 
 
 def quantize_for_older_runtimes(
