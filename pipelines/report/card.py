@@ -7,18 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.core.task import Presentation
-from pipelines.report.markdown import escape, fence, settings
+from pipelines.report.markdown import escape, fence
 from pipelines.report.pages import (
     BASELINES,
     conclusion,
-    data_section,
-    losses_section,
-    reproduce_section,
-    results_section,
+    sections,
     stage_of,
     tested_on,
 )
-from pipelines.report.seeds import seeds_section
 
 # The schemes of pipelines/onnx/quantize.py that quantize activations while the model runs.
 DYNAMIC = ("dynamic_int8", "int8_int4_embeddings", "mixed_int8")
@@ -29,13 +25,35 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
 
     `usage` tells how to use the model where it is published; left out, how to use it in this directory.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
-    shipped = stage_of(report, report["shipped"])
-    dataset, teachers = report["dataset"], teachers_of(report)
+    teachers = teachers_of(report)
+    compressed = " and ".join(escape(str(teacher["source"])) for teacher in teachers)
+    body = "\n\n".join(
+        [
+            f"# {escape(report['name'])}",
+            f"A model for {presentation.kind(report)}, compressed from the teacher{'s' * (len(teachers) > 1)} {compressed} by Pocketformers. "
+            + escape(conclusion(report, presentation), None),
+            "## How to use it",
+            usage or _usage_section(report, presentation),
+            "## Results",
+            *sections(report, presentation, "How it was made", listed=5),
+            "## Limitations",
+            _limitations_section(report, presentation),
+            "## Licence",
+            _license_section(report),
+        ]
+    )
+    return str(ModelCard(f"---\n{_front_matter(report, presentation)}\n---\n\n{body}\n"))
+
+
+def _front_matter(report: dict[str, Any], presentation: Presentation) -> str:
+    """What the Hub reads of a model: its licence, where it comes from, and its results, as YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    shipped, dataset, teachers = stage_of(report, report["shipped"]), report["dataset"], teachers_of(report)
     licenses = list(dict.fromkeys(one for teacher in teachers for one in _licenses(teacher)))
     on_hub = [teacher["hub_id"] for teacher in teachers if teacher["hub_id"]]
-    compressed = " and ".join(escape(str(teacher["source"])) for teacher in teachers)
     names, task = {stage["name"] for stage in report["stages"]}, presentation.hub_task or report["task"]
     possible = {"student": "distillation", "pruned": "pruning", "quantized": _bits(report)}
     data = ModelCardData(
@@ -62,31 +80,7 @@ def format_model_card(report: dict[str, Any], presentation: Presentation, usage:
             if shipped["metrics"].get(metric) is not None
         ],
     )
-    body = "\n\n".join(
-        [
-            f"# {escape(report['name'])}",
-            f"A model for {presentation.kind(report)}, compressed from the teacher{'s' * (len(teachers) > 1)} {compressed} by Pocketformers. "
-            + escape(conclusion(report, presentation), None),
-            "## How to use it",
-            usage or _usage_section(report, presentation),
-            "## Results",
-            results_section(report, presentation),
-            *seeds_section(report, presentation),
-            "## What compression broke",
-            losses_section(report, presentation, listed=5),
-            "## Data",
-            data_section(report),
-            "## How it was made",
-            reproduce_section(report),
-            "## Machine and versions",
-            settings(report["environment"]),
-            "## Limitations",
-            _limitations_section(report, presentation),
-            "## Licence",
-            _license_section(report),
-        ]
-    )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+    return str(data.to_yaml())
 
 
 def _usage_section(report: dict[str, Any], presentation: Presentation) -> str:

@@ -23,7 +23,8 @@ from pipelines.report.seeds import seeds_section, seeds_sentences
 TEACHER = "teacher"
 # Rows to compare with; what is shipped is never one of them.
 TEACHER_QUANTIZED = "teacher_quantized"
-BASELINES = ("teacher_onnx", TEACHER_QUANTIZED, "student_labels_only")  # and all estimators of scikit-learn
+LABELS_ONLY = "student_labels_only"
+BASELINES = ("teacher_onnx", TEACHER_QUANTIZED, LABELS_ONLY)  # and all estimators of scikit-learn
 DELTA, P95, FASTER_THAN_ONNX = "delta (95 %)", "p95 ms", "x faster than teacher_onnx"
 
 
@@ -45,18 +46,25 @@ def format_markdown(report: dict[str, Any], presentation: Presentation) -> str:
         [
             f"# {escape(report['name'])}: what compression kept and what it broke",
             escape(conclusion(report, presentation), None),
-            results_section(report, presentation),
-            *seeds_section(report, presentation),
-            "## What compression broke",
-            losses_section(report, presentation, listed=20),
-            "## Data",
-            data_section(report),
-            "## How to reproduce",
-            reproduce_section(report),
-            "## Machine and versions",
-            settings(report["environment"]),
+            *sections(report, presentation, "How to reproduce", listed=20),
         ]
     )
+
+
+def sections(report: dict[str, Any], presentation: Presentation, reproduce: str, listed: int) -> list[str]:
+    """What report.md and the model card have both; `reproduce` is the title of how to, and so many examples are `listed`."""
+    return [
+        results_section(report, presentation),
+        *seeds_section(report, presentation),
+        "## What compression broke",
+        losses_section(report, presentation, listed),
+        "## Data",
+        data_section(report),
+        f"## {reproduce}",
+        reproduce_section(report),
+        "## Machine and versions",
+        settings(report["environment"]),
+    ]
 
 
 # Parts of the pages

@@ -21,7 +21,7 @@ from pipelines.onnx.measure import carries, paired_ratios
 from pipelines.onnx.runtimes import needed_versions
 from pipelines.report.bootstrap import paired_bootstrap
 from pipelines.report.card import format_model_card
-from pipelines.report.pages import BASELINES, TEACHER, TEACHER_QUANTIZED, format_markdown
+from pipelines.report.pages import BASELINES, LABELS_ONLY, TEACHER, TEACHER_QUANTIZED, format_markdown
 from pipelines.report.plot import draw_report
 from pipelines.runtime.infer import available_cores, cpu_info
 
@@ -73,15 +73,8 @@ def build_report(
 
     named = {stage.name: stage for stage in stages}
     made_of = named.get("student", named[TEACHER]).record["made_by"].get("student", {}).get("student_model")
-    both = {"student", "student_labels_only"} <= samples.keys()
-    teachers = _describe_teachers(stages, config.get("teacher_model"))
-    dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
-    of_stages = {
-        key: value
-        for stage in stages
-        for key, value in stage.record["details"].items()
-        if key in ("transfer", "vocabulary")
-    }
+    both = {"student", LABELS_ONLY} <= samples.keys()
+    teacher, *more_teachers = _describe_teachers(stages, config.get("teacher_model"))
     report = {
         "recipe": recipe,
         "task": task.name,
@@ -90,16 +83,15 @@ def build_report(
         "environment": environment,
         "stages": _rows(Path(run_dir), task, stages, comparison, delta),
         # What the teacher did for the student.
-        "delta_to_labels_only": delta("student", "student_labels_only") if both else None,
+        "delta_to_labels_only": delta("student", LABELS_ONLY) if both else None,
         "name": Path(run_dir).resolve().name,
         "shipped": shipped.name,
         "student_kind": made_of if made_of in STUDENT_KINDS else None,
         "quantization": shipped.record["details"].get("scheme"),
         **comparison.report,
-        "teacher": teachers[0],
-        **({"more_teachers": teachers[1:]} if teachers[1:] else {}),
-        "dataset": _describe_source(dataset) | {"config": configuration},
-        "data": _without_folders(task.details | of_stages),
+        "teacher": teacher,
+        **({"more_teachers": more_teachers} if more_teachers else {}),
+        **_describe_data(task, stages, config),
         "config": _without_folders(config),
     }
     if config.get("within") is not None:  # whose ends are the one-sided 95 % bounds
@@ -136,6 +128,17 @@ def _rows(
             }
         )
     return rows
+
+
+def _describe_data(task: Task, stages: list[StageResult], config: dict[str, Any]) -> dict[str, Any]:
+    """The data set, how the splits came about, and what else the stages read."""
+    dataset, configuration = (config.get(key) or task.details.get(key) for key in ("dataset", "dataset_config"))
+    details = [stage.record["details"] for stage in stages]
+    read = {name: one[name] for one in details for name in ("transfer", "vocabulary") if name in one}
+    return {
+        "dataset": _describe_source(dataset) | {"config": configuration},
+        "data": _without_folders(task.details | read),
+    }
 
 
 def _describe_teachers(stages: list[StageResult], named: Any) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from pipelines.models.removal import load_model
 from pipelines.onnx.export import ONNX_FILE
 from pipelines.onnx.measure import Subject, estimator_workload, measure, paired_ratios
 from pipelines.onnx.predict import predict_onnx
-from pipelines.report.pages import TEACHER, format_summary
+from pipelines.report.pages import LABELS_ONLY, TEACHER, TEACHER_QUANTIZED, format_summary
 from pipelines.report.report import (
     add_timings,
     build_report,
@@ -35,10 +35,9 @@ from pipelines.report.report import (
 from pipelines.report.seeds import over_seeds
 from pipelines.training.baselines import BASELINE_FILE, load_baseline
 
-LABELS_ONLY = "student_labels_only"
 MORE_TEACHERS = tuple(f"teacher_{number}" for number in range(2, 10))  # of a student of several
 STAGES = (
-    "teacher",
+    TEACHER,
     *MORE_TEACHERS,
     "teacher_onnx",
     "student",
@@ -46,7 +45,7 @@ STAGES = (
     "pruned",
     "onnx",
     "quantized",
-    "teacher_quantized",
+    TEACHER_QUANTIZED,
 )
 
 
