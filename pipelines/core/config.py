@@ -481,20 +481,6 @@ class PruneConfig(Checked):
 
 
 @dataclass
-class TargetConfig(Checked):
-    target_cpu: str = flag(
-        "any",
-        "The CPU the model will run on. Without VNNI, x86 needs int8 weights within seven bits: 'any' and 'avx2' use them, 'avx512_vnni' "
-        "and 'arm64' use all eight.",
-        choices=["any", "avx2", "avx512_vnni", "arm64"],
-    )
-
-    @property
-    def reduce_range(self) -> bool:
-        return self.target_cpu in ("any", "avx2")
-
-
-@dataclass
 class GateConfig(Checked):
     gate: str | None = flag(
         None,
@@ -513,7 +499,13 @@ QUANTIZATIONS = "auto dynamic_int8 int8_int4_embeddings mixed_int8 static_int8 i
 
 
 @dataclass
-class QuantizeConfig(GateConfig, TargetConfig):
+class QuantizeConfig(GateConfig):
+    target_cpu: str = flag(
+        "any",
+        "The CPU the model will run on. Without VNNI, x86 needs int8 weights within seven bits: 'any' and 'avx2' use them, 'avx512_vnni' "
+        "and 'arm64' use all eight.",
+        choices=["any", "avx2", "avx512_vnni", "arm64"],
+    )
     quantization: str | None = flag(
         None,
         "How the shipped model is quantized: 'dynamic_int8' measures the ranges of activations on every call, 'static_int8' once, on "
@@ -537,6 +529,10 @@ class QuantizeConfig(GateConfig, TargetConfig):
         super().__post_init__()
         is_power = self.block_size >= 16 and self.block_size & (self.block_size - 1) == 0
         _check(is_power, "a power of 2 from 16 on for --block_size", self.block_size)
+
+    @property
+    def reduce_range(self) -> bool:
+        return self.target_cpu in ("any", "avx2")
 
 
 @dataclass
