@@ -374,7 +374,7 @@ AutoConfig.register(StaticVectorsConfig.model_type, StaticVectorsConfig)
 AutoModel.register(StaticVectorsConfig, StaticVectors)
 
 
-def token_vectors(teacher: Any, config: StaticVectorsConfig, batch_size: int = 1024) -> np.ndarray:
+def token_vectors(teacher: Any, config: StaticVectorsConfig) -> np.ndarray:
     """The teacher's vector of each token alone (tokens, width), in their principal components, rare tokens with the more weight.
 
     As Model2Vec makes them (Tulkens & van Dongen, 2024): SIF weighting by Zipf's law, since tokenizers number frequent tokens first.
@@ -386,9 +386,7 @@ def token_vectors(teacher: Any, config: StaticVectorsConfig, batch_size: int = 1
     first, last = (torch.full_like(ids, one or 0) for one in around)
     texts = torch.stack([ids] if None in around else [first, ids, last], dim=1)
     with torch.inference_mode():
-        parts = [
-            teacher.eval()(input_ids=part.to(teacher.device)).sentence_embedding for part in texts.split(batch_size)
-        ]
+        parts = [teacher.eval()(input_ids=part.to(teacher.device)).sentence_embedding for part in texts.split(1024)]
     vectors = torch.cat(parts).float().cpu().numpy()
     width = min(config.width, *vectors.shape)
     vectors = PCA(width, random_state=0).fit_transform(vectors)

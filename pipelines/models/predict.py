@@ -23,9 +23,14 @@ def sample_of(rows: Any, samples: int, seed: int = 0) -> Any:
     return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:samples]))
 
 
+def longest_first(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Indices in an order in which little of a batch is padding, the same every time."""
+    return np.argsort(-np.asarray(lengths), kind="stable")
+
+
 def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Indices in batches of like length, the longest first, so that little of a batch is padding."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
+    """Indices in batches of like length, the longest first."""
+    order = longest_first(lengths)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import SchedulerType
 
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, Collate, Task
-from pipelines.models.predict import lengths_of, try_model
+from pipelines.models.predict import lengths_of, longest_first, try_model
 from pipelines.training.arguments import best_metric
 from pipelines.training.checkpoints import BestCheckpoint, EarlyStopping, last_whole_checkpoint, write_checksums
 from pipelines.training.cpu import cpu_speedups
@@ -223,22 +223,16 @@ class Trainer(transformers.Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Training examples may be collated otherwise than those of an evaluation: augmented, or with the teacher's inputs."""
-        usual: Any = self.data_collator, self.train_dataset
-        self.data_collator = self.train_collate or self.data_collator
+        collate, dataset = self.train_collate or self.data_collator, self.train_dataset
         if self._groups_lengths() and self.args.world_size > 1 and not self.args.dataloader_drop_last:
-            self.train_dataset = Filled(self.train_dataset, self._train_batch_size * self.args.world_size)
-        try:
+            dataset = Filled(dataset, self._train_batch_size * self.args.world_size)
+        with patch.object(self, "data_collator", collate), patch.object(self, "train_dataset", dataset):
             return super().get_train_dataloader()
-        finally:
-            self.data_collator, self.train_dataset = usual
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """All examples of an evaluation, also where a training leaves out those that are no whole batch: they are scored together."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
+        with patch.object(self.args, "dataloader_drop_last", False):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     def _groups_lengths(self) -> bool:
         return self.has_task and self.args.train_sampling_strategy == "group_by_length"
@@ -264,12 +258,9 @@ class Trainer(transformers.Trainer):
         return examples.in_epoch if hasattr(examples, "in_epoch") else super().num_examples(dataloader)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return evaluation_order(eval_dataset).tolist() if self.has_task else super()._get_eval_sampler(eval_dataset)
-
-
-def evaluation_order(examples: Any) -> np.ndarray:
-    """The order in which examples are evaluated, the same every time: the longest first, as little of a batch is padding then."""
-    return np.argsort(-np.asarray(lengths_of(examples)), kind="stable")
+        if not self.has_task:
+            return super()._get_eval_sampler(eval_dataset)
+        return longest_first(lengths_of(eval_dataset)).tolist()
 
 
 def train(
@@ -292,7 +283,7 @@ def train(
     _check_batch(arguments, train_features)
     patience = getattr(arguments, "early_stopping_patience", None)
     validation = task.features(processor)["validation"]
-    place = np.argsort(evaluation_order(validation))  # of each example among the evaluated ones
+    place = np.argsort(longest_first(lengths_of(validation)))  # of each example among the evaluated ones
 
     def numbers(found: Any) -> dict[str, float]:
         scores = task.scores(found.predictions[place], found.label_ids[place])
