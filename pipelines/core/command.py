@@ -47,9 +47,8 @@ def parse_config(
     """
     kinds, argv = list(kinds), sys.argv[1:] if argv is None else argv
     parser = _make_parser(kinds, default_config, program, only)
-    known = {action.dest for action in parser._actions}
-    parser.set_defaults(**{flag: value for flag, value in (defaults or {}).items() if flag in known})
     flags = {action.dest: action for action in reversed(parser._actions)}
+    parser.set_defaults(**{flag: value for flag, value in (defaults or {}).items() if flag in flags})
     usual, (named, unknown) = vars(parser.parse_known_args([])[0]), parser.parse_known_args(argv)
     if unknown and not only:
         words = [word.partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
@@ -58,10 +57,7 @@ def parse_config(
     in_file = [] if named.config is None else _read_file(Path(named.config), flags, only)
     other_data = getattr(named, "dataset", None) is not None and f"--dataset={named.dataset}" not in in_file
     if named.config is default_config and other_data:
-        own = {name for kind in kinds for name in getattr(kind, "OF_DATA", ())}
-        own |= {one.name for kind in (DataConfig, TransferConfig) for one in fields(kind)}
-        of_data = tuple(f"--{name}=" for name in own)
-        in_file = [word for word in in_file if not word.startswith(of_data)]
+        in_file = _without_data(in_file, kinds)
     parser.exit_on_error = False
     try:
         words = [*in_file, *argv]
@@ -70,18 +66,30 @@ def parse_config(
         settings = make_settings(kinds, values)
     except (argparse.ArgumentError, InputError) as error:
         # A bad value in the file is bad input, a bad flag is a usage error: which of the two it is shows when the file is read alone.
-        try:
-            make_settings(kinds, vars(parser.parse_known_args(in_file)[0]))
-        except (argparse.ArgumentError, InputError) as bad:
-            found = (
-                str(bad) if isinstance(bad, InputError) else f"expected flags that parse, found: {_with_hint(str(bad))}"
-            )
-            raise InputError(found + (f" (in {named.config})" if in_file else "")) from bad
+        _check_file(parser, kinds, in_file, f" (in {named.config})" if in_file else "")
         parser.error(str(error))
     changed = {flag: value for flag, value in values.items() if value != usual[flag]}
     settings.given = {flag: value for flag, value in changed.items() if not flag.startswith(NOT_RECORDED)}
     settings.named = {flag: value for flag, value in named_values.items() if value is not None}
     return settings
+
+
+def _without_data(words: list[str], kinds: list[Any]) -> list[str]:
+    """The words of a file without what they say of its data set."""
+    names = [name for kind in kinds for name in getattr(kind, "OF_DATA", ())]
+    names += [one.name for kind in (DataConfig, TransferConfig) for one in fields(kind)]
+    of_data = tuple(f"--{name}=" for name in names)
+    return [word for word in words if not word.startswith(of_data)]
+
+
+def _check_file(parser: Any, kinds: list[Any], words: list[str], where: str) -> None:
+    """Raise InputError where the words of a file alone are no settings."""
+    try:
+        make_settings(kinds, vars(parser.parse_known_args(words)[0]))
+    except argparse.ArgumentError as error:
+        raise InputError(f"expected flags that parse, found: {_with_hint(str(error))}{where}") from error
+    except InputError as error:
+        raise InputError(f"{error}{where}") from error
 
 
 def _make_parser(kinds: list[Any], default_config: Path | None, program: str | None, only: bool) -> Any:
