@@ -110,14 +110,16 @@ def _run_trials(directory: Path, trials: int, trainer: Any) -> dict[str, Any]:
         return {}
     if failure is not None and not known.get_trials(states=complete):
         raise failure
-    best = known.best_trial  # of equal ones the first, which may be the given settings
-    found = {name: _rounded(value) for name, value in best.params.items()}
-    write_whole(directory / FOUND, yaml.safe_dump(found).encode())
-    print(
-        f"search: {_flags(found)} (or --config {FOUND}): {metric} {best.value:.4f} on the validation split", flush=True
-    )
     tried = [one.params | {metric: one.value} for one in known.get_trials(states=complete)]
-    return {"best": found, "metric": metric, "score": best.value, "trials": tried}
+    best = known.best_trial  # of equal ones the first, which may be the given settings
+    return _write_found(directory, best.params, metric, best.value) | {"trials": tried}
+
+
+def _write_found(directory: Path, settings: dict[str, float], metric: str, score: float) -> dict[str, Any]:
+    found = {name: _rounded(value) for name, value in settings.items()}
+    write_whole(directory / FOUND, yaml.safe_dump(found).encode())
+    print(f"search: {_flags(found)} (or --config {FOUND}): {metric} {score:.4f} on the validation split", flush=True)
+    return {"best": found, "metric": metric, "score": score}
 
 
 def _settings_and_score(
