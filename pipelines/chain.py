@@ -58,13 +58,8 @@ def make_baselines(run: Run, settings: Settings, scheme: str | None) -> None:
     """8. What a user gets without any of this: the teacher quantized, whatever it loses, and what needs no transformer, of the data alone."""
     if settings.report.baselines:
         if scheme is not None:
-            quantizing: dict[str, Any] = {
-                "quantize": settings.quantize,
-                "optional": True,
-                "scheme": scheme,
-                "gated": False,
-            }
-            run.stage("teacher_quantized", quantize_onnx, "teacher_onnx", **quantizing)
+            given: dict[str, Any] = {"quantize": settings.quantize, "scheme": scheme, "gated": False}
+            run.stage("teacher_quantized", quantize_onnx, "teacher_onnx", optional=True, **given)
         for name in run.task.baselines:
             run.stage(name, fit_baseline, None, baseline=name)
 
