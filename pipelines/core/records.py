@@ -18,6 +18,7 @@ from pipelines.runtime.infer import file_checksum
 
 RECORD = "record.json"
 ATTEMPT = ".made_by.json"  # what an unfinished stage is to become
+CHECKPOINTS = "checkpoints"  # the folder in it of what an attempt goes on from
 PARTIAL = ".partial"  # how the name of the hidden directory ends in which a stage is written
 PACKAGES = "torch transformers accelerate tokenizers huggingface_hub datasets scikit-learn peft onnx onnxscript onnxruntime numpy"
 CHECKSUM = "sha256"

@@ -27,6 +27,7 @@ from pipelines.core.machine import check_launch, quieten_libraries, use_availabl
 from pipelines.core.processes import PATIENCE, wait_for_all
 from pipelines.core.records import (
     ATTEMPT,
+    CHECKPOINTS,
     PARTIAL,
     RECORD,
     Outcome,
@@ -274,7 +275,7 @@ class Run:
     def _commit(
         self, name: str, partial: Path, target: Path, made_by: dict[str, Any], outcome: Outcome, seconds: float
     ) -> None:
-        attempt = (partial / ATTEMPT, partial / "checkpoints")
+        attempt = (partial / ATTEMPT, partial / CHECKPOINTS)
         files = sorted(path for path in partial.rglob("*") if path.is_file() and not {path, *path.parents} & {*attempt})
         record = {
             "stage": name,
@@ -302,7 +303,7 @@ class Run:
         _remove(target.with_name(f".{target.name}.old"))
 
     def _put_in_place(self, partial: Path, target: Path) -> None:
-        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
         (partial / ATTEMPT).unlink(missing_ok=True)
         old = target.with_name(f".{target.name}.old")
         if target.exists():

@@ -12,7 +12,6 @@ from pipelines.core.disk import write_json
 from pipelines.core.records import damaged_files
 from pipelines.runtime.infer import file_checksum
 
-CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
 
 

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from pipelines.core.config import DistillConfig, StudentConfig
 from pipelines.core.errors import InputError
-from pipelines.core.records import Outcome
+from pipelines.core.records import CHECKPOINTS, Outcome
 from pipelines.core.task import Task, TransferSet
 from pipelines.models.families import layer_count, queries_keys_values, removable
 from pipelines.models.students import build_student, planned_config
 from pipelines.models.vocabulary import checked_content
-from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.fine_tune import finish, source_metrics
 from pipelines.training.losses import attention_loss, hidden_state_loss, relation_loss, teachers_loss
 from pipelines.training.soft_targets import check_teacher, with_soft_targets, with_transfer

@@ -13,13 +13,12 @@ from accelerate import PartialState
 from pipelines.core.config import TeacherConfig
 from pipelines.core.disk import as_json
 from pipelines.core.errors import InputError
-from pipelines.core.records import Outcome, read_record
+from pipelines.core.records import CHECKPOINTS, Outcome, read_record
 from pipelines.core.sources import resolve
 from pipelines.core.task import Task
 from pipelines.data.sources import model_license
 from pipelines.models.predict import predict_torch
 from pipelines.training.arguments import arguments_for
-from pipelines.training.checkpoints import CHECKPOINTS
 from pipelines.training.trainer import train
 
 

@@ -20,13 +20,13 @@ from pipelines.core.config import DistillConfig, PruneConfig
 from pipelines.core.disk import write_json
 from pipelines.core.errors import InputError
 from pipelines.core.processes import wait_for_all
-from pipelines.core.records import Outcome, with_checksum
+from pipelines.core.records import CHECKPOINTS, Outcome, with_checksum
 from pipelines.core.task import Task, TransferSet
 from pipelines.models.families import groups_of, layers_of, removable, unit_count, unit_width
 from pipelines.models.predict import sample_of
 from pipelines.models.removal import cut, remove_zeros, shape_of, with_stock_shapes
 from pipelines.training.arguments import arguments_for
-from pipelines.training.checkpoints import CHECKPOINTS, checkpoint_damage, write_checksums
+from pipelines.training.checkpoints import checkpoint_damage, write_checksums
 from pipelines.training.distill import TEACHER_COLUMN, ask_teacher, train_student
 from pipelines.training.fine_tune import save, source_metrics, validation_metrics
 from pipelines.training.losses import teachers_loss

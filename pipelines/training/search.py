@@ -18,9 +18,9 @@ from transformers.trainer_utils import SaveStrategy
 from pipelines.core.config import DistillConfig
 from pipelines.core.disk import write_whole
 from pipelines.core.errors import InputError
-from pipelines.core.records import Outcome
+from pipelines.core.records import CHECKPOINTS, Outcome
 from pipelines.core.task import Task
-from pipelines.training.checkpoints import CHECKPOINTS, EarlyStopping
+from pipelines.training.checkpoints import EarlyStopping
 from pipelines.training.distill import distill_student
 
 FOUND = "settings.yaml"
