@@ -91,9 +91,20 @@ def new_model(model_class: Any, source: str, config: Any = None, **settings: Any
     """A model by an Auto class with random weights, in the shape of `config`, or of the one in `source` with other `settings`."""
     if config is None:
         config = load_config(source, **settings)
+    _check_family(model_class, source, config)
     config.architectures = config.architectures or []  # from_config cannot do without
     code = {"trust_remote_code": settings.get("trust_remote_code", False)}
     return load(lambda _: model_class.from_config(config, dtype="float32", **code), source, "the shape of a model")
+
+
+def _check_family(model_class: Any, source: str, config: Any) -> None:
+    """Raise InputError where neither transformers nor the model's own code has a class for `config` behind this Auto class."""
+    known, own = model_class._model_mapping, getattr(config, "auto_map", None) or {}
+    if type(config) not in known and model_class.__name__ not in own:
+        raise InputError(
+            f"expected a family that transformers has the class {model_class.__name__} for, which the task needs, found {type(config).__name__} at "
+            f"{source}. Use a model of another family, or another --task."
+        )
 
 
 def check_encoder(config: Any, source: str) -> None:
@@ -131,6 +142,8 @@ def inputs_of(model_class: Any, source: str, config: Any, **code: bool) -> Input
 
 def load_weights(model_class: Any, source: str, config: Any, head_may_be_new: bool = False, **settings: Any) -> Any:
     """The model in `source` with this `config`, by an Auto class; refuses weights that leave part of it at random, which transformers only logs."""
+    if hasattr(model_class, "_model_mapping"):  # an Auto class
+        _check_family(model_class, source, config)
     model, info = load(
         model_class.from_pretrained,
         source,
@@ -303,12 +316,6 @@ def load(loader: Callable[..., Any], source: str, what: str, **arguments: Any) -
         return loader(located, **arguments)
     except Exception as error:  # the libraries raise whatever their parsers do
         summary = " ".join(str(error).split())[:400]
-        without_head = re.search(r"(\w+)'> for this kind of AutoModel: (\w+)", summary)
-        if without_head:
-            raise InputError(
-                f"expected a family that transformers has the class {without_head[2]} for, which the task needs, found {without_head[1]} at "
-                f"{source}. Use a model of another family, or another --task."
-            ) from error
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"expected {what} of transformers' own classes at {source}, found one that brings code of its own, which was not run. "
