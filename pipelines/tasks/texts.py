@@ -79,7 +79,7 @@ class TextTask(BaseTask):
                     f"expected a tokenizer with a padding token or an end token at {source}, found neither. Set pad_token and save it."
                 )
         # A decoder, which reads the last token before the padding, and counts positions from the left; or a student that reads in order.
-        if tokenizer.cls_token is None or type(config) in self.student_kinds.values():
+        if of_decoder(tokenizer) or type(config) in self.student_kinds.values():
             tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
         if self.reads_windows:
             if not tokenizer.is_fast:
@@ -109,7 +109,7 @@ class TextTask(BaseTask):
             return
         tokenizer = self.load_processor(source)
         text_config = config.get_text_config()
-        is_decoder, padding = tokenizer.cls_token is None, tokenizer.pad_token_id
+        is_decoder, padding = of_decoder(tokenizer), tokenizer.pad_token_id
         has_head = str((config.architectures or [""])[0]).endswith(self.architectures)
         # A decoder's head reads the last token that is no padding.
         pads_otherwise = text_config.pad_token_id != padding
@@ -221,6 +221,11 @@ class TextTask(BaseTask):
     @property
     def _reads_pairs(self) -> bool:
         return self.config.text_pair_column is not None
+
+
+def of_decoder(tokenizer: Any) -> bool:
+    """Whether a tokenizer is that of a decoder, which has no [CLS] token to read."""
+    return tokenizer.cls_token is None
 
 
 def _collate_both(

@@ -26,7 +26,7 @@ from scipy.special import softmax
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.pipelines.document_question_answering import select_starts_ends
 
-from conftest import FILLER, WORDS
+from conftest import FILLER, WORDS, tiny_language_model
 from others import in_node, odd_texts
 from pipelines import load
 from pipelines.chain import demo_config, read_settings
@@ -35,6 +35,7 @@ from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
+from pipelines.data.windows import train_tokenizer
 from pipelines.report.results import predict_stage
 from pipelines.runtime.answers import AnswerModel, likeliest_spans
 from pipelines.runtime.infer import token_inputs
@@ -602,6 +603,16 @@ def test_a_question_longer_than_a_window_is_refused_before_training(tokenizer, t
     task = QuestionAnswering(DataConfig(dataset=str(path), max_length=24), AnswerConfig())
     with pytest.raises(InputError, match="expected questions of at most 14 tokens.*found 18.*--max_length"):
         task.features(tokenizer)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_decoder_is_refused(model_type, questions, tmp_path):
+    tiny_language_model(model_type).save_pretrained(tmp_path)
+    train_tokenizer(["a text"], 300).save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match=f"expected an encoder.* span head .*found '{model_type}' .* a decoder. Use an"
+    ):
+        questions.load_model(str(tmp_path), "new if other")
 
 
 def test_losses_are_over_the_context_whatever_the_padding(questions, tokenizer):

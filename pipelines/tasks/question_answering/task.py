@@ -33,7 +33,7 @@ from pipelines.data.examples import Examples
 from pipelines.data.text import map_kept
 from pipelines.edge.bundle import PROBE_TEXTS, VERIFIED_EXAMPLES, page_probe
 from pipelines.edge.settings import ANSWERS, head_outputs, text_settings
-from pipelines.models.loading import name_labels
+from pipelines.models.loading import has_tokenizer, name_labels
 from pipelines.onnx.predict import run_session
 from pipelines.runtime.answers import likeliest_spans
 from pipelines.runtime.infer import Answerer
@@ -41,7 +41,7 @@ from pipelines.tasks.question_answering import baselines
 from pipelines.tasks.question_answering.data import AnswerConfig, load_questions
 from pipelines.tasks.question_answering.report import QUESTION, AnswerPresentation, compare_answers
 from pipelines.tasks.question_answering.scores import NO_SPAN, answers_of, best_spans, score_answers
-from pipelines.tasks.texts import TextTask
+from pipelines.tasks.texts import TextTask, of_decoder
 from pipelines.training.losses import ClassifierLoss
 
 MASKED = (
@@ -178,6 +178,15 @@ class QuestionAnswering(ClassifierLoss, TextTask):
         if config.num_labels == len(self.label_names):
             name_labels(config, self.label_names)
         return config
+
+    def check_config(self, config: Any, source: str) -> None:
+        """Raise InputError for a decoder, too: its tokens do not see what follows them, and it has no [CLS] token for "no answer"."""
+        if has_tokenizer(source) and of_decoder(self.load_processor(source)):
+            raise InputError(
+                f"expected an encoder, whose span head (question answering) reads the text on both sides of a token, found {config.model_type!r} in "
+                f"{source}, a decoder. Use an encoder, such as a BERT, RoBERTa or ModernBERT."
+            )
+        super().check_config(config, source)
 
     def load_model(self, source: str, head: Head = "required", from_scratch: bool = False) -> Any:
         model = super().load_model(source, head, from_scratch)
