@@ -20,7 +20,7 @@ from pipelines.data.kinds import SPLITS
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 LOCALES = ("en_GB", "en_US", "de_DE", "fr_FR", "it_IT", "nl_NL")
-SLOT = re.compile(r"\{(\w+)\}")
+SLOT = re.compile(r"\{(\w+)(?::0(\d))?\}")  # its name, and how many digits a number has at least
 
 # By split. Capital slots are personal data; the others are look-alikes. Without any words around them a model would learn these sentences by heart.
 TEMPLATES = {
@@ -136,8 +136,59 @@ TEMPLATES = {
         Rose petals, price {price}, article {order}, for {firm}.
     """,
 }
-PRODUCTS = ("kettle", "Galaxy phone", "Bosch drill", "Paris lamp", "Victoria sofa", "Jordan shoe", "router", "desk")
-FIRMS = ("{name} & Sons", "{name} Ltd", "{name} GmbH", "Hotel {name}", "{name} Airlines", "the {name} Institute")
+# What a slot is made of: a method of Faker whose names are those of one split alone; its letters; a number from the first on and below the
+# second; one of several forms, in which # is a digit and ? a letter where there are such.
+NAMES = {"FIRSTNAME": "first_name", "LASTNAME": "last_name", "street": "street_name", "town": "city"}
+LETTERS = {"first": "FIRSTNAME", "last": "LASTNAME"}
+NUMBERS = {
+    "count": (2, 400),
+    "cents": (10, 100),
+    "part": (0, 30),
+    "hour": (0, 24),
+    "minute": (10, 60),
+    "day": (1, 29),
+    "month": (1, 13),
+    "year": (1940, 2030),
+}
+FORMS: dict[str, tuple[str, ...]] = {
+    "NAME": ("{FIRSTNAME} {LASTNAME}", "{FIRSTNAME} {LASTNAME}", "{LASTNAME}, {FIRSTNAME}"),
+    "MAIL": ("{first}.{last}@{free_email_domain}", "{last}{count}@{domain_name}", "info@{domain_name}"),
+    "ADDRESS": (
+        "{building_number} {street}, {town} {postcode}",
+        "{street} {building_number}, {postcode} {town}",
+        "{count} {street}, {town}",
+    ),
+    "PHONE": ("{phone_number}", "+## ### #######", "0### ######", "(0##) ### ####"),
+    "DATE": (
+        "{day}/{month}/{year}",
+        "{day}.{month}.{year}",
+        "{year}-{month:02}-{day:02}",
+        "{day} {month_name} {year}",
+        "{month_name} {day}, {year}",
+    ),
+    "order": ("??-########", "### #### ####", "??## #### #### ####", "20##/#####"),
+    "price": ("£{count}.{cents}", "{count},{cents} EUR"),
+    "version": ("{part}.{part}", "{part}.{part}.{part}"),
+    "time": ("{hour}:{minute}",),
+    "product": (
+        "kettle",
+        "Galaxy phone",
+        "Bosch drill",
+        "Paris lamp",
+        "Victoria sofa",
+        "Jordan shoe",
+        "router",
+        "desk",
+    ),
+    "firm": (
+        "{LASTNAME} & Sons",
+        "{LASTNAME} Ltd",
+        "{LASTNAME} GmbH",
+        "Hotel {LASTNAME}",
+        "{LASTNAME} Airlines",
+        "the {LASTNAME} Institute",
+    ),
+}
 
 
 def made_texts(count: int, seed: int = 0) -> dict[str, datasets.Dataset]:
@@ -158,9 +209,9 @@ def made_texts(count: int, seed: int = 0) -> dict[str, datasets.Dataset]:
     generator = np.random.default_rng(seed)
     splits = {}
     for split in SPLITS:
-        slots = _slots(fakers, split, generator)
+        draw = _values(fakers, split, generator)
         templates = [line.strip() for line in TEMPLATES[split].strip().splitlines()]
-        texts = [_text(templates, slots, generator) for _ in range(round(count * SHARES[split]))]
+        texts = [_text(templates, draw, generator) for _ in range(round(count * SHARES[split]))]
         rows = {"text": [text for text, _ in texts], "label": [spans for _, spans in texts]}
         splits[split] = datasets.Dataset.from_dict(rows)
     return splits
@@ -172,16 +223,14 @@ def split_of(name: str) -> str:
     return "train" if share < 0.7 else "validation" if share < 0.8 else "test"
 
 
-def _text(
-    templates: list[str], slots: dict[str, Callable[[], str]], generator: Any
-) -> tuple[str, list[dict[str, Any]]]:
+def _text(templates: list[str], draw: Callable[[str], Any], generator: Any) -> tuple[str, list[dict[str, Any]]]:
     text, spans = "", []
     for template in generator.choice(templates, generator.integers(1, 4), replace=False):
         text += str(generator.choice([" ", "\n"], p=[0.8, 0.2])) if text else ""
         last = 0
         for slot in SLOT.finditer(str(template)):
             text += template[last : slot.start()]
-            value = slots[slot[1]]()
+            value = str(draw(slot[1]))
             if slot[1].isupper():
                 label = "NAME" if slot[1].endswith("NAME") else slot[1]
                 spans.append({"start": len(text), "end": len(text) + len(value), "label": label})
@@ -191,90 +240,34 @@ def _text(
     return text, spans
 
 
-def _slots(fakers: list[Any], split: str, generator: Any) -> dict[str, Callable[[], str]]:
-    def own(method: str) -> Callable[[], str]:
-        """A name of this split, of any language."""
-
-        def draw() -> str:
-            while True:
-                found = str(getattr(fakers[generator.integers(len(fakers))], method)())
-                if split_of(found) == split:
-                    return found
-
-        return draw
-
-    def any_of(method: str, pattern: str | None = None) -> Callable[[], str]:
-        return lambda: str(getattr(fakers[generator.integers(len(fakers))], method)(*[pattern] * (pattern is not None)))
-
-    def choose(*choices: Callable[[], str]) -> Callable[[], str]:
-        return lambda: choices[generator.integers(len(choices))]()
-
-    first, last, street, town = own("first_name"), own("last_name"), own("street_name"), own("city")
-
-    def plain(name: str) -> str:
-        return re.sub(r"\W+", "", name.lower()) or "x"
-
-    def number(low: int, high: int) -> Callable[[], str]:
-        return lambda: str(generator.integers(low, high))
-
+def _values(fakers: list[Any], split: str, generator: Any) -> Callable[[str], Any]:
+    """A function that draws a value for a slot: of NAMES, NUMBERS or FORMS, or else what a method of Faker with this name gives."""
     words = sorted({*fakers[1].get_words_list()})
-    count, year = number(2, 400), number(1940, 2030)
-    day, month = number(1, 29), number(1, 13)
 
-    def month_name() -> str:
-        return calendar.month_name[int(month())]
+    def of_any_locale(method: str) -> str:
+        return str(getattr(fakers[generator.integers(len(fakers))], method)())
 
-    name = choose(lambda: f"{first()} {last()}", lambda: f"{first()} {last()}", lambda: f"{last()}, {first()}")
-    mail = choose(
-        lambda: f"{plain(first())}.{plain(last())}@{any_of('free_email_domain')()}",
-        lambda: f"{plain(last())}{count()}@{any_of('domain_name')()}",
-        lambda: f"info@{any_of('domain_name')()}",
-    )
-    address = choose(
-        lambda: f"{any_of('building_number')()} {street()}, {town()} {any_of('postcode')()}",
-        lambda: f"{street()} {any_of('building_number')()}, {any_of('postcode')()} {town()}",
-        lambda: f"{count()} {street()}, {town()}",
-    )
-    phone = choose(
-        any_of("phone_number"),
-        lambda: fakers[0].numerify("+## ### #######"),
-        lambda: fakers[0].numerify("0### ######"),
-        lambda: fakers[0].numerify("(0##) ### ####"),
-    )
+    def draw(slot: str) -> Any:
+        if slot in NAMES:
+            while split_of(name := of_any_locale(NAMES[slot])) != split:
+                pass
+            return name
+        if slot in LETTERS:
+            return re.sub(r"\W+", "", draw(LETTERS[slot]).lower()) or "x"
+        if slot in NUMBERS:
+            return int(generator.integers(*NUMBERS[slot]))
+        if slot == "month_name":
+            return calendar.month_name[draw("month")]
+        if slot == "words":
+            return " ".join(generator.choice(words, generator.integers(1, 5)))
+        if slot == "IBAN":
+            iban = of_any_locale("iban")
+            return re.sub(r"(.{4})(?=.)", r"\1 ", iban) if generator.integers(2) else iban
+        if slot not in FORMS:
+            return of_any_locale(slot)
+        form = FORMS[slot][generator.integers(len(FORMS[slot]))]
+        if "#" in form:
+            return fakers[0].bothify(form).upper()
+        return SLOT.sub(lambda found: str(draw(found[1])).zfill(int(found[2] or 0)), form)
 
-    def iban() -> str:
-        found = any_of("iban")()
-        return re.sub(r"(.{4})(?=.)", r"\1 ", found) if generator.integers(2) else found
-
-    date = choose(
-        lambda: f"{day()}/{month()}/{year()}",
-        lambda: f"{day()}.{month()}.{year()}",
-        lambda: f"{year()}-{int(month()):02}-{int(day()):02}",
-        lambda: f"{day()} {month_name()} {year()}",
-        lambda: f"{month_name()} {day()}, {year()}",
-    )
-    order = choose(
-        lambda: fakers[0].bothify("??-########").upper(),
-        lambda: fakers[0].numerify("### #### ####"),
-        lambda: fakers[0].bothify("??## #### #### ####").upper(),
-        lambda: fakers[0].numerify("20##/#####"),
-    )
-    return {
-        "NAME": name,
-        "FIRSTNAME": first,
-        "LASTNAME": last,
-        "MAIL": mail,
-        "PHONE": phone,
-        "IBAN": iban,
-        "DATE": date,
-        "ADDRESS": address,
-        "order": order,
-        "price": choose(lambda: f"£{count()}.{number(10, 100)()}", lambda: f"{count()},{number(10, 100)()} EUR"),
-        "version": lambda: ".".join(number(0, 30)() for _ in range(generator.integers(2, 4))),
-        "time": lambda: f"{number(0, 24)()}:{number(10, 60)()}",
-        "town": town,
-        "count": count,
-        "words": lambda: " ".join(generator.choice(words, generator.integers(1, 5))),
-        "product": lambda: str(generator.choice(PRODUCTS)),
-        "firm": lambda: str(generator.choice(FIRMS)).format(name=last()),
-    }
+    return draw
