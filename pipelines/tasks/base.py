@@ -33,6 +33,13 @@ from pipelines.report.pages import TEACHER
 from pipelines.training.soft_targets import WithSoftTargets
 
 LISTED_EXAMPLES = 50  # in report.json
+LEARNED_FROM = "It learned from its teacher and its data, errors and biases included."  # a limitation of every model
+
+
+def changed_settings(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not as they are by default."""
+    usual = asdict(type(settings)())
+    return {name: value for name, value in asdict(settings).items() if value != usual[name]}
 
 
 def check_predictions(
@@ -326,7 +333,7 @@ class BaseTask(Task):
         raise NotImplementedError  # of a task without baselines
 
     def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
-        raise NotImplementedError
+        return np.asarray(estimator.predict(inputs))
 
     # ---- ONNX
 

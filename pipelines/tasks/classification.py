@@ -21,7 +21,14 @@ from pipelines.core.task import Comparison, Predict, StageResult
 from pipelines.models.loading import label_order, reorder_labels
 from pipelines.report.markdown import escape, markdown_table, number
 from pipelines.report.pages import BASELINES, TEACHER, stage_of
-from pipelines.tasks.base import BasePresentation, BaseTask, check_predictions, examples_section, listed_examples
+from pipelines.tasks.base import (
+    LEARNED_FROM,
+    BasePresentation,
+    BaseTask,
+    check_predictions,
+    examples_section,
+    listed_examples,
+)
 from pipelines.tasks.metrics import BALANCED_METRIC, PRIMARY_METRIC, classification_metrics
 from pipelines.training.losses import ClassifierLoss
 
@@ -281,8 +288,7 @@ class ClassifierPresentation(BasePresentation):
     limitations: Sequence[str] = (
         "The model always predicts one of its labels, also where none fits. Its probabilities are not calibrated, and compression "
         "changes them.",
-        "It learned from its teacher and its data, errors and biases included. Compression can make them worse for rare classes (see the "
-        "recall per class).",
+        f"{LEARNED_FROM} Compression can make them worse for rare classes (see the recall per class).",
     )
     example = "text"  # the column of the examples in a table
     javascript = ("classify", '"A text."')

@@ -20,7 +20,7 @@ from pipelines.data.text import TEXTS
 from pipelines.report.markdown import number
 from pipelines.report.pages import TEACHER
 from pipelines.tasks import baselines
-from pipelines.tasks.base import check_predictions, examples_section, worse_examples
+from pipelines.tasks.base import LEARNED_FROM, check_predictions, examples_section, worse_examples
 from pipelines.tasks.texts import (
     TextPresentation,
     TextTask,
@@ -81,7 +81,7 @@ class RegressionPresentation(TextPresentation):
     limitations: Sequence[str] = (
         "The score has the unit and the range of the training labels. Nothing keeps it within that range.",
         "A correlation says how well texts are ordered. How far a single score is off is the root mean squared error.",
-        "It learned from its teacher and its data, errors and biases included.",
+        LEARNED_FROM,
     )
 
     def kind(self, report: dict[str, Any]) -> str:
@@ -209,9 +209,6 @@ class TextRegression(ClassifierLoss, TextTask):
     @property
     def baselines(self) -> Mapping[str, Candidates]:
         return {"mean_score": baselines.mean_score, "tfidf_ridge": baselines.tfidf_ridge}
-
-    def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
-        return np.asarray(estimator.predict(inputs))
 
     # ---- Report
 

@@ -16,6 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from pipelines.data.text import SENTENCE_END
+from pipelines.tasks.baselines import Choices
 from pipelines.tasks.question_answering.scores import NO_SPAN
 
 WORDS = 5  # of a span, at most
@@ -104,9 +105,9 @@ class SpanOfSentence(BestSentence):
         return np.array(found, np.float64)
 
 
-def tfidf_sentence(lines: list[str], labels: np.ndarray) -> Iterator[tuple[Any, Sequence[Any]]]:
+def tfidf_sentence(lines: list[str], labels: np.ndarray) -> Choices:
     yield FunctionTransformer(), [BestSentence()]
 
 
-def tfidf_span(lines: list[str], labels: np.ndarray) -> Iterator[tuple[Any, Sequence[Any]]]:
+def tfidf_span(lines: list[str], labels: np.ndarray) -> Choices:
     yield FunctionTransformer(), [SpanOfSentence()]

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipelines.core.task import Comparison, StageResult
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.base import check_predictions, examples_section, mean, worse_examples
+from pipelines.tasks.base import LEARNED_FROM, check_predictions, examples_section, mean, worse_examples
 from pipelines.tasks.question_answering.scores import answers_of, best_spans, normalized, score_answers
 from pipelines.tasks.texts import TextPresentation, token_limit
 
@@ -57,7 +57,7 @@ class AnswerPresentation(TextPresentation):
         "An answer is always a part of the text, copied as it stands. What the text implies but does not say is no answer.",
         "Where its training data had no question without an answer, the model always gives one, however unlikely. Its score is not "
         "calibrated, and compression changes it.",
-        "It learned from its teacher and its data, errors and biases included.",
+        LEARNED_FROM,
     )
     javascript = ("answer", f"{json.dumps(QUESTION)}, {json.dumps(CONTEXT)}")
 

@@ -295,9 +295,6 @@ class QuestionAnswering(ClassifierLoss, TextTask):
     def baseline_inputs(self, examples: datasets.Dataset) -> list[str]:
         return baselines.written(examples)
 
-    def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
-        return np.asarray(estimator.predict(inputs), np.float64)
-
     # ---- ONNX
 
     def without_padding(self, outputs: Arrays, feed: Arrays) -> Arrays:

@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.core.task import IGNORED, Comparison, StageResult
 from pipelines.report.markdown import number
 from pipelines.report.pages import TEACHER
-from pipelines.tasks.base import BasePresentation, check_predictions, examples_section, worse_examples
+from pipelines.tasks.base import LEARNED_FROM, BasePresentation, check_predictions, examples_section, worse_examples
 
 
 def compare_language_models(
@@ -81,7 +81,7 @@ class GenerationPresentation(BasePresentation):
     hub_metrics: Mapping[str, str] = {"perplexity": "perplexity", "next_token_accuracy": "accuracy"}
     limitations: Sequence[str] = (
         "It generates text that is likely after texts like those it was trained on, not text that is true or right.",
-        "It learned from its teacher and its data, errors and biases included. Compression can make them worse for what is rare: "
+        f"{LEARNED_FROM} Compression can make them worse for what is rare: "
         "perplexity is a mean over all tokens and hides that.",
     )
     javascript = ("generate", '"A text", { max_new_tokens: 40 }')

@@ -5,15 +5,13 @@ Their inputs are triples of text: query, passage, and the passage's place among 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin
 
+from pipelines.tasks.baselines import Choices
 from pipelines.tasks.ranking import Bm25
-
-Choices = Iterator[tuple[Any, Sequence[Any]]]
 
 
 class Place(TransformerMixin, BaseEstimator):

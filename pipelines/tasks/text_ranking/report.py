@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.report.markdown import clip, number
-from pipelines.tasks.base import examples_section
+from pipelines.tasks.base import LEARNED_FROM, examples_section
 from pipelines.tasks.texts import TextPresentation, javascript_code, onnx_code, token_limit
 
 BATCH, LARGE_BATCH = 32, 128  # that throughput is timed at
@@ -24,7 +24,7 @@ class RankingPresentation(TextPresentation):
     limitations: Sequence[str] = (
         "It orders the candidates that a first stage finds. What that does not find stays lost.",
         "Scores order the passages of one query. They are no probabilities, and those of two queries cannot be compared.",
-        "It learned from its teacher and its data, errors and biases included.",
+        LEARNED_FROM,
     )
 
     def __init__(self, other_metric: str = "ndcg_at_10") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pipelines.data.examples import Examples
 from pipelines.onnx.measure import encoder_workload, timing_feeds
 from pipelines.report.pages import TEACHER
 from pipelines.tasks import baselines
-from pipelines.tasks.base import check_predictions, mean, worse_examples
+from pipelines.tasks.base import changed_settings, check_predictions, mean, worse_examples
 from pipelines.tasks.ranking import METRICS, means, metrics_of_groups
 from pipelines.tasks.text_ranking import baselines as orders
 from pipelines.tasks.text_ranking.candidates import PASSAGE, RankingConfig, load_rankings
@@ -83,8 +83,7 @@ class TextRanking(TextRegression):
         return super(TextRegression, cls).recognizes(config) and bool(marks) and has_one
 
     def describe(self) -> dict[str, Any]:
-        changed = asdict(self.ranking).items() - asdict(RankingConfig()).items()
-        return super().describe() | dict(sorted(changed))
+        return super().describe() | changed_settings(self.ranking)
 
     # ---- Data
 
@@ -186,7 +185,7 @@ class TextRanking(TextRegression):
         return list(zip(examples["text"], examples["text_pair"], place, strict=True))
 
     def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
-        found = np.asarray(estimator.predict(inputs))
+        found = super().baseline_predictions(estimator, inputs)
         return found.reshape(len(found), -1)[:, 0]
 
     # ---- ONNX, bundle and report

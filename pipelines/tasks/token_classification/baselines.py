@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.preprocessing import FunctionTransformer
 
 from pipelines.runtime.spans import OUTSIDE
+from pipelines.tasks.baselines import Choices
 from pipelines.tasks.token_classification.entities import entities
 
 MARK = "\x1f"
@@ -117,10 +117,10 @@ class PatternsAndNames(BaseEstimator):
         yield from tags
 
 
-def usual_tag(names: list[str]) -> Iterator[tuple[Any, Sequence[Any]]]:
+def usual_tag(names: list[str]) -> Choices:
     yield FunctionTransformer(), [UsualTag(names.index(OUTSIDE) if OUTSIDE in names else None)]
 
 
-def patterns_and_names(names: list[str]) -> Iterator[tuple[Any, Sequence[Any]]]:
+def patterns_and_names(names: list[str]) -> Choices:
     if OUTSIDE in names:
         yield FunctionTransformer(), [PatternsAndNames(names)]

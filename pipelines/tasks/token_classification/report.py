@@ -12,7 +12,7 @@ from pipelines.core.task import Comparison, StageResult
 from pipelines.report.markdown import CLIPPED_TEXT, clip
 from pipelines.report.pages import TEACHER
 from pipelines.runtime.spans import OVERLAP
-from pipelines.tasks.base import LISTED_EXAMPLES, examples_section
+from pipelines.tasks.base import LEARNED_FROM, LISTED_EXAMPLES, examples_section
 from pipelines.tasks.classification import ClassifierPresentation, class_report, compared_classes, recall_tables
 from pipelines.tasks.texts import TextPresentation, onnx_code, token_limit
 from pipelines.tasks.token_classification.entities import Entity, entities, entity_metrics, f1_of
@@ -86,7 +86,7 @@ class TokenPresentation(TextPresentation, ClassifierPresentation):
     limitations: Sequence[str] = (
         "It misses spans and finds some that are none: see the recall and the precision per type. Do not rely on it alone where a miss does "
         "harm. Its scores are not calibrated, and compression changes them.",
-        "It learned from its teacher and its data, errors and biases included. Names and forms that its data lacks are found less often.",
+        f"{LEARNED_FROM} Names and forms that its data lacks are found less often.",
     )
     javascript = ("find", '"A text.", { ignore_labels: ["O"] }')
 

@@ -25,7 +25,7 @@ from pipelines.edge.bundle import VERIFIED_EXAMPLES, text_inputs, text_probes, v
 from pipelines.edge.settings import head_outputs
 from pipelines.runtime import infer
 from pipelines.runtime.spans import OUTSIDE, OVERLAP
-from pipelines.tasks.base import check_predictions
+from pipelines.tasks.base import BaseTask, check_predictions
 from pipelines.tasks.classification import Classification
 from pipelines.tasks.texts import TextTask
 from pipelines.tasks.token_classification import baselines
@@ -193,8 +193,7 @@ class TokenClassification(TextTask, Classification):
             baselines.marked(text, starts) for text, starts in zip(examples["text"], examples["starts"], strict=True)
         ]
 
-    def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
-        return np.asarray(estimator.predict(inputs))
+    baseline_predictions = BaseTask.baseline_predictions
 
     # ---- Report
 
