@@ -129,26 +129,29 @@ def unpack(split: datasets.Dataset, name: str, config: DataConfig, ranking: Rank
         return datasets.Dataset.from_dict(dict(zip((query, passage, label), map(list, found), strict=True)))
     if not has_lists or not {query, label} <= {*split.column_names, *of_objects}:
         return split
+    columns = [query, passage, label]
+    pairs = partial(_pairs_of_lists, columns=columns, of_objects=of_objects, name=name, config=config)
+    return map_kept(split, pairs, "candidates", [split._fingerprint, columns], remove_columns=split.column_names)
 
-    def cells(batch: dict[str, list[Any]], name: str) -> list[Any]:
+
+def _pairs_of_lists(
+    batch: dict[str, list[Any]], columns: list[str], of_objects: set[str], name: str, config: DataConfig
+) -> dict[str, list[Any]]:
+    """The pairs of rows of a query and lists of its candidates and their labels, each of which may be a key of the objects in a list."""
+
+    def cells(name: str) -> list[Any]:
         if name not in of_objects:
             return batch[name]
         column, _, key = name.rpartition(".")
         return [cell and [one and one[key] for one in cell] for cell in batch[column]]
 
-    def pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {query: [], passage: [], label: []}
-        for text, candidates, labels in zip(*(cells(batch, name) for name in (query, passage, label)), strict=True):
-            if not candidates:  # which a row may lack as it may lack its passage
-                candidates, labels = [None], [None]
-            labels = _labels_of(candidates, labels, name, config)
-            columns[query] += [text] * len(candidates)
-            columns[passage] += candidates
-            columns[label] += labels
-        return columns
-
-    columns = [query, passage, label]
-    return map_kept(split, pairs, "candidates", [split._fingerprint, columns], remove_columns=split.column_names)
+    pairs: list[tuple[Any, Any, Any]] = []
+    for query, candidates, labels in zip(*map(cells, columns), strict=True):
+        if not candidates:  # which a row may lack as it may lack its passage
+            candidates, labels = [None], [None]
+        labels = _labels_of(candidates, labels, name, config)
+        pairs += [(query, passage, label) for passage, label in zip(candidates, labels, strict=True)]
+    return {column: [pair[place] for pair in pairs] for place, column in enumerate(columns)}
 
 
 def _labels_of(candidates: list[str], labels: Any, name: str, config: DataConfig) -> list[Any]:
@@ -193,30 +196,34 @@ def find_candidates(documents: list[tuple[str, list[str]]], count: int) -> Itera
     for query, own in documents:
         is_searched[place[own[0]]] = True
         places.setdefault(query, []).extend(place[passage] for passage in own)
+    random = np.random.default_rng(0)
+    for query, order in zip(places, _nearest_first(list(places), corpus), strict=True):
+        is_right = np.isin(order, places[query])
+        nearest = np.flatnonzero(is_searched[order])[:count]
+        to_train_on = is_right.copy()
+        to_train_on[:count] = True
+        to_train_on[random.choice(len(order), min(count, len(order)), replace=False)] = True
+        to_train_on[nearest] = False
+        for rank in nearest.tolist():
+            yield query, corpus[order[rank]], float(is_right[rank])
+        for rank in np.flatnonzero(to_train_on).tolist():
+            yield query, corpus[order[rank]], TO_TRAIN_ON + float(is_right[rank])
+
+
+def _nearest_first(queries: list[str], corpus: list[str]) -> Iterator[np.ndarray]:
+    """For each query the places in the corpus of all passages (passages,), the nearest by TF-IDF first."""
     vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
     try:
-        weights = vectorizer.fit_transform([*corpus, *places])[: len(corpus)]
+        weights = vectorizer.fit_transform([*corpus, *queries])[: len(corpus)]
     except ValueError as error:
         raise InputError(
             f"expected words to find candidates by with --tfidf_candidates, found none in {len(corpus)} passages. Name the columns with "
             "--text_column and --text_pair_column."
         ) from error
-    asked, random = list(places), np.random.default_rng(0)
     step = max(1, SIMILARITIES_AT_A_TIME // max(1, len(corpus)))
-    for start in range(0, len(asked), step):
-        part = asked[start : start + step]
-        nearness = (vectorizer.transform(part) @ weights.T).toarray()
-        for query, order in zip(part, np.argsort(-nearness, axis=1, kind="stable"), strict=True):
-            is_right = np.isin(order, places[query])
-            nearest = np.flatnonzero(is_searched[order])[:count]
-            to_train_on = is_right.copy()
-            to_train_on[:count] = True
-            to_train_on[random.choice(len(order), min(count, len(order)), replace=False)] = True
-            to_train_on[nearest] = False
-            for rank in nearest.tolist():
-                yield query, corpus[order[rank]], float(is_right[rank])
-            for rank in np.flatnonzero(to_train_on).tolist():
-                yield query, corpus[order[rank]], TO_TRAIN_ON + float(is_right[rank])
+    for start in range(0, len(queries), step):
+        nearness = (vectorizer.transform(queries[start : start + step]) @ weights.T).toarray()
+        yield from np.argsort(-nearness, axis=1, kind="stable")
 
 
 # ---- Splitting
