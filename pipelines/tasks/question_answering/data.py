@@ -22,6 +22,7 @@ from pipelines.core.errors import InputError
 from pipelines.data.documents import documents_of, load_texts
 from pipelines.data.examples import Examples, Given, check_no_classes, hash_of, split_examples, usable_rows
 from pipelines.data.folders import load_source
+from pipelines.data.kinds import Source
 from pipelines.data.references import parse_cell
 from pipelines.data.splits import choose_splits, tell_of_equal
 from pipelines.data.tables import (
@@ -266,47 +267,44 @@ def load_questions(config: DataConfig, settings: AnswerConfig) -> Examples:
     Raises InputError for an answer that is not where its row says.
     """
     check_no_classes(config, "questions")
-    tables: dict[str, list[Row]]
+    source, tables = _read(config, settings)
+    answered = [source.splits[name] for name, rows in tables.items() if any(row["answers"] for row in rows)]
+    roles = choose_splits(source.splits, config, lambda split: any(split is one for one in answered))
+    given, dropped = {}, {}
+    for role, name in roles.items():
+        if name is not None:
+            _check_starts(tables[name], name, source.splits[name].column_names, settings)
+            rows = _usable(tables[name], name, config)
+            given[role], dropped[name] = _contexts(rows, name), len(tables[name]) - len(rows)
+    unlimited = replace(config, max_train_samples=None, max_eval_samples=None)  # which are limits of questions
+    details = source.details | ({"rows_dropped": dropped} if any(dropped.values()) else {})
+    return _questions_of(split_examples(given, unlimited, "contexts", details), config)
+
+
+def _read(config: DataConfig, settings: AnswerConfig) -> tuple[Source, dict[str, list[Row]]]:
+    """The data set, and the rows of each of its splits."""
     if settings.quoted_speakers:
         source = load_texts(config)
         texts = {name: documents_of(split, name, config, None) for name, split in source.splits.items()}
-        tables = {name: questions_of_speakers(found) for name, found in texts.items()}
-    else:
-        kind = replace(TEXTS, noun="questions", columns={}, read_file=partial(read_file, settings=settings))
-        named = replace(config)
-        named.more_label_columns = columns_of(settings)
-        source = load_source(named, kind)
-        tables = {name: list(rows_of(split, name, settings)) for name, split in source.splits.items()}
+        return source, {name: questions_of_speakers(found) for name, found in texts.items()}
+    kind = replace(TEXTS, noun="questions", columns={}, read_file=partial(read_file, settings=settings))
+    named = replace(config)
+    named.more_label_columns = columns_of(settings)
+    source = load_source(named, kind)
+    return source, {name: list(rows_of(split, name, settings)) for name, split in source.splits.items()}
 
-    def has_answers(split: datasets.Dataset) -> bool:
-        name = next(name for name, one in source.splits.items() if one is split)
-        return any(row["answers"] for row in tables[name])
 
-    roles = {role: name for role, name in choose_splits(source.splits, config, has_answers).items() if name is not None}
-    dropped = {}
-    given = {}
-    for role, name in roles.items():
-        _check_starts(tables[name], name, source.splits[name].column_names, settings)
-        rows = _usable(tables[name], name, config)
-        dropped[name] = len(tables[name]) - len(rows)
-        if not any(row["answers"] for row in rows):
-            raise InputError(
-                f"expected questions with an answer in the split {name!r}, found none among {len(rows)}. Name the column of answers with "
-                "--answer_column, or another split."
-            )
-        given[role] = _contexts(rows, name)
-    unlimited = replace(config, max_train_samples=None, max_eval_samples=None)  # which are limits of questions
-    details = source.details | ({"rows_dropped": dropped} if any(dropped.values()) else {})
-    examples = split_examples(given, unlimited, "contexts", details)
+def _questions_of(contexts: Examples, config: DataConfig) -> Examples:
+    """The questions on the contexts of each split, as many as the limits of `config` let be."""
     splits, content = {}, hashlib.sha256()
-    for role, split in examples.splits.items():
+    for role, split in contexts.splits.items():
         rows = [row for questions in split["questions"] for row in json.loads(questions)]
         rows = rows[: config.max_train_samples if role == "train" else config.max_eval_samples]
         content.update(json.dumps([role, rows], sort_keys=True).encode())
         numbered = [{**row, "label": number} for number, row in enumerate(rows)]
         splits[role] = datasets.Dataset.from_list(numbered, features=COLUMNS)
     details = {
-        **examples.details,
+        **contexts.details,
         "questions": {role: len(split) for role, split in splits.items()},
         "unanswerable": {role: sum(not one for one in split["answers"]) for role, split in splits.items()},
         "contexts": {role: len(set(split["context"])) for role, split in splits.items()},
@@ -328,12 +326,18 @@ def _check_starts(rows: list[Row], name: str, columns: list[str], settings: Answ
 
 
 def _usable(rows: list[Row], name: str, config: DataConfig) -> list[Row]:
-    """The rows with nothing wrong; others raise InputError unless --missing drop leaves them out."""
+    """The rows with nothing wrong, an answer in one of them; others raise InputError unless --missing drop leaves them out."""
     problems = [problem_of(row) for row in rows]
     why = next((f"; the first: {problem}" for problem in problems if problem), "")
     good = np.array([problem is None for problem in problems], bool)
     what = "a question, a context and answers that are parts of it"
-    return [rows[number] for number in usable_rows(good, what, name, config, why)]
+    usable = [rows[number] for number in usable_rows(good, what, name, config, why)]
+    if not any(row["answers"] for row in usable):
+        raise InputError(
+            f"expected questions with an answer in the split {name!r}, found none among {len(usable)}. Name the column of answers with "
+            "--answer_column, or another split."
+        )
+    return usable
 
 
 def _contexts(rows: list[Row], name: str) -> Given:
