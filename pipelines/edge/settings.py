@@ -146,40 +146,45 @@ def settings_of(directory: Path, graph: str) -> dict[str, Any]:
         check_tokenizer(directory)
         outputs = {"kind": "continuation"}  # all else is in the graph and config.json
     elif (directory / "preprocessor_config.json").is_file():
-        processor = read_json(directory / "preprocessor_config.json")
-        name = str(processor.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
-        if name not in IMAGE_PROCESSORS:
-            raise InputError(
-                f"expected one of the image processors {', '.join(IMAGE_PROCESSORS)} in {directory}, found {name}. Build a bundle "
-                "(pocketformers bundle), which verifies that its images become the same numbers, and load that."
-            )
-        try:
-            inputs = image_settings(SimpleNamespace(**processor)) | {"value_range": recorded(directory, "value_range")}
-            size = {*(inputs["resize"] or {})}
-            if processor.get("do_pad") or size not in (set(), {"shortest_edge"}, {"height", "width"}):
-                raise ValueError(f"padding, or a size of {' and '.join(sorted(size))}, which the runtime does not have")
-        except (
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as error:  # what is left out means other defaults for each class
-            raise InputError(
-                f"expected every step of {name} in {directory / 'preprocessor_config.json'} as transformers 5 writes it, found: {error}. Load it "
-                "with AutoImageProcessor and save it again (save_pretrained), or build a bundle (pocketformers bundle)."
-            ) from error
+        inputs = _image_inputs(directory)
     else:
-        tokenizer = read_json(directory / "tokenizer_config.json")
-        positions = config.get("max_position_embeddings")
-        if positions and config.get("model_type") in FROM_PADDING:
-            padding = config.get("pad_token_id")
-            positions -= 1 + (1 if padding is None else padding)
-        limits = (tokenizer.get("model_max_length"), positions, 512)
-        length = recorded(directory, "max_length") or int(min(filter(None, limits)))
-        answers = outputs["kind"] == "answer"
-        inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), answers or None, length)
-        inputs |= {"overlap": config.get(ANSWERS, {}).get("overlap", length // 4)} if answers else {}
+        inputs = _text_inputs(directory, config, answers=outputs["kind"] == "answer")
     return {"model": graph, "inputs": inputs, "outputs": outputs, "minimum_onnxruntime": "0"}
+
+
+def _image_inputs(directory: Path) -> dict[str, Any]:
+    processor = read_json(directory / "preprocessor_config.json")
+    name = str(processor.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+    if name not in IMAGE_PROCESSORS:
+        raise InputError(
+            f"expected one of the image processors {', '.join(IMAGE_PROCESSORS)} in {directory}, found {name}. Build a bundle "
+            "(pocketformers bundle), which verifies that its images become the same numbers, and load that."
+        )
+    try:
+        inputs = image_settings(SimpleNamespace(**processor)) | {"value_range": recorded(directory, "value_range")}
+        size = {*(inputs["resize"] or {})}
+        if processor.get("do_pad") or size not in (set(), {"shortest_edge"}, {"height", "width"}):
+            raise ValueError(f"padding, or a size of {' and '.join(sorted(size))}, which the runtime does not have")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        # Each class has defaults of its own for what is left out.
+        raise InputError(
+            f"expected every step of {name} in {directory / 'preprocessor_config.json'} as transformers 5 writes it, found: {error}. Load it "
+            "with AutoImageProcessor and save it again (save_pretrained), or build a bundle (pocketformers bundle)."
+        ) from error
+    return inputs
+
+
+def _text_inputs(directory: Path, config: dict[str, Any], answers: bool) -> dict[str, Any]:
+    """Of a text as long as in training, or else as the tokenizer and the positions of the model let it be."""
+    tokenizer = read_json(directory / "tokenizer_config.json")
+    positions = config.get("max_position_embeddings")
+    if positions and config.get("model_type") in FROM_PADDING:
+        padding = config.get("pad_token_id")
+        positions -= 1 + (1 if padding is None else padding)
+    limits = (tokenizer.get("model_max_length"), positions, 512)
+    length = recorded(directory, "max_length") or int(min(filter(None, limits)))
+    inputs = text_settings(directory, tokenizer.get("truncation_side", "right"), answers or None, length)
+    return inputs | ({"overlap": config.get(ANSWERS, {}).get("overlap", length // 4)} if answers else {})
 
 
 def recorded(directory: Path, name: str) -> Any:
