@@ -23,7 +23,7 @@ TASKS = {
     "text-generation": "pipelines.tasks.text_generation.task:LanguageModeling",
     "token-classification": "pipelines.tasks.token_classification.task:TokenClassification",
     "text-regression": "pipelines.tasks.text_regression:TextRegression",
-    "multi-label-classification": "pipelines.tasks.multi_label_classification:MultiLabelClassification",
+    "multi-label-classification": "pipelines.tasks.multi_label_classification.task:MultiLabelClassification",
     "text-ranking": "pipelines.tasks.text_ranking.task:TextRanking",
     "sentence-embedding": "pipelines.tasks.sentence_embedding.task:SentenceEmbedding",
     "question-answering": "pipelines.tasks.question_answering.task:QuestionAnswering",

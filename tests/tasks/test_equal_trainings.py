@@ -21,7 +21,7 @@ from conftest import killed_after, quick_arguments
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig
 from pipelines.core.task import Task
 from pipelines.models.students import build_student
-from pipelines.tasks.multi_label_classification import MultiLabelClassification
+from pipelines.tasks.multi_label_classification.task import MultiLabelClassification
 from pipelines.tasks.question_answering.data import AnswerConfig
 from pipelines.tasks.question_answering.task import QuestionAnswering
 from pipelines.tasks.sentence_embedding.data import EmbeddingConfig

@@ -34,7 +34,9 @@ from pipelines.core.task import StageResult
 from pipelines.edge.settings import head_outputs
 from pipelines.tasks import task_of_model
 from pipelines.tasks.metrics import best_thresholds, multi_label_metrics
-from pipelines.tasks.multi_label_classification import LabelSetConfig, MultiLabelClassification, mean_f1
+from pipelines.tasks.multi_label_classification.data import LabelSetConfig
+from pipelines.tasks.multi_label_classification.report import mean_f1
+from pipelines.tasks.multi_label_classification.task import MultiLabelClassification
 from pipelines.tasks.text_classification import TextClassification
 from pipelines.training.arguments import TrainingArguments
 from pipelines.training.baselines import fit_baseline, load_baseline
