@@ -1,6 +1,6 @@
-"""Retrieval and ranking: at which place the relevant text stands for each query, what that is worth; BM25 and TF-IDF. NumPy and SciPy alone.
+"""Retrieval and ranking: the rank of the relevant text for each query, what that is worth; BM25 and TF-IDF. NumPy and SciPy alone.
 
-What is relevant is counted after all others of the same score, so that a model that tells nothing apart has the worst place, not the best.
+What is relevant is counted after all others of the same score, so that a model that tells nothing apart has the worst rank, not the best.
 All functions give one number a query, whose mean is the metric: a paired bootstrap draws queries.
 """
 
@@ -16,14 +16,14 @@ METRICS = ("mrr_at_10", "ndcg_at_10", "recall_at_1", "recall_at_10")
 K1, B = 1.2, 0.75  # of BM25, as Lucene has them
 
 
-def places(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """The place, from 1 on, of the text `relevant` (queries,) among `scores` (queries, texts), for each query."""
+def ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """The rank, from 1 on, of the text `relevant` (queries,) among `scores` (queries, texts), for each query."""
     own = np.take_along_axis(scores, relevant[:, None], axis=1)
     return np.asarray((scores >= own).sum(axis=1))
 
 
-def metrics_of_places(found: np.ndarray) -> dict[str, np.ndarray]:
-    """METRICS of queries with one relevant text each, whose places (queries,) these are."""
+def metrics_of_ranks(found: np.ndarray) -> dict[str, np.ndarray]:
+    """METRICS of queries with one relevant text each, whose ranks (queries,) these are."""
     seen = found <= 10
     return {
         "mrr_at_10": np.where(seen, 1 / found, 0.0),
@@ -121,10 +121,10 @@ class Retriever(BaseEstimator):
         queries, _, others = split_inputs(inputs)
         return np.asarray(self.index_.scores([*queries, *others]).argmax(axis=1))
 
-    def places(self, inputs: Any) -> np.ndarray:
-        """The place of the positive of each query among the corpus that comes with it."""
+    def ranks(self, inputs: Any) -> np.ndarray:
+        """The rank of the positive of each query in the corpus that comes with it."""
         queries, labels, corpus = split_inputs(inputs)
-        return places(self.kind().fit(corpus).scores(queries), labels - len(queries))
+        return ranks(self.kind().fit(corpus).scores(queries), labels - len(queries))
 
 
 def split_inputs(inputs: Any) -> tuple[list[str], np.ndarray, list[str]]:

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
-from pipelines.tasks.ranking import METRICS, Bm25, metrics_of_groups, metrics_of_places, places
+from pipelines.tasks.ranking import METRICS, Bm25, metrics_of_groups, metrics_of_ranks, ranks
 
 
 def test_places_count_equal_scores_against_the_relevant_text():
     scores = np.array([[0.9, 0.5, 0.1], [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]])
-    assert places(scores, np.array([0, 1, 1])).tolist() == [1, 3, 2]
+    assert ranks(scores, np.array([0, 1, 1])).tolist() == [1, 3, 2]
 
 
-def test_metrics_of_places():
-    found = metrics_of_places(np.array([1, 4, 11]))
+def test_metrics_of_ranks():
+    found = metrics_of_ranks(np.array([1, 4, 11]))
     assert found["recall_at_1"].tolist() == [1, 0, 0]
     assert found["recall_at_10"].tolist() == [1, 1, 0]
     assert found["mrr_at_10"].tolist() == [1, 0.25, 0]

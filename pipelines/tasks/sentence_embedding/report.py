@@ -1,14 +1,77 @@
-"""What a report says of an embedder."""
+"""What the report of an embedder has of its own: what is compared, and how its pages say it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from pipelines.core.task import Comparison, StageResult
 from pipelines.report.markdown import markdown_table, number
-from pipelines.tasks.base import examples_section
+from pipelines.report.pages import TEACHER
+from pipelines.tasks.base import LEARNED_FROM, check_predictions, examples_section, mean, worse_examples
+from pipelines.tasks.sentence_embedding import scores
+from pipelines.tasks.sentence_embedding.data import CORPUS
+from pipelines.tasks.text_regression import spearman
 from pipelines.tasks.texts import TextPresentation, javascript_code, onnx_code
+
+
+def compare_embedders(
+    stages: list[StageResult],
+    labels: np.ndarray,
+    texts: list[str],
+    searches: bool,
+    sizes: list[int],
+    score: Callable[[np.ndarray], dict[str, Any]],
+    sample: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+    shipped: str,
+) -> Comparison:
+    """What a report says of embedders.
+
+    Predictions are the vectors (texts, size) of `texts`, whose `labels` are those of single_texts(); or, of an estimator that searches, ranks
+    (queries,). `score` gives their metrics, `sample` what the primary one is computed from. Agreement is the mean overlap of the ten
+    nearest texts with the teacher's.
+    """
+    queries = int((labels != CORPUS).sum())
+    shapes = {
+        stage.name: (queries,) if stage.format == "sklearn" else (len(labels), stage.predictions.shape[-1])
+        for stage in stages
+    }
+    check_predictions(stages, shapes, "a vector for each text, or the place of each query's positive")
+    found = {stage.name: stage.predictions for stage in stages}
+    reference = scores.likeness(found[TEACHER], labels, searches)
+    compared: dict[str, dict[str, Any]] = {}
+    for name, predictions in found.items():
+        metrics = score(predictions)
+        compared[name] = {"metrics": metrics, "agreement": None, "similarity_spearman": None}
+        if predictions.ndim == 2:
+            own = scores.likeness(predictions, labels, searches)
+            compared[name] |= {
+                "agreement": float(scores.overlap(own, reference).mean()),
+                "similarity_spearman": scores.rank_correlation(own, reference),
+                "vector_size": predictions.shape[1],
+            }
+    samples = {name: sample(predictions) for name, predictions in found.items()}
+    metric = spearman if len(samples[TEACHER]) == 2 else mean
+    if "onnx" in found and found["onnx"].shape == found[shipped].shape:
+        cosines = scores.cosines(found["onnx"], found[shipped])
+        compared[shipped]["cosine_to_fp32"] = {"mean": float(cosines.mean()), "least": float(cosines.min())}
+    report: dict[str, Any] = {
+        "test_examples": len(samples[TEACHER][0]),
+        "corpus_examples": len(labels) - queries,
+        "vector_options": [],
+    }
+    if found[shipped].ndim == 2:  # no ranks of an estimator, which `fit` compares, too
+        report["vector_options"] = scores.options(
+            found[shipped], sizes, lambda vectors: float(metric(*sample(vectors)))
+        )
+    if searches:
+        before, after = (scores.ranks_of(found[name], labels) for name in (TEACHER, shipped))
+        worse = worse_examples(1 / before - 1 / after, texts, teacher_place=before, shipped_place=after)
+        report["worse_examples"] = worse | {"better": int((after < before).sum())}
+    return Comparison(compared, report, samples, metric)
 
 
 class EmbedderPresentation(TextPresentation):
@@ -33,7 +96,7 @@ class EmbedderPresentation(TextPresentation):
     limitations: Sequence[str] = (
         "A cosine says which of several texts is nearer to another one. It is no probability, and no threshold holds for all texts.",
         "Vectors of one model cannot be compared with those of another, not even of its teacher: index all texts anew.",
-        "It learned from its teacher and its data, errors and biases included.",
+        LEARNED_FROM,
     )
 
     def kind(self, report: dict[str, Any]) -> str:

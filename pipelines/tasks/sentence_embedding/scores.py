@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.runtime.vectors import convert, unit
-from pipelines.tasks.ranking import places
+from pipelines.tasks.ranking import ranks
 from pipelines.tasks.sentence_embedding.data import CORPUS
 from pipelines.tasks.text_regression import spearman
 
@@ -15,16 +15,16 @@ NEAREST = 10
 MOST_QUERIES, MOST_TEXTS = 500, 5_000  # whose likeness is compared, so that it takes a second
 
 
-def places_of(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The place (queries,) of each query's positive in the corpus, of vectors in the rows of queries_and_corpus().
+def ranks_of(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The rank (queries,) of each query's positive in the corpus, of vectors in the rows of queries_and_corpus().
 
-    A baseline finds places, which stay what they are.
+    A baseline finds ranks, which stay what they are.
     """
     if vectors.ndim == 1:
         return vectors
     is_query = labels != CORPUS
     vectors = unit(vectors)
-    return places(vectors[is_query] @ vectors[~is_query].T, labels[is_query] - is_query.sum())
+    return ranks(vectors[is_query] @ vectors[~is_query].T, labels[is_query] - is_query.sum())
 
 
 def cosines_of(vectors: np.ndarray) -> np.ndarray:

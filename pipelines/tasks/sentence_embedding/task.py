@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,9 @@ from pipelines.data.text import length_of, map_kept
 from pipelines.edge.bundle import text_probes, verify_predictor
 from pipelines.models.embedder import SETTINGS, StaticVectorsConfig, embedder_config, load_embedder, width_of
 from pipelines.models.predict import predict_torch
-from pipelines.report.pages import TEACHER
-from pipelines.tasks.base import check_predictions, mean, worse_examples
-from pipelines.tasks.ranking import METRICS, Bm25, Retriever, Tfidf, means, metrics_of_places
+from pipelines.tasks.base import changed_settings
+from pipelines.tasks.baselines import Choices
+from pipelines.tasks.ranking import METRICS, Bm25, Retriever, Tfidf, means, metrics_of_ranks
 from pipelines.tasks.sentence_embedding import losses, scores
 from pipelines.tasks.sentence_embedding.data import (
     CORPUS,
@@ -47,8 +46,8 @@ from pipelines.tasks.sentence_embedding.data import (
     queries_and_corpus,
     single_texts,
 )
-from pipelines.tasks.sentence_embedding.report import EmbedderPresentation
-from pipelines.tasks.text_regression import regression_metrics, spearman
+from pipelines.tasks.sentence_embedding.report import EmbedderPresentation, compare_embedders
+from pipelines.tasks.text_regression import regression_metrics
 from pipelines.tasks.texts import TextTask
 from pipelines.training.losses import ClassifierLoss
 
@@ -109,8 +108,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         return f"{self.name} {self.embedding.title_pairs} {self.embedding.score_column}"
 
     def describe(self) -> dict[str, Any]:
-        given, usual = (asdict(one) for one in (self.embedding, EmbeddingConfig()))
-        return super().describe() | {name: value for name, value in given.items() if value != usual[name]}
+        return super().describe() | changed_settings(self.embedding)
 
     def load_data(self) -> Examples:
         examples = load_pairs(self.config, self.embedding)
@@ -283,10 +281,10 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     # ---- Scores
 
     def scores(self, predictions: np.ndarray, references: Any, split: str | None = None) -> dict[str, Any]:
-        """Of vectors (rows, size) against the labels of single_texts(); of a baseline that searches, of places (queries,)."""
+        """Of vectors (rows, size) against the labels of single_texts(); of a baseline that searches, of ranks (queries,)."""
         labels = np.asarray(references)
         if self.searches:
-            return means(metrics_of_places(scores.places_of(predictions, labels)))
+            return means(metrics_of_ranks(scores.ranks_of(predictions, labels)))
         if self.embedding.score_column is not None:
             found = scores.cosines_of(predictions)
             metrics = regression_metrics(found, labels[: len(found)])
@@ -325,9 +323,9 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         return [f"{label}\t{text}" for text, label in zip(texts, labels.tolist(), strict=True)]
 
     def baseline_predictions(self, estimator: Any, inputs: Any) -> np.ndarray:
-        """The place of each query's positive (queries,)."""
+        """The rank of each query's positive (queries,)."""
         retriever = estimator[-1] if hasattr(estimator, "steps") else estimator
-        return np.asarray(retriever.places(inputs))
+        return np.asarray(retriever.ranks(inputs))
 
     # ---- ONNX
 
@@ -349,53 +347,16 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
     # ---- Report
 
     def compare(self, stages: list[StageResult], processor: Any, shipped: str, split: str = "test") -> Comparison:
-        """Agreement is the mean overlap of the ten nearest texts with the teacher's."""
         labels = np.asarray(self.rows.splits[split]["label"][:])
-        queries = int((labels != CORPUS).sum())
-        shapes = {
-            stage.name: (queries,) if stage.format == "sklearn" else (len(labels), stage.predictions.shape[-1])
-            for stage in stages
-        }
-        check_predictions(stages, shapes, "a vector for each text, or the place of each query's positive")
-        found = {stage.name: stage.predictions for stage in stages}
-        reference = scores.likeness(found[TEACHER], labels, self.searches)
-        compared: dict[str, dict[str, Any]] = {}
-        for name, predictions in found.items():
-            metrics = self.scores(predictions, labels, split)
-            compared[name] = {"metrics": metrics, "agreement": None, "similarity_spearman": None}
-            if predictions.ndim == 2:
-                own = scores.likeness(predictions, labels, self.searches)
-                compared[name] |= {
-                    "agreement": float(scores.overlap(own, reference).mean()),
-                    "similarity_spearman": scores.rank_correlation(own, reference),
-                    "vector_size": predictions.shape[1],
-                }
+        score = partial(self.scores, references=labels, split=split)
         sample = partial(self._sample, labels=labels, split=split)
-        samples = {name: sample(predictions) for name, predictions in found.items()}
-        metric = spearman if len(samples[TEACHER]) == 2 else mean
-        if "onnx" in found and found["onnx"].shape == found[shipped].shape:
-            cosines = scores.cosines(found["onnx"], found[shipped])
-            compared[shipped]["cosine_to_fp32"] = {"mean": float(cosines.mean()), "least": float(cosines.min())}
-        report: dict[str, Any] = {
-            "test_examples": len(samples[TEACHER][0]),
-            "corpus_examples": len(labels) - queries,
-            "vector_options": [],
-        }
-        if found[shipped].ndim == 2:  # no places of an estimator, which `fit` compares, too
-            report["vector_options"] = scores.options(
-                found[shipped], self.embedding.sizes, lambda vectors: float(metric(*sample(vectors)))
-            )
-        if self.searches:
-            before, after = (scores.places_of(found[name], labels) for name in (TEACHER, shipped))
-            places = {"teacher_place": before, "shipped_place": after}
-            worse = worse_examples(1 / before - 1 / after, self.texts_of(split), **places)
-            report["worse_examples"] = worse | {"better": int((after < before).sum())}
-        return Comparison(compared, report, samples, metric)
+        sizes = self.embedding.sizes
+        return compare_embedders(stages, labels, self.texts_of(split), self.searches, sizes, score, sample, shipped)
 
     def _sample(self, predictions: np.ndarray, labels: np.ndarray, split: str) -> tuple[np.ndarray, ...]:
         """What the primary metric of a stage is computed from: see core.task.Comparison."""
         if self.searches:
-            return (metrics_of_places(scores.places_of(predictions, labels))[self.primary_metric],)
+            return (metrics_of_ranks(scores.ranks_of(predictions, labels))[self.primary_metric],)
         if self.embedding.score_column is not None:
             found = scores.cosines_of(predictions)
             return found, labels[: len(found)]
@@ -409,7 +370,7 @@ class SentenceEmbedding(ClassifierLoss, TextTask):
         return verify_predictor(directory, self, processor, probes, self.rows.splits["validation"])
 
 
-def _retriever(kind: Any, inputs: Any, labels: np.ndarray) -> Any:
+def _retriever(kind: Any, inputs: Any, labels: np.ndarray) -> Choices:
     yield FunctionTransformer(), [Retriever(kind)]
 
 
