@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 ANSWERS = 3  # that are kept of each question, the likeliest first
 
@@ -18,8 +21,6 @@ def likeliest_spans(
     A probability is that of the start times that of the end, both among the tokens of the context and the first token of all, which
     means that there is none. No span ends before it begins or has more than `longest` tokens.
     """
-    import numpy as np
-
     places = np.r_[0, first : last + 1]
 
     def log_probabilities(logits: Any) -> Any:
@@ -90,8 +91,6 @@ class AnswerModel:
 
         `answers` are the likeliest ones, each once, without the one that there is none.
         """
-        import math
-
         found: dict[tuple[int, int], float] = {}
         none = math.inf
         for window in self.windows(question, context):

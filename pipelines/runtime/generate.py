@@ -125,13 +125,7 @@ class LanguageModel:
             raise ValueError(
                 f"expected prompts of fewer than {self.context} tokens, the positions the model has, found {longest}. Shorten the text."
             )
-        batch = len(sequences)
-        # Prompts are padded on the left, so that all continue at the same place; the mask hides the padding.
-        ids = np.zeros((batch, longest), np.int64)
-        mask = np.zeros((batch, longest), np.int64)
-        for row, tokens in enumerate(sequences):
-            ids[row, longest - len(tokens) :] = tokens
-            mask[row, longest - len(tokens) :] = 1
+        batch, (ids, mask) = len(sequences), padded(sequences, longest)
         seen = [set(tokens) for tokens in sequences]
         ends = {*self.end_tokens, *sampling.stop_tokens}
         ended = [False] * batch
@@ -168,6 +162,14 @@ class LanguageModel:
             if whole.shape[1] - 1 == self.cache_until:  # as transformers does
                 ids, cache = whole, empty
             mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
+
+
+def padded(sequences: list[list[int]], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences as token ids and a mask (sequences, longest), padded on the left, so that all continue at the same place."""
+    missing = [[0] * (longest - len(tokens)) for tokens in sequences]
+    ids = [[*padding, *tokens] for padding, tokens in zip(missing, sequences, strict=True)]
+    mask = [[*padding, *[1] * len(tokens)] for padding, tokens in zip(missing, sequences, strict=True)]
+    return np.array(ids, np.int64), np.array(mask, np.int64)
 
 
 def choose(logits: np.ndarray, seen: set[int], sampling: Sampling, generator: np.random.Generator) -> int:

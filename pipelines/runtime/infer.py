@@ -411,6 +411,15 @@ def make_parser(beside: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def make_sampling(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Any:
+    """generate.py's Sampling of the flags; ends the program with status 2 for a value that it cannot have."""
+    kind = module_beside("generate").Sampling
+    try:
+        return kind(**{field.name: getattr(flags, field.name) for field in fields(kind)})
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, manifest: dict[str, Any]) -> None:
     """End the program with status 2 for flags that do not fit together or the model."""
     inputs, pair = manifest["inputs"]["kind"], manifest["inputs"].get("pair", False)
@@ -463,6 +472,19 @@ def read_lines(lines: Iterable[str], columns: int, origin: str) -> Iterator[Exam
         yield example
 
 
+def write_predictions(model: Any, examples: Iterable[Example], flags: argparse.Namespace, at_once: int) -> None:
+    """Predict so many examples at a time, and write them as the flags say."""
+    if getattr(flags, "output", None) is not None:
+        write_vectors(list(in_order(model.logits, examples, at_once)), flags.output, flags.vector_type)
+        return
+    predictions = in_order(model.predict, examples, at_once)
+    for found in predictions if flags.query is None else ranked(predictions):
+        if getattr(flags, "redact", False):
+            print(module_beside("spans").redact(found["input"], found["spans"]), flush=True)
+        else:
+            write_prediction(found, flags.json)
+
+
 def write_prediction(found: dict[str, Any], as_json: bool) -> None:
     given = found["input"] if isinstance(found["input"], str) else "\t".join(found["input"])
     if as_json:
@@ -507,6 +529,12 @@ def write_continuation(generator: Generator, prompt: str, sampling: Any, as_json
     # A prompt that is too long is refused before it is written.
     for piece in chain([prompt + next(pieces, "")], pieces, ["\n"]):
         print(piece, end="", flush=True)
+
+
+def write_times(times: dict[str, Any], session: Any, as_json: bool) -> None:
+    threads, provider = session.get_session_options().intra_op_num_threads, session.get_providers()[0]
+    measured = {**times, "threads": threads, "provider": provider}
+    print(json.dumps(measured) if as_json else "\n".join(f"{name}\t{value}" for name, value in measured.items()))
 
 
 def benchmark(predictor: Predictor, examples: list[Example]) -> dict[str, Any]:
@@ -645,16 +673,10 @@ def main(argv: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     # A file's name need not be UTF-8; it is written as it was given.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
-    how = {"threads": flags.threads, "provider": flags.provider}
+    sampling = make_sampling(parser, flags) if generates else None
     # The inputs of a file are predicted one on each core; other providers have no cores to share out.
-    in_file = flags.file is not None and flags.provider.lower() == "cpu" and not flags.benchmark
-    if generates:
-        settings = module_beside("generate").Sampling
-        try:
-            sampling = settings(**{field.name: getattr(flags, field.name) for field in fields(settings)})
-        except ValueError as error:
-            parser.error(str(error))
-    how |= {"threads": 1} if in_file and not generates else {}
+    shares_cores = flags.file is not None and flags.provider.lower() == "cpu" and not (flags.benchmark or generates)
+    how = {"threads": 1 if shares_cores else flags.threads, "provider": flags.provider}
     model: Any = MODELS.get(manifest["outputs"]["kind"], Predictor)(directory, manifest, **how)
     if flags.benchmark:
         ready = round((time.perf_counter() - started) * 1000, 1)
@@ -662,23 +684,12 @@ def main(argv: list[str] | None = None) -> None:
             times = benchmark_generation(model, next(examples, ("",))[0], sampling)
         else:
             times = benchmark(model, list(examples) or [sample(inputs)])
-        threads = model.session.get_session_options().intra_op_num_threads
-        measured = {"ready_ms": ready, **times, "threads": threads, "provider": model.session.get_providers()[0]}
-        print(json.dumps(measured) if flags.json else "\n".join(f"{name}\t{value}" for name, value in measured.items()))
+        write_times({"ready_ms": ready, **times}, model.session, flags.json)
     elif generates:
         for (prompt,) in examples:
             write_continuation(model, prompt, sampling, flags.json)
     else:
-        at_once = flags.threads or available_cores() if in_file else 1
-        if output is not None:
-            write_vectors(list(in_order(model.logits, examples, at_once)), output, flags.vector_type)
-            return
-        predictions = in_order(model.predict, examples, at_once)
-        for found in predictions if flags.query is None else ranked(predictions):
-            if getattr(flags, "redact", False):
-                print(module_beside("spans").redact(found["input"], found["spans"]), flush=True)
-            else:
-                write_prediction(found, flags.json)
+        write_predictions(model, examples, flags, flags.threads or available_cores() if shares_cores else 1)
 
 
 if __name__ == "__main__":

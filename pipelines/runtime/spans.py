@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 OUTSIDE = "O"
 OVERLAP = 4  # two neighbours of windows share this part of --max_length
 
@@ -29,8 +31,6 @@ def find_spans(
     A B- begins a span, and so does a label of another type than the one before; O is outside. White space around a span is none of it,
     and a combining mark behind its last character is.
     """
-    import numpy as np
-
     exact = np.asarray(logits, np.float64).reshape(len(offsets), len(labels))
     weights = np.exp(exact - exact.max(axis=-1, keepdims=True))
     best, scores = exact.argmax(axis=-1), weights.max(axis=-1) / weights.sum(axis=-1)
@@ -94,8 +94,6 @@ class SpanModel:
 
     def tokens(self, text: str) -> tuple[list[tuple[int, int]], Any]:
         """Where the tokens of a text are in it, and their logits (tokens, labels)."""
-        import numpy as np
-
         offsets: list[tuple[int, int]] = []
         logits = []
         for feed, kept, places in self.windows(text):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 KINDS = ("float32", "int8", "binary")
 
 
@@ -12,8 +14,6 @@ def convert(vectors: Any, kind: str) -> Any:
 
     A cosine does not depend on the length of a vector, so that no scale has to be stored.
     """
-    import numpy as np
-
     if kind == "int8":
         largest = np.abs(vectors).max(axis=-1, keepdims=True)
         return np.round(127 * vectors / np.maximum(largest, 1e-12)).astype(np.int8)
@@ -22,8 +22,6 @@ def convert(vectors: Any, kind: str) -> Any:
 
 def unit(stored: Any) -> Any:
     """What convert() gave as float32 vectors of length 1, whose dot products are cosines; of bits these order as the Hamming distance."""
-    import numpy as np
-
     if stored.dtype == np.uint8:
         stored = 2.0 * np.unpackbits(stored, axis=-1) - 1
     floats = stored.astype(np.float32)
@@ -32,8 +30,6 @@ def unit(stored: Any) -> Any:
 
 def search(queries: Any, corpus: Any, count: int = 10) -> tuple[Any, Any]:
     """For each stored query the places of the nearest stored vectors, the nearest first, and their cosines, both (queries, count)."""
-    import numpy as np
-
     cosines = unit(queries) @ unit(corpus).T
     places = np.argsort(-cosines, axis=-1, kind="stable")[:, :count]
     return places, np.take_along_axis(cosines, places, axis=-1)
