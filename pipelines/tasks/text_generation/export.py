@@ -23,7 +23,7 @@ from pipelines.onnx.verify import TOLERANCE
 from pipelines.runtime.generate import LanguageModel, Sampling
 from pipelines.runtime.infer import open_session
 
-VERIFIED_PROMPTS = 20
+VERIFIED_PROMPTS, LARGEST_BATCH = 20, 5
 
 
 class WithCache(nn.Module):
@@ -129,9 +129,7 @@ def prompts_for(windows: Any, count: int) -> list[list[int]]:
     return [windows[i * len(windows) // count]["input_ids"][: 1 + i * half // count] for i in range(count)]
 
 
-def verify_generation(
-    directory: Path, model: Any, task: Task, processor: Any, count: int = VERIFIED_PROMPTS
-) -> dict[str, Any]:
+def verify_generation(directory: Path, model: Any, task: Task, processor: Any) -> dict[str, Any]:
     """Continue prompts greedily with the ONNX loop and with torch's generate, one by one and in batches padded on the left.
 
     Neither stops at the end token, so that every continuation is compared in full. Raises VerificationError at the first token that
@@ -140,9 +138,10 @@ def verify_generation(
     edge = LanguageModel(directory, open_session(directory / "model.onnx"))
     edge.end_tokens = []
     windows = task.features(processor)["validation"]
-    prompts, new = prompts_for(windows, count), max(2, len(windows[0]["input_ids"]) // 2)
+    prompts, new = prompts_for(windows, VERIFIED_PROMPTS), max(2, len(windows[0]["input_ids"]) // 2)
+    batches = [prompts[start : start + LARGEST_BATCH] for start in range(0, VERIFIED_PROMPTS, LARGEST_BATCH)]
     tokens = ties = 0
-    for group in [[prompt] for prompt in prompts] + [prompts[start : start + 5] for start in range(0, count, 5)]:
+    for group in [[prompt] for prompt in prompts] + batches:
         expected = torch_greedy(model, processor, group, new)
         found = edge.generate_tokens(group, Sampling(max_new_tokens=new))
         for prompt, theirs, ours in zip(group, expected, found, strict=True):
@@ -158,7 +157,7 @@ def verify_generation(
                 f"prompt {processor.decode(prompt)!r:.80} in a batch of {len(group)}: {processor.decode(ours[at : at + 1])!r} instead of "
                 f"{processor.decode(theirs[at : at + 1])!r}. The graph is not that model and must not be used; export it again."
             )
-    return {"prompts": len(prompts), "largest_batch": min(5, count), "tokens": tokens, "ties": ties}
+    return {"prompts": len(prompts), "largest_batch": LARGEST_BATCH, "tokens": tokens, "ties": ties}
 
 
 def torch_greedy(model: Any, tokenizer: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
