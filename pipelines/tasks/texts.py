@@ -71,23 +71,16 @@ class TextTask(BaseTask):
             tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
             tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # what is saved
         if tokenizer.pad_token is None:
-            padding = config.get_text_config().pad_token_id
-            known = padding is not None and 0 <= padding < len(tokenizer)
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding) if known else tokenizer.eos_token
-            if tokenizer.pad_token is None:
-                raise InputError(
-                    f"expected a tokenizer with a padding token or an end token at {source}, found neither. Set pad_token and save it."
-                )
-        # A decoder, which reads the last token before the padding, and counts positions from the left; or a student that reads in order.
-        if of_decoder(tokenizer) or type(config) in self.student_kinds.values():
-            tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
-        if self.reads_windows:
-            if not tokenizer.is_fast:
-                raise InputError(
-                    f"expected a fast tokenizer (tokenizer.json) at {source}, which knows where a token is in its text, found one in Python "
-                    "alone. Convert it, or use a model that has one."
-                )
-            for side in ("padding_side", "truncation_side"):
+            _give_padding(tokenizer, config, source)
+        if self.reads_windows and not tokenizer.is_fast:
+            raise InputError(
+                f"expected a fast tokenizer (tokenizer.json) at {source}, which knows where a token is in its text, found one in Python "
+                "alone. Convert it, or use a model that has one."
+            )
+        # A decoder reads the last token before the padding, and counts positions from the left; some students read in order.
+        in_order = of_decoder(tokenizer) or type(config) in self.student_kinds.values()
+        for side in ("padding_side", "truncation_side"):
+            if self.reads_windows or (in_order and side == "padding_side"):
                 setattr(tokenizer, side, "right")
                 tokenizer.init_kwargs[side] = "right"
         return tokenizer
@@ -226,6 +219,17 @@ class TextTask(BaseTask):
 def of_decoder(tokenizer: Any) -> bool:
     """Whether a tokenizer is that of a decoder, which has no [CLS] token to read."""
     return tokenizer.cls_token is None
+
+
+def _give_padding(tokenizer: Any, config: Any, source: str) -> None:
+    """Let a tokenizer pad with the padding token of the model's config, or else with its own end token."""
+    padding = config.get_text_config().pad_token_id
+    known = padding is not None and 0 <= padding < len(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding) if known else tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InputError(
+            f"expected a tokenizer with a padding token or an end token at {source}, found neither. Set pad_token and save it."
+        )
 
 
 def _collate_both(
