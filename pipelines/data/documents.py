@@ -17,7 +17,15 @@ from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.core.sources import resolve
 from pipelines.data.examples import Examples, Given, hash_rows, prepared, split_examples
-from pipelines.data.folders import SPLIT_NAMES, files_by_split, how_read, load_source, say_left_out, split_named_by
+from pipelines.data.folders import (
+    SPLIT_NAMES,
+    begins_with_split,
+    files_by_split,
+    how_read,
+    load_source,
+    say_left_out,
+    split_named_by,
+)
 from pipelines.data.kinds import Source
 from pipelines.data.remembered import visible
 from pipelines.data.splits import choose_splits
@@ -82,7 +90,9 @@ def load_texts(config: DataConfig, document_start: str | None = None) -> Source:
     # A file on its own is text unless it is a table; among others, its name says so.
     texts = [entry for entry in entries if entry.suffix.lower() in TEXT_SUFFIXES or not is_folder]
     tables = any(entry.name.lower().endswith(TEXTS.suffixes) for entry in entries)
-    named = any(map(split_named_by, texts))
+    # One text among others may be about a test.
+    found = [*map(split_named_by, texts)]
+    named = any(map(begins_with_split, texts)) or ("train" in found and None not in found)
     folders = [entry.name.lower() for entry in visible(path) if entry.is_dir()] if is_folder else []
     in_splits = not named and any(SPLIT_NAMES.get(name) == "train" for name in folders)  # beside a README
     if not path.is_absolute() or not texts or tables or in_splits:

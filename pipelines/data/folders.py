@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 SPLIT_NAMES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
+SPLIT_WORD = re.compile(r"[-_. ]+")  # between the words of a name
 METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)", re.IGNORECASE)  # a table of the files beside it
 FILE_NAME = "file_name"  # the column of a metadata table that `datasets` gives this meaning, too
 
@@ -69,57 +70,29 @@ def _parts(
 ) -> Iterator[tuple[str, datasets.Dataset]]:
     """What a folder holds, each part with the split that it belongs to; `in_split` where the folder is one."""
     entries = visible(path)
-    tables = [entry for entry in entries if entry.is_file() and entry.name.lower().endswith(kind.suffixes)]
     folders = [entry for entry in entries if entry.is_dir()]
     listed = [entry for entry in entries if METADATA.fullmatch(entry.name)]
-    if listed:
-        names = read_table(listed[0], replace(config, image_column=FILE_NAME))
-        if FILE_NAME in names.column_names and not _in_class_folders(names, config):
-            read = _read_listed(path, listed[0], names, config, kind)
-            yield from ((split, read.select(rows)) for split, rows in _rows_by_split(names[FILE_NAME]).items())
-            return
-        why = f"the classes in {path} are its folders; {listed[0].name} has no labels and is left out"
-        if FILE_NAME not in names.column_names:
-            found = ", ".join(names.column_names[:10])
-            why = f"{listed[0]} has no column {FILE_NAME!r} and is left out (its columns: {found})"
-        logger.warning("%s", why)
-        tables = [table for table in tables if table not in listed]
-    # A table that no split is named after, beside class folders or tables of splits, is data only where it has the columns.
-    has_data = any(map(split_named_by, tables)) or (len(folders) > 1 and all(map(_has_files, folders)))
-    other = [table for table in tables if has_data and not split_named_by(table) and not _is_data(table, config, kind)]
-    if tables := [table for table in tables if table not in other]:
-        by_split = {"train": tables} if in_split or len(tables) == 1 else files_by_split(path, tables)
-        for split, files in by_split.items():  # test_labels.csv beside test.csv has no texts
-            by_split[split] = [file for file in files if _is_data(file, config, kind)] or files
-            other += [file for file in files if file not in by_split[split]]
-        say_left_out(path, [*other, *folders])
-        yield from ((split, _load_file(file, config, kind)) for split, files in by_split.items() for file in files)
+    if listed and (names := _names_of_files(listed[0], config)) is not None:
+        read = _read_listed(path, listed[0], names, config, kind)
+        yield from ((split, read.select(rows)) for split, rows in _rows_by_split(names[FILE_NAME]).items())
         return
-    nests = [
-        folder
-        for folder in folders
-        if any(
-            entry.is_dir() or entry.name.lower().endswith(kind.suffixes) or METADATA.fullmatch(entry.name)
-            for entry in visible(folder)
-        )
-    ]
-    named = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES and visible(folder)]
-    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in named}
-    # Beside folders with other names, one of files alone is a class, even one that is called train.
-    if "train" not in splits.values() or len(splits) == 1 < len(folders):
-        splits = {folder: split for folder, split in splits.items() if folder in nests}
-    if "train" in splits.values() or (splits and len(splits) == len(folders)):
+    tables = [file for file in entries if file.is_file() and _is_table(file, kind) and file not in listed]
+    if data := _tables_of_data(tables, folders, config, kind, in_split):
+        by_split = {"train": data} if in_split or len(data) == 1 else files_by_split(path, data)
+        say_left_out(path, [entry for entry in entries if entry not in data])
+        yield from ((split, _load_file(file, config, kind)) for split, files in by_split.items() for file in files)
+    elif splits := _folders_of_splits(folders, kind):
         say_left_out(path, [entry for entry in entries if entry not in splits])
         for folder, split in splits.items():
             yield from ((split, part) for _, part in _parts(folder, config, kind, in_split=True))
-    elif len(folders) == 1 and nests:  # an archive's own folder
+    elif len(folders) == 1 and _holds_data(folders[0], kind):  # an archive's own folder
         yield from _parts(folders[0], config, kind)
     elif folders:
         hidden = [entry for entry in path.iterdir() if entry.is_dir() and entry.name.startswith(".")]
         say_left_out(path, [entry for entry in entries if entry.is_file()] + sorted(hidden))
         yield "train", kind.read_files(path, _labelled_files(path, folders, kind), config)
-    elif in_split and (unlabelled := [entry for entry in entries if entry not in other]):
-        say_left_out(path, other)
+    elif in_split and (unlabelled := [entry for entry in entries if entry not in tables]):
+        say_left_out(path, tables)
         yield "train", kind.read_files(path, [(file, None) for file in unlabelled], config).remove_columns("label")
     else:
         raise InputError(
@@ -127,6 +100,61 @@ def _parts(
             f"found {', '.join(entry.name for entry in entries[:10]) or 'an empty folder'}; give another "
             "folder or convert the files"
         )
+
+
+def _is_table(entry: Path, kind: Kind) -> bool:
+    return entry.name.lower().endswith(kind.suffixes)
+
+
+def _holds_data(folder: Path, kind: Kind) -> bool:
+    """Whether a folder has more than the files of a class."""
+    return any(
+        entry.is_dir() or _is_table(entry, kind) or METADATA.fullmatch(entry.name) is not None
+        for entry in visible(folder)
+    )
+
+
+def _tables_of_data(
+    tables: list[Path], folders: list[Path], config: DataConfig, kind: Kind, in_split: bool
+) -> list[Path]:
+    """The tables that are the data set: beside others of their split, beside tables of splits, and beside class folders those with its
+    columns. Where none of a split has them they stay, so that a message names the columns."""
+    are_classes = len(folders) > 1 and all(map(_has_files, folders))
+    if len(tables) < 2 and not are_classes:
+        return tables
+    split_of = dict.fromkeys(tables, "train") if in_split else {table: split_named_by(table) for table in tables}
+    complete = [table for table in tables if _is_data(table, config, kind)]
+    in_splits = any(map(split_named_by, tables))
+    found = []
+    for table in tables:
+        is_named = begins_with_split(table) if are_classes else split_named_by(table) or not in_splits
+        others = split_of[table] and any(split_of[other] == split_of[table] for other in complete)
+        if table in complete or (is_named and not others):
+            found.append(table)
+    return found
+
+
+def _folders_of_splits(folders: list[Path], kind: Kind) -> dict[Path, str]:
+    """The folders that are named after splits, where these are splits and no classes."""
+    named = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES and visible(folder)]
+    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in named}
+    # Beside folders with other names, one of files alone is a class, even one that is called train.
+    if "train" not in splits.values() or len(splits) == 1 < len(folders):
+        splits = {folder: split for folder, split in splits.items() if _holds_data(folder, kind)}
+    return splits if "train" in splits.values() or len(splits) == len(folders) else {}
+
+
+def _names_of_files(table: Path, config: DataConfig) -> datasets.Dataset | None:
+    """A metadata table, where it names the examples; None, with a line that says why, where it does not."""
+    names = read_table(table, replace(config, image_column=FILE_NAME))
+    if FILE_NAME not in names.column_names:
+        found = ", ".join(names.column_names[:10])
+        logger.warning("%s has no column %r and is left out (its columns: %s)", table, FILE_NAME, found)
+        return None
+    if _in_class_folders(names, config):
+        logger.warning("the classes in %s are its folders; %s has no labels and is left out", table.parent, table.name)
+        return None
+    return names
 
 
 def _rows_by_split(names: Iterable[Any]) -> dict[str, list[int]]:
@@ -270,9 +298,22 @@ def _load_file(path: Path, config: DataConfig, kind: Kind) -> datasets.Dataset:
     return read
 
 
+def begins_with_split(file: Path) -> bool:
+    """Whether a name begins with a split: "train.csv", or a shard such as "train-00000-of-00002.parquet"."""
+    return SPLIT_WORD.split(file.name.lower())[0] in SPLIT_NAMES
+
+
 def split_named_by(file: Path) -> str | None:
-    """The split that a file is named after: "train.csv", or a shard such as "train-00000-of-00002.parquet"."""
-    return SPLIT_NAMES.get(re.split(r"[-_.]", file.name.lower())[0])
+    """The split that a file is named after: what its name begins with, or else the only one among its words ("news_test.csv", "my val2.csv")."""
+    words = [re.sub(r"\d+$", "", word) for word in SPLIT_WORD.split(file.name.lower())]
+    found = [SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES]
+    return found[0] if begins_with_split(file) or len({*found}) == 1 else None
+
+
+def _before_split(file: Path) -> str:
+    """What stands before the split in a name, without numbers: "news" of "news-2_train.csv"; nothing where that begins the name."""
+    words = SPLIT_WORD.split(re.sub(r"\d+", "", file.name.lower()))
+    return " ".join(filter(None, takewhile(lambda word: word not in SPLIT_NAMES, words)))
 
 
 def files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
@@ -287,4 +328,10 @@ def files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
             f"expected files named after their split ({names}) in {path}, found {', '.join(file.name for file in unnamed[:10])}; "
             "rename the files, remove them, or pass one file as --dataset"
         )
-    return {str(split): split_files for split, split_files in by_split.items()}
+    for split, found in by_split.items():
+        if len({_before_split(file) for file in found}) > 1:  # amazon_train.csv and yelp_train.csv may be two data sets
+            raise InputError(
+                f"expected one data set in {path}, found files of several for its {split} split: {', '.join(file.name for file in found[:10])}; "
+                f"give a folder for each, or call them {split}-0, {split}-1, … where they are parts of one"
+            )
+    return {str(split): found for split, found in by_split.items()}

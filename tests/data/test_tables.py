@@ -501,6 +501,60 @@ def test_tables_where_none_belong(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "test_labels.csv" in caplog.text
 
 
+# ---- Files named after splits within longer names
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("fashion-mnist_train.csv", "fashion-mnist_test.csv"),
+        ("Corona_NLP_train.csv", "Corona_NLP_test.csv"),
+        ("my reviews.Train.csv", "my reviews.Test.csv"),
+        ("train_reviews.csv", "held_out_test1.csv"),
+        ("news2020_training.csv", "test2017.csv"),
+    ],
+)
+def test_a_split_may_be_named_within_a_longer_name(train: str, test: str, tmp_path: Path) -> None:
+    load(tmp_path / "data" / train, PLAIN)
+    data = load(tmp_path / "data" / test, PLAIN.replace("number", "test")).splits  # alone it is all there is
+    assert sum(map(len, data.values())) == 40
+    data = load(tmp_path / "data")
+    assert data.details["examples"] == {"train": 36, "validation": 4, "test": 40}
+    assert all(text.startswith("text test") for text in data.splits["test"]["text"])
+
+
+def test_parts_of_a_split_have_one_name_and_others_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(2):
+        load(tmp_path / "data" / f"news-{number}_train.csv", PLAIN.replace("number", f"part {number}"))
+    load(tmp_path / "data" / "my_dev.csv", PLAIN.replace("number", "dev"))
+    (tmp_path / "data" / "labels_of_dev.csv").write_text("id,label\n1,art\n")
+    (tmp_path / "data" / "README.md").write_text("where these come from")
+    caplog.clear()
+    assert load(tmp_path / "data").details["examples"] == {"train": 72, "validation": 8, "test": 40}
+    assert "README.md, labels_of_dev.csv" in caplog.text
+    for name, message in [
+        ("yelp_train.csv", "files of several for its train split: news-0_train.csv, .*yelp_train.csv; give a folder"),
+        ("more.csv", r"files named after their split .*, found more\.csv; rename"),
+        ("the_train_test.csv", r"files named after their split .*, found the_train_test\.csv"),
+        ("traincsv.csv", r"files named after their split .*, found traincsv\.csv"),
+    ]:
+        (tmp_path / "data" / name).write_text(PLAIN)
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / "data")
+        (tmp_path / "data" / name).unlink()
+
+
+def test_a_longer_name_with_a_split_beside_class_folders_is_no_data_without_its_columns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_classes(tmp_path / "data")
+    (folder / "list_of_test.csv").write_text("file\n01.txt\n")
+    assert found(load(folder)) == set(ROWS)
+    assert "list_of_test.csv" in caplog.text
+
+
 def write_classes(folder: Path, prefix: str = "", inside: str = "") -> Path:
     for number, (text, label) in enumerate(ROWS):
         target = folder / label / (inside if number >= 30 else "") / f"{number:02}.txt"

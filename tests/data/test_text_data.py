@@ -109,6 +109,15 @@ def test_shards_are_their_splits_and_what_names_no_split_among_them_is_refused(t
         load(tmp_path)
 
 
+def test_longer_names_are_of_splits_where_all_of_a_folder_are(tmp_path):
+    for name, texts in {"wiki.train": DOCUMENTS[:30], "wiki.test": DOCUMENTS[30:]}.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(texts))
+    assert load(tmp_path).splits["test"]["text"][:] == DOCUMENTS[30:]
+    for number in range(8):
+        (tmp_path / f"book {number}.txt").write_text(f"Book {number}.\n\nIt has two parts.")
+    assert sum(load(tmp_path).details["documents"].values()) == 10  # one a file
+
+
 def test_rows_are_joined_into_documents_at_a_pattern(tmp_path):
     lines = [
         line
