@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 
 PACKED = ("", ".gz", ".bz2", ".xz", ".zip")
 JSON_SUFFIXES = tuple(suffix + packed for packed in PACKED for suffix in (".json", ".jsonl", ".ndjson"))
+CSV_SUFFIXES = tuple(".csv" + packed for packed in PACKED)
 TSV_SUFFIXES = tuple(".tsv" + packed for packed in PACKED)
-TABLE_SUFFIXES = (*(".csv" + packed for packed in PACKED), *TSV_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+TABLE_SUFFIXES = (*CSV_SUFFIXES, *TSV_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 
 ROWS_AT_A_TIME = 10_000
 READ_AS = b"read as"  # in an Arrow file's metadata
@@ -368,7 +369,7 @@ def _from_objects(
     text: TextIO, path: Path, named: set[str | None], lists: set[str], nested: bool
 ) -> Iterator[pa.Table]:
     """The objects of a json or jsonl file; not all need to have the same keys."""
-    objects = _objects(text, nested and bool(re.search(r"\.(jsonl|ndjson)", path.name.lower())))
+    objects = json_objects(text, nested and bool(re.search(r"\.(jsonl|ndjson)", path.name.lower())))
     tables: list[pa.Table] = []
     while rows := list(islice(objects, ROWS_AT_A_TIME)):
         if not tables:  # a flat file is text
@@ -381,7 +382,7 @@ def _from_objects(
             if name.strip() not in named:
                 columns[name.strip()] = pa.nulls(len(rows))
             elif nested and not any(isinstance(cell, str) for cell in cells):
-                columns[name.strip()] = _nested(cells, name, path)
+                columns[name.strip()] = nested_column(cells, name, path)
             else:
                 columns[name.strip()] = pa.array([_text(cell, name, path, lists) for cell in cells], pa.string())
         tables.append(pa.table(columns))
@@ -389,7 +390,7 @@ def _from_objects(
         yield pa.concat_tables(tables, promote_options="permissive")
 
 
-def _nested(cells: list[Any], name: str, path: Path) -> pa.Array:
+def nested_column(cells: list[Any], name: str, path: Path) -> pa.Array:
     try:
         return pa.array(whole_characters([_with_named_edges(cell) for cell in cells]))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -406,7 +407,7 @@ def _with_named_edges(cell: Any) -> Any:
     return cell
 
 
-def _objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:
+def json_objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:
     """One object a line (`may_be_one`: also of a single line), a list of them, one under a name ({"data": [...]}), or a list or an object for
     each column."""
     first = list(islice((line.strip() for line in text if not line.isspace()), 2))

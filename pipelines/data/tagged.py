@@ -27,12 +27,13 @@ from pipelines.core.config import DataConfig
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, UNLABELLED
+from pipelines.data.annotated import read_lists, read_words, usual_span
 from pipelines.data.examples import Examples, Given, hash_of, hash_rows, prepared, split_examples, usable_rows
 from pipelines.data.folders import load_source
 from pipelines.data.kinds import Kind, Source
 from pipelines.data.references import declared_names, tell_of_alike
 from pipelines.data.splits import choose_splits
-from pipelines.data.tables import JSON_SUFFIXES, read_table
+from pipelines.data.tables import CSV_SUFFIXES, JSON_SUFFIXES
 from pipelines.data.text import content, map_kept, read_text, tokenizer_content
 from pipelines.runtime.spans import OUTSIDE, kept_range
 
@@ -65,9 +66,15 @@ class Tagged:
 
 
 def read_tagged(path: Path, config: DataConfig) -> datasets.Dataset:
-    """A json, jsonl or parquet file with its lists; of a CoNLL file the columns of words and of tags, a row for each sentence."""
-    if not path.name.lower().endswith(CONLL_SUFFIXES):
-        return read_table(path, config, nested=True)
+    """Words and tags, or texts and spans, in the columns that the flags name, a row for each text."""
+    name = path.name.lower()
+    if name.endswith(CSV_SUFFIXES):
+        return read_words(path, config)
+    return read_conll(path, config) if name.endswith(CONLL_SUFFIXES) else read_lists(path, config)
+
+
+def read_conll(path: Path, config: DataConfig) -> datasets.Dataset:
+    """The columns of words and of tags, a row for each sentence."""
     text, encoding = read_text(path, config.encoding)
     sentences = list(_sentences(text, path, config))
     if len(sentences) == 1:
@@ -150,7 +157,7 @@ def _is_of_span(tag: str) -> bool:
 
 def _no_files(folder: Path, files: Any, config: DataConfig) -> datasets.Dataset:
     raise InputError(
-        f"expected files of tagged texts in {folder}, found folders of other files; give json, jsonl, parquet or CoNLL files"
+        f"expected files of tagged texts in {folder}, found folders of other files; give json, jsonl, parquet, csv or CoNLL files"
     )
 
 
@@ -158,7 +165,7 @@ TAGGED = Kind(
     noun="texts",
     usable="words",
     columns={"text_column": "text"},
-    suffixes=(*JSON_SUFFIXES, ".parquet", *CONLL_SUFFIXES),
+    suffixes=(*JSON_SUFFIXES, ".parquet", *CSV_SUFFIXES, *CONLL_SUFFIXES),
     read_file=read_tagged,
     read_files=_no_files,
     prepare=lambda split, column, config: split,
@@ -263,6 +270,7 @@ def _of_spans(text: str, spans: Any, where: str, config: DataConfig) -> Tagged:
     if isinstance(spans, dict):  # as `datasets` gives lists of the same keys
         with contextlib.suppress(TypeError, ValueError):  # others are refused below
             spans = [dict(zip(spans, values, strict=True)) for values in zip(*spans.values(), strict=True)]
+    spans = [usual_span(one) if isinstance(one, dict) else one for one in spans] if isinstance(spans, list) else spans
     if not isinstance(spans, list | None) or not all(
         isinstance(one, dict) and {"start", "end", "label"} <= one.keys() for one in spans or ()
     ):
