@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
-from pipelines.data.tables import json_objects, nested_column, open_text, read_table
+from pipelines.data.objects import json_objects, nested_column
+from pipelines.data.tables import open_text, read_table
 
 logger = logging.getLogger(__name__)
 

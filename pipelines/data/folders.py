@@ -15,12 +15,12 @@ from typing import Any
 import datasets
 
 from pipelines.core.config import DataConfig
-from pipelines.core.errors import InputError
+from pipelines.core.errors import InputError, reason
 from pipelines.core.sources import resolve
 from pipelines.data.kinds import SPLITS, Kind, Source
 from pipelines.data.references import dtype
 from pipelines.data.remembered import files_below, visible
-from pipelines.data.tables import read_table, reason
+from pipelines.data.tables import read_table
 
 logger = logging.getLogger(__name__)
 

@@ -5,32 +5,30 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import logging
 import os
 import re
 import sys
 import warnings
 import zipfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
-import charset_normalizer
 import datasets
 import pandas
 import pyarrow as pa
 import pyarrow.parquet
-from datasets.exceptions import DatasetGenerationError
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
 from pipelines.core.config import DataConfig
 from pipelines.core.disk import digest, no_room
-from pipelines.core.errors import InputError
+from pipelines.core.errors import InputError, reason
+from pipelines.data.encodings import encoding_of
+from pipelines.data.objects import ROWS_AT_A_TIME, from_objects
 from pipelines.data.remembered import VERSION, folder, state_of
 
 logger = logging.getLogger(__name__)
@@ -41,7 +39,6 @@ CSV_SUFFIXES = tuple(".csv" + packed for packed in PACKED)
 TSV_SUFFIXES = tuple(".tsv" + packed for packed in PACKED)
 TABLE_SUFFIXES = (*CSV_SUFFIXES, *TSV_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 
-ROWS_AT_A_TIME = 10_000
 READ_AS = b"read as"  # in an Arrow file's metadata
 UNNAMED = "the names of its rows in the first column, which has no name itself"
 CHARACTERS = "quotation marks as characters, for they are not in pairs"
@@ -49,42 +46,6 @@ CHARACTERS = "quotation marks as characters, for they are not in pairs"
 DOUBLED: dict[str, Any] = {}
 ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
 UNQUOTED: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
-# What is in use besides UTF-8, and the letters beyond ASCII of the languages that it is used for: of several, where spaces part them.
-WESTERN = "äöüß àâçéèêëîïôùûœ áéíóúñü ãõáâàçéêíóô åäöæøé àèéìòù ëéïóöü"
-CENTRAL = "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţ čćđšž"
-TURKISH = "çğıöşüâî"
-CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяёіїєґў"
-ENCODINGS = {
-    **dict.fromkeys(("cp1252", "mac_roman"), WESTERN),
-    **dict.fromkeys(("cp1250", "iso8859_2"), CENTRAL),
-    **dict.fromkeys(("cp1251", "koi8_r", "cp866"), CYRILLIC),
-    "cp1253": "αβγδεζηθικλμνξοπρςστυφχψωάέήίόύώϊϋ",
-    "cp1254": TURKISH,
-    "cp1255": "אבגדהוזחטיךכלםמןנסעףפץצקרשת",
-    "cp1256": "ءآأؤإئابةتثجحخدذرزسشصضطظعغـفقكلمنهوىي",
-}
-# The same of East Asia: a smaller character set, whose characters of two bytes are the common ones, and what many of them are.
-WIDE_ENCODINGS = {
-    "cp932": ("shift_jis", "[ぁ-ん]"),
-    "euc_jp": ("shift_jis", "[ぁ-ん]"),
-    "cp949": ("euc_kr", "[가-힣]"),
-    "gb18030": ("gb2312", "[一-鿿]"),
-    "big5": ("big5", "[一-鿿]"),
-    **dict.fromkeys(("utf_16_le", "utf_16_be"), ("gb18030", "[ぁ-ヿ一-鿿]")),
-}
-BINARY = (
-    b"PK\3\4",
-    b"\x1f\x8b",
-    b"\xd0\xcf\x11\xe0",
-    b"PAR1",
-    b"BZh",
-    b"(\xb5/\xfd",
-    b"%PDF",
-    b"\x89PNG",
-    b"\xff\xd8\xff",
-    b"GIF8",
-)
-PUNCTUATION = "“”‘’„–—…€£«»¡¿°·½®™©§\xa0"
 
 
 def read_table(path: Path, config: DataConfig, lists: bool = False, nested: bool = False) -> datasets.Dataset:
@@ -126,13 +87,6 @@ def read_table(path: Path, config: DataConfig, lists: bool = False, nested: bool
     return datasets.Dataset.from_file(str(kept), datasets.DatasetInfo(description=notes.get(READ_AS, b"").decode()))
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong while a file was read, out of the "an error occurred" of `datasets`."""
-    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
 def _write(target: Path, path: Path, readings: Iterator[tuple[str, Iterator[pa.Table]]]) -> None:
     """Write the first of several readings of a table that ends well; raises the error of the last where none does."""
     last_error: Exception = InputError(
@@ -158,55 +112,62 @@ def _readings(
     path: Path, named: set[str | None], config: DataConfig, lists: set[str], nested: bool
 ) -> Iterator[tuple[str, Iterator[pa.Table]]]:
     """The ways in which a file can be read, the most likely one first, each with what is unusual in it; columns of `lists` may hold some."""
-    name = path.name.lower()
-    if name.endswith(".parquet"):
+    if path.name.lower().endswith(".parquet"):
         yield "", _from_parquet(path, named)
         return
     with closing(open_text(path, config)) as text:
-        encoding = text.encoding
-        note = "" if encoding == "utf-8-sig" else f"encoding {encoding}"
-        if name.endswith(JSON_SUFFIXES):
-            yield note, _from_objects(text, path, named, lists, nested)
+        note = "" if text.encoding == "utf-8-sig" else f"encoding {text.encoding}"
+        if path.name.lower().endswith(JSON_SUFFIXES):
+            yield note, from_objects(text, path, named, lists, nested)
             return
-        usual = "\t" if name.endswith(TSV_SUFFIXES) else ","
-        start = text.read(1 << 16)
-        hints = start.lower().startswith("sep=")  # a line of Excel's own
-        separator = config.separator or (start[4:5] if hints else _separator(start, usual, named))
-        start = start.partition("\n")[2] if hints else start
-        note = ", ".join(filter(None, (note, "" if separator == usual else f"separator {separator!r}")))
-        header, row = _first_rows(start, separator)
-        names = _names(header)
-        if "\0" in "".join(names):
-            raise ValueError("bytes that are no text")
-        if twice := [name for name in named if names.count(str(name)) > 1]:
-            raise InputError(
-                f"expected one column {twice[0]!r} in {path}, found several; give every column a name of its own"
-            )
-        # "text, label": a space after each separator belongs to it.
-        spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
-        unquoted = separator == "\t" and not start.lstrip().startswith('"') and not _is_of_excel(start)
-        ways = [DOUBLED, *([ESCAPED] if '\\"' in start else []), UNQUOTED][:: -1 if unquoted else 1]
-        # R leaves the name of its first column out, which counts the rows.
-        shifted = ["", *names] if len(row) == len(header) + 1 and row[0].isdecimal() else names
-        unsure = shifted != names and not _counts_rows(start, separator)
-        told = ", ".join(filter(None, (note, UNNAMED if unsure else "")))
-        short = named - {config.text_column, config.text_pair_column}
-        # Rows may be short only where nothing else explains them.
-        for columns, way, whole in [
-            *((names, way, True) for way in ways),
-            *((shifted, way, True) for way in ways if shifted != names),
-            (shifted, ways[0], False),
-        ]:
-            dialect = {"delimiter": separator, "skipinitialspace": spaced, **way}
-            tables = _from_cells(text, columns, named, short, int(hints), whole, dialect)
-            how = [note if columns == names else told, CHARACTERS if way is UNQUOTED and not unquoted else ""]
-            yield ", ".join(filter(None, how)), tables
+        for told, tables in _readings_of_cells(text, path, named, config):
+            yield ", ".join(filter(None, (note, *told))), tables
+
+
+def _readings_of_cells(
+    text: TextIO, path: Path, named: set[str | None], config: DataConfig
+) -> Iterator[tuple[list[str], Iterator[pa.Table]]]:
+    """The ways in which a csv or tsv file can be read: how it quotes, and whether its rows begin with their names."""
+    usual = "\t" if path.name.lower().endswith(TSV_SUFFIXES) else ","
+    start = text.read(1 << 16)
+    hints = start.lower().startswith("sep=")  # a line of Excel's own
+    separator = config.separator or (start[4:5] if hints else _separator(start, usual, named))
+    start = start.partition("\n")[2] if hints else start
+    header, row = _first_rows(start, separator)
+    names = _names(header)
+    if "\0" in "".join(names):
+        raise ValueError("bytes that are no text")
+    if twice := [name for name in named if names.count(str(name)) > 1]:
+        raise InputError(
+            f"expected one column {twice[0]!r} in {path}, found several; give every column a name of its own"
+        )
+    # "text, label": a space after each separator belongs to it.
+    spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+    unquoted = separator == "\t" and not start.lstrip().startswith('"') and not _is_of_excel(start)
+    ways = [DOUBLED, *([ESCAPED] if '\\"' in start else []), UNQUOTED][:: -1 if unquoted else 1]
+    # R leaves the name of its first column out, which counts the rows.
+    shifted = ["", *names] if len(row) == len(header) + 1 and row[0].isdecimal() else names
+    unsure = shifted != names and not _counts_rows(start, separator)
+    short = named - {config.text_column, config.text_pair_column}
+    # Rows may be short only where nothing else explains them.
+    for columns, way, whole in [
+        *((names, way, True) for way in ways),
+        *((shifted, way, True) for way in ways if shifted != names),
+        (shifted, ways[0], False),
+    ]:
+        dialect = {"delimiter": separator, "skipinitialspace": spaced, **way}
+        told = [
+            "" if separator == usual else f"separator {separator!r}",
+            UNNAMED if unsure and columns != names else "",
+            CHARACTERS if way is UNQUOTED and not unquoted else "",
+        ]
+        yield told, _from_cells(text, columns, named, short, int(hints), whole, dialect)
 
 
 def open_text(path: Path, config: DataConfig) -> TextIO:
     """A file that may be packed, in its encoding, with its own line ends."""
     file = _unpacked(path)
-    encoding = config.encoding or encoding_of(file, path)
+    encoding = config.encoding or encoding_of(file, path, is_table=True)
     file.seek(0)
     return io.TextIOWrapper(file, encoding, newline="")
 
@@ -283,12 +244,31 @@ def _from_cells(
     source: TextIO = text
     if "escapechar" in dialect:
         source = io.StringIO(_with_doubled_backslashes(text.read(), re.escape(dialect["delimiter"])))
+    for frame in _frames(source, len(names), skipped, dialect):
+        rows += len(frame)
+        yield pa.table(
+            {
+                name: pa.array(frame[number], pa.string()) if name in named else pa.nulls(len(frame))
+                for number, name in enumerate(names)
+            }
+        )
+    text.buffer.seek(0)
+    if "quoting" in dialect or rows != sum(not line.isspace() for line in text.buffer) - 1 - skipped:
+        csv.field_size_limit(sys.maxsize)
+        source.seek(0)
+        places = [place for place, name in enumerate(names) if name in short]
+        reader = csv.reader(islice(source, skipped, None), strict=True, **dialect)
+        _check_rows(reader, skipped, len(names), whole, places)
+
+
+def _frames(source: TextIO, width: int, skipped: int, dialect: dict[str, Any]) -> Iterator[pandas.DataFrame]:
+    """Some rows after the header at a time, with numbers for the columns and texts in the cells."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", pandas.errors.ParserWarning)  # a first row that is too long
-        for frame in pandas.read_csv(
+        yield from pandas.read_csv(
             source,
             header=0,
-            names=range(len(names)),
+            names=range(width),
             skiprows=skipped,
             index_col=False,
             dtype=pandas.ArrowDtype(pa.string()),  # twice as fast as str
@@ -296,21 +276,6 @@ def _from_cells(
             na_values=["", r"\N"],  # what MySQL and PostgreSQL write where there is nothing
             chunksize=ROWS_AT_A_TIME,
             **dialect,
-        ):
-            rows += len(frame)
-            yield pa.table(
-                {
-                    name: pa.array(frame[number], pa.string()) if name in named else pa.nulls(len(frame))
-                    for number, name in enumerate(names)
-                }
-            )
-    text.buffer.seek(0)
-    if "quoting" in dialect or rows != sum(not line.isspace() for line in text.buffer) - 1 - skipped:
-        csv.field_size_limit(sys.maxsize)
-        source.seek(0)
-        places = [place for place, name in enumerate(names) if name in short]
-        _check_rows(
-            csv.reader(islice(source, skipped, None), strict=True, **dialect), skipped, len(names), whole, places
         )
 
 
@@ -365,113 +330,6 @@ def _with_doubled_backslashes(content: str, mark: str) -> str:
     return content
 
 
-def _from_objects(
-    text: TextIO, path: Path, named: set[str | None], lists: set[str], nested: bool
-) -> Iterator[pa.Table]:
-    """The objects of a json or jsonl file; not all need to have the same keys."""
-    objects = json_objects(text, nested and bool(re.search(r"\.(jsonl|ndjson)", path.name.lower())))
-    tables: list[pa.Table] = []
-    while rows := list(islice(objects, ROWS_AT_A_TIME)):
-        if not tables:  # a flat file is text
-            nested = nested and any(
-                isinstance(cell, list | dict) for row in rows for name, cell in row.items() if name in named
-            )
-        columns = {}
-        for name in dict.fromkeys(chain.from_iterable(rows)):
-            cells = [row.get(name) for row in rows]
-            if name.strip() not in named:
-                columns[name.strip()] = pa.nulls(len(rows))
-            elif nested and not any(isinstance(cell, str) for cell in cells):
-                columns[name.strip()] = nested_column(cells, name, path)
-            else:
-                columns[name.strip()] = pa.array([_text(cell, name, path, lists) for cell in cells], pa.string())
-        tables.append(pa.table(columns))
-    if tables:
-        yield pa.concat_tables(tables, promote_options="permissive")
-
-
-def nested_column(cells: list[Any], name: str, path: Path) -> pa.Array:
-    try:
-        return pa.array(whole_characters([_with_named_edges(cell) for cell in cells]))
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"expected values of one kind in the column {name!r} of {path}, such as lists of texts or lists of objects, found several "
-            f"({reason(error)}); write all rows of it in one way"
-        ) from error
-
-
-def _with_named_edges(cell: Any) -> Any:
-    """A list of spans [start, end, label], as doccano and spaCy write them, as objects: no column has numbers and texts in one list."""
-    if isinstance(cell, list) and all(isinstance(one, list) and [*map(type, one)] == [int, int, str] for one in cell):
-        return [dict(zip(("start", "end", "label"), one, strict=True)) for one in cell]
-    return cell
-
-
-def json_objects(text: TextIO, may_be_one: bool) -> Iterator[dict[str, Any]]:
-    """One object a line (`may_be_one`: also of a single line), a list of them, one under a name ({"data": [...]}), or a list or an object for
-    each column."""
-    first = list(islice((line.strip() for line in text if not line.isspace()), 2))
-    # A list, or an object, may be written with a comma before each further line.
-    by_line = (
-        len(first) >= (1 if may_be_one else 2)
-        and first[0].endswith("}")
-        and all(line.startswith("{") for line in first)
-    )
-    text.seek(0)
-    rows = json_lines(text) if by_line else json.load(text)
-    if isinstance(rows, dict):
-        lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        is_row = not any(isinstance(value, (list, dict)) for value in rows.values())
-        if len(lists) > 1:
-            raise ValueError(f"several tables ({', '.join(rows)}), each of which needs a file of its own")
-        rows = [rows] if is_row else lists[0] if lists else rows_of_columns(rows)
-    for row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"an object for every row has its columns by their names, {row!r:.100} does not")
-        yield row
-
-
-def rows_of_columns(columns: dict[str, Any]) -> list[dict[Any, Any]]:
-    """The rows of lists, or of objects with the same keys. As objects of Python, since no float has every large integer."""
-    cells = {name: pandas.Series(one, dtype=object) if isinstance(one, dict) else one for name, one in columns.items()}
-    return pandas.DataFrame(cells, dtype=object).to_dict("records")
-
-
-def json_lines(lines: Iterable[str]) -> Iterator[Any]:
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                yield json.loads(line)
-        except json.JSONDecodeError as error:  # whose own line is always the first
-            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
-
-
-def _text(value: Any, name: str, path: Path, lists: set[str]) -> str | None:
-    if isinstance(value, list) and name.strip() in lists:
-        return str(whole_characters(json.dumps(value, ensure_ascii=False)))
-    if isinstance(value, list) and len(value) < 2:  # ["sport"], as doccano writes one class
-        value = value[0] if value else None
-    if isinstance(value, (dict, list)):
-        raise InputError(
-            f"expected a text, a number or a truth value in the column {name!r} of {path}, found a {type(value).__name__}; name another "
-            "column (--text_column, --label_column), or write its parts into columns of their own"
-        )
-    return None if value is None or value != value else str(whole_characters(str(value)))
-
-
-def whole_characters(found: Any) -> Any:
-    """What a json file holds without halves of pairs, which are no characters; they are left where a text was cut within an emoji."""
-    if isinstance(found, str):
-        return found.encode(errors="replace").decode()
-    if isinstance(found, list):
-        return [whole_characters(one) for one in found]
-    return (
-        {whole_characters(name): whole_characters(one) for name, one in found.items()}
-        if isinstance(found, dict)
-        else found
-    )
-
-
 def _from_parquet(path: Path, named: set[str | None]) -> Iterator[pa.Table]:
     with pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
@@ -492,74 +350,3 @@ def _plain(column: pa.Array) -> pa.Array:
         return column.cast(column.type.value_type)
     is_text = pa.types.is_string_view(column.type) or pa.types.is_decimal(column.type)
     return column.cast(pa.string()) if is_text else column
-
-
-# ---- Encodings
-
-
-def encoding_of(file: BinaryIO, path: Path) -> str:
-    """The encoding of a file of text: what its first bytes say, else UTF-8, else what its lines look like."""
-    head = file.read(4096)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "utf-16"
-    zeros = head[::2].count(0), head[1::2].count(0)
-    if max(zeros) > len(head) / 8 and not min(zeros):  # every other byte of Latin letters
-        return "utf_16_be" if zeros[0] else "utf_16_le"
-    file.seek(0)
-    counts: Counter[str] = Counter()
-    other = b""
-    for line in file:
-        if not line.isascii():
-            try:
-                line.decode("utf-8", "surrogatepass")  # half of a pair is not UTF-8, but nothing else either
-                counts["UTF-8"] += 1
-            except UnicodeDecodeError:
-                counts["other"] += 1
-                other += line[:4096] if len(other) < 1 << 16 else b""
-    if not counts["other"]:
-        return "utf-8-sig"
-    if head.startswith(BINARY):  # the first line of a PDF is ASCII
-        problem = (
-            "no text but a PDF, an image, an archive or another binary file; save its text in a .txt file, or remove it"
-        )
-        if path.name.lower().endswith(TABLE_SUFFIXES):
-            problem = (
-                "a spreadsheet, an archive or another binary file whatever its name says; save it as CSV or unpack it"
-            )
-        raise InputError(f"expected a file of text, found that {path} is {problem}")
-    if counts["UTF-8"] < counts["other"] and (encoding := _guess(other)):
-        return encoding
-    raise InputError(
-        f"expected one encoding in {path}, UTF-8 or another, found bytes in {counts['other']} lines that are not UTF-8, such as "
-        f"{other[:60]!r}, beside {counts['UTF-8']} lines that are; repair the file, or name its encoding with --encoding"
-    )
-
-
-def _guess(content: bytes) -> str | None:
-    """The encoding that makes the likeliest text, Western European where no other has more of the letters of its languages."""
-    ranks = {}
-    for name in (*ENCODINGS, *WIDE_ENCODINGS):
-        # Asked for one after another: of several, charset-normalizer leaves those out that come after a fair one.
-        for match in charset_normalizer.from_bytes(content, cp_isolation=[name], threshold=1.0):
-            share = _share_of_usual(content.decode(name), name)
-            ranks[name] = (-round(share, 1), name != "cp1252", match.chaos, -match.coherence)
-    return min(ranks, key=lambda name: ranks[name], default=None)
-
-
-def _share_of_usual(text: str, encoding: str) -> float:
-    """How many of the characters beyond ASCII are usual in the languages that an encoding is used for."""
-    if encoding in ENCODINGS and ENCODINGS[encoding] not in (
-        WESTERN,
-        CENTRAL,
-        TURKISH,
-    ):  # no letters of theirs beside Latin ones
-        text = re.sub(r"(?<=[A-Za-z])[^\x00-\x7f]|[^\x00-\x7f](?=[A-Za-z])", "\ufffd", text)
-    beyond = [character for character in text if not character.isascii()]
-    if encoding in ENCODINGS:
-        return max(
-            sum(((one in PUNCTUATION + letters) + (one.lower() in PUNCTUATION + letters)) / 2 for one in beyond)
-            for letters in ENCODINGS[encoding].split()
-        ) / len(beyond)
-    narrower, many = WIDE_ENCODINGS[encoding]
-    common = sum(len(one.encode(narrower, "ignore")) == 2 for one in beyond)
-    return min(common, 3 * len(re.findall(many, text))) / len(beyond)

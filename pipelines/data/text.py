@@ -20,11 +20,12 @@ from pipelines.core.config import DataConfig
 from pipelines.core.disk import digest
 from pipelines.core.errors import InputError
 from pipelines.core.task import Collate
+from pipelines.data.encodings import encoding_of
 from pipelines.data.examples import Examples
 from pipelines.data.kinds import Kind
 from pipelines.data.references import dtype
 from pipelines.data.remembered import folder
-from pipelines.data.tables import TABLE_SUFFIXES, encoding_of, read_table
+from pipelines.data.tables import TABLE_SUFFIXES, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def read_text(path: Path, encoding: str | None = None) -> tuple[str, str]:
     """The text of a file and its encoding: the one that is given, UTF-8, or else a guess."""
     content = path.read_bytes()
     try:
-        encoding = encoding or encoding_of(io.BytesIO(content), path)
+        encoding = encoding or encoding_of(io.BytesIO(content), path, path.name.lower().endswith(TABLE_SUFFIXES))
         text = content.decode(encoding).removeprefix("\ufeff")
         if "\0" not in text:
             return text, encoding.removesuffix("-sig")

@@ -19,12 +19,13 @@ from conftest import write_image_folder
 from pipelines.core.config import DataConfig, LanguageConfig
 from pipelines.core.errors import InputError
 from pipelines.data.documents import load_documents
+from pipelines.data.encodings import encoding_of
 from pipelines.data.examples import Examples, load_examples
 from pipelines.data.images import IMAGES
 from pipelines.data.kinds import Kind
 from pipelines.data.references import read_classes, read_scores
 from pipelines.data.remembered import state_of
-from pipelines.data.tables import encoding_of, read_table
+from pipelines.data.tables import read_table
 from pipelines.data.text import TEXTS
 
 ROWS = [(f"text number {row} says something", ("sport", "art")[row % 2]) for row in range(40)]

@@ -18,22 +18,15 @@ import numpy as np
 import pyarrow.parquet
 
 from pipelines.core.config import Checked, DataConfig, flag
-from pipelines.core.errors import InputError
+from pipelines.core.errors import InputError, reason
 from pipelines.data.documents import documents_of, load_texts
 from pipelines.data.examples import Examples, Given, check_no_classes, hash_of, split_examples, usable_rows
 from pipelines.data.folders import load_source
 from pipelines.data.kinds import Source
+from pipelines.data.objects import json_lines, rows_of_columns, whole_characters
 from pipelines.data.references import parse_cell
 from pipelines.data.splits import choose_splits, tell_of_equal
-from pipelines.data.tables import (
-    JSON_SUFFIXES,
-    json_lines,
-    open_text,
-    read_table,
-    reason,
-    rows_of_columns,
-    whole_characters,
-)
+from pipelines.data.tables import JSON_SUFFIXES, open_text, read_table
 from pipelines.data.text import TEXTS
 from pipelines.tasks.question_answering.speakers import questions_of_speakers
 
