@@ -26,7 +26,9 @@ from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
-from pipelines.data.tagged import read_tagged, to_iob2, words_of
+from pipelines.data.tagged import words_of
+from pipelines.data.tagged_files import read_tagged
+from pipelines.data.tags import to_iob2
 from pipelines.runtime.spans import find_spans, kept_range, redact
 from pipelines.tasks import task_of_model
 from pipelines.tasks.token_classification.baselines import MARK, PatternsAndNames, UsualTag, marked
