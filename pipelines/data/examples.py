@@ -53,9 +53,8 @@ class Given:
     name: str
     inputs: datasets.Dataset
     hashes: np.ndarray  # (rows, 2) uint64 of the content, and of what a row shares with its duplicates
-    labels: (
-        np.ndarray
-    )  # (rows,) class ids, scores, or zeros where the task has no references; (rows, labels) where a row has several
+    # (rows,) class ids, scores, or zeros where the task has no references; (rows, labels) where a row has several
+    labels: np.ndarray
 
 
 def load_examples(config: DataConfig, kind: Kind, read_references: ReadReferences) -> Examples:
@@ -95,16 +94,8 @@ def read_given(
     hashes, dropped = {}, {}
     for name, split in used.items():
         columns = list(kind.columns_of(config).values())
-        key = [
-            config.dataset_config,
-            config.label_column,
-            name,
-            columns,
-            config.separator,
-            config.encoding,
-            config.text_part,
-            *filter(None, [read_as]),
-        ]
+        key = [config.dataset_config, config.label_column, name, columns, config.separator, config.encoding]
+        key += [config.text_part, *filter(None, [read_as])]
         hashes[name] = remembered(state, key, partial(hash_rows, inputs_of(split, config, kind), name, kind))
         usable = hashes[name][:, 0] > 0
         first = [inputs_of(split, config, kind)[int(row)] for row in np.flatnonzero(~usable)[:1]]
@@ -145,40 +136,24 @@ def split_examples(
     kept, found = drop_duplicates({role: (split.hashes[:, 1], split.labels) for role, split in given.items()}, noun)
     cut_missing_splits(kept, strata["train"], train.name, config, noun)
     for role in SPLITS:
-        limit = config.max_train_samples if role == "train" else config.max_eval_samples
-        if names and limit is not None and limit < len(kept[role]):
-            rest, _ = cut_stratified(strata[role][kept[role]], len(kept[role]) - limit, config.split_seed)
-            kept[role] = kept[role][rest]
-        if role != "test" or role not in given:
-            kept[role] = np.random.default_rng(config.split_seed).permutation(kept[role])
-        kept[role] = kept[role][:limit]
-        if config.max_samples_per_class is not None and role != "test":
-            labels = pandas.Series(strata[role][kept[role]])
-            kept[role] = kept[role][labels.groupby(labels).cumcount().to_numpy() < config.max_samples_per_class]
-
+        # Only a given test split keeps its order.
+        shuffled = role != "test" or role not in given
+        kept[role] = _limited(kept[role], strata[role], role, shuffled, bool(names), config)
     classes = {}
     if names:
         counts = {role: count_labels(origin.labels[kept[role]], len(names)) for role, origin in origins.items()}
         _check_classes(counts, names, config)
         by_name = {role: dict(zip(names, column.tolist(), strict=True)) for role, column in counts.items()}
         classes = {"classes": by_name}
-    splits, hashes, content = {}, {}, hashlib.sha256(json.dumps(names).encode())
+    content = hashlib.sha256(json.dumps(names).encode())
     for role, origin in origins.items():
-        table = origin.inputs
-        if feature is not None:
-            table = table.add_column(
-                "label", origin.labels if origin.labels.ndim == 1 else list(origin.labels), feature=feature
-            )
-        # Only row numbers and labels take memory.
-        splits[role] = table.select(kept[role], keep_in_memory=True)
         content.update(f"\n{role} {len(kept[role])}\n".encode())
-        hashes[role] = origin.hashes[kept[role], 1]
         content.update(origin.hashes[kept[role], 0].tobytes() + origin.labels[kept[role]].tobytes())
     details = {
         "dataset": config.dataset,
         "dataset_config": config.dataset_config,
         **details,
-        "examples": {role: len(split) for role, split in splits.items()},
+        "examples": {role: len(kept[role]) for role in SPLITS},
         **classes,
         "came_from": {
             role: f"split {origin.name!r}" if role in given else f"cut from split {origin.name!r}"
@@ -188,7 +163,35 @@ def split_examples(
         **({} if config.text_part == "whole" else {"text_part": config.text_part}),
         "split_seed": config.split_seed,
     }
+    splits = {role: _rows_of(origin, kept[role], feature) for role, origin in origins.items()}
+    hashes = {role: origin.hashes[kept[role], 1] for role, origin in origins.items()}
     return Examples(datasets.DatasetDict(splits), details, content.hexdigest(), names, hashes)
+
+
+def _limited(
+    rows: np.ndarray, strata: np.ndarray, role: str, shuffled: bool, has_classes: bool, config: DataConfig
+) -> np.ndarray:
+    """As many rows of a split as the flags allow, a row of every class among them where there is room."""
+    limit = config.max_train_samples if role == "train" else config.max_eval_samples
+    if has_classes and limit is not None and limit < len(rows):
+        rest, _ = cut_stratified(strata[rows], len(rows) - limit, config.split_seed)
+        rows = rows[rest]
+    if shuffled:
+        rows = np.random.default_rng(config.split_seed).permutation(rows)
+    rows = rows[:limit]
+    if config.max_samples_per_class is not None and role != "test":
+        classes = pandas.Series(strata[rows])
+        rows = rows[classes.groupby(classes).cumcount().to_numpy() < config.max_samples_per_class]
+    return rows
+
+
+def _rows_of(origin: Given, rows: np.ndarray, feature: Any) -> datasets.Dataset:
+    """These rows of a split with their labels, if the data set has some; only row numbers and labels take memory."""
+    table = origin.inputs
+    if feature is not None:
+        labels = origin.labels if origin.labels.ndim == 1 else list(origin.labels)
+        table = table.add_column("label", labels, feature=feature)
+    return table.select(rows, keep_in_memory=True)
 
 
 def check_no_classes(config: DataConfig, noun: str) -> None:

@@ -267,14 +267,10 @@ def _label_sets(split: datasets.Dataset, name: str, config: DataConfig, separato
             name,
             separator,
         )
-    parsed = {cell: _parse_labels("" if _is_empty(cell) else str(cell), separator) for cell in set(cells)}
+    texts = {cell: "" if _is_empty(cell) else str(cell) for cell in set(cells)}
+    parsed = {cell: parse_cell(text) if separator is None else text.split(separator) for cell, text in texts.items()}
     sets = {cell: _names_of(items, None, cell, name, config) for cell, items in parsed.items()}
     return [sets[cell] for cell in cells]
-
-
-def _parse_labels(text: str, separator: str | None) -> Any:
-    """The items of a cell of text, None for an empty one; the text itself where it is no list."""
-    return parse_cell(text) if separator is None else text.split(separator)
 
 
 def parse_cell(text: str) -> Any:
