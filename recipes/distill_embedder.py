@@ -1,6 +1,6 @@
 """Distil a sentence embedder into a small student and ship it as verified int8 ONNX that searches.
 
-    accelerate launch recipes/distill_embedder.py                               # offline demo, minutes on a CPU
+    accelerate launch recipes/distill_embedder.py                               # offline demo, under an hour on 2 cores
     accelerate launch recipes/distill_embedder.py --config recipes/configs/mpnet_all_nli.yaml
 
 1. take a trained teacher   2. store its vectors   3. train a student on them   4. prune it, and let it recover

@@ -1,6 +1,6 @@
 """Distil a cross-encoder into a small reranker and ship it as verified int8 ONNX.
 
-    accelerate launch recipes/distill_reranker.py                               # offline demo, minutes on a CPU
+    accelerate launch recipes/distill_reranker.py                               # offline demo, about an hour on 2 cores
     accelerate launch recipes/distill_reranker.py --config recipes/configs/ms_marco_reranking.yaml
 
 1. fine-tune a teacher on queries with candidates, or take one from the Hub   2. store its scores   3. train a student on them
