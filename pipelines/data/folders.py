@@ -299,8 +299,8 @@ def _load_file(path: Path, config: DataConfig, kind: Kind) -> datasets.Dataset:
 
 
 def begins_with_split(file: Path) -> bool:
-    """Whether a name begins with a split: "train.csv", or a shard such as "train-00000-of-00002.parquet"."""
-    return SPLIT_WORD.split(file.name.lower())[0] in SPLIT_NAMES
+    """Whether a name begins with a split: "train.csv", or a shard such as "train-00000-of-00002.parquet"; no title ("Train to Busan.txt")."""
+    return re.split(r"[-_.]", file.name.lower())[0] in SPLIT_NAMES
 
 
 def split_named_by(file: Path) -> str | None:

@@ -116,6 +116,8 @@ def test_longer_names_are_of_splits_where_all_of_a_folder_are(tmp_path):
     for number in range(8):
         (tmp_path / f"book {number}.txt").write_text(f"Book {number}.\n\nIt has two parts.")
     assert sum(load(tmp_path).details["documents"].values()) == 10  # one a file
+    (tmp_path / "Train to Busan.txt").write_text("A title, not a split.\n\nIt has two parts.")
+    assert sum(load(tmp_path).details["documents"].values()) == 11
 
 
 def test_rows_are_joined_into_documents_at_a_pattern(tmp_path):
