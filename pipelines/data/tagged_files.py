@@ -137,7 +137,7 @@ def read_words(path: Path, config: DataConfig) -> datasets.Dataset:
     table = read_table(path, replace(config, label_column=named))
     found = [[name for name in names if name in table.column_names] for names in (SENTENCE_COLUMNS, words, tags)]
     numbers = table[found[0][0]][:] if found[0] and found[1] else [""]
-    if not (numbers[0] or "").strip():
+    if not numbers or not (numbers[0] or "").strip():
         raise InputError(
             f"expected a word in every row of {path}, with the columns {SENTENCE_COLUMNS[0]!r} (filled at least at the first word of each "
             f"sentence), {WORD_COLUMNS[1]!r} and {TAG_COLUMNS[1]!r}, found the columns {', '.join(map(repr, table.column_names[:10]))}; "

@@ -67,6 +67,7 @@ def test_columns_of_words_may_have_other_names(tmp_path: Path) -> None:
     [
         "text,label\nAnn Lee,name\n",
         "Sentence #,Tag\nSentence: 1,O\n",
+        "Sentence #,Word,Tag\n",
         "Sentence #,Word,Tag\n,Ann,B-PER\nSentence: 1,of,O\n",
     ],
 )
