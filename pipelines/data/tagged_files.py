@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 CONLL_SUFFIXES = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt", ".tsv")
 # What columns are called where no flag names them.
 SENTENCE_COLUMNS = ("Sentence #", "sentence_id", "sentence")
-WORD_COLUMNS = ("text", "Word", "word", "words")
+WORD_COLUMNS = ("Word", "word", "words", "text")  # beside words a text is the whole sentence
 TAG_COLUMNS = ("label", "Tag", "tag", "labels")
 SPAN_COLUMNS = ("labels", "entities", "spans")
 SPAN_KEYS = {"start_offset": "start", "end_offset": "end"}  # of doccano
@@ -140,7 +140,7 @@ def read_words(path: Path, config: DataConfig) -> datasets.Dataset:
     if not numbers or not (numbers[0] or "").strip():
         raise InputError(
             f"expected a word in every row of {path}, with the columns {SENTENCE_COLUMNS[0]!r} (filled at least at the first word of each "
-            f"sentence), {WORD_COLUMNS[1]!r} and {TAG_COLUMNS[1]!r}, found the columns {', '.join(map(repr, table.column_names[:10]))}; "
+            f"sentence), {WORD_COLUMNS[0]!r} and {TAG_COLUMNS[1]!r}, found the columns {', '.join(map(repr, table.column_names[:10]))}; "
             "rename the first, and name words and tags with --text_column and --label_column"
         )
     known: Iterator[Any] = accumulate(numbers, lambda before, number: number if (number or "").strip() else before)
