@@ -144,9 +144,11 @@ def read_words(path: Path, config: DataConfig) -> datasets.Dataset:
             "rename the first, and name words and tags with --text_column and --label_column"
         )
     known: Iterator[Any] = accumulate(numbers, lambda before, number: number if (number or "").strip() else before)
-    sentences = [[row for row, _ in rows] for _, rows in groupby(enumerate(known), key=lambda row: row[1])]
     cells = {config.text_column: table[found[1][0]][:]}
     cells |= {config.label_column: table[found[2][0]][:]} if found[2] else {}
+    # A row of nothing but separators may part sentences.
+    told = [row for row in enumerate(known) if any(column[row[0]] is not None for column in cells.values())]
+    sentences = [[row for row, _ in rows] for _, rows in groupby(told, key=lambda row: row[1])]
     rows = {name: [[column[row] for row in sentence] for sentence in sentences] for name, column in cells.items()}
     return datasets.Dataset.from_dict(rows, info=datasets.DatasetInfo(description=table.info.description))
 

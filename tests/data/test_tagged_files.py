@@ -54,6 +54,8 @@ def word_rows(in_all: bool, header: str = "Sentence #,Word,POS,Tag") -> str:
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
 def test_the_words_of_a_sentence_are_rows(in_all: bool, encoding: str, tmp_path: Path) -> None:
     assert load(tmp_path / "ner_dataset.csv", word_rows(in_all).encode(encoding)) == EXPECTED
+    parted = word_rows(in_all).replace("Sentence: 1", ",,,\r\nSentence: 1", 1)
+    assert load(tmp_path / "parted.csv", parted.encode(encoding)) == EXPECTED
 
 
 def test_columns_of_words_may_have_other_names(tmp_path: Path) -> None:
