@@ -179,6 +179,11 @@ def _read_tasks(path: Path, config: DataConfig, info: datasets.DatasetInfo) -> d
                 )
             done = [one["result"] for one in task.get("annotations") or () if not one.get("was_cancelled")]
             values = [result.get("value") or {} for result in (done or [[]])[0]]
+            if others := {key for value in values for key in value if key.endswith("labels")} - {"labels"}:
+                raise InputError(
+                    f"expected spans of plain text in {path}, as a <Labels> of Label Studio makes them, found {', '.join(sorted(others))} in row "
+                    f"{number}; give each span a start and an end in the text, and its labels"
+                )
             spans = [_span_of(value, label, text, number) for value in values for label in value.get("labels") or ()]
             columns[config.text_column].append(text)
             columns[config.label_column].append(spans if done else None)
@@ -188,7 +193,7 @@ def _read_tasks(path: Path, config: DataConfig, info: datasets.DatasetInfo) -> d
 
 def _span_of(value: dict[str, Any], label: str, text: str, number: int) -> dict[str, Any]:
     start, end, marked = value.get("start"), value.get("end"), value.get("text")
-    if isinstance(start, int) and isinstance(end, int) and marked:
+    if isinstance(start, int) and isinstance(end, int) and isinstance(marked, str) and marked:
         wanted, found = (re.sub(r"\s|\\n", "", part) for part in (marked, text[start:end]))
         if wanted != found:
             raise InputError(

@@ -161,6 +161,11 @@ def test_tasks_of_label_studio_that_are_refused(tmp_path: Path) -> None:
         tasks[2] = task(TEXT, spans)
         with pytest.raises(InputError, match="found .* in row 2"):
             load(tmp_path / "project.json", json.dumps(tasks))
+    tasks[2] = task(TEXT, [(0, 8, ["PER"])])
+    value = tasks[2]["annotations"][0]["result"][0]["value"]
+    value["hypertextlabels"] = value.pop("labels")
+    with pytest.raises(InputError, match="expected spans of plain text .* found hypertextlabels in row 2"):
+        load(tmp_path / "project.json", json.dumps(tasks))
     tasks[2] = task("\N{PILE OF POO} by Ann", [(6, 9, ["PER"])])
     tasks[2]["annotations"][0]["result"][0]["value"]["text"] = "Ann"  # as JavaScript counts
     with pytest.raises(InputError, match="expected 'Ann' from 6 to 9 of the text in row 2, .*found 'nn'.*emoji"):
