@@ -48,7 +48,7 @@ from pipelines.core.config import (
     TeacherConfig,
     TransferConfig,
 )
-from pipelines.core.disk import write_json, write_whole
+from pipelines.core.disk import as_json, write_json, write_whole
 from pipelines.core.errors import InputError, VerificationError
 from pipelines.core.records import Outcome, read_record
 from pipelines.core.run import Run
@@ -321,10 +321,10 @@ def write_front(run: Run, settings: Settings, rows: Sequence[Row], chosen: dict[
     task, budget = run.task, settings.fit.budget
     teacher = run.record("teacher")["metrics"]["validation"][task.primary_metric]
     known = [row for row in rows if "forecast" in row]
-    slower = {"bytes": 1.0, "ms": slower_than_then(run)}
+    slower = slower_than_then(run)
     off = {
         name: float(np.median([abs(row["forecast"][name] * factor / row[name] - 1) for row in known]))
-        for name, factor in slower.items()
+        for name, factor in (("bytes", 1.0), ("ms", slower or 1.0))
     }
     found = {
         "task": task.name,
@@ -335,31 +335,30 @@ def write_front(run: Run, settings: Settings, rows: Sequence[Row], chosen: dict[
         **{name: row and row["number"] for name, row in chosen.items()},
         "front": [row["number"] for row in front(rows, task.greater_is_better)],
         "forecast_off_by": off,
-        "machine_slower_than_for_the_forecast": slower["ms"],
+        "machine_slower_than_for_the_forecast": slower,
         "rows": rows,
     }
     plot = io.BytesIO()
     draw_front(rows, budget, task.primary_metric, teacher, chosen["answer"]).savefig(plot, format="png")
     write_whole(run.directory / "front.png", plot.getvalue())
-    write_json(run.directory / FRONT, json.loads(json.dumps(found, default=str), parse_constant=lambda _: None))
+    write_json(run.directory / FRONT, as_json(found))
     print(format_rows(rows, budget))
-    # On a device only the forecast is known.
-    times = f" and {off['ms']:.0%} in milliseconds" if settings.fit.on is None else ""
+    times = "" if slower is None else f" and {off['ms']:.0%} in milliseconds"  # on a device only the forecast is known
     print(f"forecast: off by {off['bytes']:.1%} in bytes{times}, median of {len(known)} rows")
-    if settings.fit.on is None:
+    if slower is not None:
         print(
-            f"forecast: the untrained graphs, timed again, take {slower['ms']:.2f} times what they took before; this is not counted as "
-            "an error of the forecast"
+            f"forecast: the untrained graphs, timed again, take {slower:.2f} times what they took before; this is not counted as an error of the "
+            "forecast"
         )
     said = ", ".join(f"{name} {row['number']} ({row['name']})" for name, row in chosen.items() if row is not None)
     print(f"inside the budget: {said or 'none'}; the teacher's {task.primary_metric} is {teacher:.4f}", flush=True)
 
 
-def slower_than_then(run: Run) -> float:
-    """How many times what they took for the forecast its untrained graphs take now: the median of their ratios."""
+def slower_than_then(run: Run) -> float | None:
+    """How many times what they took for the forecast its untrained graphs take now: the median of their ratios; None where they are timed on
+    a device."""
     now = run.record("timings")["details"]["references"]
-    then = run.record("latency")["details"]["ms"] if now else []
-    return float(np.median(np.divide(now, then[: len(now)]))) if now else 1.0
+    return float(np.median(np.divide(now, run.record("latency")["details"]["ms"][: len(now)]))) if now else None
 
 
 def _nearly(row: Row, budget: Budget) -> str:

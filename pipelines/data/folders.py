@@ -311,9 +311,9 @@ def split_named_by(file: Path) -> str | None:
 
 
 def _before_split(file: Path) -> str:
-    """What stands before the split in a name, without numbers: "news" of "news-2_train.csv"; nothing where that begins the name."""
-    words = SPLIT_WORD.split(re.sub(r"\d+", "", file.name.lower()))
-    return " ".join(filter(None, takewhile(lambda word: word not in SPLIT_NAMES, words)))
+    """What stands before the split in a name: "news 2" of "news-2_train.csv"; nothing where that begins the name."""
+    words = takewhile(lambda word: re.sub(r"\d+$", "", word) not in SPLIT_NAMES, SPLIT_WORD.split(file.name.lower()))
+    return " ".join(filter(None, words))
 
 
 def files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:

@@ -171,13 +171,15 @@ def _read_tasks(path: Path, config: DataConfig, info: datasets.DatasetInfo) -> d
     columns: dict[str, list[Any]] = {config.text_column: [], config.label_column: []}
     with closing(open_text(path, config)) as file:
         for number, task in enumerate(json_objects(file, may_be_one=False)):
-            text = (task.get("data") or {}).get(config.text_column)
+            data = task["data"] if isinstance(task.get("data"), dict) else {}
+            text = data.get(config.text_column)
             if not isinstance(text, str):
                 raise InputError(
-                    f"expected a text {config.text_column!r} in the data of every task of {path}, found {', '.join(task.get('data') or [])} "
-                    f"in row {number}; name the right one with --text_column"
+                    f"expected a text {config.text_column!r} in the data of every task of {path}, found {', '.join(data) or 'none'} in row {number}; "
+                    "name the right one with --text_column"
                 )
-            done = [one["result"] for one in task.get("annotations") or () if not one.get("was_cancelled")]
+            made = [one for one in task.get("annotations") or () if not one.get("was_cancelled")]
+            done = [one["result"] for one in made if "result" in one]
             values = [result.get("value") or {} for result in (done or [[]])[0]]
             if others := {key for value in values for key in value if key.endswith("labels")} - {"labels"}:
                 raise InputError(

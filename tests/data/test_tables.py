@@ -528,7 +528,7 @@ def test_parts_of_a_split_have_one_name_and_others_are_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(2):
-        load(tmp_path / "data" / f"news-{number}_train.csv", PLAIN.replace("number", f"part {number}"))
+        load(tmp_path / "data" / f"train_news-{number}.csv", PLAIN.replace("number", f"part {number}"))
     load(tmp_path / "data" / "my_dev.csv", PLAIN.replace("number", "dev"))
     (tmp_path / "data" / "labels_of_dev.csv").write_text("id,label\n1,art\n")
     (tmp_path / "data" / "README.md").write_text("where these come from")
@@ -536,7 +536,8 @@ def test_parts_of_a_split_have_one_name_and_others_are_refused(
     assert load(tmp_path / "data").details["examples"] == {"train": 72, "validation": 8, "test": 40}
     assert "README.md, labels_of_dev.csv" in caplog.text
     for name, message in [
-        ("yelp_train.csv", "files of several for its train split: news-0_train.csv, .*yelp_train.csv; give a folder"),
+        ("yelp_train.csv", "files of several for its train split: train_news-0.csv, .*yelp_train.csv; give a folder"),
+        ("v2_dev.csv", "files of several for its validation split: my_dev.csv, v2_dev.csv"),
         ("more.csv", r"files named after their split .*, found more\.csv; rename"),
         ("the_train_test.csv", r"files named after their split .*, found the_train_test\.csv"),
         ("traincsv.csv", r"files named after their split .*, found traincsv\.csv"),
@@ -545,6 +546,13 @@ def test_parts_of_a_split_have_one_name_and_others_are_refused(
         with pytest.raises(InputError, match=message):
             load(tmp_path / "data")
         (tmp_path / "data" / name).unlink()
+
+
+def test_two_versions_of_a_data_set_are_not_one(tmp_path: Path) -> None:
+    for name in ("v1_train.csv", "v2_train.csv"):
+        load(tmp_path / "data" / name, PLAIN.replace("number", name))
+    with pytest.raises(InputError, match=r"files of several for its train split: v1_train\.csv, v2_train\.csv"):
+        load(tmp_path / "data")
 
 
 def test_a_longer_name_with_a_split_beside_class_folders_is_no_data_without_its_columns(

@@ -138,7 +138,7 @@ def test_tasks_of_label_studio_are_texts_with_spans(tmp_path: Path) -> None:
     tasks[4]["annotations"].insert(0, {"was_cancelled": True, "result": []})
     assert load(tmp_path / "project.json", json.dumps(tasks)) == EXPECTED
     assert load(tmp_path / "lines.json", json.dumps(tasks, indent=2)) == EXPECTED
-    tasks.append(task("nobody is here"))
+    tasks.append(task("nobody is here") | {"annotations": [{"was_cancelled": False}]})
     with pytest.raises(InputError, match=r"words and their tags .* found 1 of 11 rows without one .*: 10\);"):
         load(tmp_path / "project.json", json.dumps(tasks))
     assert load(tmp_path / "project.json", json.dumps(tasks), missing="drop") == EXPECTED
@@ -157,6 +157,9 @@ def test_tasks_of_label_studio_that_are_refused(tmp_path: Path) -> None:
         InputError, match="a text 'body' in the data of every task of .*, found text, source in row 0; name"
     ):
         load(tmp_path / "project.json", json.dumps(tasks), text_column="body")
+    tasks[2] = {**task(TEXT), "data": TEXT}
+    with pytest.raises(InputError, match="a text 'text' in the data of every task of .*, found none in row 2"):
+        load(tmp_path / "project.json", json.dumps(tasks))
     for spans in ([(0, 8, ["PER", "LOC"])], [(0, 8, ["PER"]), (5, 11, ["LOC"])], [(14, 99, ["LOC"])]):
         tasks[2] = task(TEXT, spans)
         with pytest.raises(InputError, match="found .* in row 2"):
