@@ -337,9 +337,11 @@ def test_a_machine_that_is_slower_after_the_search_is_no_error_of_the_forecast(
     monkeypatch.setattr(latency, "remembered", lambda machine, key, make: make())
     monkeypatch.setattr(fit, "time_stages", by_size(3))
     monkeypatch.setattr(fit, "MOST_TRAININGS", 1)
+    monkeypatch.setattr(fit, "ship", lambda *_: None)
     place = command.index("--on")
     here, run = [*command[:place], *command[place + 2 :]], tmp_path / "run"
-    flags = ["--train", "false", "--under", "1MB", "--output_dir", str(run)]
+    flags = ["--train", "false", "--under", "1MB", "--quantization", "dynamic_int8", "--baselines", "false"]
+    flags += ["--output_dir", str(run)]
     status, output, errors = pocketformers(*here, *flags)
     assert status == 0, errors
     assert "timed again, take 3.00 times" in output
