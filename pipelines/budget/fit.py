@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.budget.choice import Row, choose, front, nearest, rank, sought
-from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, write_graphs
+from pipelines.budget.latency import graphs_of, identity, read_profile, solve, time_graphs, time_rows, write_graphs
 from pipelines.budget.search import (
     Search,
     baseline_rows,
@@ -28,7 +27,6 @@ from pipelines.budget.search import (
 )
 from pipelines.budget.shapes import (
     Forecast,
-    Shape,
     candidates_of,
     forecast_bytes,
     grid,
@@ -40,9 +38,7 @@ from pipelines.budget.table import cells, draw_front, format_rows
 from pipelines.budget.words import Budget, exclusions, impossible
 from pipelines.chain import finish, make_baselines, plan, teach
 from pipelines.core.config import (
-    QuantizeConfig,
     RepeatConfig,
-    ReportConfig,
     Settings,
     StudentConfig,
     TeacherConfig,
@@ -50,12 +46,12 @@ from pipelines.core.config import (
 )
 from pipelines.core.disk import as_json, write_json, write_whole
 from pipelines.core.errors import InputError, VerificationError
-from pipelines.core.records import Outcome, read_record
+from pipelines.core.records import read_record
 from pipelines.core.run import Run
 from pipelines.core.task import Task, TransferSet
 from pipelines.onnx.export import export_onnx
 from pipelines.report.pages import TEACHER, TEACHER_QUANTIZED
-from pipelines.report.results import LABELS_ONLY, STAGES, finished_stages, time_stages
+from pipelines.report.results import LABELS_ONLY, STAGES, finished_stages
 from pipelines.tasks import make_task
 
 FRONT = "front.json"
@@ -269,27 +265,6 @@ def without_training(settings: Settings) -> Settings:
     return own
 
 
-def time_rows(
-    source: str,
-    directory: Path,
-    task: Task,
-    directories: list[Path],
-    report: ReportConfig,
-    references: list[Shape],
-    quantize: QuantizeConfig,
-) -> Outcome:
-    """The median milliseconds of directories, timed together on examples of the validation split; and of untrained graphs of the
-    teacher in `source`, which were timed before the search: a machine is not as fast in one hour as in another."""
-    with tempfile.TemporaryDirectory() as folder:
-        if references:
-            write_graphs(source, Path(folder), task, references, quantize)
-        places = [*directories, *(Path(folder) / shape.name for shape in references)]
-        named = {f"{place} {'/'.join(path.parts[-3:])}": path for place, path in enumerate(places)}
-        timings = time_stages(named, task, "validation", report)
-    ms = [timings[name]["latency_ms"]["p50"] for name in named]
-    return Outcome("timings", details={"ms": ms[: len(directories)], "references": ms[len(directories) :]})
-
-
 def judge(run: Run, settings: Settings, rows: list[Row]) -> list[Row]:
     """The rows with their measured milliseconds, the bounds that they break, and their numbers: the best score first.
 
@@ -298,10 +273,10 @@ def judge(run: Run, settings: Settings, rows: list[Row]) -> list[Row]:
     """
     source = settings.teacher.teacher_model
     places = [run.directory / row["path"] for row in rows]
-    making: dict[str, Any] = {"report": settings.report, "quantize": settings.quantize, "references": []}
+    making: dict[str, Any] = {"report": settings.report, "quantize": settings.quantize, "shapes": []}
     if settings.fit.on is None:
         # The first that were timed for the forecast.
-        making["references"] = graphs_of(run.task.load_config(source), schemes_of(run.task, settings.quantize)[:1])
+        making["shapes"] = graphs_of(run.task.load_config(source), schemes_of(run.task, settings.quantize)[:1])
     run.stage("timings", time_rows, source, directories=places, **making)
     here = run.record("timings")["details"]["ms"]
     known = [row["forecast"]["ms"] / ms for row, ms in zip(rows, here, strict=True) if "forecast" in row]
@@ -357,7 +332,7 @@ def write_front(run: Run, settings: Settings, rows: Sequence[Row], chosen: dict[
 def slower_than_then(run: Run) -> float | None:
     """How many times what they took for the forecast its untrained graphs take now: the median of their ratios; None where they are timed on
     a device."""
-    now = run.record("timings")["details"]["references"]
+    now = run.record("timings")["details"]["graphs"]
     return float(np.median(np.divide(now, run.record("latency")["details"]["ms"][: len(now)]))) if now else None
 
 

@@ -109,15 +109,45 @@ def time_graphs(
     brief = replace(report, benchmark_rounds=3, benchmark_seconds=0.3)
 
     def timed() -> np.ndarray:
-        with tempfile.TemporaryDirectory() as folder:
-            write_graphs(source, Path(folder), task, shapes, quantize)
-            places = {shape.name: Path(folder) / shape.name for shape in shapes}
-            found = time_stages(places, task, "validation", brief)
-        return np.array([found[shape.name]["latency_ms"]["p50"] for shape in shapes])
+        return np.array(_medians([], source, task, shapes, quantize, brief))
 
     machine = describe_environment(0)
     key = ["latency", identity(source, shapes, task, quantize), report.benchmark_threads]
     return Outcome("latencies", details={"ms": remembered(machine, key, timed).tolist(), "machine": machine})
+
+
+def time_rows(
+    source: str,
+    directory: Path,
+    task: Task,
+    directories: list[Path],
+    shapes: list[Shape],
+    quantize: QuantizeConfig,
+    report: ReportConfig,
+) -> Outcome:
+    """The median milliseconds of directories, and beside them of untrained graphs that were timed before the search (`graphs`): a machine is
+    not as fast in one hour as in another."""
+    ms = _medians(directories, source, task, shapes, quantize, report)
+    return Outcome("timings", details={"ms": ms[: len(directories)], "graphs": ms[len(directories) :]})
+
+
+def _medians(
+    directories: list[Path],
+    source: str,
+    task: Task,
+    shapes: list[Shape],
+    quantize: QuantizeConfig,
+    report: ReportConfig,
+) -> list[float]:
+    """The median milliseconds of directories, then of an untrained graph of each shape of the teacher in `source`: timed together, on examples
+    of the validation split."""
+    with tempfile.TemporaryDirectory() as folder:
+        if shapes:
+            write_graphs(source, Path(folder), task, shapes, quantize)
+        places = [*directories, *(Path(folder) / shape.name for shape in shapes)]
+        named = {f"{place} {'/'.join(path.parts[-3:])}": path for place, path in enumerate(places)}
+        timings = time_stages(named, task, "validation", report)
+    return [timings[name]["latency_ms"]["p50"] for name in named]
 
 
 def read_profile(path: str, of: str) -> tuple[list[float], dict[str, Any]]:

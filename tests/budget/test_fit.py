@@ -326,16 +326,15 @@ def test_with_train_false_the_teacher_is_cut_scaled_and_quantized(
 def test_a_machine_that_is_slower_after_the_search_is_no_error_of_the_forecast(
     pocketformers, command, tmp_path, monkeypatch, timed_here
 ):
-    def by_size(slower):
-        def time_stages(directories, *_):
-            sizes = {name: sum(file.stat().st_size for file in path.iterdir()) for name, path in directories.items()}
-            return {name: {"latency_ms": {"p50": slower * 1e-5 * size}} for name, size in sizes.items()}
+    slower = iter((1, 3))  # before the search and after it
 
-        return time_stages
+    def by_size(directories, *_):
+        sizes = {name: sum(file.stat().st_size for file in path.iterdir()) for name, path in directories.items()}
+        factor = next(slower)
+        return {name: {"latency_ms": {"p50": factor * 1e-5 * size}} for name, size in sizes.items()}
 
-    monkeypatch.setattr(latency, "time_stages", by_size(1))
+    monkeypatch.setattr(latency, "time_stages", by_size)
     monkeypatch.setattr(latency, "remembered", lambda machine, key, make: make())
-    monkeypatch.setattr(fit, "time_stages", by_size(3))
     monkeypatch.setattr(fit, "MOST_TRAININGS", 1)
     monkeypatch.setattr(fit, "ship", lambda *_: None)
     place = command.index("--on")
