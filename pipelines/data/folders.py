@@ -305,15 +305,17 @@ def begins_with_split(file: Path) -> bool:
 
 def split_named_by(file: Path) -> str | None:
     """The split that a file is named after: what its name begins with, or else the only one among its words ("news_test.csv", "my val2.csv")."""
-    words = [re.sub(r"\d+$", "", word) for word in SPLIT_WORD.split(file.name.lower())]
-    found = [SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES]
+    found = [split for word in SPLIT_WORD.split(file.name.lower()) if (split := _split_of(word))]
     return found[0] if begins_with_split(file) or len({*found}) == 1 else None
+
+
+def _split_of(word: str) -> str | None:
+    return SPLIT_NAMES.get(word.rstrip("0123456789"))
 
 
 def _before_split(file: Path) -> str:
     """What stands before the split in a name: "news 2" of "news-2_train.csv"; nothing where that begins the name."""
-    words = takewhile(lambda word: re.sub(r"\d+$", "", word) not in SPLIT_NAMES, SPLIT_WORD.split(file.name.lower()))
-    return " ".join(filter(None, words))
+    return " ".join(takewhile(lambda word: not _split_of(word), SPLIT_WORD.split(file.name.lower())))
 
 
 def files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:

@@ -39,7 +39,7 @@ def compare_embedders(
         stage.name: (queries,) if stage.format == "sklearn" else (len(labels), stage.predictions.shape[-1])
         for stage in stages
     }
-    check_predictions(stages, shapes, "a vector for each text, or the place of each query's positive")
+    check_predictions(stages, shapes, "a vector for each text, or the rank of each query's positive")
     found = {stage.name: stage.predictions for stage in stages}
     reference = scores.likeness(found[TEACHER], labels, searches)
     compared: dict[str, dict[str, Any]] = {}
