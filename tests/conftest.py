@@ -27,6 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 # The files that take longest come first, so that no process is left alone with one of them in the end.
 LONGEST = (
     "test_recipes.py",
+    "test_fit.py",
     "test_hub.py",
     "test_benchmark_training.py",
     "test_recipe_gpt2.py",
@@ -249,16 +250,21 @@ def task_and_processor(request: pytest.FixtureRequest, model_type: str) -> tuple
     return request.getfixturevalue(names[0]), request.getfixturevalue(names[1])
 
 
-@pytest.fixture(scope="session")
-def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+def write_pretrained(directory: Path, tokenizer: Any, layers: int) -> Path:
     """A model directory without a head, as a pretrained encoder is published."""
     from transformers import AutoModel
 
-    directory = tmp_path_factory.mktemp("pretrained")
     torch.manual_seed(0)
-    AutoModel.from_config(tiny_config("bert", initializer_range=0.1)).save_pretrained(directory)
+    config = tiny_config("bert", num_hidden_layers=layers, initializer_range=0.1)
+    AutoModel.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """Of two layers, which whole chains begin with: to export a layer takes more than a second."""
+    return write_pretrained(tmp_path_factory.mktemp("pretrained"), tokenizer, 2)
 
 
 @pytest.fixture(scope="session")
@@ -317,12 +323,13 @@ def timed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def trained_teacher(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, task: Any) -> Path:
-    """A teacher that knows the task of the csv file."""
+def trained_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, task: Any) -> Path:
+    """A teacher of four layers that knows the task of the csv file."""
     from pipelines.core.config import TeacherConfig
     from pipelines.training.fine_tune import fine_tune
 
     directory = tmp_path_factory.mktemp("trained_teacher")
+    pretrained = write_pretrained(tmp_path_factory.mktemp("of_four_layers"), tokenizer, 4)
     training = quick_arguments(directory, per_device_train_batch_size=8)
     torch.manual_seed(0)
     outcome = fine_tune(
@@ -375,7 +382,7 @@ def language_task(language_text: Path) -> Any:
 def language_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that only says what shape a GPT-2 has."""
     directory = tmp_path_factory.mktemp("language_shape")
-    tiny_language_model(n_layer=4).config.save_pretrained(directory)
+    tiny_language_model(n_layer=2).config.save_pretrained(directory)
     return directory
 
 

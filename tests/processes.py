@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -16,10 +17,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+import torch
+
 import pipelines
+from pipelines.cli import main
+from pipelines.core.command import run_main
 
 # All that a recipe imports on its way.
 IMPORTS = ["conftest", *(module.name for module in pkgutil.walk_packages(pipelines.__path__, "pipelines."))]
@@ -112,6 +119,19 @@ def time_here(module: str, spec: Path, name: str, **_: Any) -> Any:
     """What pipelines.onnx.measure.run_worker gives, from this process."""
     importlib.import_module(module).work(spec)
     return json.loads((spec.parent / "result.json").read_text())
+
+
+def run_here(script: str, *argv: str) -> str:
+    """A recipe, or `pocketformers`, in this process, which spares the seconds of imports, and its rows timed here; what it printed."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr("pipelines.onnx.measure.run_worker", time_here)
+        patch.setattr(sys, "argv", [script, *argv])
+        if script == "pocketformers":
+            run_main(main)
+        else:
+            runpy.run_path(script, run_name="__main__")
+    torch.set_num_threads(1)
+    return printed.getvalue()
 
 
 def values(ended: list[Ended]) -> list[Any]:

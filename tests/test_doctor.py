@@ -17,16 +17,17 @@ def lines_of(text: str) -> dict[str, str]:
 
 
 def test_a_known_family(tmp_path, capsys, monkeypatch):
-    config = tiny_config("modernbert", pad_token_id=0, layer_types=["full_attention", *["sliding_attention"] * 3])
+    layers = ["full_attention", "sliding_attention"]
+    config = tiny_config("modernbert", pad_token_id=0, num_hidden_layers=2, layer_types=layers)
     config.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pocketformers", "doctor", str(tmp_path)])
     cli.main()
     found = lines_of(capsys.readouterr().out)
     assert found["task"] == "text-classification"
-    assert (found["family"], found["layers"]) == ("modernbert", "4")
+    assert (found["family"], found["layers"]) == ("modernbert", "2")
     assert (found["heads"], found["neurons"]) == ("4 in a layer", "64 in a layer")
-    assert found["students"].startswith("yes: --student_layers 1 to 4")
+    assert found["students"].startswith("yes: --student_layers 1 to 2")
     assert found["pruning"] == "heads yes; neurons yes"
     assert found["export"] == "yes"
     assert found["fused attention"].startswith(("yes", "0 of 2", "2 of 2", "1 of 2"))  # a layer of each kind
@@ -36,7 +37,7 @@ def test_a_known_family(tmp_path, capsys, monkeypatch):
 def test_an_unknown_family_with_a_slow_tokenizer(tmp_path):
     from transformers import ByT5Tokenizer
 
-    tiny_config("squeezebert", vocab_size=400).save_pretrained(tmp_path)
+    tiny_config("squeezebert", vocab_size=400, num_hidden_layers=1).save_pretrained(tmp_path)
     ByT5Tokenizer().save_pretrained(tmp_path)
     found = lines_of(diagnose(str(tmp_path)))
     assert "not in the table" in found["family"]
@@ -65,7 +66,9 @@ def test_images_and_what_has_no_task(tmp_path):
 
 
 def test_what_has_no_tokenizer_yet(tmp_path):
-    tiny_config("deberta-v2", relative_attention=True, pos_att_type=["c2p", "p2c"]).save_pretrained(tmp_path / "new")
+    tiny_config(
+        "deberta-v2", num_hidden_layers=1, relative_attention=True, pos_att_type=["c2p", "p2c"]
+    ).save_pretrained(tmp_path / "new")
     found = lines_of(diagnose(str(tmp_path / "new")))
     assert found["export"] == "yes"
     assert "blocks: its scores are sums of three matmuls" in found["fused attention"]

@@ -275,8 +275,8 @@ def judge(run: Run, settings: Settings, rows: list[Row]) -> list[Row]:
     places = [run.directory / row["path"] for row in rows]
     making: dict[str, Any] = {"report": settings.report, "quantize": settings.quantize, "shapes": []}
     if settings.fit.on is None:
-        # The first that were timed for the forecast.
-        making["shapes"] = graphs_of(run.task.load_config(source), schemes_of(run.task, settings.quantize)[:1])
+        # Two of those that were timed for the forecast, of the fewest layers and of the most: to export one takes its time.
+        making["shapes"] = graphs_of(run.task.load_config(source), schemes_of(run.task, settings.quantize)[:1])[:2]
     run.stage("timings", time_rows, source, directories=places, **making)
     here = run.record("timings")["details"]["ms"]
     known = [row["forecast"]["ms"] / ms for row, ms in zip(rows, here, strict=True) if "forecast" in row]

@@ -30,6 +30,7 @@ def run_script(name: str, output: Path, *arguments: Any) -> Any:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_training_compares_each_row_with_its_rival(trained_teacher, csv_file, tmp_path):
     flags = ["--teacher_model", str(trained_teacher), "--dataset", str(csv_file), "--max_length", "32", "--epochs", "1"]
     scripts = ["usual_script_max_length", "usual_script_dynamic"]
@@ -101,6 +102,7 @@ def test_throughput_scores_every_row_alike(text_bundle, csv_file, tmp_path):
     assert 0 < by_length["tokenizing_seconds"] < by_length["seconds"]
 
 
+@pytest.mark.slow
 def test_conversion_memory_counts_what_a_stage_holds(tmp_path, monkeypatch):
     # The model is written by this process, the stages run in others.
     monkeypatch.setattr(sys, "argv", ["", "--width", "128", "--layers", "1", "--output", str(tmp_path / "found.json")])
@@ -122,6 +124,7 @@ def test_answers_come_in_order_and_an_error_in_its_place(at_once):
     assert answers == (np.arange(100) ** 2).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("series", "sizes"), [("length", [8, 16]), ("examples", [200, 400])])
 def test_scaling_fits_an_exponent_to_each_series(series, sizes, tmp_path):
     flags = ["--series", series, "--sizes", *sizes, "--seconds", 0.01, "--plot", tmp_path / "plot.png"]

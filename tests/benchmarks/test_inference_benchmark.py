@@ -44,6 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher: Path, csv_file: Path)
     return directory
 
 
+@pytest.mark.slow
 def test_every_row_is_scored_and_timed_in_turn(run: Path) -> None:
     (model,) = json.loads((run / "inference.json").read_text())["models"]
     measured = [row for row in ROWS if row != "openvino"]
@@ -62,6 +63,7 @@ def test_every_row_is_scored_and_timed_in_turn(run: Path) -> None:
     assert model["profile"]["2x8"]["operators"]["Attention"] > 0
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_be_made_is_named_and_the_others_are_measured(run: Path) -> None:
     (model,) = json.loads((run / "inference.json").read_text())["models"]
     assert list(model["failed"]) == ["openvino"]
@@ -69,6 +71,7 @@ def test_a_peer_that_cannot_be_made_is_named_and_the_others_are_measured(run: Pa
     assert "Not measured: `openvino`" in (run / "inference.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_pages_come_from_the_figures_alone(run: Path, tmp_path: Path) -> None:
     measured = json.loads((run / "inference.json").read_text())
     (model,) = measured["models"]
@@ -125,6 +128,7 @@ def test_a_product_takes_the_time_of_its_size() -> None:
     assert inference_limits.limit_seconds(products, sizes, [0.5, 3.0]) == 4.0
 
 
+@pytest.mark.slow
 def test_every_loop_of_a_language_model_writes_the_same(
     tmp_path: Path, language_model_dir: Path, language_task: Any
 ) -> None:

@@ -40,6 +40,7 @@ def test_what_saves_more_for_its_importance_goes_first():
     assert [kept["heads"][0].tolist(), kept["neurons"][0].tolist()] == [[0, 1], list(range(4, 12))]
 
 
+@pytest.mark.slow
 def test_every_choice_is_scored_as_it_is_scaled_and_recovered(trained_teacher, task, training, tmp_path, monkeypatch):
     for name in ("student", "teacher"):
         shutil.copytree(trained_teacher, tmp_path / "run" / name)

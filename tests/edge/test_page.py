@@ -364,7 +364,6 @@ def served(bundle: Path) -> Iterator[str]:
         server.server_close()
 
 
-@pytest.mark.slow
 def test_values_and_several_labels_in_a_browser(browser, tokenizer, tmp_path, libraries):
     for outputs in (VALUES, LABELS):
         bundle = bundle_by_hand(tmp_path / outputs["kind"], tokenizer, outputs, [1, len(outputs.get("labels", "1"))])
@@ -396,7 +395,6 @@ def test_values_and_several_labels_in_a_browser(browser, tokenizer, tmp_path, li
             page.close()
 
 
-@pytest.mark.slow
 def test_lines_are_ranked_in_a_browser(browser, tokenizer, tmp_path, libraries):
     bundle = bundle_by_hand(tmp_path / "bundle", tokenizer, VALUES | {"ranks": True}, [1, 1])
     add_page(bundle, BundleConfig(web_assets=str(libraries)), tuple(LIBRARIES))
@@ -502,7 +500,6 @@ def drop(page: Any, names: list[str], where: str) -> list[bool]:
     return list(page.evaluate(script, [names, where]))
 
 
-@pytest.mark.slow
 def test_texts_in_a_browser(browser, text_onnx, task, tmp_path, libraries):
     bundle = tmp_path / "bundle"
     with opened(browser, text_onnx / "quantized", bundle, task, libraries) as page:
@@ -551,7 +548,6 @@ def test_texts_in_a_browser(browser, text_onnx, task, tmp_path, libraries):
             assert page.is_hidden("#text")
 
 
-@pytest.mark.slow
 def test_pairs_in_a_browser(browser, text_onnx, tmp_path, libraries):
     texts = make_texts(60)
     rows = [f'"{text}","{texts[(7 * i) % 60][0]}",{label}\n' for i, (text, label) in enumerate(texts)]
@@ -603,7 +599,6 @@ def test_lines_are_searched_in_a_browser(quantization, browser, pretrained, csv_
             np.testing.assert_allclose(found, np.sort(cosines)[::-1][:10], atol=1e-3)
 
 
-@pytest.mark.slow
 def test_images_in_a_browser(browser, image_onnx, image_task, image_folder, tmp_path, libraries):
     generator = np.random.default_rng(0)
     for number, (width, height) in enumerate([(33, 90), (200, 151)]):
@@ -706,7 +701,6 @@ def native_logits(model: LanguageModel, tokens: list[int]) -> np.ndarray:
     return np.asarray(model.session.run(["logits"], feed | cache)[0][0, -1])
 
 
-@pytest.mark.slow
 def test_continuations_in_a_browser(browser, language_bundle, language_task, tmp_path, libraries):
     source = language_bundle.parent / "onnx"
     with opened(browser, source, tmp_path / "bundle", language_task, libraries) as page:

@@ -160,7 +160,7 @@ def test_what_a_config_asks_for_beside_logits_is_not_given(asked, task, tmp_path
 @pytest.mark.parametrize("asked", [{"chunk_size_feed_forward": 8}, {"_attn_implementation": "flash_attention_2"}])
 def test_how_a_config_would_compute_changes_nothing(asked, task, tmp_path):
     inputs = torch.tensor([[1, 2, 3]])
-    plain = load_model(save(tmp_path / "plain", tiny_model()))
+    plain = load_model(save(tmp_path / "plain", tiny_model(num_hidden_layers=1)))
     source = shutil.copytree(tmp_path / "plain", tmp_path / "asked")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | asked))
@@ -420,7 +420,8 @@ def test_only_one_of_teacher_and_student_has_token_types(kinds, tmp_path, traini
 def test_a_decoder_reads_the_last_token_before_the_padding_everywhere(padded_by, task, training, tmp_path):
     tokenizer = train_tokenizer(task.splits["train"]["text"], 300)
     tokenizer.pad_token = None if padded_by == "end token" else tokenizer.convert_ids_to_tokens(7)
-    source = save(tmp_path / "m", tiny_model("llama", vocab_size=300, bos_token_id=0, eos_token_id=0), tokenizer)
+    model = tiny_model("llama", num_hidden_layers=1, vocab_size=300, bos_token_id=0, eos_token_id=0)
+    source = save(tmp_path / "m", model, tokenizer)
     for name in ("teacher", "onnx"):
         (tmp_path / name).mkdir()
     task.check_teacher = lambda *_: None

@@ -285,6 +285,7 @@ def test_what_cannot_be_trimmed_is_refused_before_the_first_step(task, language_
     assert describe(settings)["student_vocabulary"] == "corpus"
 
 
+@pytest.mark.slow
 def test_the_chain_ships_the_smaller_vocabulary(tokenizers, csv_file, tmp_path, monkeypatch):
     """With a teacher beside the student, in its pruning, too."""
     from transformers import AutoModel

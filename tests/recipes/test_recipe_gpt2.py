@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "recipes" / "distill_gpt2.py"
 SMALL = """
     --teacher_from_scratch --vocabulary_size 300 --max_length 32 --teacher_epochs 6 --teacher_learning_rate 5e-3
-    --num_train_epochs 1 --learning_rate 3e-3 --per_device_train_batch_size 8 --student_layers 2
+    --num_train_epochs 1 --learning_rate 3e-3 --per_device_train_batch_size 8 --student_layers 1
     --label_baseline false --benchmark_rounds 1 --benchmark_seconds 0.1 --benchmark_threads 1 --prune_heads 0.25
     --prune_ffn 0.25 --prune_steps 1 --prune_epochs 0.5 --prune_samples 32 --quantization int8_blocks
     --block_size 16 --use_cpu --web false
@@ -132,6 +132,7 @@ def without_report(argv: list[str]) -> None:
     processes.recipe(argv)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_another_process(language_shape, language_text, tmp_path, monkeypatch):
     """With stored soft targets, in this process and in a fresh one; both without the report, of which only times differ."""
     argv = ["--teacher_model", str(language_shape), "--dataset", str(language_text), *SMALL, "--soft_targets", "stored"]

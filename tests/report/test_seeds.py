@@ -181,6 +181,7 @@ def test_finished_again_there_is_nothing_to_do_and_timed_again_the_seeds_stay(ar
     assert "## Over 2 seeds" in (moved / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_trained_is_repeated_too_on_several_processes(pretrained, csv_file, tmp_path):
     argv = [
         "--teacher_model",

@@ -137,7 +137,9 @@ def test_a_continuation_passes_the_length_from_which_phi3_turns_all_tokens_other
     language_task, language_model_dir, tmp_path
 ):
     longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 10000.0}
-    model = tiny_language_model("phi3", original_max_position_embeddings=16, rope_parameters=longrope)
+    model = tiny_language_model(
+        "phi3", num_hidden_layers=1, original_max_position_embeddings=16, rope_parameters=longrope
+    )
     export_graph(graph_with_cache(model), tmp_path / "model.onnx")
     model.config.save_pretrained(tmp_path)
     edge = LanguageModel(tmp_path, open_session(tmp_path / "model.onnx", 1))

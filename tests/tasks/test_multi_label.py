@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import ast
 import csv
-import io
 import json
-import runpy
 import subprocess
 import sys
 import textwrap
 from collections import Counter
-from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +38,7 @@ from pipelines.tasks.text_classification import TextClassification
 from pipelines.training.arguments import TrainingArguments
 from pipelines.training.baselines import fit_baseline, load_baseline
 from pipelines.training.trainer import train
-from processes import run_processes, values
+from processes import run_here, run_processes, values
 
 LABELS = list(WORDS)
 RECIPE = Path(__file__).parents[2] / "recipes" / "distill_multi_label.py"
@@ -96,10 +93,7 @@ def chain(tokenizer, tmp_path_factory) -> tuple[Path, str]:
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false --baselines false --class_weights balanced
         --label_baseline false
     """.split()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(sys, "argv", [str(RECIPE), *flags])
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    return run, printed.getvalue()
+    return run, run_here(str(RECIPE), *flags)
 
 
 def test_the_whole_chain(chain, capsys):

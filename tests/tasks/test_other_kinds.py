@@ -81,10 +81,10 @@ def check_padding(run):
     np.testing.assert_allclose(logits(texts), np.concatenate([logits([text]) for text in texts]), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "cnn"])
-def test_texts(kind, trained_teacher, csv_file, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["lstm", pytest.param("cnn", marks=pytest.mark.slow)])
+def test_texts(kind, pretrained, csv_file, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    flags = f"--dataset {csv_file} --teacher_model {trained_teacher} --teacher_epochs 0 --student_model {kind}"
+    flags = f"--dataset {csv_file} --teacher_model {pretrained} --teacher_epochs 8 --teacher_learning_rate 3e-3 --student_model {kind}"
     report = compress(monkeypatch, run, flags)
     assert "stay: it is no transformer" in capsys.readouterr().out
     assert report["stages"][-1]["metrics"]["accuracy"] > 0.7
@@ -121,7 +121,7 @@ def test_scores(pretrained, tmp_path, monkeypatch):
 
 def test_images(tmp_path, monkeypatch):
     shape, run = tmp_path / "shape", tmp_path / "run"
-    tiny_config("vit", initializer_range=0.1).save_pretrained(shape)
+    tiny_config("vit", num_hidden_layers=2, initializer_range=0.1).save_pretrained(shape)
     make_image_processor().save_pretrained(shape)
     images = write_image_folder(tmp_path / "images")
     flags = f"""

@@ -4,13 +4,11 @@ can be learnt."""
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 import string
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +28,6 @@ from conftest import FILLER, WORDS, tiny_language_model
 from others import in_node, odd_texts
 from pipelines import load
 from pipelines.chain import demo_config, read_settings
-from pipelines.cli import main
-from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
@@ -46,6 +42,7 @@ from pipelines.tasks.question_answering.report import compare_answers
 from pipelines.tasks.question_answering.speakers import questions_of_speakers
 from pipelines.tasks.question_answering.task import QuestionAnswering, answer_tokens
 from pipelines.training.baselines import fit_baseline
+from processes import run_here
 
 
 def make_questions(contexts: int = 160) -> list[dict[str, Any]]:
@@ -704,13 +701,10 @@ def chain(pretrained, tmp_path_factory) -> tuple[Path, str]:
     flags = f"""
         compress --task question-answering --dataset {path} --teacher_model {pretrained} --output_dir {run} --max_length 32 --overlap 8
         --teacher_epochs 10 --teacher_learning_rate 3e-3 --num_train_epochs 4 --learning_rate 3e-3 --per_device_train_batch_size 8
-        --student_layers 2 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.3 --use_cpu
+        --student_layers 1 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.3 --use_cpu
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false --baselines false
     """.split()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(sys, "argv", ["pocketformers", *flags])
-        run_main(main)
-    return run, printed.getvalue()
+    return run, run_here("pocketformers", *flags)
 
 
 def test_the_whole_chain(chain):

@@ -20,8 +20,6 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from conftest import FILLER, WORDS, make_tokenizer, tiny_config
 from others import install_node, write_published
-from pipelines.cli import main
-from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TransferConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import UNLABELLED, StageResult
@@ -39,6 +37,7 @@ from pipelines.tasks.sentence_embedding.data import CORPUS, EmbeddingConfig
 from pipelines.tasks.sentence_embedding.task import SentenceEmbedding
 from pipelines.training.fine_tune import save
 from pipelines.training.transfer import own_labels
+from processes import run_here
 
 ALL_WORDS = [*FILLER, *(word for words in WORDS.values() for word in words)]
 
@@ -60,7 +59,7 @@ def write_embedder(directory: Path, dense: bool = False, pooling: str = "mean") 
     """A tiny BERT as sentence-transformers saves it, with pooling and normalization, perhaps a Dense module between them."""
     directory.mkdir()
     torch.manual_seed(0)
-    AutoModel.from_config(tiny_config("bert", initializer_range=0.02)).save_pretrained(directory)
+    AutoModel.from_config(tiny_config("bert", num_hidden_layers=2, initializer_range=0.02)).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     config = AutoConfig.from_pretrained(directory)
     settings = {"pooling": pooling, "dense": [], "normalize": True, "max_length": 32}
@@ -88,13 +87,11 @@ def run(pairs: Path, embedder: Path, tmp_path_factory: pytest.TempPathFactory) -
     run = tmp_path_factory.mktemp("chain") / "run"
     flags = f"""
         compress --task sentence-embedding --dataset {pairs} --text_pair_column other --teacher_model {embedder} --output_dir {run}
-        --max_length 32 --num_train_epochs 2 --learning_rate 3e-3 --student_layers 2 --prune_steps 1 --prune_epochs 1
+        --max_length 32 --num_train_epochs 2 --learning_rate 3e-3 --student_layers 1 --prune_steps 1 --prune_epochs 1
         --prune_heads 0 --prune_ffn 0.25 --max_quality_drop 0.4 --use_cpu --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
         --matryoshka_sizes 16
     """.split()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pocketformers", *flags])
-        run_main(main)
+    run_here("pocketformers", *flags)
     return run
 
 

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from conftest import FILLER, WORDS, tiny_model
-from pipelines.cli import main
-from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
@@ -25,6 +23,7 @@ from pipelines.tasks.ranking import Bm25
 from pipelines.tasks.text_ranking.candidates import RankingConfig, find_candidates
 from pipelines.tasks.text_ranking.task import TextRanking, first_candidates, ranking_metrics
 from pipelines.training.baselines import fit_baseline, load_baseline
+from processes import run_here
 
 COLUMNS = {"text_column": "query", "text_pair_column": "passage"}
 
@@ -418,13 +417,11 @@ def run(lists, pretrained, tmp_path_factory) -> Path:
     flags = f"""
         compress --task text-ranking --dataset {lists} --text_column query --text_pair_column passage --baselines false
         --teacher_model {pretrained} --output_dir {directory} --max_length 32 --teacher_epochs 4 --teacher_learning_rate 3e-3
-        --num_train_epochs 3 --learning_rate 3e-3 --per_device_train_batch_size 16 --soft_ranking_loss margin --student_layers 2
+        --num_train_epochs 3 --learning_rate 3e-3 --per_device_train_batch_size 16 --soft_ranking_loss margin --student_layers 1
         --prune_heads 0 --prune_ffn 0 --max_quality_drop 0.3 --use_cpu
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
     """.split()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pocketformers", *flags])
-        run_main(main)
+    run_here("pocketformers", *flags)
     return directory
 
 

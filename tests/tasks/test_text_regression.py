@@ -135,7 +135,7 @@ def test_the_whole_chain_of_pairs(pretrained, tmp_path, monkeypatch, capsys):
     flags = f"""
         compress --task text-regression --dataset {path} --teacher_model {pretrained} --output_dir {run} --max_length 32
         --teacher_epochs 8 --teacher_learning_rate 3e-3 --num_train_epochs 6 --learning_rate 3e-3 --per_device_train_batch_size 8
-        --student_layers 2 --prune_steps 1 --prune_epochs 2 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.2 --use_cpu
+        --student_layers 1 --prune_steps 1 --prune_epochs 2 --prune_heads 0.25 --prune_ffn 0.25 --max_quality_drop 0.2 --use_cpu
         --benchmark_rounds 1 --benchmark_seconds 0.05 --web false --label_baseline true
         --text_pair_column other
     """

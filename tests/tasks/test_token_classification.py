@@ -21,8 +21,6 @@ from transformers import pipeline
 from conftest import FILLER, WORDS, make_tokenizer, quick_arguments, write_byte_encoder
 from others import in_node, odd_texts
 from pipelines import load as load_model
-from pipelines.cli import main
-from pipelines.core.command import run_main
 from pipelines.core.config import DataConfig, DistillConfig, StudentConfig, TeacherConfig
 from pipelines.core.errors import InputError
 from pipelines.core.task import IGNORED, StageResult
@@ -37,6 +35,7 @@ from pipelines.tasks.token_classification.task import TokenClassification, Token
 from pipelines.training.distill import distill_student
 from pipelines.training.fine_tune import fine_tune
 from pipelines.training.soft_targets import compute_soft_targets
+from processes import run_here
 
 
 def write_tokens(path: Path, examples: int = 160, long: int = 3) -> Path:
@@ -651,12 +650,10 @@ def run(pretrained, tmp_path_factory) -> Path:
     flags = f"""
         compress --task token-classification --dataset {path} --text_column tokens --label_column tags --teacher_model {pretrained}
         --output_dir {run} --max_length 16 --teacher_epochs 4 --teacher_learning_rate 3e-3 --num_train_epochs 2 --learning_rate 3e-3
-        --per_device_train_batch_size 8 --student_layers 2 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25
+        --per_device_train_batch_size 8 --student_layers 1 --prune_steps 1 --prune_epochs 1 --prune_heads 0.25 --prune_ffn 0.25
         --max_quality_drop 0.3 --use_cpu --benchmark_rounds 1 --benchmark_seconds 0.05 --web false
     """.split()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pocketformers", *flags])
-        run_main(main)
+    run_here("pocketformers", *flags)
     return run
 
 

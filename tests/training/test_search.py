@@ -162,6 +162,7 @@ def test_two_processes_search_together(undisturbed, csv_file, trained_teacher, s
         assert together == pytest.approx(alone, abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_chain_uses_what_it_found(trained_teacher, csv_file, tmp_path, monkeypatch, capsys):
     argv = ["--teacher_model", str(trained_teacher), "--dataset", str(csv_file), "--output_dir", str(tmp_path / "run")]
     argv += "--teacher_epochs 0 --num_train_epochs 2 --learning_rate 2e-4 --student_layers 1 --max_length 32 --use_cpu".split()

@@ -157,6 +157,7 @@ def test_token_soft_targets_are_the_same_in_any_shards(language_task, language_t
     np.testing.assert_allclose(total, 1, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_examples(tmp_path):
     """The short form of the benchmark: twenty times as many examples, whose logits together would break the limit four times over."""
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "labelling_memory.py"), "--examples", "400", "8000"]
