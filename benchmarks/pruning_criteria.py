@@ -3,9 +3,11 @@
     python benchmarks/pruning_criteria.py --run runs/bert_bbc_headlines --config recipes/configs/bert_bbc_headlines.yaml --output_dir runs/criteria
 
 First, as many units by each criterion, and so as fast: first-order importance (ours), the norm of a unit's weights, or chance. Second, another
-mix of heads and neurons, of which a call takes as long as in the first table by the line that `fit` lays through timed graphs: all compete, by
-importance for each millisecond or for each parameter; or of several shares of heads the one whose cut model loses least on the sample. What is left is as it is, scaled (see pipelines/training/masks.py) or, with --recover, distilled again
-for --prune_epochs. A seed is another sample of --prune_samples examples, other chances, and another order of the recovery.
+mix of heads and neurons, of which a call takes as long as in the first table by the line that `fit` lays through timed graphs. Either all
+compete, by importance for each millisecond or for each parameter. Or several shares of heads are cut, and the one stays whose model loses least
+on the sample: among mixes of equal milliseconds, or of equal parameters, made as fast as the others. What is left is as it is, scaled (see
+pipelines/training/masks.py) or, with --recover, distilled again for --prune_epochs. A seed is another sample of --prune_samples examples, other
+chances, and another order of the recovery.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from pipelines.training.distill import train_student  # noqa: E402
 from pipelines.training.masks import tune_masks  # noqa: E402
 from pipelines.training.prune import MINIMUM, choose_units, inputs_of, measure_importance, training_loss  # noqa: E402
 
-# The shares of heads that least_loss() tries.
+# The shares of heads that are tried.
 HEADS_REMOVED = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3)
 Units = dict[str, list[np.ndarray]]  # a number, or the places, of each unit of each layer
 
@@ -82,6 +84,11 @@ def parameters_of(model: Any) -> dict[str, float]:
     return found
 
 
+def saved_by(kept: Units, before: dict[str, list[int]], costs: dict[str, float]) -> float:
+    """The cost of what is gone."""
+    return sum(costs[kind] * (sum(before[kind]) - sum(map(len, kept[kind]))) for kind in kept)
+
+
 def competing(importance: Units, costs: dict[str, float], ms: dict[str, float], target: float) -> Units:
     """The units that stay when those of least importance for their cost go, whatever they are, until `target` milliseconds are saved."""
     kept = {kind: [np.ones(len(layer), dtype=bool) for layer in layers] for kind, layers in importance.items()}
@@ -99,18 +106,28 @@ def competing(importance: Units, costs: dict[str, float], ms: dict[str, float], 
     return {kind: [np.flatnonzero(layer) for layer in layers] for kind, layers in kept.items()}
 
 
-def least_loss(
-    whole: Any, importance: Units, ms: dict[str, float], saved: float, settings: Settings, loss_of: Any, rows: Any
-) -> Units:
-    """The units that stay of the share of heads whose cut model has the least loss on the rows, with so many neurons removed that
-    `saved` milliseconds are saved in all."""
-    before, found = shape_of(whole), []
-    for share in HEADS_REMOVED:
-        heads = round(share * sum(before["heads"])) * ms["heads"]
-        neurons = (saved - heads) / (sum(before["neurons"]) * ms["neurons"])
-        if not 0 <= neurons <= 0.95:
+def mix(
+    importance: Units,
+    before: dict[str, list[int]],
+    share: float,
+    costs: dict[str, float],
+    saved: float,
+    settings: Settings,
+) -> Units | None:
+    """The units that stay when a share of the heads goes, and so many neurons that `saved` of the cost is saved in all; None where none do."""
+    heads = round(share * sum(before["heads"])) * costs["heads"]
+    neurons = (saved - heads) / (sum(before["neurons"]) * costs["neurons"])
+    if not 0 <= neurons <= 0.95:
+        return None
+    return choose_units(importance, before, replace(settings.prune, prune_heads=share, prune_ffn=neurons), 1.0)
+
+
+def least_loss(whole: Any, mixes: dict[float, Units | None], loss_of: Any, rows: Any) -> float:
+    """The share of heads of the mix whose cut model has the least loss on the rows."""
+    found = {}
+    for share, kept in mixes.items():
+        if kept is None:
             continue
-        kept = choose_units(importance, before, replace(settings.prune, prune_heads=share, prune_ffn=neurons), 1.0)
         model = copy.deepcopy(whole).eval()
         cut(model, **kept)
         loss = loss_of(model)
@@ -118,15 +135,12 @@ def least_loss(
             value = sum(
                 float(loss([rows[row] for row in range(at, min(at + 32, len(rows)))])) for at in range(0, len(rows), 32)
             )
-        found.append((value, share, kept))
+        found[share] = value / len(rows)
     if not found:
         raise InputError("expected a mix of heads and neurons that saves as much, found none. Prune less.")
-    value, share, kept = min(found, key=lambda one: one[0])
-    print(
-        f"least loss {value / len(rows):.4f} with {share:.0%} of the heads removed, of",
-        {f"{one:.0%}": f"{loss / len(rows):.4f}" for loss, one, _ in found},
-    )
-    return kept
+    best = min(found, key=lambda share: found[share])
+    print(f"of the heads {best:.0%} go; loss", {f"{share:.0%}": f"{loss:.4f}" for share, loss in found.items()})
+    return best
 
 
 def milliseconds(settings: Settings, run: Run, student: Path) -> dict[str, float]:
@@ -176,10 +190,15 @@ def compare(settings: Any, task: Task) -> dict[str, list[dict[str, float]]]:
         criteria = {"importance": importance, "magnitude": magnitude(whole), "random": chance(whole, seed)}
         choices = {name: choose_units(values, before, prune, 1.0) for name, values in criteria.items()}
         left = choices["importance"]
-        saved = sum(ms[kind] * (sum(before[kind]) - sum(map(len, left[kind]))) for kind in left)
+        saved = saved_by(left, before, ms)
         for name, costs in (("for each millisecond", ms), ("for each parameter", parameters)):
             choices[name] = competing(importance, costs, ms, saved)
-        choices["least loss"] = least_loss(whole, importance, ms, saved, settings, loss_of, rows)
+        for name, costs in (("milliseconds", ms), ("parameters", parameters)):
+            of_all = saved_by(left, before, costs)
+            mixes = {share: mix(importance, before, share, costs, of_all, settings) for share in HEADS_REMOVED}
+            # What was chosen among mixes of as many parameters is made as fast as the others.
+            share = least_loss(whole, mixes, loss_of, rows)
+            choices[f"least loss of equal {name}"] = mix(importance, before, share, ms, saved, settings) or left
         for name, kept in choices.items():
             model = copy.deepcopy(whole)
             cut(model, **kept)

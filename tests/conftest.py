@@ -325,11 +325,21 @@ def timed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def trained_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, task: Any) -> Path:
     """A teacher of four layers that knows the task of the csv file."""
+    return write_teacher(tmp_path_factory, tokenizer, task, 4)
+
+
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, task: Any) -> Path:
+    """As trained_teacher, of three layers."""
+    return write_teacher(tmp_path_factory, tokenizer, task, 3)
+
+
+def write_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, task: Any, layers: int) -> Path:
     from pipelines.core.config import TeacherConfig
     from pipelines.training.fine_tune import fine_tune
 
-    directory = tmp_path_factory.mktemp("trained_teacher")
-    pretrained = write_pretrained(tmp_path_factory.mktemp("of_four_layers"), tokenizer, 4)
+    directory = tmp_path_factory.mktemp("teacher")
+    pretrained = write_pretrained(tmp_path_factory.mktemp("pretrained"), tokenizer, layers)
     training = quick_arguments(directory, per_device_train_batch_size=8)
     torch.manual_seed(0)
     outcome = fine_tune(

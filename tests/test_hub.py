@@ -244,6 +244,7 @@ def test_what_is_published_holds_no_secret_and_no_folder_of_this_machine(a_run: 
         assert not path.is_file() or b"Secret" not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_weights_beside_a_graph_are_published_under_a_name_of_their_own(
     tmp_path: Path, teacher: Path, task: Any, tokenizer: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,7 +372,10 @@ def make_run(
     ("run", "metric", "line"),
     [
         ("image_run", "accuracy", 'const classify = await pipeline("image-classification", "ann/small"'),
-        ("language_run", "perplexity", 'const generate = await pipeline("text-generation", "ann/small"'),
+        pytest.param(
+            *("language_run", "perplexity", 'const generate = await pipeline("text-generation", "ann/small"'),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_of_another_task_is_reported_and_published_in_its_words(

@@ -40,6 +40,18 @@ def test_what_saves_more_for_its_importance_goes_first():
     assert [kept["heads"][0].tolist(), kept["neurons"][0].tolist()] == [[0, 1], list(range(4, 12))]
 
 
+def test_mixes_of_one_cost_save_as_much():
+    before, costs = {"heads": [4, 4], "neurons": [64, 64]}, {"heads": 16.0, "neurons": 1.0}
+    importance = {kind: [np.arange(float(count)) for count in counts] for kind, counts in before.items()}
+    settings = Settings()
+    settings.prune = PruneConfig()
+    for share, heads in ((0.0, 0), (0.25, 2), (0.5, 4)):
+        kept = criteria.mix(importance, before, share, costs, 64.0, settings)
+        assert criteria.saved_by(kept, before, costs) == 64
+        assert sum(4 - len(layer) for layer in kept["heads"]) == heads
+    assert criteria.mix(importance, before, 0.75, costs, 64.0, settings) is None  # that many heads save more
+
+
 @pytest.mark.slow
 def test_every_choice_is_scored_as_it_is_scaled_and_recovered(trained_teacher, task, training, tmp_path, monkeypatch):
     for name in ("student", "teacher"):
@@ -51,7 +63,8 @@ def test_every_choice_is_scored_as_it_is_scaled_and_recovered(trained_teacher, t
     settings.prune = PruneConfig(prune_heads=0.25, prune_ffn=0.5, prune_epochs=0.2, prune_samples=32)
     settings.training, settings.distill, settings.quantize = training, DistillConfig(), QuantizeConfig()
     found = criteria.compare(settings, task)
-    names = ["importance", "magnitude", "random", "for each millisecond", "for each parameter", "least loss"]
+    names = ["importance", "magnitude", "random", "for each millisecond", "for each parameter"]
+    names += ["least loss of equal milliseconds", "least loss of equal parameters"]
     assert list(found) == ["student", *(f"{name}{left}" for name in names for left in ("", ", scaled", ", recovered"))]
     assert all(len(scores) == 2 for name, scores in found.items() if name != "student")
     assert "| for each parameter, scaled |" in criteria.table(found)

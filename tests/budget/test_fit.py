@@ -11,16 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import make_tokenizer, quick_arguments, tiny_model, write_pretrained
+from conftest import make_tokenizer, tiny_model
 from pipelines.budget import fit, latency, search
 from pipelines.budget.shapes import Forecast, Shape, forecast_bytes, grid, schemes_of, shapes_of_students
 from pipelines.budget.words import Budget
 from pipelines.cli import main
 from pipelines.core.command import run_main
-from pipelines.core.config import QuantizeConfig, TeacherConfig
+from pipelines.core.config import QuantizeConfig
 from pipelines.core.errors import InputError
 from pipelines.runtime import infer
-from pipelines.training.fine_tune import fine_tune
 
 
 @pytest.fixture
@@ -106,24 +105,14 @@ def write_profile(file: Path, source: str, task, others: list[Shape], quantize: 
 
 
 @pytest.fixture(scope="module")
-def small_teacher(tmp_path_factory, tokenizer, task):
-    """A teacher of three layers that knows the task."""
-    directory = tmp_path_factory.mktemp("small_teacher")
-    settings = TeacherConfig(teacher_epochs=8, teacher_learning_rate=3e-3)
-    pretrained = write_pretrained(tmp_path_factory.mktemp("pretrained"), tokenizer, 3)
-    fine_tune(str(pretrained), directory, task, settings, quick_arguments(directory, per_device_train_batch_size=8))
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
 def command(csv_file, small_teacher, task, tmp_path_factory):
     device = tmp_path_factory.mktemp("device") / "pi.json"
-    write_profile(device, small_teacher, task, [])
+    write_profile(device, str(small_teacher), task, [])
     few = ["--num_train_epochs", "2", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8", "--use_cpu"]
     few += ["--prune_steps", "1", "--prune_epochs", "1", "--benchmark_rounds", "1", "--benchmark_seconds", "0.05"]
     few += ["--quantization", QUANTIZE.quantization, "--baselines", "false"]
     data = [str(csv_file), "--max_length", "32", "--validation_size", "0.2", "--test_size", "0.2", "--web", "false"]
-    return ["fit", *data, "--teacher", small_teacher, "--on", str(device), *few]
+    return ["fit", *data, "--teacher", str(small_teacher), "--on", str(device), *few]
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +206,7 @@ def test_with_within_alone_the_interval_is_halved_and_only_the_answer_learns_fro
     pocketformers, command, run, small_teacher, task, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(fit, "MOST_TRAININGS", 2)
-    write_profile(tmp_path / "pi.json", small_teacher, task, [], QuantizeConfig(quantization="auto"))
+    write_profile(tmp_path / "pi.json", str(small_teacher), task, [], QuantizeConfig(quantization="auto"))
     flags = ["--within", "100", "--label_baseline", "true", "--output_dir", str(run)]
     flags += ["--quantization", "auto", "--on", str(tmp_path / "pi.json")]
     status, output, errors = pocketformers(*command, *flags)
@@ -282,8 +271,8 @@ def test_another_checkpoint_is_a_candidate_too(pocketformers, command, run, smal
     tiny_model(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1).save_pretrained(small)
     make_tokenizer().save_pretrained(small)
     students = shapes_of_students([small], task, "dynamic_int8")
-    [forecast] = forecast_bytes(students, small_teacher, task, QuantizeConfig().block_size, {None: None})
-    write_profile(tmp_path / "pi.json", small_teacher, task, students)
+    [forecast] = forecast_bytes(students, str(small_teacher), task, QuantizeConfig().block_size, {None: None})
+    write_profile(tmp_path / "pi.json", str(small_teacher), task, students)
     with pytest.raises(InputError, match="different names"):
         shapes_of_students([small, str(shutil.copytree(small, tmp_path / "other" / "small"))], task, "dynamic_int8")
     # So small is nothing that is made of the teacher.

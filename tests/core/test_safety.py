@@ -402,6 +402,7 @@ def test_a_token_reaches_no_file_and_no_output(pretrained, csv_file, tmp_path, m
     recipe = REPOSITORY / "recipes" / "distill_bert.py"
     argv = [str(recipe), "--teacher_model", str(pretrained), "--dataset", str(csv_file), "--hub_token", TOKEN]
     argv += ["--output_dir", str(tmp_path / "run"), "--teacher_epochs", "1", "--max_length", "16", "--use_cpu", "true"]
+    argv += ["--student_layers", "1"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(Trainer, "_save_checkpoint", save_and_die)

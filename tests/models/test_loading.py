@@ -416,7 +416,7 @@ def test_only_one_of_teacher_and_student_has_token_types(kinds, tmp_path, traini
 # ---- Decoders
 
 
-@pytest.mark.parametrize("padded_by", ["end token", "token of its own"])
+@pytest.mark.parametrize("padded_by", ["end token", pytest.param("token of its own", marks=pytest.mark.slow)])
 def test_a_decoder_reads_the_last_token_before_the_padding_everywhere(padded_by, task, training, tmp_path):
     tokenizer = train_tokenizer(task.splits["train"]["text"], 300)
     tokenizer.pad_token = None if padded_by == "end token" else tokenizer.convert_ids_to_tokens(7)

@@ -160,6 +160,7 @@ def test_what_is_said_of_a_stage_has_its_name(text_onnx: Path, task, tmp_path: P
     assert "teacher_quantized: 1 of 4 attention blocks fused" in capsys.readouterr().out.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_fp32_has_one_attention_operator_a_layer_whatever_heads_it_kept(task, tokenizer, tmp_path: Path) -> None:
     model = tiny_model()
     heads = [np.array([0, 2]), np.array([1]), np.arange(4), np.array([0, 1, 3])]

@@ -109,6 +109,7 @@ def test_a_second_run_does_nothing_but_say_so(finished, capsys, monkeypatch):
     assert capsys.readouterr().out.count("finished already") == len(STAGES) + 3
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_another_process(finished, tmp_path, monkeypatch):
     directory, argv, _ = finished
     # Among the schemes of `--quantization auto` measured speed decides, which is another every time.

@@ -23,7 +23,7 @@ from watched import check_only_the_main_process_wrote, watched_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "distill_bert.py"
 SMALL = (
-    "--num_train_epochs 1 --learning_rate 3e-3 --per_device_train_batch_size 8 --student_layers 2 --max_length 32 --use_cpu "
+    "--num_train_epochs 1 --learning_rate 3e-3 --per_device_train_batch_size 8 --student_layers 1 --max_length 32 --use_cpu "
     "--benchmark_rounds 1 --benchmark_seconds 0.1 --prune_epochs 1 --prune_steps 1 --max_quality_drop 1 --web false --baselines false --seeds 2"
 ).split()
 
@@ -110,10 +110,10 @@ def run_recipe(argv, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def argv(trained_teacher, csv_file, tmp_path_factory):
+def argv(small_teacher, csv_file, tmp_path_factory):
     """A run whose teacher is used as it is."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    flags = ["--teacher_model", str(trained_teacher), "--teacher_epochs", "0", "--label_baseline", "true"]
+    flags = ["--teacher_model", str(small_teacher), "--teacher_epochs", "0", "--label_baseline", "true"]
     return ["--dataset", str(csv_file), "--output_dir", str(directory), *flags, *SMALL]
 
 

@@ -101,9 +101,9 @@ def test_a_llama_style_model_exports_the_same_way(language_task, language_model_
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("mistral", {"sliding_window": 24}),
+        pytest.param("mistral", {"sliding_window": 24}, marks=pytest.mark.slow),
         ("gemma3_text", {"sliding_window": 3, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}),
-        ("gpt_neox", {"rotary_pct": 0.5}),
+        pytest.param("gpt_neox", {"rotary_pct": 0.5}, marks=pytest.mark.slow),
     ],
 )
 def test_rotary_positions_and_sliding_windows_are_fused_and_hold_beyond_the_traced_length(family, settings, tmp_path):
@@ -451,6 +451,7 @@ def test_fp32_is_the_same_text_of_one_attention_operator_a_layer(exported, langu
     assert here.generate(prompts, sampling) == there.generate(prompts, sampling)
 
 
+@pytest.mark.slow
 def test_a_slow_tokenizer_ends_in_an_onnx_file_without_a_bundle(language_task, tmp_path):
     from transformers import ByT5Tokenizer
 

@@ -102,6 +102,7 @@ def test_texts(kind, pretrained, csv_file, tmp_path, monkeypatch, capsys):
     check_padding(run)
 
 
+@pytest.mark.slow
 def test_scores(pretrained, tmp_path, monkeypatch):
     """Of pairs they are in test_text_regression.py."""
     rows = [
