@@ -30,6 +30,7 @@ SENTENCE_COLUMNS = ("Sentence #", "sentence_id", "sentence")
 WORD_COLUMNS = ("Word", "word", "words", "text")  # beside words a text is the whole sentence
 TAG_COLUMNS = ("label", "Tag", "tag", "labels")
 SPAN_COLUMNS = ("labels", "entities", "spans")
+ANSWER = "answer"  # of Prodigy's annotators
 SPAN_KEYS = {"start_offset": "start", "end_offset": "end"}  # of doccano
 
 
@@ -159,11 +160,30 @@ def read_lists(path: Path, config: DataConfig) -> datasets.Dataset:
     if {"data", "annotations"} <= {*table.column_names} and config.text_column not in table.column_names:
         return _read_tasks(path, config, table.info)
     found = [name for name in SPAN_COLUMNS if name in table.column_names]
-    if config.label_column in table.column_names or config.label_column != DataConfig.label_column or len(found) != 1:
+    is_usual = config.label_column == DataConfig.label_column and config.label_column not in table.column_names
+    if is_usual and len(found) == 1:
+        logger.warning(
+            "the labels of %s are those of its column %r (--label_column names another)", path.name, found[0]
+        )
+        table = read_table(path, replace(config, label_column=found[0]), nested=True)
+        table = table.rename_column(found[0], config.label_column)
+    return _accepted(table, path, config) if ANSWER in table.column_names else table
+
+
+def _accepted(table: datasets.Dataset, path: Path, config: DataConfig) -> datasets.Dataset:
+    """The rows that no annotator of Prodigy rejected or ignored; all of them where the column has answers of another kind."""
+    answers = read_table(path, replace(config, text_column=ANSWER, label_column=ANSWER), nested=True)[ANSWER][:]
+    kept = [row for row, answer in enumerate(answers) if answer in ("accept", None)]
+    if len(kept) == len(answers) or any(answer not in ("accept", "reject", "ignore", None) for answer in answers):
         return table
-    logger.warning("the labels of %s are those of its column %r (--label_column names another)", path.name, found[0])
-    table = read_table(path, replace(config, label_column=found[0]), nested=True)
-    return table.rename_column(found[0], config.label_column)
+    logger.warning(
+        "%d of %d rows of %s are left out: their %s is 'reject' or 'ignore'",
+        len(answers) - len(kept),
+        len(answers),
+        path.name,
+        ANSWER,
+    )
+    return table.select(kept)
 
 
 def _read_tasks(path: Path, config: DataConfig, info: datasets.DatasetInfo) -> datasets.Dataset:

@@ -106,6 +106,21 @@ def test_a_column_that_is_named_is_no_other(tmp_path: Path) -> None:
         load(tmp_path / "two.jsonl", lines(entities=SPANS, spans=SPANS))
 
 
+def test_what_an_annotator_of_prodigy_rejected_or_ignored_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spans = [dict(zip(("start", "end", "label"), span, strict=True)) for span in SPANS]
+    accepted = lines(spans=spans, answer="accept").splitlines()
+    others = [json.dumps({"text": f"no {n}", "spans": [], "answer": "reject" if n else "ignore"}) for n in range(3)]
+    assert load(tmp_path / "all.jsonl", "\n".join([*others, *accepted])) == EXPECTED
+    assert "3 of 13 rows of all.jsonl are left out" in caplog.text
+    tagged = {"label": ["B-PER", "O"]}
+    other = [json.dumps({"text": ["Ann", str(n)], **tagged, "answer": "no" if n else "reject"}) for n in range(10)]
+    expected = {(("Ann", "B-PER"), (str(n), "O")) for n in range(10)}
+    assert load(tmp_path / "other.jsonl", "\n".join(other)) == expected  # an answer of another kind
+    assert "of other.jsonl are left out" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "spans", [[(0, 8, "PER"), (5, 8, "LOC")], [(14, 99, "LOC")], [(8, 8, "PER")], [(-4, 8, "PER")]]
 )
