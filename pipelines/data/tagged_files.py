@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 CONLL_SUFFIXES = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt", ".tsv")
 # What columns are called where no flag names them.
-SENTENCE_COLUMNS = ("Sentence #", "sentence_id", "sentence")
+SENTENCE_COLUMNS = ("Sentence #", "sentence_id", "sentence_idx", "sentence")
 WORD_COLUMNS = ("Word", "word", "words", "text")  # beside words a text is the whole sentence
 TAG_COLUMNS = ("label", "Tag", "tag", "labels")
 SPAN_COLUMNS = ("labels", "entities", "spans")

@@ -60,6 +60,7 @@ def test_the_words_of_a_sentence_are_rows(in_all: bool, encoding: str, tmp_path:
 
 def test_columns_of_words_may_have_other_names(tmp_path: Path) -> None:
     assert load(tmp_path / "a.csv", word_rows(True, "sentence_id,words,pos,labels")) == EXPECTED
+    assert load(tmp_path / "c.csv", word_rows(True, "sentence_idx,word,pos,tag")) == EXPECTED
     in_text = word_rows(True, "sentence_id,word,text,label").replace(",X,", ",José Lee of Rome,")
     assert load(tmp_path / "text.csv", in_text) == EXPECTED
     named = {"text_column": "token", "label_column": "ner"}
