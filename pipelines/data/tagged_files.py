@@ -37,7 +37,7 @@ SPAN_KEYS = {"start_offset": "start", "end_offset": "end"}  # of doccano
 def read_tagged(path: Path, config: DataConfig) -> datasets.Dataset:
     """Words and tags, or texts and spans, in the columns that the flags name, a row for each text."""
     name = path.name.lower()
-    if name.endswith(CSV_SUFFIXES):
+    if name.endswith(CSV_SUFFIXES) or (name.endswith(".tsv") and _names_sentences(path, config)):
         return read_words(path, config)
     return read_conll(path, config) if name.endswith(CONLL_SUFFIXES) else read_lists(path, config)
 
@@ -130,8 +130,15 @@ def _is_header(rows: list[list[str]], text_place: int, tag_place: int) -> bool:
 # ---- Tables of words, and what annotation tools export
 
 
+def _names_sentences(path: Path, config: DataConfig) -> bool:
+    """Whether the first line of a tsv file names columns of words and of the numbers of sentences, so that it is no CoNLL file."""
+    text, _ = read_text(path, config.encoding)
+    names = {cell.strip(' "') for cell in re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0].split("\t")}
+    return not (names.isdisjoint(SENTENCE_COLUMNS) or names.isdisjoint({*WORD_COLUMNS, config.text_column}))
+
+
 def read_words(path: Path, config: DataConfig) -> datasets.Dataset:
-    """A csv file with a word in each row, as a row for each sentence, whose number stands in all of its rows or in the first."""
+    """A csv or tsv file with a word in each row, as a row for each sentence, whose number stands in all of its rows or in the first."""
     words = WORD_COLUMNS if config.text_column == DataConfig.text_column else (config.text_column,)
     tags = TAG_COLUMNS if config.label_column == DataConfig.label_column else (config.label_column,)
     named: Any = [*tags, *words, *SENTENCE_COLUMNS]

@@ -67,6 +67,18 @@ def test_columns_of_words_may_have_other_names(tmp_path: Path) -> None:
     assert load(tmp_path / "b.csv", word_rows(True, "sentence_id,token,Tag,ner"), **named) == EXPECTED
 
 
+@pytest.mark.parametrize("in_all", [True, False])
+def test_a_tsv_file_with_numbers_of_sentences_is_no_conll_file(in_all: bool, tmp_path: Path) -> None:
+    file = io.StringIO()
+    csv.writer(file, delimiter="\t").writerows(csv.reader(io.StringIO(word_rows(in_all))))
+    assert load(tmp_path / "ner_dataset.tsv", file.getvalue()) == EXPECTED
+    named = file.getvalue().replace("Word", "token").replace("Tag", "ner")
+    assert load(tmp_path / "named.tsv", named, text_column="token", label_column="ner") == EXPECTED
+    # A first word is no name of a column.
+    conll = "".join(f"sentence\tO\n{number}\tB-A\n\n" for number in range(10))
+    assert load(tmp_path / "conll.tsv", conll) == {(("sentence", "O"), (str(row), "B-A")) for row in range(10)}
+
+
 @pytest.mark.parametrize(
     "content",
     [
