@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from itertools import accumulate, groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,21 +144,46 @@ def read_words(path: Path, config: DataConfig) -> datasets.Dataset:
     named: Any = [*tags, *words, *SENTENCE_COLUMNS]
     table = read_table(path, replace(config, label_column=named))
     found = [[name for name in names if name in table.column_names] for names in (SENTENCE_COLUMNS, words, tags)]
-    numbers = table[found[0][0]][:] if found[0] and found[1] else [""]
-    if not numbers or not (numbers[0] or "").strip():
+    numbers = [(number or "").strip() for number in table[found[0][0]][:]] if found[0] and found[1] else []
+    if not any(numbers[:1]):
         raise InputError(
             f"expected a word in every row of {path}, with the columns {SENTENCE_COLUMNS[0]!r} (filled at least at the first word of each "
             f"sentence), {WORD_COLUMNS[0]!r} and {TAG_COLUMNS[1]!r}, found the columns {', '.join(map(repr, table.column_names[:10]))}; "
             "rename the first, and name words and tags with --text_column and --label_column"
         )
-    known: Iterator[Any] = accumulate(numbers, lambda before, number: number if (number or "").strip() else before)
+    # Also behind an empty cell a number begins a sentence, even where it is that of the sentence before.
+    begins = [row for row, (before, number) in enumerate(pairwise(["", *numbers])) if number and number != before]
+    _check_order([(row, numbers[row]) for row in begins], path)
     cells = {config.text_column: table[found[1][0]][:]}
     cells |= {config.label_column: table[found[2][0]][:]} if found[2] else {}
     # A row of nothing but separators may part sentences.
-    told = [row for row in enumerate(known) if any(column[row[0]] is not None for column in cells.values())]
-    sentences = [[row for row, _ in rows] for _, rows in groupby(told, key=lambda row: row[1])]
-    rows = {name: [[column[row] for row in sentence] for sentence in sentences] for name, column in cells.items()}
+    told = [any(cell is not None for cell in row) for row in zip(*cells.values(), strict=True)]
+    places = [[row for row in range(*edges) if told[row]] for edges in pairwise([*begins, len(numbers)])]
+    rows = {
+        name: [[column[row] for row in sentence] for sentence in places if sentence] for name, column in cells.items()
+    }
     return datasets.Dataset.from_dict(rows, info=datasets.DatasetInfo(description=table.info.description))
+
+
+def _check_order(sentences: list[tuple[int, str]], path: Path) -> None:
+    """Raise InputError where the rows of a sentence do not stand together. `sentences` are the first rows of all with their numbers. These may
+    begin anew, as in each document: then they go back to the first, and from there on have the order in which they came first."""
+    order: dict[str, int] = {}
+    ranks = [order.setdefault(number, len(order)) for _, number in sentences]
+    back = [place for place, (before, rank) in enumerate(pairwise(ranks), 1) if rank <= before]
+    if parted := [sentences[place] for place in back if ranks[place]]:
+        row, number = parted[0]
+        raise InputError(
+            f"expected the rows of each sentence one after another in {path}, found {number!r} again in row {row} (counted from 0); sort the "
+            "rows by sentence, write its number into each of them, or give every sentence a number of its own"
+        )
+    if back:
+        logger.warning(
+            "the sentences of %s are numbered from %r anew %d times: a number that comes back is that of another sentence",
+            path,
+            sentences[0][1],
+            len(back),
+        )
 
 
 def read_lists(path: Path, config: DataConfig) -> datasets.Dataset:

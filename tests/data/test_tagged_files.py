@@ -14,6 +14,7 @@ import pytest
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
 from pipelines.data.tagged import load_tagged
+from pipelines.data.tagged_files import read_tagged
 
 WORDS, TAGS = ["José", "Lee", '"', "of", "Rome"], ["B-PER", "I-PER", "O", "O", "B-LOC"]
 TEXT = " ".join(WORDS)
@@ -77,6 +78,38 @@ def test_a_tsv_file_with_numbers_of_sentences_is_no_conll_file(in_all: bool, tmp
     # A first word is no name of a column.
     conll = "".join(f"sentence\tO\n{number}\tB-A\n\n" for number in range(10))
     assert load(tmp_path / "conll.tsv", conll) == {(("sentence", "O"), (str(row), "B-A")) for row in range(10)}
+
+
+def numbered(numbers: str) -> str:
+    """A word for each number of a sentence; _ is an empty cell."""
+    rows = [f"{number.strip('_')},{'abc'[place % 3]}{place},{'OB'[place % 2]}" for place, number in enumerate(numbers)]
+    return "\n".join(["sentence_id,word,tag", *rows])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "lengths", "times"),
+    [
+        ("112233" + "112" + "11223344", [2, 2, 2, 2, 1, 2, 2, 2, 2], 2),
+        ("1_2_3_1_1_1_2_", [2] * 7, 3),  # one sentence in a document
+        ("112233" + "113344", [2] * 6, 1),
+        ("223311", [2] * 3, 0),
+    ],
+)
+def test_sentences_that_are_numbered_anew_are_others(
+    numbers: str, lengths: list[int], times: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "rows.csv").write_text(numbered(numbers))
+    assert [len(words) for words in read_tagged(tmp_path / "rows.csv", DataConfig())["text"]] == lengths
+    assert ("numbered from '1' anew" in caplog.text) == bool(times)
+    assert (f"anew {times} time" in caplog.text) == bool(times)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "again"), [("1122332244", "'2' again in row 6"), ("3122134", "'1' again in row 4")]
+)
+def test_a_sentence_whose_rows_do_not_stand_together_is_refused(numbers: str, again: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"each sentence one after another in .*, found {again}.*; sort the rows"):
+        load(tmp_path / "rows.csv", numbered(numbers))
 
 
 @pytest.mark.parametrize(
