@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import chain, takewhile
+from itertools import chain, dropwhile, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ SPLIT_NAMES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("te
 SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
 SPLIT_WORD = re.compile(r"[-_. ]+")  # between the words of a name
+SUFFIX = re.compile(r"\.\w+(\.(gz|bz2|xz|zip))?$")
 METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)", re.IGNORECASE)  # a table of the files beside it
 FILE_NAME = "file_name"  # the column of a metadata table that `datasets` gives this meaning, too
 
@@ -80,7 +81,8 @@ def _parts(
     if data := _tables_of_data(tables, folders, config, kind, in_split):
         by_split = {"train": data} if in_split or len(data) == 1 else files_by_split(path, data)
         say_left_out(path, [entry for entry in entries if entry not in data])
-        yield from ((split, _load_file(file, config, kind)) for split, files in by_split.items() for file in files)
+        parts = [part for split, files in by_split.items() for part in _told_apart(split, files)]
+        yield from ((split, _load_file(file, config, kind)) for split, file in parts)
     elif splits := _folders_of_splits(folders, kind):
         say_left_out(path, [entry for entry in entries if entry not in splits])
         for folder, split in splits.items():
@@ -316,6 +318,17 @@ def _split_of(word: str) -> str | None:
 def _before_split(file: Path) -> str:
     """What stands before the split in a name: "news 2" of "news-2_train.csv"; nothing where that begins the name."""
     return " ".join(takewhile(lambda word: not _split_of(word), SPLIT_WORD.split(file.name.lower())))
+
+
+def _told_apart(split: str, files: list[Path]) -> list[tuple[str, Path]]:
+    """The files of a split with its name; where words behind it in their names differ, as of dev_matched.csv and dev_mismatched.csv, each has
+    a split of its own. Shards have numbers there, and numbers within words (train-0-of-2-b42a.csv)."""
+    names = []
+    for file in files:
+        words = SPLIT_WORD.split(SUFFIX.sub("", file.name.lower()))
+        behind = dropwhile(lambda word: not _split_of(word), words)
+        names.append("_".join([split, *(word for word in islice(behind, 1, None) if word.isalpha() and word != "of")]))
+    return [*zip(names if len({*names}) > 1 else [split] * len(files), files, strict=True)]
 
 
 def files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,7 +14,7 @@ from sklearn.model_selection import train_test_split
 
 from pipelines.core.config import DataConfig
 from pipelines.core.errors import InputError
-from pipelines.data.folders import SPLIT_NAMES
+from pipelines.data.folders import SPLIT_NAMES, split_named_by
 from pipelines.data.kinds import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -25,23 +26,36 @@ def choose_splits(
     """Which of the data set's splits plays which role; None where one must be cut (see load_examples). A line names those that play none.
 
     `has_references` tells whether a split that no flag names can be scored: hidden test labels cannot.
+    Raises InputError for several of a role that have longer names, such as validation_matched and validation_mismatched.
     """
     # By the role itself first: a data set may have both "validation" and "dev".
     called = {
         role: sorted((name for name in splits if SPLIT_NAMES.get(name.lower()) == role), key=lambda name: name != role)
         for role in SPLITS
     }
+
+    def usable(role: str, taken: set[str | None]) -> str | None:
+        for name in called[role]:
+            if name not in taken and has_references(splits[name]):
+                return name
+        several = [name for name in splits if split_named_by(Path(name)) == role and has_references(splits[name])]
+        if len(several) > 1 and taken.isdisjoint(several):
+            raise InputError(
+                f"expected one {role} split, found {' and '.join(several)}; choose one with --{role}_split (files that are parts of one split are "
+                f"called {role}-0, {role}-1, …)"
+            )
+        return None
+
     choices = [config.train_split, *called.get(config.train_split, []), *(splits if len(splits) == 1 else [])]
     train = next((name for name in choices if name in splits), config.train_split)
+    if train not in splits:
+        usable("train", set())  # raises where there are several
     named = {"train_split": train, "validation_split": config.validation_split, "test_split": config.test_split}
     for flag, name in named.items():
         if name is not None and name not in splits:
             raise InputError(
                 f"expected the split {name!r} that --{flag} names, found the splits {', '.join(splits)}; pass one of them with --{flag}"
             )
-
-    def usable(role: str, taken: set[str | None]) -> str | None:
-        return next((name for name in called[role] if name not in taken and has_references(splits[name])), None)
 
     test = config.test_split or usable("test", {train, config.validation_split})
     validation = config.validation_split or usable("validation", {train, test})

@@ -396,8 +396,10 @@ def test_of_two_splits_for_one_role_the_one_with_its_name_is_used(
 
 
 def test_sentence_pairs_with_their_own_split_names(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="found validation_matched and validation_mismatched; .* --validation_split"):
+        load(glue(tmp_path / "mnli", pair=True), text_column="premise", text_pair_column="hypothesis")
     data = load(
-        glue(tmp_path / "mnli", pair=True),
+        tmp_path / "mnli",
         text_column="premise",
         text_pair_column="hypothesis",
         validation_split="validation_matched",

@@ -555,6 +555,37 @@ def test_two_versions_of_a_data_set_are_not_one(tmp_path: Path) -> None:
         load(tmp_path / "data")
 
 
+def test_two_files_of_one_split_with_names_of_their_own_are_two_splits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"multinli_1.0_{name}.csv" for name in ("train", "dev_matched", "dev_mismatched")]
+    for name in names:
+        load(tmp_path / "data" / name, PLAIN.replace("number", name))
+    (tmp_path / "data" / "test_matched.csv").write_text("text,label\na,\nb,\n")  # hidden labels
+    (tmp_path / "data" / "test_mismatched.csv").write_text("text,label\nc,\nd,\n")
+    message = (
+        "one validation split, found validation_matched and validation_mismatched; choose one with --validation_split"
+    )
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "data")
+    chosen = load(tmp_path / "data", validation_split="validation_matched", test_split="validation_mismatched")
+    assert chosen.details["examples"] == {"train": 40, "validation": 40, "test": 40}
+    assert all("dev_matched" in text for text in chosen.splits["validation"]["text"])
+    assert "not used are the splits 'test_matched', 'test_mismatched'" in caplog.text
+    for name in names[1:]:
+        (tmp_path / "data" / name).rename(tmp_path / "data" / name.replace("dev_", "train_"))
+    (tmp_path / "data" / names[0]).unlink()
+    with pytest.raises(InputError, match="one train split, found train_matched and train_mismatched; .*--train_split"):
+        load(tmp_path / "data")
+    assert sum(load(tmp_path / "data", train_split="train_matched").details["examples"].values()) == 40
+
+
+def test_shards_of_the_hub_are_one_split(tmp_path: Path) -> None:
+    for number, content in enumerate(("b42a775f407cee45", "0c1d2e3f4a5b6c7d")):
+        load(tmp_path / "data" / f"train-0000{number}-of-00002-{content}.csv", PLAIN.replace("number", content))
+    assert sum(load(tmp_path / "data").details["examples"].values()) == 80
+
+
 def test_a_longer_name_with_a_split_beside_class_folders_is_no_data_without_its_columns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
