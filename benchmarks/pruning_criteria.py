@@ -52,6 +52,7 @@ class CriteriaConfig:
     criteria_seeds: list[int] = field(
         default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "The seeds that each criterion is tried with."}
     )
+    scale: bool = flag(True, "Also scale what is left.")
     recover: bool = flag(False, "Also let what is left recover by distillation.")
 
 
@@ -122,20 +123,21 @@ def mix(
     return choose_units(importance, before, replace(settings.prune, prune_heads=share, prune_ffn=neurons), 1.0)
 
 
+def mean_loss(loss: Any, rows: Any) -> float:
+    with torch.inference_mode():
+        batches = ([rows[row] for row in range(at, min(at + 32, len(rows)))] for at in range(0, len(rows), 32))
+        return sum(float(loss(batch)) for batch in batches) / len(rows)
+
+
 def least_loss(whole: Any, mixes: dict[float, Units | None], loss_of: Any, rows: Any) -> float:
     """The share of heads of the mix whose cut model has the least loss on the rows."""
     found = {}
     for share, kept in mixes.items():
         if kept is None:
             continue
-        model = copy.deepcopy(whole).eval()
+        model = copy.deepcopy(whole)
         cut(model, **kept)
-        loss = loss_of(model)
-        with torch.inference_mode():
-            value = sum(
-                float(loss([rows[row] for row in range(at, min(at + 32, len(rows)))])) for at in range(0, len(rows), 32)
-            )
-        found[share] = value / len(rows)
+        found[share] = mean_loss(loss_of(model.eval()), rows)
     if not found:
         raise InputError("expected a mix of heads and neurons that saves as much, found none. Prune less.")
     best = min(found, key=lambda share: found[share])
@@ -159,8 +161,9 @@ def milliseconds(settings: Settings, run: Run, student: Path) -> dict[str, float
     return {kind: less(kind) for kind in ("heads", "neurons")}
 
 
-def scores_of(model: Any, task: Task, processor: Any) -> dict[str, float]:
-    found = {}
+def scores_of(model: Any, task: Task, processor: Any, loss_of: Any) -> dict[str, float]:
+    """The loss on the validation split, which tells more than its score of few examples, and the score on both splits."""
+    found = {"loss": mean_loss(loss_of(model.eval()), task.features(processor)["validation"])}
     for split in ("validation", "test"):
         features = task.features(processor)[split]
         predictions = predict_torch(model.eval(), features, task.collate(processor), task, 32)
@@ -182,7 +185,7 @@ def compare(settings: Any, task: Task) -> dict[str, list[dict[str, float]]]:
     with Run(output, task, settings.training.seed) as run:
         ms, parameters = milliseconds(settings, run, student), parameters_of(whole)
     print("of a head and a neuron:", {kind: f"{1000 * value:.3g} us" for kind, value in ms.items()}, parameters)
-    found: dict[str, list[dict[str, float]]] = {"student": [scores_of(whole, task, processor)]}
+    found: dict[str, list[dict[str, float]]] = {"student": [scores_of(whole, task, processor, loss_of)]}
     for seed in settings.criteria.criteria_seeds:
         rows = sample_of(features, prune.prune_samples, seed)
         batches = inputs_of(rows, collate, settings.training.per_device_eval_batch_size)
@@ -203,9 +206,10 @@ def compare(settings: Any, task: Task) -> dict[str, list[dict[str, float]]]:
             model = copy.deepcopy(whole)
             cut(model, **kept)
             print(seed, name, {kind: sum(counts) for kind, counts in shape_of(model).items()}, flush=True)
-            scaled = copy.deepcopy(model)
-            tune_masks(scaled, whole, batches)
-            left_as = {name: model, f"{name}, scaled": scaled}
+            left_as = {name: model}
+            if settings.criteria.scale:
+                left_as[f"{name}, scaled"] = copy.deepcopy(model)
+                tune_masks(left_as[f"{name}, scaled"], whole, batches)
             if settings.criteria.recover:
                 training = arguments_for(settings.training, prune.prune_learning_rate, prune.prune_epochs)
                 training.seed = seed
@@ -214,7 +218,7 @@ def compare(settings: Any, task: Task) -> dict[str, list[dict[str, float]]]:
                 train_student(recovered, processor, task, teacher, settings.distill, training, None, place)
                 left_as[f"{name}, recovered"] = recovered
             for row, one in left_as.items():
-                found.setdefault(row, []).append(scores_of(one, task, processor))
+                found.setdefault(row, []).append(scores_of(one, task, processor, loss_of))
     return found
 
 

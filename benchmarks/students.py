@@ -180,11 +180,9 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
         deviation = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
         return f"{statistics.mean(scores):.4f}{deviation}"
 
-    rows = [
-        [name, *(cell([one[split] for one in scores]) for split in ("validation", "test"))]
-        for name, scores in found.items()
-    ]
-    return markdown_table(["student", "validation", "test"], rows)
+    columns = [*next(iter(found.values()))[0]]
+    rows = [[name, *(cell([one[column] for one in scores]) for column in columns)] for name, scores in found.items()]
+    return markdown_table(["student", *columns], rows)
 
 
 def main() -> None:
