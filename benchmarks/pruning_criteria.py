@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,20 +108,25 @@ def competing(importance: Units, costs: dict[str, float], ms: dict[str, float], 
     return {kind: [np.flatnonzero(layer) for layer in layers] for kind, layers in kept.items()}
 
 
-def mix(
+def mixes(
     importance: Units,
     before: dict[str, list[int]],
-    share: float,
+    shares: Iterable[float],
     costs: dict[str, float],
     saved: float,
     settings: Settings,
-) -> Units | None:
-    """The units that stay when a share of the heads goes, and so many neurons that `saved` of the cost is saved in all; None where none do."""
-    heads = round(share * sum(before["heads"])) * costs["heads"]
-    neurons = (saved - heads) / (sum(before["neurons"]) * costs["neurons"])
-    if not 0 <= neurons <= 0.95:
-        return None
-    return choose_units(importance, before, replace(settings.prune, prune_heads=share, prune_ffn=neurons), 1.0)
+) -> dict[float, Units]:
+    """For each share of heads that can go the units that stay when it does, and so many neurons that `saved` of the cost is saved in all."""
+    found = {}
+    for share in shares:
+        heads = round(share * sum(before["heads"])) * costs["heads"]
+        neurons = (saved - heads) / (sum(before["neurons"]) * costs["neurons"])
+        if 0 <= neurons <= 0.95:
+            prune = replace(settings.prune, prune_heads=share, prune_ffn=neurons)
+            found[share] = choose_units(importance, before, prune, 1.0)
+    if not found:
+        raise InputError("expected a mix of heads and neurons that saves as much, found none. Prune less.")
+    return found
 
 
 def mean_loss(loss: Any, rows: Any) -> float:
@@ -129,17 +135,13 @@ def mean_loss(loss: Any, rows: Any) -> float:
         return sum(float(loss(batch)) for batch in batches) / len(rows)
 
 
-def least_loss(whole: Any, mixes: dict[float, Units | None], loss_of: Any, rows: Any) -> float:
+def least_loss(whole: Any, tried: dict[float, Units], loss_of: Any, rows: Any) -> float:
     """The share of heads of the mix whose cut model has the least loss on the rows."""
     found = {}
-    for share, kept in mixes.items():
-        if kept is None:
-            continue
+    for share, kept in tried.items():
         model = copy.deepcopy(whole)
         cut(model, **kept)
         found[share] = mean_loss(loss_of(model.eval()), rows)
-    if not found:
-        raise InputError("expected a mix of heads and neurons that saves as much, found none. Prune less.")
     best = min(found, key=lambda share: found[share])
     print(f"of the heads {best:.0%} go; loss", {f"{share:.0%}": f"{loss:.4f}" for share, loss in found.items()})
     return best
@@ -196,12 +198,11 @@ def compare(settings: Any, task: Task) -> dict[str, list[dict[str, float]]]:
         saved = saved_by(left, before, ms)
         for name, costs in (("for each millisecond", ms), ("for each parameter", parameters)):
             choices[name] = competing(importance, costs, ms, saved)
-        for name, costs in (("milliseconds", ms), ("parameters", parameters)):
-            of_all = saved_by(left, before, costs)
-            mixes = {share: mix(importance, before, share, costs, of_all, settings) for share in HEADS_REMOVED}
+        as_fast = mixes(importance, before, HEADS_REMOVED, ms, saved, settings)
+        as_large = mixes(importance, before, as_fast, parameters, saved_by(left, before, parameters), settings)
+        for name, found_by in (("milliseconds", as_fast), ("parameters", as_large)):
             # What was chosen among mixes of as many parameters is made as fast as the others.
-            share = least_loss(whole, mixes, loss_of, rows)
-            choices[f"least loss of equal {name}"] = mix(importance, before, share, ms, saved, settings) or left
+            choices[f"least loss of equal {name}"] = as_fast[least_loss(whole, found_by, loss_of, rows)]
         for name, kept in choices.items():
             model = copy.deepcopy(whole)
             cut(model, **kept)

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import tiny_model
 from pipelines.core.config import DistillConfig, PruneConfig, QuantizeConfig, Settings
+from pipelines.core.errors import InputError
 from pipelines.models.removal import cut, shape_of
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -45,11 +46,12 @@ def test_mixes_of_one_cost_save_as_much():
     importance = {kind: [np.arange(float(count)) for count in counts] for kind, counts in before.items()}
     settings = Settings()
     settings.prune = PruneConfig()
-    for share, heads in ((0.0, 0), (0.25, 2), (0.5, 4)):
-        kept = criteria.mix(importance, before, share, costs, 64.0, settings)
+    found = criteria.mixes(importance, before, (0.0, 0.25, 0.5, 0.75), costs, 64.0, settings)
+    for kept, heads in zip(found.values(), (0, 2, 4), strict=True):  # three quarters of the heads save more
         assert criteria.saved_by(kept, before, costs) == 64
         assert sum(4 - len(layer) for layer in kept["heads"]) == heads
-    assert criteria.mix(importance, before, 0.75, costs, 64.0, settings) is None  # that many heads save more
+    with pytest.raises(InputError, match="Prune less"):
+        criteria.mixes(importance, before, (0.75,), costs, 64.0, settings)
 
 
 @pytest.mark.slow

@@ -132,6 +132,14 @@ def run(taught, tmp_path, timed_here):
     return shutil.copytree(taught, tmp_path / "run")
 
 
+@pytest.fixture
+def all_schemes(small_teacher, task, tmp_path):
+    """Flags of a search that quantizes each candidate in every way."""
+    quantize = QuantizeConfig(quantization="auto")
+    write_profile(tmp_path / "all_schemes.json", str(small_teacher), task, [], quantize)
+    return ["--quantization", quantize.quantization, "--on", str(tmp_path / "all_schemes.json")]
+
+
 def killed(*_):
     raise KeyboardInterrupt
 
@@ -145,9 +153,11 @@ def test_an_impossible_budget_ends_before_training(pocketformers, command, tmp_p
     assert not (tmp_path / "run" / "teacher").exists()
 
 
-def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(pocketformers, command, run, monkeypatch):
+def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(
+    pocketformers, command, run, all_schemes, monkeypatch
+):
     command = [*command, "--within", "60", "--under", "1MB", "--under", "1.5ms", "--output_dir", str(run)]
-    command += ["--baselines", "true"]
+    command += ["--baselines", "true", *all_schemes]
     command += ["--student_layers", "2"]  # as the YAML of a chain has it
     monkeypatch.setattr(fit, "MOST_TRAININGS", 2)
     make_small = search.make_small
@@ -167,6 +177,7 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(poc
     status, output, errors = pocketformers(*command)
     assert status == 0, errors
     assert f"{made[0]}dynamic_int8/quantized: finished already" in output
+    assert f"{made[0]}int8_int4_embeddings/quantized: finished already" in output
     assert "they are not used: --student_layers 2" in output
     front = json.loads((run / "front.json").read_text())
     rows = {row["number"]: row for row in front["rows"]}
@@ -203,12 +214,10 @@ def test_a_killed_search_goes_on_and_another_row_is_shipped_without_training(poc
 
 
 def test_with_within_alone_the_interval_is_halved_and_only_the_answer_learns_from_labels_alone(
-    pocketformers, command, run, small_teacher, task, tmp_path, monkeypatch
+    pocketformers, command, run, all_schemes, monkeypatch
 ):
     monkeypatch.setattr(fit, "MOST_TRAININGS", 2)
-    write_profile(tmp_path / "pi.json", str(small_teacher), task, [], QuantizeConfig(quantization="auto"))
-    flags = ["--within", "100", "--label_baseline", "true", "--output_dir", str(run)]
-    flags += ["--quantization", "auto", "--on", str(tmp_path / "pi.json")]
+    flags = ["--within", "100", "--label_baseline", "true", "--output_dir", str(run), *all_schemes]
     status, output, errors = pocketformers(*command, *flags)
     assert status == 0, errors
     assert "search: 2 with 100% of the training\n" in output

@@ -249,8 +249,10 @@ def test_what_cannot_be_exported_is_refused_before_it_is_trained(task, tokenizer
 
     sizes = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "num_decoder_layers": 1}
     funnel = FunnelForSequenceClassification(FunnelConfig(vocab_size=80, block_sizes=[1, 1], **sizes))
-    funnel.save_pretrained(tmp_path / "funnel")
-    tokenizer.save_pretrained(tmp_path / "funnel")
+    for name, model in (("squeezebert", tiny_model("squeezebert", num_hidden_layers=1)), ("funnel", funnel)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    check_export(str(tmp_path / "squeezebert"), task, from_scratch=False)
     with pytest.raises(InputError, match="expected a model that PyTorch can export to ONNX, found one that it cannot"):
         check_export(str(tmp_path / "funnel"), task, from_scratch=False)
 
